@@ -1,0 +1,108 @@
+"""The words of the program as types: projections, modes, shapes, multilinear ranks, stack names.
+
+Pure Python, so that planning and `--help` never import torch. Shapes are always in the order
+(E experts, H intermediate, I hidden).
+"""
+
+from __future__ import annotations
+
+import math
+from enum import IntEnum, StrEnum
+from typing import NamedTuple
+
+CORE = "core"
+
+
+class Projection(StrEnum):
+    """One of the three weight matrices of an expert, under its checkpoint name."""
+
+    GATE = "gate_proj"
+    UP = "up_proj"
+    DOWN = "down_proj"
+
+
+class Mode(IntEnum):
+    """A mode of a stack; the value is the tensor dimension."""
+
+    EXPERT = 0
+    INTERMEDIATE = 1
+    HIDDEN = 2
+
+    @property
+    def factor_name(self) -> str:
+        """Name of the mode's factor in code and on disk."""
+        return ("U_E", "U_H", "U_I")[self]
+
+
+class StackShape(NamedTuple):
+    """Sizes (E, H, I) of the stack of one projection of the experts of one group."""
+
+    experts: int
+    intermediate: int
+    hidden: int
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the dense stack."""
+        return math.prod(self)
+
+
+class MultilinearRank(NamedTuple):
+    """Core sizes (r_E, r_H, r_I)."""
+
+    expert: int
+    intermediate: int
+    hidden: int
+
+    def truncated_modes(self, shape: StackShape) -> tuple[Mode, ...]:
+        """Modes whose core size is below the mode's size: only these have a factor."""
+        return tuple(mode for mode in Mode if self[mode] < shape[mode])
+
+    def __str__(self) -> str:
+        return ",".join(str(size) for size in self)
+
+
+def stored_parameters(shape: StackShape, rank: MultilinearRank, *, coupled: int = 1) -> int:
+    """Numbers that a Tucker tensor keeps on disk: cores and the factors of truncated modes.
+
+    Args:
+        shape: Sizes of every stack.
+        rank: Core sizes of every stack.
+        coupled: Number of stacks that share one U_I.
+    """
+    factors = {mode: shape[mode] * rank[mode] for mode in rank.truncated_modes(shape)}
+    shared = factors.pop(Mode.HIDDEN, 0)
+    return coupled * (math.prod(rank) + sum(factors.values())) + shared
+
+
+Coupling = tuple[Projection, ...]
+"""Projections that are decomposed together because they share one U_I; a lone one usually."""
+
+GATE_UP: Coupling = (Projection.GATE, Projection.UP)
+
+
+def coupling_name(coupling: Coupling) -> str:
+    """Name of a coupling in file names and tables: `gate_up_proj` or the projection's own."""
+    return "gate_up_proj" if len(coupling) > 1 else str(coupling[0])
+
+
+class StackName(NamedTuple):
+    """Which stack: the layer's index in the model, the group's in the layer, the projection."""
+
+    layer: int
+    group: int
+    projection: Projection
+
+    def __str__(self) -> str:
+        return f"layer {self.layer}, group {self.group}, {self.projection}"
+
+
+def stack_tensor_name(group: int, coupling: Coupling, tensor: str) -> str:
+    """Name of a stored tensor below the experts' prefix of its layer.
+
+    Args:
+        group: Index of the group in the layer.
+        coupling: The projection that owns the tensor, or the projections that share it.
+        tensor: `core` or a factor name.
+    """
+    return f"group_{group}.{coupling_name(coupling)}.{tensor}"

@@ -1,0 +1,62 @@
+"""Every error a user can meet: what is wrong, where, and what to change.
+
+A message is one sentence with the offending value, the place and what was expected; the hint is the
+thing to change. The command line prints both and exits with `exit_code`; anything that is not a
+`TuckerizeError` is a bug.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class TuckerizeError(Exception):
+    """Root of the tree.
+
+    Args:
+        message: One sentence: the offending value, the place, what was expected.
+        hint: What to change; empty when the message says it already.
+    """
+
+    exit_code: ClassVar[int] = 2
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(TuckerizeError):
+    """Options of a command that contradict each other or the model."""
+
+
+class RecipeError(TuckerizeError):
+    """A recipe that cannot be read, or that does not fit the model."""
+
+
+class CheckpointError(TuckerizeError):
+    """A folder that is not a usable checkpoint: missing, corrupt, unfinished or unsupported."""
+
+
+class OutputError(TuckerizeError):
+    """An output folder that must not be written to."""
+
+
+class DecompositionError(TuckerizeError):
+    """A stack that cannot be decomposed as asked."""
+
+
+class MultilinearRankError(DecompositionError):
+    """A core size below 1 or above the size of its mode."""
+
+
+class NonFiniteError(DecompositionError):
+    """A stack that holds NaN or infinity."""
+
+
+class ParallelError(TuckerizeError):
+    """A world size, a split or a device that does not work."""
+
+
+class VerificationError(TuckerizeError):
+    """A verification that could not be carried out (a failed one is a result, not an error)."""

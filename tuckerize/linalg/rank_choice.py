@@ -1,0 +1,100 @@
+"""The cheapest multilinear rank that keeps a stack within a relative residual."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tuckerize.domain import Mode, MultilinearRank, StackShape, stored_parameters
+from tuckerize.linalg.gram import add_gram, eigenvalues_and_vectors
+from tuckerize.linalg.hooi import check_finite
+from tuckerize.linalg.tucker import power_of_two_unit, scaled_slice, squared_norm
+
+# float32 Gram matrices resolve relative residuals down to about 3e-4; below 1e-2 take float64.
+_FLOAT32_TOLERANCE_FLOOR = 1e-2
+
+
+def rank_for_tolerance(stacks: Sequence[Tensor], tolerance: float) -> MultilinearRank:
+    """The multilinear rank with the fewest stored parameters within a residual tolerance.
+
+    ‖X − X̂‖² of ST-HOSVD is at most the sum over the modes of the discarded eigenvalues of the Gram
+    matrix of that mode's unfolding. Of all core sizes that keep the sum within tolerance² ‖X‖² this
+    is the one that stores least, full modes costing no factor; all modes full where nothing else is
+    smaller than the dense stack.
+
+    Args:
+        stacks: Coupled expert stacks of one shape (E, H, I), any floating dtype. Each of them is
+            kept within the tolerance.
+        tolerance: Relative residual (unitless), above 0 and below 1.
+
+    Raises:
+        NonFiniteError: A stack holds NaN or infinity.
+
+    Source:
+        Vannieuwenhoven et al. 2012, theorem 6.5; the search over core sizes is our own.
+    """
+    for stack in stacks:
+        check_finite(stack)
+    shape = StackShape(*stacks[0].shape)
+    dtype = torch.float32 if tolerance >= _FLOAT32_TOLERANCE_FLOOR else torch.float64
+    if any(stack.dtype == torch.float64 for stack in stacks):
+        dtype = torch.float64
+    unit = power_of_two_unit(*stacks)
+    allowance = tolerance**2 * min(_squared_norm(stack, dtype, unit) for stack in stacks)
+    tails = [_discarded(_gram(stacks, mode, dtype, unit)) for mode in Mode]
+    return _cheapest(shape, tails, allowance, coupled=len(stacks))
+
+
+def _squared_norm(stack_EHI: Tensor, dtype: torch.dtype, unit: float) -> float:
+    return sum(squared_norm(scaled_slice(slice_HI, dtype, unit)) for slice_HI in stack_EHI)
+
+
+def _gram(stacks: Sequence[Tensor], mode: Mode, dtype: torch.dtype, unit: float) -> Tensor:
+    """Upper triangle of the summed Gram matrices of the mode's unfoldings."""
+    size = stacks[0].shape[mode]
+    gram = torch.zeros((size, size), dtype=dtype, device=stacks[0].device)
+    for stack in stacks:
+        if mode == Mode.EXPERT:
+            for row_EI in stack.unbind(1):
+                add_gram(gram, scaled_slice(row_EI, dtype, unit).T)
+            continue
+        for slice_HI in stack:
+            wide_HI = scaled_slice(slice_HI, dtype, unit)
+            add_gram(gram, wide_HI if mode == Mode.HIDDEN else wide_HI.T)
+    return gram
+
+
+def _discarded(gram_NN: Tensor) -> Tensor:
+    """Discarded energy for every core size 1..N, float64 on the host; 0 for N."""
+    values = eigenvalues_and_vectors(gram_NN)[0].double().cpu()
+    tail = values.flip(0).cumsum(0).flip(0)
+    return torch.cat([tail[1:], tail.new_zeros(1)])
+
+
+def _cheapest(
+    shape: StackShape, tails: list[Tensor], allowance: float, *, coupled: int
+) -> MultilinearRank:
+    best = MultilinearRank(*shape)
+    best_parameters = stored_parameters(shape, best, coupled=coupled)
+    expert_tail, intermediate_tail, hidden_tail = tails
+    # Core sizes of the hidden mode in ascending order of what is allowed to be discarded.
+    ascending_hidden = hidden_tail.flip(0)
+    for expert in _sizes_within(expert_tail, allowance):
+        for intermediate in _sizes_within(
+            intermediate_tail, allowance - float(expert_tail[expert - 1])
+        ):
+            left = allowance - float(expert_tail[expert - 1] + intermediate_tail[intermediate - 1])
+            allowed = int(torch.searchsorted(ascending_hidden, left, right=True))
+            rank = MultilinearRank(expert, intermediate, shape.hidden - max(allowed, 1) + 1)
+            parameters = stored_parameters(shape, rank, coupled=coupled)
+            if parameters < best_parameters:
+                best, best_parameters = rank, parameters
+    return best
+
+
+def _sizes_within(tail: Tensor, allowance: float) -> range:
+    """Core sizes whose discarded energy is at most the allowance; the full size always is."""
+    smallest = int((tail > allowance).sum()) + 1
+    return range(min(smallest, len(tail)), len(tail) + 1)

@@ -1,0 +1,162 @@
+"""A Tucker tensor of an expert stack, its expansion and its relative residual."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from tensorly import backend_context
+from tensorly.tucker_tensor import TuckerTensor
+from torch import Tensor
+
+from tuckerize.domain import Mode, MultilinearRank, StackShape
+
+# Products in float32 disturb a difference by about 1e-6 of the stack: residuals smaller than this,
+# of stacks that are stored precisely enough, are formed in float64.
+_FLOAT32_DIFFERENCE_FLOOR = 1e-3
+_FLOAT64_WORTHY = (torch.float32, torch.float64)
+# Magnitudes within 2^-20 .. 2^20 can be squared and summed in float32 without a unit.
+_ORDINARY_EXPONENT = 20
+
+
+@dataclass(frozen=True, slots=True)
+class TuckerFactors:
+    """X̂ = core ×_E U_E ×_H U_H ×_I U_I; a factor that is None is the identity of a full mode.
+
+    Attributes:
+        core: Core, shape (r_E, r_H, r_I).
+        U_E: Expert factor, shape (E, r_E), orthonormal columns, or None.
+        U_H: Intermediate factor, shape (H, r_H), orthonormal columns, or None.
+        U_I: Hidden factor, shape (I, r_I), orthonormal columns, or None.
+    """
+
+    core: Tensor
+    U_E: Tensor | None = None
+    U_H: Tensor | None = None
+    U_I: Tensor | None = None
+
+    @property
+    def factors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The three factors in the order of the modes."""
+        return self.U_E, self.U_H, self.U_I
+
+    @property
+    def rank(self) -> MultilinearRank:
+        """Core sizes (r_E, r_H, r_I)."""
+        return MultilinearRank(*self.core.shape)
+
+    @property
+    def shape(self) -> StackShape:
+        """Sizes (E, H, I) of the stack that the factors stand for."""
+        return StackShape(
+            *(
+                size if factor is None else factor.shape[0]
+                for size, factor in zip(self.core.shape, self.factors, strict=True)
+            )
+        )
+
+    def to(self, dtype: torch.dtype | None = None, device: str | None = None) -> TuckerFactors:
+        """The same Tucker tensor, rounded to `dtype`, on `device`."""
+        return TuckerFactors(
+            self.core.to(device=device, dtype=dtype),
+            *(f if f is None else f.to(device=device, dtype=dtype) for f in self.factors),
+        )
+
+    def to_tensorly(self) -> TuckerTensor:
+        """The same tensor as TensorLy's `TuckerTensor`, identities written out."""
+        full = [
+            torch.eye(size, dtype=self.core.dtype, device=self.core.device) if f is None else f
+            for size, f in zip(self.core.shape, self.factors, strict=True)
+        ]
+        with backend_context("pytorch"):
+            return TuckerTensor((self.core, full))
+
+    def expand_slices(self) -> Iterator[Tensor]:
+        """The experts' matrices of X̂ one by one, each (H, I), in the dtype of the core."""
+        for expert in range(self.shape.experts):
+            yield self.expand_slice(expert)
+
+    def expand_slice(self, expert: int) -> Tensor:
+        """The matrix of one expert, shape (H, I): U_H (Σ_a U_E[e, a] core_a) U_Iᵀ."""
+        if self.U_E is None:
+            matrix = self.core[expert]
+        else:
+            matrix = torch.tensordot(self.U_E[expert], self.core, dims=1)
+        if self.U_H is not None:
+            matrix = self.U_H @ matrix
+        return matrix if self.U_I is None else matrix @ self.U_I.T
+
+
+def expand(tucker: TuckerFactors) -> Tensor:
+    """The dense stack X̂, shape (E, H, I)."""
+    return torch.stack(list(tucker.expand_slices()))
+
+
+def relative_residual(stack_EHI: Tensor, tucker: TuckerFactors) -> float:
+    """Relative residual ‖X − X̂‖ / ‖X‖ (unitless) from the explicit difference, expert by expert.
+
+    Args:
+        stack_EHI: The stack X, shape (E, H, I), any floating dtype.
+        tucker: Its approximation, of any floating dtype.
+
+    Returns:
+        The residual; 0 where X and X̂ are both zero, infinity where only X is.
+
+    Source:
+        Kolda & Bader 2009, section 4.1. Not ‖X‖² − ‖core‖², which cancels for small residuals.
+    """
+    residual = _residual(stack_EHI, tucker, torch.float32)
+    wants_float64 = residual < _FLOAT32_DIFFERENCE_FLOOR and stack_EHI.dtype in _FLOAT64_WORTHY
+    if wants_float64 and stack_EHI.device.type != "npu":
+        residual = _residual(stack_EHI, tucker, torch.float64)
+    return residual
+
+
+def _residual(stack_EHI: Tensor, tucker: TuckerFactors, dtype: torch.dtype) -> float:
+    wide = tucker.to(dtype)
+    unit = power_of_two_unit(stack_EHI)
+    missed = total = 0.0
+    for slice_HI, expanded_HI in zip(stack_EHI, wide.expand_slices(), strict=True):
+        exact_HI = scaled_slice(slice_HI, dtype, unit)
+        missed += squared_norm(exact_HI - scaled_slice(expanded_HI, dtype, unit))
+        total += squared_norm(exact_HI)
+    if total == 0.0:
+        return 0.0 if missed == 0.0 else math.inf
+    return math.sqrt(missed / total)
+
+
+def squared_norm(tensor: Tensor) -> float:
+    """Sum of squares, accumulated in float64 where the device has it."""
+    if tensor.device.type == "npu":
+        tensor = tensor.cpu()
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
+
+
+def power_of_two_unit(*stacks: Tensor) -> float:
+    """The power of two that brings the largest magnitude of stacks near 1, where that is needed.
+
+    Multiplying by it is exact and keeps squares inside the range of float32. Stacks of ordinary
+    magnitude, and zero ones, get 1, so that they need not be copied.
+    """
+    largest = max(largest_magnitude(stack) for stack in stacks)
+    exponent = math.frexp(largest)[1]
+    return 1.0 if largest == 0.0 or abs(exponent) <= _ORDINARY_EXPONENT else 2.0**-exponent
+
+
+def largest_magnitude(stack: Tensor) -> float:
+    """Largest absolute value of a stack; not finite if an entry is not."""
+    low, high = torch.aminmax(stack)
+    return float(torch.maximum(-low, high))
+
+
+def scaled_slice(slice_HI: Tensor, dtype: torch.dtype, unit: float) -> Tensor:
+    """A matrix in a work dtype, times a unit; the argument itself where neither changes it."""
+    wide = slice_HI.to(dtype)
+    return wide if unit == 1.0 else wide * unit
+
+
+def mode_name(mode: Mode) -> str:
+    """Name of a mode for messages: `hidden mode (I)`."""
+    return f"{mode.name.lower()} mode ({'EHI'[mode]})"
