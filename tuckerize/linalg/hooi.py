@@ -121,8 +121,8 @@ def check_rank(rank: MultilinearRank, shape: StackShape) -> None:
         reachable = math.prod(rank) // rank[mode]
         if rank[mode] > reachable:
             raise MultilinearRankError(
-                f"core size {rank[mode]} of the {mode_name(mode)} is above {reachable}, the product "
-                f"of the other two, so no core of {rank} can use it",
+                f"core size {rank[mode]} of the {mode_name(mode)} is above {reachable}, the "
+                f"product of the other two, so no core of {rank} can use it",
                 hint=f"choose at most {reachable} for this mode",
             )
 
