@@ -106,3 +106,22 @@ def stack_tensor_name(group: int, coupling: Coupling, tensor: str) -> str:
         tensor: `core` or a factor name.
     """
     return f"group_{group}.{coupling_name(coupling)}.{tensor}"
+
+
+class TensorHeader(NamedTuple):
+    """What a weight file's header says of one tensor.
+
+    Attributes:
+        dtype: safetensors' name of the type: `BF16`, `F16`, `F32`, `F64`, …
+        shape: Sizes of the dimensions.
+        bytes: Bytes of the data.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the tensor."""
+        return math.prod(self.shape)

@@ -1,0 +1,1 @@
+"""safetensors and JSON on disk: lazy reading, atomic writing, manifests."""

@@ -1,0 +1,1 @@
+"""Model families: where routed experts lie in a checkpoint, and how tokens reach them."""

@@ -1,0 +1,1 @@
+"""Devices, processes, and which slice of a tensor each process owns."""

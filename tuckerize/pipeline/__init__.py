@@ -1,0 +1,1 @@
+"""The use cases, one file each: plan, decompose, shard, verify, reconstruct, describe."""

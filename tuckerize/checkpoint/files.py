@@ -1,0 +1,97 @@
+"""Small tools for files: atomic writes, hashes, JSON, names that are safe to join to a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePath
+from typing import Any
+
+from tuckerize.errors import CheckpointError
+
+_CHUNK_BYTES = 16 * 2**20
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends without an error.
+
+    A reader sees the old file or the whole new one, also after a kill or a power cut.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically, as UTF-8."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file atomically, keys in their own order."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that must hold an object.
+
+    Raises:
+        CheckpointError: The file is missing, is not JSON, or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} does not exist", hint="is the folder a checkpoint, and complete?"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as JSON: {error}", hint="fetch or write the file again"
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def copy_range(source: Path, start: int, count: int, target: Any) -> None:  # noqa: ANN401
+    """Append `count` bytes of a file, from `start`, to an open binary file."""
+    with source.open("rb") as file:
+        file.seek(start)
+        while count > 0:
+            chunk = file.read(min(_CHUNK_BYTES, count))
+            if not chunk:
+                raise CheckpointError(f"{source} ends {count} bytes early", hint="fetch it again")
+            target.write(chunk)
+            count -= len(chunk)
+
+
+def check_plain_name(name: str, *, found_in: Path) -> None:
+    """Refuse a file name from a checkpoint that is anything but a plain name in its folder.
+
+    Raises:
+        CheckpointError: The name has a separator, is hidden, empty or a parent folder.
+    """
+    if name.startswith(".") or set(name) & {"\\", "\0"} or PurePath(name).name != name:
+        raise CheckpointError(
+            f"{found_in} names the file {name!r}, expected a plain name in the same folder",
+            hint="do not use this checkpoint: it was tampered with or damaged",
+        )

@@ -1,0 +1,230 @@
+"""The two manifests: of a Tucker checkpoint and of one sharding of it.
+
+Both are JSON with an integer `schema_version`, written last; docs/format.md describes them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tuckerize.checkpoint.files import check_plain_name, read_json_object
+from tuckerize.domain import MultilinearRank, Projection, StackName, StackShape
+from tuckerize.errors import CheckpointError
+
+MANIFEST = "tuckerize.json"
+"""Name of both manifests, in the root of the checkpoint and in the folder of a sharding."""
+
+SCHEMA_VERSION = 1
+
+Count = Annotated[int, Field(ge=0)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileRecord(_Record):
+    """A file and what it must be."""
+
+    name: str
+    bytes: Count
+    sha256: Sha256
+
+
+class SourceRecord(_Record):
+    """The checkpoint that was decomposed.
+
+    Attributes:
+        model: What the user gave as `--model`.
+        config_sha256: Hash of its config.json.
+        files: Its weight files.
+    """
+
+    model: str
+    config_sha256: Sha256
+    files: tuple[FileRecord, ...]
+
+
+class StackRecord(_Record):
+    """One decomposed stack.
+
+    Attributes:
+        layer: Index of the layer in the model.
+        group: Index of the group in the layer.
+        projection: Which matrices of the experts.
+        multilinear_rank: Core sizes (r_E, r_H, r_I).
+        relative_residual: ‖X − X̂‖ / ‖X‖ of the weights as stored.
+        sweeps: HOOI sweeps after the ST-HOSVD start.
+    """
+
+    layer: Count
+    group: Count
+    projection: Projection
+    multilinear_rank: MultilinearRank
+    relative_residual: Annotated[float, Field(ge=0)]
+    sweeps: Count
+
+    @property
+    def name(self) -> StackName:
+        """Which stack this is."""
+        return StackName(self.layer, self.group, self.projection)
+
+
+class SizeRecord(_Record):
+    """Numbers and bytes of the routed experts and of all tensors."""
+
+    routed_parameters: Count
+    routed_bytes: Count
+    total_parameters: Count
+    total_bytes: Count
+
+
+class TuckerManifest(_Record):
+    """What a Tucker checkpoint is made of.
+
+    Attributes:
+        schema_version: Version of this file.
+        tuckerize_version: Version of the program that wrote it.
+        family: `model_type` of the model.
+        source: The checkpoint it was made from.
+        recipe: The recipe as it was carried out.
+        dtype: safetensors' name of the type of factors and cores.
+        shape: Sizes (E, H, I) of a projection's experts in a layer.
+        group_size: Experts in a group.
+        joint: Projections that share one U_I, if any.
+        stacks: Every decomposed stack, ordered by layer, group and projection.
+        before: Size of the source.
+        after: Size of this checkpoint.
+        files: Its weight files.
+    """
+
+    schema_version: Literal[1] = 1
+    tuckerize_version: str
+    family: str
+    source: SourceRecord
+    recipe: dict[str, Any]
+    dtype: str
+    shape: StackShape
+    group_size: Annotated[int, Field(ge=1)]
+    joint: Literal["gate_up"] | None
+    stacks: tuple[StackRecord, ...]
+    before: SizeRecord
+    after: SizeRecord
+    files: tuple[FileRecord, ...]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Indices of the decomposed layers."""
+        return tuple(sorted({stack.layer for stack in self.stacks}))
+
+    @property
+    def groups(self) -> int:
+        """Groups in a layer."""
+        return self.shape.experts // self.group_size
+
+    @property
+    def group_shape(self) -> StackShape:
+        """Sizes of one stack."""
+        return self.shape._replace(experts=self.group_size)
+
+    def stack(self, name: StackName) -> StackRecord:
+        """The record of a stack."""
+        return next(stack for stack in self.stacks if stack.name == name)
+
+
+class ShardRecord(_Record):
+    """The shard of one group of one layer that one process owns."""
+
+    layer: Count
+    group: Count
+    tp_rank: Count
+    file: FileRecord
+
+
+class ShardManifest(_Record):
+    """One sharding of a Tucker checkpoint.
+
+    Attributes:
+        schema_version: Version of this file.
+        tuckerize_version: Version of the program that wrote it.
+        layout: How tensors are split.
+        tp_size: Number of processes.
+        tucker_manifest_sha256: Hash of the manifest of the Tucker checkpoint.
+        padding: Zero rows or columns that a process adds in memory so that all processes hold equal
+            sizes, by tensor name, where `tp_size` does not divide a size.
+        shards: Every file.
+    """
+
+    schema_version: Literal[1] = 1
+    tuckerize_version: str
+    layout: Literal["intermediate", "rank"]
+    tp_size: Annotated[int, Field(ge=1)]
+    tucker_manifest_sha256: Sha256
+    padding: dict[str, Count]
+    shards: tuple[ShardRecord, ...]
+
+    def owned_by(self, tp_rank: int) -> list[ShardRecord]:
+        """The shards of one process."""
+        return [shard for shard in self.shards if shard.tp_rank == tp_rank]
+
+
+_Manifest = TypeVar("_Manifest", TuckerManifest, ShardManifest)
+
+
+def read_tucker_manifest(folder: Path) -> TuckerManifest:
+    """Read the manifest of a Tucker checkpoint.
+
+    Raises:
+        CheckpointError: It is missing (the folder is unfinished or foreign) or invalid.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        raise CheckpointError(
+            f"{folder} has no {MANIFEST}: it is not a finished Tucker checkpoint",
+            hint="run 'tuckerize decompose' (again, if it was interrupted: it continues)",
+        )
+    manifest = _read(path, TuckerManifest)
+    for file in manifest.files:
+        check_plain_name(file.name, found_in=path)
+    return manifest
+
+
+def read_shard_manifest(folder: Path) -> ShardManifest:
+    """Read the manifest of a sharding.
+
+    Raises:
+        CheckpointError: It is missing or invalid.
+    """
+    path = folder / MANIFEST
+    manifest = _read(path, ShardManifest)
+    for shard in manifest.shards:
+        check_plain_name(shard.file.name, found_in=path)
+    return manifest
+
+
+def manifest_json(manifest: TuckerManifest | ShardManifest) -> dict[str, Any]:
+    """The manifest as JSON values."""
+    return manifest.model_dump(mode="json")
+
+
+def _read(path: Path, kind: type[_Manifest]) -> _Manifest:
+    value = read_json_object(path)
+    version = value.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise CheckpointError(
+            f"{path} has schema_version {version!r}, this program reads {SCHEMA_VERSION}",
+            hint="use the version of tuckerize that wrote it, or write it again",
+        )
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise CheckpointError(
+            f"{path} is not a valid manifest: {place}: {first['msg']}",
+            hint="the file was changed or damaged: write the checkpoint again",
+        ) from None

@@ -1,0 +1,98 @@
+"""Output folders: claimed for one plan, resumable, finished last, never overwritten by accident."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tuckerize.checkpoint.files import read_json_object, write_json
+from tuckerize.checkpoint.manifest import MANIFEST
+from tuckerize.errors import OutputError
+
+_WORK = ".tuckerize"
+_PLAN = "plan.json"
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFolder:
+    """A folder that one plan is being written to.
+
+    Finished pieces of work leave a record in a hidden work folder; a run that starts again with the
+    same plan skips them. Without a manifest the folder is unfinished.
+    """
+
+    folder: Path
+
+    @classmethod
+    def check(cls, folder: Path, plan: object, *, overwrite: bool) -> None:
+        """Refuse a folder that must not be written to; changes nothing.
+
+        Args:
+            folder: The output folder; may be absent.
+            plan: JSON values that determine everything that will be written.
+            overwrite: The user allows a finished or foreign plan's result to be replaced.
+
+        Raises:
+            OutputError: The folder holds something else, or a result of another plan.
+        """
+        if not folder.exists():
+            return
+        if not folder.is_dir():
+            raise OutputError(f"{folder} is a file", hint="choose another --output")
+        if not any(folder.iterdir()):
+            return
+        work = folder / _WORK / _PLAN
+        if not work.exists() and not (folder / MANIFEST).exists():
+            raise OutputError(
+                f"{folder} is not empty and was not written by tuckerize",
+                hint="choose an empty or new folder; --overwrite does not remove foreign files",
+            )
+        if overwrite or (work.exists() and read_json_object(work) == _plain(plan)):
+            return
+        state = "a finished result" if (folder / MANIFEST).exists() else "another unfinished run"
+        raise OutputError(
+            f"{folder} already holds {state}",
+            hint="choose another folder, or add --overwrite to replace it",
+        )
+
+    @classmethod
+    def claim(cls, folder: Path, plan: object, *, overwrite: bool) -> OutputFolder:
+        """Take a folder for a plan: new, replaced, or continued where a run of it was interrupted.
+
+        Raises:
+            OutputError: As `check`.
+        """
+        cls.check(folder, plan, overwrite=overwrite)
+        work = folder / _WORK / _PLAN
+        continues = work.exists() and read_json_object(work) == _plain(plan)
+        if not continues:
+            if folder.exists():
+                # The manifest goes first: a half-removed folder is an unfinished one.
+                (folder / MANIFEST).unlink(missing_ok=True)
+                shutil.rmtree(folder)
+            work.parent.mkdir(parents=True)
+            write_json(work, _plain(plan))
+        return cls(folder)
+
+    def record(self, piece: str) -> dict[str, Any] | None:
+        """The record of a finished piece of work, or None."""
+        path = self.folder / _WORK / f"{piece}.json"
+        return read_json_object(path) if path.exists() else None
+
+    def write_record(self, piece: str, value: object) -> None:
+        """Note that a piece of work is finished; what it wrote must be in place."""
+        write_json(self.folder / _WORK / f"{piece}.json", value)
+
+    def finish(self, manifest: object) -> None:
+        """Write the manifest and remove the work folder."""
+        write_json(self.folder / MANIFEST, manifest)
+        shutil.rmtree(self.folder / _WORK)
+
+
+def _plain(plan: object) -> dict[str, Any]:
+    """The plan as it reads back from JSON."""
+    value: dict[str, Any] = json.loads(json.dumps(plan))
+    return value

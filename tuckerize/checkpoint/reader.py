@@ -1,0 +1,203 @@
+"""Lazy reading of Hugging Face checkpoints: headers first, tensors one at a time."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tuckerize.checkpoint.files import check_plain_name, read_json_object
+from tuckerize.domain import TensorHeader
+from tuckerize.errors import CheckpointError
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+
+TORCH_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+"""Floating types that the tool reads and writes, by safetensors' name."""
+
+# safetensors refuses longer headers, too.
+_MAX_HEADER_BYTES = 100_000_000
+
+
+class DataRange(NamedTuple):
+    """Where a tensor's bytes lie in its file."""
+
+    header: TensorHeader
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFile:
+    """One safetensors file: where the tensors lie in it, in file order."""
+
+    path: Path
+    tensors: dict[str, DataRange]
+
+    @classmethod
+    def open(cls, path: Path) -> WeightFile:
+        """Read the header of a safetensors file.
+
+        Raises:
+            CheckpointError: The file is missing, truncated or not safetensors.
+        """
+        try:
+            with path.open("rb") as file:
+                size = file.seek(0, 2)
+                file.seek(0)
+                (length,) = struct.unpack("<Q", file.read(8))
+                if length > min(_MAX_HEADER_BYTES, size):
+                    raise CheckpointError(f"{path} is not a safetensors file, or is truncated")
+                header = json.loads(file.read(length))
+            tensors = dict(_ranges(header, 8 + length))
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"the weight file {path} is missing", hint="fetch the checkpoint again"
+            ) from None
+        except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{path} has no valid safetensors header: {error}", hint="fetch the file again"
+            ) from error
+        end = max((r.start + r.header.bytes for r in tensors.values()), default=8 + length)
+        if end != size:
+            raise CheckpointError(
+                f"{path} has {size} bytes, its header describes {end}", hint="fetch the file again"
+            )
+        return cls(path, tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A folder with config.json and safetensors weight files.
+
+    Attributes:
+        folder: The folder.
+        config: Contents of config.json.
+        files: Weight files by name.
+        tensors: Header of every tensor, in the order of the files.
+        file_of: Name of the weight file of every tensor.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    files: dict[str, WeightFile]
+    tensors: dict[str, TensorHeader]
+    file_of: dict[str, str]
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Read config, index and all headers; no weights.
+
+        Raises:
+            CheckpointError: Something is missing, unreadable or contradictory.
+        """
+        config = read_json_object(folder / CONFIG)
+        file_of = _file_of_tensors(folder)
+        files = {name: WeightFile.open(folder / name) for name in sorted(set(file_of.values()))}
+        for tensor, name in file_of.items():
+            if tensor not in files[name].tensors:
+                raise CheckpointError(
+                    f"{folder / INDEX} places {tensor} in {name}, which does not hold it",
+                    hint="fetch the checkpoint again",
+                )
+        tensors = {
+            tensor: place.header
+            for name, file in files.items()
+            for tensor, place in file.tensors.items()
+            if file_of.get(tensor) == name
+        }
+        return cls(folder, config, files, tensors, file_of)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(header.bytes for header in self.tensors.values())
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in all tensors."""
+        return sum(header.parameters for header in self.tensors.values())
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Read tensors one at a time, file by file; files are closed as soon as they are read.
+
+        Raises:
+            CheckpointError: A tensor is missing or cannot be read.
+        """
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            if name not in self.file_of:
+                raise CheckpointError(
+                    f"{self.folder} has no tensor {name}", hint="fetch or write the folder again"
+                )
+            by_file.setdefault(self.file_of[name], []).append(name)
+        for file_name, members in by_file.items():
+            yield from read_tensors(self.folder / file_name, members)
+
+    def read_one(self, name: str) -> Tensor:
+        """Read one tensor."""
+        return next(self.read([name]))[1]
+
+
+def read_tensors(path: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Read tensors of one safetensors file one at a time.
+
+    Raises:
+        CheckpointError: The file or a tensor cannot be read.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in names:
+                yield name, file.get_tensor(name)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error}", hint="fetch or write the file again"
+        ) from error
+
+
+def _ranges(header: dict[str, Any], data_start: int) -> Iterator[tuple[str, DataRange]]:
+    """Tensors of a parsed safetensors header, in the order of their data."""
+    described = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    for name, entry in sorted(described.items(), key=lambda item: item[1]["data_offsets"]):
+        start, stop = entry["data_offsets"]
+        yield (
+            name,
+            DataRange(
+                TensorHeader(str(entry["dtype"]), tuple(entry["shape"]), stop - start),
+                data_start + start,
+            ),
+        )
+
+
+def _file_of_tensors(folder: Path) -> dict[str, str]:
+    """Weight file of every tensor, from the index or the single file."""
+    index = folder / INDEX
+    if index.exists():
+        weight_map = read_json_object(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index} has no weight_map", hint="fetch the file again")
+        for name in set(weight_map.values()):
+            check_plain_name(str(name), found_in=index)
+        return {str(tensor): str(name) for tensor, name in weight_map.items()}
+    if (folder / SINGLE_FILE).exists():
+        return dict.fromkeys(WeightFile.open(folder / SINGLE_FILE).tensors, SINGLE_FILE)
+    other = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+    raise CheckpointError(
+        f"{folder} has neither {INDEX} nor {SINGLE_FILE}",
+        hint=f"convert {other[0]} first: load it with transformers, then save_pretrained"
+        if other
+        else "the folder is unfinished or is not a checkpoint",
+    )

@@ -1,0 +1,262 @@
+"""The table of supported model families, and the MoE facts of one checkpoint.
+
+A family is one row of `FAMILIES`: names of tensors and configuration keys. Everything that differs
+between families belongs here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tuckerize.domain import Projection, StackShape, TensorHeader
+from tuckerize.errors import CheckpointError
+
+Config = Mapping[str, Any]
+
+# safetensors' names of the types that can be decomposed.
+DECOMPOSABLE_DTYPES = ("BF16", "F16", "F32", "F64")
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """How a router turns logits into experts and weights.
+
+    Attributes:
+        method: `greedy` takes the top experts of all; `group_limited_greedy` takes them from the
+            best groups of experts only.
+        top_k: Experts a token.
+        scale: Factor on the routing weights.
+        groups: Number of expert groups (`group_limited_greedy`).
+        top_groups: Groups a token may use (`group_limited_greedy`).
+    """
+
+    method: Literal["greedy", "group_limited_greedy"]
+    top_k: int
+    scale: float = 1.0
+    groups: int = 1
+    top_groups: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Names of one model family; `{layer}`, `{expert}` and `{projection}` are filled in.
+
+    Attributes:
+        model_type: `model_type` in config.json.
+        experts: Prefix of the routed experts of a layer.
+        expert_weight: Name of one expert's projection below that prefix.
+        router_weight: Weight of the router, shape (E, I).
+        input_norm: Weight of the norm in front of the MoE block, shape (I,).
+        experts_key: Configuration key of the number of routed experts.
+        intermediate_key: Configuration key of the experts' intermediate size.
+        shared_key: Configuration key of the number of shared experts.
+        routing: Reads the routing from a configuration.
+    """
+
+    model_type: str
+    experts: str
+    expert_weight: str
+    router_weight: str
+    input_norm: str
+    experts_key: str
+    intermediate_key: str
+    shared_key: str
+    routing: Callable[[Config], Routing]
+
+    def experts_prefix(self, layer: int) -> str:
+        """Prefix of the routed experts of a layer, without the final dot."""
+        return self.experts.format(layer=layer)
+
+    def weight_name(self, layer: int, expert: int, projection: Projection) -> str:
+        """Checkpoint name of one expert's weight matrix."""
+        below = self.expert_weight.format(expert=expert, projection=projection)
+        return f"{self.experts_prefix(layer)}.{below}"
+
+    def layers_with_experts(self, names: Iterable[str]) -> tuple[int, ...]:
+        """Indices of the layers that have routed experts, from the tensors' names."""
+        prefix = re.escape(self.experts).replace(re.escape("{layer}"), r"(\d+)")
+        pattern = re.compile(rf"{prefix}\.")
+        found = (pattern.match(name) for name in names)
+        return tuple(sorted({int(match[1]) for match in found if match}))
+
+
+@dataclass(frozen=True, slots=True)
+class MoeModel:
+    """The MoE facts of one checkpoint.
+
+    Attributes:
+        family: Its row of the table.
+        layers: Indices of the layers with routed experts.
+        shape: Sizes (E, H, I) of a projection's experts in a layer.
+        shared_experts: Number of shared experts.
+        routing: How tokens are routed.
+        activation: Name of the activation between gate and up (`hidden_act`).
+        dtype: safetensors' name of the routed experts' type.
+    """
+
+    family: Family
+    layers: tuple[int, ...]
+    shape: StackShape
+    shared_experts: int
+    routing: Routing
+    activation: str
+    dtype: str
+
+    @property
+    def routed_parameters(self) -> int:
+        """Numbers in the routed experts of all layers."""
+        return len(self.layers) * len(Projection) * self.shape.parameters
+
+    def layer_weight_names(self, layer: int) -> list[str]:
+        """Checkpoint names of all routed weights of a layer."""
+        return [
+            self.family.weight_name(layer, expert, projection)
+            for expert in range(self.shape.experts)
+            for projection in Projection
+        ]
+
+
+def describe_moe(config: Config, tensors: Mapping[str, TensorHeader]) -> MoeModel:
+    """Recognise the family of a checkpoint and check that its routed experts are complete.
+
+    Args:
+        config: Contents of config.json.
+        tensors: Headers of all tensors.
+
+    Raises:
+        CheckpointError: The family is not supported, the weights are quantized, or routed weights
+            are missing or have another shape or type than the configuration says.
+    """
+    family = _family(config)
+    if "quantization_config" in config:
+        method = dict(config["quantization_config"]).get("quant_method", "unknown")
+        raise CheckpointError(
+            f"config.json announces weights quantized with '{method}', which cannot be decomposed",
+            hint="start from a bf16, fp16 or fp32 checkpoint of the model",
+        )
+    layers = family.layers_with_experts(tensors)
+    if not layers:
+        raise CheckpointError(
+            f"no tensor is named like the routed experts of {family.model_type} "
+            f"({family.weight_name(0, 0, Projection.GATE)})",
+            hint="the checkpoint may be incomplete, or saved in another layout",
+        )
+    shape = StackShape(
+        _positive(config, family.experts_key),
+        _positive(config, family.intermediate_key),
+        _positive(config, "hidden_size"),
+    )
+    first = family.weight_name(layers[0], 0, Projection.GATE)
+    model = MoeModel(
+        family=family,
+        layers=layers,
+        shape=shape,
+        shared_experts=int(config.get(family.shared_key) or 0),
+        routing=family.routing(config),
+        activation=str(config.get("hidden_act", "silu")),
+        dtype=tensors[first].dtype if first in tensors else "",
+    )
+    _check_weights(model, tensors)
+    return model
+
+
+def disk_shape(shape: StackShape, projection: Projection) -> tuple[int, int]:
+    """Shape of one expert's weight on disk: (H, I), or (I, H) for down_proj."""
+    if projection == Projection.DOWN:
+        return shape.hidden, shape.intermediate
+    return shape.intermediate, shape.hidden
+
+
+def _family(config: Config) -> Family:
+    model_type = str(config.get("model_type"))
+    if model_type not in FAMILIES:
+        raise CheckpointError(
+            f"model_type '{model_type}' in config.json is not a supported MoE family",
+            hint=f"supported: {', '.join(sorted(FAMILIES))}",
+        )
+    return FAMILIES[model_type]
+
+
+def _positive(config: Config, key: str) -> int:
+    value = config.get(key)
+    if not isinstance(value, int) or value < 1:
+        raise CheckpointError(
+            f"config.json has {key} = {value!r}, expected a positive integer",
+            hint="repair the source's config.json",
+        )
+    return value
+
+
+def _check_weights(model: MoeModel, tensors: Mapping[str, TensorHeader]) -> None:
+    for layer in model.layers:
+        for projection in Projection:
+            expected = disk_shape(model.shape, projection)
+            for expert in range(model.shape.experts):
+                name = model.family.weight_name(layer, expert, projection)
+                _check_weight(name, tensors.get(name), expected, model.dtype)
+        known = set(model.layer_weight_names(layer))
+        prefix = model.family.experts_prefix(layer) + "."
+        extra = sorted(n for n in tensors if n.startswith(prefix) and n not in known)
+        if extra:
+            raise CheckpointError(
+                f"layer {layer} has the tensor {extra[0]}, which the family "
+                f"{model.family.model_type} with {model.shape.experts} experts does not know",
+                hint="check n_routed_experts in config.json",
+            )
+
+
+def _check_weight(
+    name: str, header: TensorHeader | None, expected: tuple[int, int], dtype: str
+) -> None:
+    if header is None:
+        raise CheckpointError(
+            f"the tensor {name} is missing", hint="the checkpoint is incomplete: fetch it again"
+        )
+    if header.shape != expected:
+        raise CheckpointError(
+            f"the tensor {name} has shape {list(header.shape)}, expected {list(expected)}",
+            hint="check the sizes in config.json",
+        )
+    if header.dtype not in DECOMPOSABLE_DTYPES or header.dtype != dtype:
+        raise CheckpointError(
+            f"the tensor {name} has type {header.dtype}, expected one of "
+            f"{', '.join(DECOMPOSABLE_DTYPES)} and the same for all routed experts",
+            hint="convert the checkpoint to bf16 first",
+        )
+
+
+def _deepseek_v2_routing(config: Config) -> Routing:
+    method = str(config.get("topk_method") or "greedy")
+    if method not in ("greedy", "group_limited_greedy"):
+        raise CheckpointError(
+            f"config.json has topk_method = '{method}', expected greedy or group_limited_greedy",
+            hint="other routings of this family are not supported",
+        )
+    return Routing(
+        method="greedy" if method == "greedy" else "group_limited_greedy",
+        top_k=_positive(config, "num_experts_per_tok"),
+        scale=float(config.get("routed_scaling_factor", 1.0)),
+        groups=int(config.get("n_group") or 1),
+        top_groups=int(config.get("topk_group") or 1),
+    )
+
+
+FAMILIES: Mapping[str, Family] = {
+    row.model_type: row
+    for row in (
+        Family(
+            model_type="deepseek_v2",
+            experts="model.layers.{layer}.mlp.experts",
+            expert_weight="{expert}.{projection}.weight",
+            router_weight="model.layers.{layer}.mlp.gate.weight",
+            input_norm="model.layers.{layer}.post_attention_layernorm.weight",
+            experts_key="n_routed_experts",
+            intermediate_key="moe_intermediate_size",
+            shared_key="n_shared_experts",
+            routing=_deepseek_v2_routing,
+        ),
+    )
+}

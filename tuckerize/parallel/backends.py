@@ -1,0 +1,71 @@
+"""Device and collective backend: one code path for npu, cuda and cpu."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from tuckerize.errors import ParallelError
+
+DeviceChoice = Literal["auto", "npu", "cuda", "cpu"]
+
+# torch before 2.8 has no table of default backends.
+_BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
+
+
+def choose_device(choice: DeviceChoice, *, local_rank: int = 0) -> torch.device:
+    """The device to work on, made current.
+
+    Args:
+        choice: `auto` takes the accelerator where there is one.
+        local_rank: Index of the process on its host, and so of its device.
+
+    Raises:
+        ParallelError: The device is not there, or has fewer units than processes on this host.
+    """
+    if choice == "npu":
+        _import_torch_npu()
+    found = torch.accelerator.current_accelerator(check_available=True)
+    available = "cpu" if found is None else found.type
+    kind = available if choice == "auto" else choice
+    if kind == "cpu":
+        return torch.device("cpu")
+    if kind != available:
+        raise ParallelError(
+            f"device '{kind}' is not available: torch {torch.__version__} finds {available} only",
+            hint=f"use --device {available}, or install the torch build and driver for {kind}",
+        )
+    if local_rank >= torch.accelerator.device_count():
+        raise ParallelError(
+            f"process {local_rank} of this host has no {kind} device: there are "
+            f"{torch.accelerator.device_count()}",
+            hint="start as many processes as devices (--nproc-per-node)",
+        )
+    torch.accelerator.set_device_index(local_rank)
+    return torch.device(kind, local_rank)
+
+
+def backend_for(device: torch.device) -> str:
+    """The device's own collective backend, beside gloo for the host: `cpu:gloo,npu:hccl`."""
+    lookup = getattr(dist, "get_default_backend_for_device", None)
+    name = _BACKENDS[device.type] if lookup is None else str(lookup(device.type))
+    return name if device.type == "cpu" else f"cpu:gloo,{device.type}:{name}"
+
+
+def _import_torch_npu() -> None:
+    if importlib.util.find_spec("torch_npu") is None:
+        raise ParallelError(
+            "device 'npu' needs the package torch_npu, which is not installed",
+            hint="pip install 'tuckerize[npu]' beside the same minor version of torch",
+        )
+    try:
+        importlib.import_module("torch_npu")
+    except Exception as error:
+        raise ParallelError(
+            f"torch_npu cannot be loaded: {error}",
+            hint="source CANN's set_env.sh first, and match torch_npu to torch",
+        ) from error

@@ -1,0 +1,139 @@
+"""The processes of one run: alone, or started by torchrun."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed import Store
+from torch.distributed.rendezvous import rendezvous
+
+from tuckerize.parallel.backends import backend_for
+
+T = TypeVar("T")
+
+# A stack of a large model can take an hour on a slow host.
+TIMEOUT = timedelta(hours=24)
+
+_STARTED = "tuckerize/started"
+_NEXT = "tuckerize/next"
+
+
+class LeaderFailedError(Exception):
+    """Process 0 has failed and reported why: the others leave quietly."""
+
+
+@dataclass(slots=True)
+class Processes:
+    """This process among those of the run.
+
+    Attributes:
+        rank: Index of this process (`process_rank`).
+        size: Number of processes.
+        local_rank: Index among the processes of this host.
+        local_size: Number of processes of this host.
+        store: Key-value store that all share; None when alone.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    store: Store | None = None
+    _taken: int = 0
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this is process 0, the one that reports."""
+        return self.rank == 0
+
+    def leader_first(self, work: Callable[[], T]) -> T:
+        """Do the same work everywhere, process 0 first, so that an error is reported once.
+
+        Raises:
+            LeaderFailedError: On the other processes, when process 0 failed.
+        """
+        if self.store is None:
+            return work()
+        if not self.is_leader:
+            self.store.wait([_STARTED], TIMEOUT)
+            if self.store.get(_STARTED) != b"ok":
+                raise LeaderFailedError
+            return work()
+        try:
+            result = work()
+        except BaseException:
+            self.store.set(_STARTED, "failed")
+            raise
+        self.store.set(_STARTED, "ok")
+        return result
+
+    def queue(self, count: int) -> Iterator[int]:
+        """Indices below `count` in order, each given to the first process that is free."""
+        while (index := self._take()) < count:
+            yield index
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.size > 1:
+            dist.barrier()
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, on every process."""
+        if self.size == 1:
+            return [value]
+        values: list[T | None] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return [value for value in values if value is not None]
+
+    def _take(self) -> int:
+        if self.store is not None:
+            return int(self.store.add(_NEXT, 1)) - 1
+        self._taken += 1
+        return self._taken - 1
+
+
+def started_by_torchrun() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+
+
+def process_rank() -> int:
+    """Index of this process, before any process group exists."""
+    return int(os.environ.get("RANK", "0")) if started_by_torchrun() else 0
+
+
+@contextmanager
+def process_group(
+    choose: Callable[[int], torch.device],
+) -> Iterator[tuple[Processes, torch.device]]:
+    """Join the processes of the run and leave them at the end.
+
+    Args:
+        choose: Chooses this process's device from its index on the host.
+
+    Yields:
+        The processes, and this process's device.
+    """
+    if not started_by_torchrun():
+        yield Processes(), choose(0)
+        return
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    device = choose(local_rank)
+    store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+    dist.init_process_group(
+        backend_for(device), store=store, rank=rank, world_size=size, timeout=TIMEOUT
+    )
+    # Otherwise every process of a host takes all of its cores, or, under torchrun, only one.
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+    try:
+        yield Processes(rank, size, local_rank, local_size, store), device
+    finally:
+        dist.destroy_process_group()

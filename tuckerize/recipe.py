@@ -1,0 +1,187 @@
+"""Recipes: which stacks are decomposed, how far, and how. YAML on disk, validated on reading."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from tuckerize.domain import MultilinearRank, Projection, StackShape
+from tuckerize.errors import RecipeError
+
+_LAYER = re.compile(r"\d+")
+_RANGE = re.compile(r"(\d*)\s*-\s*(\d*)")
+_SIZE = re.compile(r"full|[1-9]\d*|\d+(\.\d+)?%")
+
+
+def _rank_text(value: object) -> object:
+    """`full,50%,1024` and the YAML list [full, 50%, 1024] are the same."""
+    return ",".join(str(part) for part in value) if isinstance(value, list) else value
+
+
+def _check_rank(text: str) -> str:
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) != 3:
+        raise ValueError(f"'{text}' has {len(parts)} sizes, expected three: r_E,r_H,r_I")
+    for part in parts:
+        if not _SIZE.fullmatch(part) or (part.endswith("%") and not 0 < float(part[:-1]) <= 100):
+            raise ValueError(f"'{part}' in '{text}' is not a number, a percentage or 'full'")
+    return ",".join(parts)
+
+
+class _Schema(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Rule(_Schema):
+    """How far the stacks of some layers and projections are decomposed.
+
+    Attributes:
+        layers: `1-3,7,20-`: single layers and ranges; all MoE layers if absent.
+        projections: Projections it is for; all three if absent.
+        rank: Core sizes `r_E,r_H,r_I`: numbers, percentages of the mode, or `full`.
+        keep: Kept share of the parameters of the stacks of this rule, in (0, 1].
+        tolerance: Relative residual that each stack of this rule may have, in (0, 1).
+    """
+
+    layers: str | None = None
+    projections: tuple[Projection, ...] = tuple(Projection)
+    rank: Annotated[str, BeforeValidator(_rank_text)] | None = None
+    keep: Annotated[float, Field(gt=0, le=1)] | None = None
+    tolerance: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one_size(self) -> Rule:
+        given = [self.rank, self.keep, self.tolerance]
+        if sum(value is not None for value in given) != 1:
+            raise ValueError("give exactly one of rank, keep and tolerance")
+        if self.rank is not None:
+            _check_rank(self.rank)
+        if self.layers is not None:
+            _layer_ranges(self.layers)
+        if not self.projections:
+            raise ValueError("projections is empty")
+        return self
+
+    def matches(self, layer: int, projection: Projection) -> bool:
+        """Whether the rule is for a stack."""
+        return projection in self.projections and self.selects_layer(layer)
+
+    def selects_layer(self, layer: int) -> bool:
+        """Whether the rule is for a layer."""
+        if self.layers is None:
+            return True
+        return any(start <= layer <= stop for start, stop in _layer_ranges(self.layers))
+
+    def single_layers(self) -> list[int]:
+        """Layers that the rule names one by one."""
+        ranges = [] if self.layers is None else _layer_ranges(self.layers)
+        return [int(start) for start, stop in ranges if start == stop]
+
+
+class Recipe(_Schema):
+    """Everything that determines the numbers a decomposition writes.
+
+    Attributes:
+        schema_version: Version of the recipe format.
+        rules: The first rule that matches a stack decides; stacks without a rule stay as they are.
+        group_size: Experts in a group; all experts of the layer if absent.
+        joint: `gate_up`: gate_proj and up_proj share one U_I.
+        dtype: Type of factors and cores (`bfloat16`, `float16`, `float32`); the source's if absent.
+        max_sweeps: HOOI sweeps at most.
+        engine: `tuckerize`, or `tensorly` for the slow reference.
+    """
+
+    schema_version: Literal[1] = 1
+    rules: Annotated[tuple[Rule, ...], Field(min_length=1)]
+    group_size: Annotated[int, Field(ge=1)] | None = None
+    joint: Literal["gate_up"] | None = None
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    max_sweeps: Annotated[int, Field(ge=0)] = 10
+    engine: Literal["tuckerize", "tensorly"] = "tuckerize"
+
+    def rule_index(self, layer: int, projection: Projection) -> int | None:
+        """Index of the rule that decides about a stack."""
+        for index, rule in enumerate(self.rules):
+            if rule.matches(layer, projection):
+                return index
+        return None
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read and validate a recipe file.
+
+    Raises:
+        RecipeError: The file is missing, is not YAML, or does not follow the schema.
+    """
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"the recipe {path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+        raise RecipeError(
+            f"the recipe {path} is not YAML: {' '.join(str(error).split())}"
+        ) from None
+    return parse_recipe(value, place=str(path))
+
+
+def parse_recipe(value: object, *, place: str) -> Recipe:
+    """Validate a recipe.
+
+    Args:
+        value: Values as read from YAML or given by options.
+        place: Where they come from, for messages.
+
+    Raises:
+        RecipeError: They do not follow the schema; the message names the first key that does not.
+    """
+    if not isinstance(value, dict):
+        raise RecipeError(f"{place} holds {value!r}, expected keys and values")
+    try:
+        return Recipe.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise RecipeError(f"{place}: {key + ': ' if key else ''}{message}") from None
+
+
+def resolve_rank(text: str, shape: StackShape) -> MultilinearRank:
+    """Core sizes from their text.
+
+    Percentages are of the size of the mode, rounded to the nearest number, at least 1. Sizes above
+    their mode are returned as they are; the decomposition refuses them.
+
+    >>> resolve_rank("full,50%,1024", StackShape(64, 1408, 2048))
+    MultilinearRank(expert=64, intermediate=704, hidden=1024)
+    """
+    sizes = [_resolve_size(part, size) for part, size in zip(text.split(","), shape, strict=True)]
+    return MultilinearRank(*sizes)
+
+
+def _resolve_size(part: str, size: int) -> int:
+    if part == "full":
+        return size
+    if part.endswith("%"):
+        return max(1, round(size * float(part[:-1]) / 100))
+    return int(part)
+
+
+def _layer_ranges(text: str) -> list[tuple[float, float]]:
+    """`1-3,7,20-` as inclusive ranges."""
+    ranges = []
+    for part in (part.strip() for part in text.split(",")):
+        if _LAYER.fullmatch(part):
+            ranges.append((float(part), float(part)))
+            continue
+        match = _RANGE.fullmatch(part)
+        if match is None or not any(match.groups()):
+            raise ValueError(f"'{part}' in layers is not a layer or a range like 1-3 or 20-")
+        start, stop = float(match[1] or 0), float(match[2] or "inf")
+        if stop < start:
+            raise ValueError(f"the range '{part}' in layers ends before it starts")
+        ranges.append((start, stop))
+    return ranges

@@ -1,0 +1,303 @@
+"""Results of the commands as data; `to_json` gives their JSON form."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from tuckerize.domain import MultilinearRank, StackShape
+
+SCHEMA_VERSION = 1
+
+
+class Progress(Protocol):
+    """Shows how far long work is; the command line draws it, tests ignore it."""
+
+    def start(self, total: float, unit: str) -> None:
+        """Begin work of a total amount."""
+
+    def advance(self, amount: float, note: str) -> None:
+        """Some of it is done; the note says what."""
+
+    def close(self) -> None:
+        """The work has ended."""
+
+
+class SilentProgress:
+    """Shows nothing."""
+
+    def start(self, total: float, unit: str) -> None:
+        """Do nothing."""
+
+    def advance(self, amount: float, note: str) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Numbers and bytes of the routed experts and of all tensors."""
+
+    routed_parameters: int
+    routed_bytes: int
+    total_parameters: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class InspectReport:
+    """What a model is made of, from its headers and configuration.
+
+    Attributes:
+        model: The folder.
+        family: `model_type`.
+        layers: Indices of the layers with routed experts.
+        shape: Sizes (E, H, I) of a projection's experts in a layer.
+        top_k: Experts a token.
+        shared_experts: Number of shared experts.
+        dtype: safetensors' name of the routed experts' type.
+        size: Numbers and bytes.
+        tucker: Facts of the decomposition, for a Tucker checkpoint.
+    """
+
+    model: str
+    family: str
+    layers: tuple[int, ...]
+    shape: StackShape
+    top_k: int
+    shared_experts: int
+    dtype: str
+    size: Size
+    tucker: TuckerFacts | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TuckerFacts:
+    """How a Tucker checkpoint was made.
+
+    Attributes:
+        source: The model it was made from.
+        layers: Indices of the decomposed layers.
+        before: Size of the source.
+        largest_residual: Largest relative residual of a stack.
+        shardings: Numbers of processes that it is sharded for.
+    """
+
+    source: str
+    layers: tuple[int, ...]
+    before: Size
+    largest_residual: float
+    shardings: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StackPlan:
+    """What one stack will become.
+
+    Attributes:
+        layer: Index of the layer.
+        group: Index of the group.
+        projection: Projection, or `gate_up_proj` for two that share one U_I.
+        multilinear_rank: Core sizes; None where a tolerance decides them.
+        tolerance: That tolerance, or None.
+        bytes_before: Bytes of the dense stacks.
+        bytes_after: Bytes stored; at most the dense ones' where a tolerance decides.
+    """
+
+    layer: int
+    group: int
+    projection: str
+    multilinear_rank: MultilinearRank | None
+    tolerance: float | None
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlanReport:
+    """What a decomposition will do.
+
+    Attributes:
+        stacks: Every stack.
+        before: Size of the source.
+        after: Size of the result; an upper bound where a tolerance decides.
+        peak_bytes: Estimated peak memory of one process.
+        seconds: Estimated time of one process.
+    """
+
+    stacks: tuple[StackPlan, ...]
+    before: Size
+    after: Size
+    peak_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class StackResult:
+    """What one stack became.
+
+    Attributes:
+        layer: Index of the layer.
+        group: Index of the group.
+        projection: Projection.
+        multilinear_rank: Core sizes.
+        relative_residual: ‖X − X̂‖ / ‖X‖ of the weights as stored.
+        sweeps: HOOI sweeps after the start.
+    """
+
+    layer: int
+    group: int
+    projection: str
+    multilinear_rank: MultilinearRank
+    relative_residual: float
+    sweeps: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecomposeReport:
+    """What a decomposition did.
+
+    Attributes:
+        output: The Tucker checkpoint.
+        stacks: Every stack.
+        before: Size of the source.
+        after: Size of the result.
+        resumed_pieces: Pieces of work that an interrupted run had finished.
+        seconds: Time of this run.
+    """
+
+    output: str
+    stacks: tuple[StackResult, ...]
+    before: Size
+    after: Size
+    resumed_pieces: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutCost:
+    """What one layout costs.
+
+    Attributes:
+        layout: Its name.
+        bytes_per_process: Bytes of the largest process's shards, padding included.
+        traffic_per_token: Bytes that each process sends for one token through all layers.
+    """
+
+    layout: str
+    bytes_per_process: int
+    traffic_per_token: float
+
+
+@dataclass(frozen=True, slots=True)
+class ShardReport:
+    """What a sharding did.
+
+    Attributes:
+        folder: Where the shards are.
+        tp_size: Number of processes.
+        layout: The layout that was written.
+        costs: Every layout's costs.
+        dense_traffic_per_token: The same traffic of the dense model under Megatron's TP.
+        padding: Zero rows or columns added in memory, by tensor.
+        files: Number of files.
+    """
+
+    folder: str
+    tp_size: int
+    layout: str
+    costs: tuple[LayoutCost, ...]
+    dense_traffic_per_token: float
+    padding: dict[str, int]
+    files: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerVerdict:
+    """What verification found about one layer.
+
+    Attributes:
+        layer: Index of the layer.
+        sharding_error: Largest relative difference of a token's output, sharded against unsharded,
+            on any process.
+        output_error: Relative output error of the Tucker layer against the dense one on the tokens;
+            None without the source.
+        residual_recorded: Largest relative residual that decompose recorded for a stack.
+        residual_difference: Largest |measured − recorded| relative residual of a stack; None
+            without the source.
+        failures: What is wrong; empty if nothing is.
+    """
+
+    layer: int
+    sharding_error: float
+    output_error: float | None
+    residual_recorded: float
+    residual_difference: float | None
+    failures: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What a verification found.
+
+    Attributes:
+        folder: The Tucker checkpoint.
+        tp_size: Number of processes, each with its own shards.
+        layout: Layout of the shards, or `unsharded`.
+        device: Type of the device.
+        tokens: Number of tokens.
+        tolerance: Bound on the sharding error.
+        layers: Every verified layer.
+        notes: What was not verified, and why.
+    """
+
+    folder: str
+    tp_size: int
+    layout: str
+    device: str
+    tokens: int
+    tolerance: float
+    layers: tuple[LayerVerdict, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether no layer has a failure."""
+        return not any(layer.failures for layer in self.layers)
+
+
+@dataclass(frozen=True, slots=True)
+class ReconstructReport:
+    """What a reconstruction wrote.
+
+    Attributes:
+        output: The dense checkpoint.
+        size: Its size.
+        layers: Indices of the expanded layers.
+    """
+
+    output: str
+    size: Size
+    layers: tuple[int, ...]
+
+
+def to_json(report: Any) -> dict[str, Any]:  # noqa: ANN401
+    """A report as JSON values, its own derived verdict included."""
+    value: dict[str, Any] = {"schema_version": SCHEMA_VERSION, **asdict(report)}
+    if isinstance(report, VerifyReport):
+        value["passed"] = report.passed
+    return {key: _finite(item) for key, item in value.items()}
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401
+    """JSON has no NaN and no infinity: they become text."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
