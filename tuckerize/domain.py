@@ -7,6 +7,7 @@ Pure Python, so that planning and `--help` never import torch. Shapes are always
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from typing import NamedTuple
 
@@ -75,6 +76,16 @@ def stored_parameters(shape: StackShape, rank: MultilinearRank, *, coupled: int 
     return coupled * (math.prod(rank) + sum(factors.values())) + shared
 
 
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Numbers and bytes of the routed experts and of all tensors of a checkpoint."""
+
+    routed_parameters: int
+    routed_bytes: int
+    total_parameters: int
+    total_bytes: int
+
+
 Coupling = tuple[Projection, ...]
 """Projections that are decomposed together because they share one U_I; a lone one usually."""
 
@@ -86,26 +97,25 @@ def coupling_name(coupling: Coupling) -> str:
     return "gate_up_proj" if len(coupling) > 1 else str(coupling[0])
 
 
-class StackName(NamedTuple):
-    """Which stack: the layer's index in the model, the group's in the layer, the projection."""
+@dataclass(frozen=True, slots=True)
+class StackResult:
+    """What one stack became.
+
+    Attributes:
+        layer: Index of the layer in the model.
+        group: Index of the group in the layer.
+        projection: Which matrices of the experts.
+        multilinear_rank: Core sizes (r_E, r_H, r_I).
+        relative_residual: ‖X − X̂‖ / ‖X‖ of the weights as stored (unitless).
+        sweeps: HOOI sweeps after the start.
+    """
 
     layer: int
     group: int
     projection: Projection
-
-    def __str__(self) -> str:
-        return f"layer {self.layer}, group {self.group}, {self.projection}"
-
-
-def stack_tensor_name(group: int, coupling: Coupling, tensor: str) -> str:
-    """Name of a stored tensor below the experts' prefix of its layer.
-
-    Args:
-        group: Index of the group in the layer.
-        coupling: The projection that owns the tensor, or the projections that share it.
-        tensor: `core` or a factor name.
-    """
-    return f"group_{group}.{coupling_name(coupling)}.{tensor}"
+    multilinear_rank: MultilinearRank
+    relative_residual: float
+    sweeps: int
 
 
 class TensorHeader(NamedTuple):

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from tuckerize.domain import MultilinearRank, StackShape
+from tuckerize.domain import MultilinearRank, Size, StackResult, StackShape
 
 SCHEMA_VERSION = 1
 
@@ -14,7 +14,7 @@ SCHEMA_VERSION = 1
 class Progress(Protocol):
     """Shows how far long work is; the command line draws it, tests ignore it."""
 
-    def start(self, total: float, unit: str) -> None:
+    def start(self, total: float) -> None:
         """Begin work of a total amount."""
 
     def advance(self, amount: float, note: str) -> None:
@@ -27,7 +27,7 @@ class Progress(Protocol):
 class SilentProgress:
     """Shows nothing."""
 
-    def start(self, total: float, unit: str) -> None:
+    def start(self, total: float) -> None:
         """Do nothing."""
 
     def advance(self, amount: float, note: str) -> None:
@@ -35,16 +35,6 @@ class SilentProgress:
 
     def close(self) -> None:
         """Do nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class Size:
-    """Numbers and bytes of the routed experts and of all tensors."""
-
-    routed_parameters: int
-    routed_bytes: int
-    total_parameters: int
-    total_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,27 +126,6 @@ class PlanReport:
 
 
 @dataclass(frozen=True, slots=True)
-class StackResult:
-    """What one stack became.
-
-    Attributes:
-        layer: Index of the layer.
-        group: Index of the group.
-        projection: Projection.
-        multilinear_rank: Core sizes.
-        relative_residual: ‖X − X̂‖ / ‖X‖ of the weights as stored.
-        sweeps: HOOI sweeps after the start.
-    """
-
-    layer: int
-    group: int
-    projection: str
-    multilinear_rank: MultilinearRank
-    relative_residual: float
-    sweeps: int
-
-
-@dataclass(frozen=True, slots=True)
 class DecomposeReport:
     """What a decomposition did.
 
@@ -183,7 +152,7 @@ class LayoutCost:
 
     Attributes:
         layout: Its name.
-        bytes_per_process: Bytes of the largest process's shards, padding included.
+        bytes_per_process: Bytes of the largest process's shards.
         traffic_per_token: Bytes that each process sends for one token through all layers.
     """
 
@@ -202,7 +171,7 @@ class ShardReport:
         layout: The layout that was written.
         costs: Every layout's costs.
         dense_traffic_per_token: The same traffic of the dense model under Megatron's TP.
-        padding: Zero rows or columns added in memory, by tensor.
+        uneven: Tensors of which the first processes own one row or column more than the last.
         files: Number of files.
     """
 
@@ -211,7 +180,7 @@ class ShardReport:
     layout: str
     costs: tuple[LayoutCost, ...]
     dense_traffic_per_token: float
-    padding: dict[str, int]
+    uneven: tuple[str, ...]
     files: int
 
 
@@ -251,7 +220,6 @@ class VerifyReport:
         tokens: Number of tokens.
         tolerance: Bound on the sharding error.
         layers: Every verified layer.
-        notes: What was not verified, and why.
     """
 
     folder: str
@@ -261,7 +229,6 @@ class VerifyReport:
     tokens: int
     tolerance: float
     layers: tuple[LayerVerdict, ...]
-    notes: tuple[str, ...]
 
     @property
     def passed(self) -> bool:

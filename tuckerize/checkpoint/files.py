@@ -12,6 +12,9 @@ from typing import Any
 
 from tuckerize.errors import CheckpointError
 
+TEMPORARY_SUFFIX = ".tmp"
+"""How names of files that are being written end."""
+
 _CHUNK_BYTES = 16 * 2**20
 
 
@@ -21,7 +24,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     A reader sees the old file or the whole new one, also after a kill or a power cut.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:
         yield temporary
         with temporary.open("rb") as written:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tuckerize.checkpoint.files import check_plain_name, read_json_object
-from tuckerize.domain import MultilinearRank, Projection, StackName, StackShape
+from tuckerize.domain import Size, StackResult, StackShape
 from tuckerize.errors import CheckpointError
 
 MANIFEST = "tuckerize.json"
@@ -49,40 +49,6 @@ class SourceRecord(_Record):
     files: tuple[FileRecord, ...]
 
 
-class StackRecord(_Record):
-    """One decomposed stack.
-
-    Attributes:
-        layer: Index of the layer in the model.
-        group: Index of the group in the layer.
-        projection: Which matrices of the experts.
-        multilinear_rank: Core sizes (r_E, r_H, r_I).
-        relative_residual: ‖X − X̂‖ / ‖X‖ of the weights as stored.
-        sweeps: HOOI sweeps after the ST-HOSVD start.
-    """
-
-    layer: Count
-    group: Count
-    projection: Projection
-    multilinear_rank: MultilinearRank
-    relative_residual: Annotated[float, Field(ge=0)]
-    sweeps: Count
-
-    @property
-    def name(self) -> StackName:
-        """Which stack this is."""
-        return StackName(self.layer, self.group, self.projection)
-
-
-class SizeRecord(_Record):
-    """Numbers and bytes of the routed experts and of all tensors."""
-
-    routed_parameters: Count
-    routed_bytes: Count
-    total_parameters: Count
-    total_bytes: Count
-
-
 class TuckerManifest(_Record):
     """What a Tucker checkpoint is made of.
 
@@ -111,9 +77,9 @@ class TuckerManifest(_Record):
     shape: StackShape
     group_size: Annotated[int, Field(ge=1)]
     joint: Literal["gate_up"] | None
-    stacks: tuple[StackRecord, ...]
-    before: SizeRecord
-    after: SizeRecord
+    stacks: tuple[StackResult, ...]
+    before: Size
+    after: Size
     files: tuple[FileRecord, ...]
 
     @property
@@ -130,10 +96,6 @@ class TuckerManifest(_Record):
     def group_shape(self) -> StackShape:
         """Sizes of one stack."""
         return self.shape._replace(experts=self.group_size)
-
-    def stack(self, name: StackName) -> StackRecord:
-        """The record of a stack."""
-        return next(stack for stack in self.stacks if stack.name == name)
 
 
 class ShardRecord(_Record):
@@ -154,8 +116,8 @@ class ShardManifest(_Record):
         layout: How tensors are split.
         tp_size: Number of processes.
         tucker_manifest_sha256: Hash of the manifest of the Tucker checkpoint.
-        padding: Zero rows or columns that a process adds in memory so that all processes hold equal
-            sizes, by tensor name, where `tp_size` does not divide a size.
+        uneven: Tensors with a size that `tp_size` does not divide: the first processes own one row
+            or column more than the last. Nothing is dropped and no zeros are stored.
         shards: Every file.
     """
 
@@ -164,7 +126,7 @@ class ShardManifest(_Record):
     layout: Literal["intermediate", "rank"]
     tp_size: Annotated[int, Field(ge=1)]
     tucker_manifest_sha256: Sha256
-    padding: dict[str, Count]
+    uneven: tuple[str, ...]
     shards: tuple[ShardRecord, ...]
 
     def owned_by(self, tp_rank: int) -> list[ShardRecord]:
@@ -204,11 +166,6 @@ def read_shard_manifest(folder: Path) -> ShardManifest:
     for shard in manifest.shards:
         check_plain_name(shard.file.name, found_in=path)
     return manifest
-
-
-def manifest_json(manifest: TuckerManifest | ShardManifest) -> dict[str, Any]:
-    """The manifest as JSON values."""
-    return manifest.model_dump(mode="json")
 
 
 def _read(path: Path, kind: type[_Manifest]) -> _Manifest:

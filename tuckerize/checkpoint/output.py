@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tuckerize.checkpoint.files import read_json_object, write_json
+from tuckerize.checkpoint.files import TEMPORARY_SUFFIX, read_json_object, write_json
 from tuckerize.checkpoint.manifest import MANIFEST
 from tuckerize.errors import OutputError
 
@@ -25,19 +25,19 @@ class OutputFolder:
     """
 
     folder: Path
+    manifest_name: str = MANIFEST
 
-    @classmethod
-    def check(cls, folder: Path, plan: object, *, overwrite: bool) -> None:
+    def check(self, plan: object, *, overwrite: bool) -> None:
         """Refuse a folder that must not be written to; changes nothing.
 
         Args:
-            folder: The output folder; may be absent.
             plan: JSON values that determine everything that will be written.
             overwrite: The user allows a finished or foreign plan's result to be replaced.
 
         Raises:
             OutputError: The folder holds something else, or a result of another plan.
         """
+        folder = self.folder
         if not folder.exists():
             return
         if not folder.is_dir():
@@ -45,37 +45,40 @@ class OutputFolder:
         if not any(folder.iterdir()):
             return
         work = folder / _WORK / _PLAN
-        if not work.exists() and not (folder / MANIFEST).exists():
+        if not work.exists() and not (folder / self.manifest_name).exists():
             raise OutputError(
                 f"{folder} is not empty and was not written by tuckerize",
                 hint="choose an empty or new folder; --overwrite does not remove foreign files",
             )
         if overwrite or (work.exists() and read_json_object(work) == _plain(plan)):
             return
-        state = "a finished result" if (folder / MANIFEST).exists() else "another unfinished run"
+        state = (
+            "a finished result"
+            if (folder / self.manifest_name).exists()
+            else "another unfinished run"
+        )
         raise OutputError(
             f"{folder} already holds {state}",
             hint="choose another folder, or add --overwrite to replace it",
         )
 
-    @classmethod
-    def claim(cls, folder: Path, plan: object, *, overwrite: bool) -> OutputFolder:
+    def claim(self, plan: object, *, overwrite: bool) -> None:
         """Take a folder for a plan: new, replaced, or continued where a run of it was interrupted.
 
         Raises:
             OutputError: As `check`.
         """
-        cls.check(folder, plan, overwrite=overwrite)
+        self.check(plan, overwrite=overwrite)
+        folder = self.folder
         work = folder / _WORK / _PLAN
         continues = work.exists() and read_json_object(work) == _plain(plan)
         if not continues:
             if folder.exists():
                 # The manifest goes first: a half-removed folder is an unfinished one.
-                (folder / MANIFEST).unlink(missing_ok=True)
+                (folder / self.manifest_name).unlink(missing_ok=True)
                 shutil.rmtree(folder)
             work.parent.mkdir(parents=True)
             write_json(work, _plain(plan))
-        return cls(folder)
 
     def record(self, piece: str) -> dict[str, Any] | None:
         """The record of a finished piece of work, or None."""
@@ -87,8 +90,10 @@ class OutputFolder:
         write_json(self.folder / _WORK / f"{piece}.json", value)
 
     def finish(self, manifest: object) -> None:
-        """Write the manifest and remove the work folder."""
-        write_json(self.folder / MANIFEST, manifest)
+        """Write the manifest, and remove the work folder and what killed runs left behind."""
+        for leftover in self.folder.glob(f".*{TEMPORARY_SUFFIX}"):
+            leftover.unlink()
+        write_json(self.folder / self.manifest_name, manifest)
         shutil.rmtree(self.folder / _WORK)
 
 

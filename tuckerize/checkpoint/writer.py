@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tuckerize.checkpoint.files import atomic_path, copy_range, sha256_of
-from tuckerize.checkpoint.reader import WeightFile
+from tuckerize.checkpoint.files import atomic_path, copy_range, sha256_of, write_json
+from tuckerize.checkpoint.manifest import FileRecord
+from tuckerize.checkpoint.reader import INDEX, WeightFile
 
 FORMAT = {"format": "pt"}
 
 
-@dataclass(frozen=True, slots=True)
-class WrittenFile:
-    """A weight file that was written: its name, size and SHA-256."""
-
-    name: str
-    bytes: int
-    sha256: str
-
-
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> WrittenFile:
+) -> FileRecord:
     """Write tensors as a safetensors file."""
     with atomic_path(path) as temporary:
         save_file(
@@ -36,10 +27,10 @@ def write_tensors(
             temporary,
             metadata={**FORMAT, **(metadata or {})},
         )
-        return _described(path, temporary)
+        return describe_file(temporary, name=path.name)
 
 
-def copy_tensors(path: Path, source: WeightFile, names: list[str]) -> WrittenFile:
+def copy_tensors(path: Path, source: WeightFile, names: Collection[str]) -> FileRecord:
     """Copy tensors of a weight file byte for byte into a new one, without loading them.
 
     Args:
@@ -65,8 +56,23 @@ def copy_tensors(path: Path, source: WeightFile, names: list[str]) -> WrittenFil
             file.write(struct.pack("<Q", len(encoded)) + encoded)
             for described, start in ranges.values():
                 copy_range(source.path, start, described.bytes, file)
-        return _described(path, temporary)
+        return describe_file(temporary, name=path.name)
 
 
-def _described(path: Path, written: Path) -> WrittenFile:
-    return WrittenFile(path.name, written.stat().st_size, sha256_of(written))
+def describe_file(path: Path, *, name: str = "") -> FileRecord:
+    """Size and SHA-256 of a file, under its own name or the one it will get."""
+    return FileRecord(name=name or path.name, bytes=path.stat().st_size, sha256=sha256_of(path))
+
+
+def write_index(folder: Path, files: Sequence[WeightFile]) -> None:
+    """Write the index of a folder's weight files, as Hugging Face loaders expect it."""
+    file_of = {tensor: file.path.name for file in files for tensor in file.tensors}
+    headers = [place.header for file in files for place in file.tensors.values()]
+    index = {
+        "metadata": {
+            "total_size": sum(header.bytes for header in headers),
+            "total_parameters": sum(header.parameters for header in headers),
+        },
+        "weight_map": dict(sorted(file_of.items())),
+    }
+    write_json(folder / INDEX, index)

@@ -73,20 +73,26 @@ class TuckerFactors:
         with backend_context("pytorch"):
             return TuckerTensor((self.core, full))
 
-    def expand_slices(self) -> Iterator[Tensor]:
-        """The experts' matrices of X̂ one by one, each (H, I), in the dtype of the core."""
+    def expand_slices(self, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
+        """The experts' matrices of X̂ one by one, see `expand_slice`."""
         for expert in range(self.shape.experts):
-            yield self.expand_slice(expert)
+            yield self.expand_slice(expert, dtype)
 
-    def expand_slice(self, expert: int) -> Tensor:
-        """The matrix of one expert, shape (H, I): U_H (Σ_a U_E[e, a] core_a) U_Iᵀ."""
+    def expand_slice(self, expert: int, dtype: torch.dtype | None = None) -> Tensor:
+        """The matrix of one expert, shape (H, I): U_H (Σ_a U_E[e, a] core_a) U_Iᵀ.
+
+        Args:
+            expert: Index of the expert.
+            dtype: In which it is computed; the core's own if absent.
+        """
+        dtype = dtype or self.core.dtype
         if self.U_E is None:
-            matrix = self.core[expert]
+            matrix = self.core[expert].to(dtype)
         else:
-            matrix = torch.tensordot(self.U_E[expert], self.core, dims=1)
+            matrix = torch.tensordot(self.U_E[expert].to(dtype), self.core.to(dtype), dims=1)
         if self.U_H is not None:
-            matrix = self.U_H @ matrix
-        return matrix if self.U_I is None else matrix @ self.U_I.T
+            matrix = self.U_H.to(dtype) @ matrix
+        return matrix if self.U_I is None else matrix @ self.U_I.to(dtype).T
 
 
 def expand(tucker: TuckerFactors) -> Tensor:
@@ -115,10 +121,9 @@ def relative_residual(stack_EHI: Tensor, tucker: TuckerFactors) -> float:
 
 
 def _residual(stack_EHI: Tensor, tucker: TuckerFactors, dtype: torch.dtype) -> float:
-    wide = tucker.to(dtype)
     unit = power_of_two_unit(stack_EHI)
     missed = total = 0.0
-    for slice_HI, expanded_HI in zip(stack_EHI, wide.expand_slices(), strict=True):
+    for slice_HI, expanded_HI in zip(stack_EHI, tucker.expand_slices(dtype), strict=True):
         exact_HI = scaled_slice(slice_HI, dtype, unit)
         missed += squared_norm(exact_HI - scaled_slice(expanded_HI, dtype, unit))
         total += squared_norm(exact_HI)

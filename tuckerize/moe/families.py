@@ -7,7 +7,7 @@ between families belongs here.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -75,12 +75,11 @@ class Family:
         below = self.expert_weight.format(expert=expert, projection=projection)
         return f"{self.experts_prefix(layer)}.{below}"
 
-    def layers_with_experts(self, names: Iterable[str]) -> tuple[int, ...]:
-        """Indices of the layers that have routed experts, from the tensors' names."""
-        prefix = re.escape(self.experts).replace(re.escape("{layer}"), r"(\d+)")
-        pattern = re.compile(rf"{prefix}\.")
-        found = (pattern.match(name) for name in names)
-        return tuple(sorted({int(match[1]) for match in found if match}))
+    def layer_of(self, name: str) -> int | None:
+        """Index of the layer whose routed experts a tensor belongs to, or None."""
+        before, after = self.experts.split("{layer}")
+        match = re.match(rf"{re.escape(before)}(\d+){re.escape(after)}\.", name)
+        return int(match[1]) if match else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +109,10 @@ class MoeModel:
         """Numbers in the routed experts of all layers."""
         return len(self.layers) * len(Projection) * self.shape.parameters
 
+    def is_routed(self, name: str) -> bool:
+        """Whether a tensor, dense or factored, belongs to routed experts."""
+        return self.family.layer_of(name) is not None
+
     def layer_weight_names(self, layer: int) -> list[str]:
         """Checkpoint names of all routed weights of a layer."""
         return [
@@ -137,7 +140,8 @@ def describe_moe(config: Config, tensors: Mapping[str, TensorHeader]) -> MoeMode
             f"config.json announces weights quantized with '{method}', which cannot be decomposed",
             hint="start from a bf16, fp16 or fp32 checkpoint of the model",
         )
-    layers = family.layers_with_experts(tensors)
+    found = {family.layer_of(name) for name in tensors}
+    layers = tuple(sorted(layer for layer in found if layer is not None))
     if not layers:
         raise CheckpointError(
             f"no tensor is named like the routed experts of {family.model_type} "

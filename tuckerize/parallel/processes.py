@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed import Store
+from torch._C._distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
 from tuckerize.parallel.backends import backend_for
@@ -91,6 +91,16 @@ class Processes:
         values: list[T | None] = [None] * self.size
         dist.all_gather_object(values, value)
         return [value for value in values if value is not None]
+
+    def broadcast(self, value: T | None) -> T:
+        """The value of process 0, on every process; the others pass None."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        (received,) = values
+        if received is None:
+            raise TypeError("process 0 must pass a value")
+        return received
 
     def _take(self) -> int:
         if self.store is not None:

@@ -7,7 +7,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from tuckerize.checkpoint.reader import Checkpoint
+import tuckerize
+from tuckerize.checkpoint.reader import TORCH_DTYPES, Checkpoint
 from tuckerize.domain import (
     GATE_UP,
     Coupling,
@@ -116,10 +117,16 @@ class Plan:
             return None
         return f"model-{writing.index(piece) + 1:05d}-of-{len(writing):05d}.safetensors"
 
+    @property
+    def dtype_bytes(self) -> int:
+        """Bytes of one stored number of a core or factor."""
+        return TORCH_DTYPES[self.dtype].itemsize
+
     def fingerprint(self) -> dict[str, Any]:
         """JSON values that determine every byte that is written."""
         headers = json.dumps(sorted(self.source.tensors.items())).encode()
         return {
+            "tuckerize_version": tuckerize.__version__,
             "recipe": self.recipe.model_dump(mode="json"),
             "config": self.source.config,
             "tensors_sha256": hashlib.sha256(headers).hexdigest(),

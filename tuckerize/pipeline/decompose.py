@@ -1,0 +1,239 @@
+"""Carry out a plan: decompose stack after stack, copy the rest, write index and manifest last."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor
+
+import tuckerize
+from tuckerize.checkpoint.files import sha256_of, write_json
+from tuckerize.checkpoint.manifest import FileRecord, SourceRecord, TuckerManifest
+from tuckerize.checkpoint.other_files import copy_other_files
+from tuckerize.checkpoint.output import OutputFolder
+from tuckerize.checkpoint.reader import CONFIG, TORCH_DTYPES, WeightFile
+from tuckerize.checkpoint.writer import copy_tensors, describe_file, write_index, write_tensors
+from tuckerize.domain import CORE, Coupling, Mode, Projection, StackResult, coupling_name
+from tuckerize.errors import DecompositionError, NonFiniteError
+from tuckerize.linalg.hooi import Decomposition, hooi
+from tuckerize.linalg.rank_choice import rank_for_tolerance
+from tuckerize.linalg.tensorly_engine import tensorly_tucker
+from tuckerize.linalg.tucker import TuckerFactors, largest_magnitude, relative_residual
+from tuckerize.moe.stacks import group_experts, read_stack
+from tuckerize.parallel.processes import Processes
+from tuckerize.pipeline.estimate import work
+from tuckerize.pipeline.plan import ROUNDING, Piece, Plan, Target, TuckerPiece
+from tuckerize.pipeline.sizes import measure
+from tuckerize.report import DecomposeReport, Progress
+
+FORMAT_VERSION = 1
+"""Version of `quantization_config` in config.json."""
+
+_ENGINES = {"tuckerize": hooi, "tensorly": tensorly_tucker}
+
+
+def decompose(
+    plan: Plan,
+    output: Path,
+    *,
+    model: str,
+    device: torch.device,
+    processes: Processes,
+    progress: Progress,
+) -> DecomposeReport | None:
+    """Write the Tucker checkpoint of a plan to a claimed output folder.
+
+    Pieces of work are shared out over the processes, the largest first; each is written atomically
+    and noted, so that a run that was interrupted continues, with identical bytes at the end.
+
+    Args:
+        plan: What to write.
+        output: Folder that `OutputFolder.claim` took for this plan.
+        model: What the user gave as the model, for the manifest.
+        device: Where the products run.
+        processes: The processes of the run.
+        progress: Shows how far the work is.
+
+    Returns:
+        What was done, on process 0; None on the others.
+
+    Raises:
+        DecompositionError: A stack cannot be decomposed.
+    """
+    started = time.monotonic()
+    folder = OutputFolder(output)
+    pieces = sorted(plan.pieces, key=lambda piece: work(plan, piece), reverse=True)
+    done_before = sum(folder.record(piece.name) is not None for piece in pieces)
+    processes.barrier()
+    progress.start(sum(work(plan, piece) for piece in pieces))
+    shown = 0
+    for index in processes.queue(len(pieces)):
+        piece = pieces[index]
+        if folder.record(piece.name) is None:
+            folder.write_record(piece.name, _carry_out(plan, piece, output, device))
+        # Other processes took the pieces in between.
+        progress.advance(sum(work(plan, p) for p in pieces[shown : index + 1]), piece.name)
+        shown = index + 1
+    processes.barrier()
+    progress.close()
+    if not processes.is_leader:
+        return None
+    manifest = _finish(plan, folder, model)
+    return DecomposeReport(
+        output=str(output),
+        stacks=manifest.stacks,
+        before=manifest.before,
+        after=manifest.after,
+        resumed_pieces=done_before,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _carry_out(plan: Plan, piece: Piece, output: Path, device: torch.device) -> dict[str, Any]:
+    """Write the weight file of a piece; returns its record."""
+    if isinstance(piece, TuckerPiece):
+        return _decompose_piece(plan, piece, output, device)
+    source = plan.source.files[piece.source_file]
+    name = plan.weight_file(piece)
+    written = copy_tensors(output / name, source, piece.tensors) if name else None
+    return {
+        "source": describe_file(source.path).model_dump(),
+        "file": written and written.model_dump(),
+    }
+
+
+def _decompose_piece(
+    plan: Plan, piece: TuckerPiece, output: Path, device: torch.device
+) -> dict[str, Any]:
+    prefix = plan.model.family.experts_prefix(piece.layer)
+    tensors: dict[str, Tensor] = {}
+    records: list[StackResult] = []
+    for group, target in enumerate(piece.targets):
+        stacks = [stack.to(device) for stack in _read_stacks(plan, piece, group)]
+        try:
+            result = _factorise(plan, stacks, target)
+        except DecompositionError as error:
+            place = f"layer {piece.layer}, group {group}, {coupling_name(piece.coupling)}"
+            raise type(error)(f"{place}: {error.message}", hint=error.hint) from None
+        for projection, stack, factors in zip(piece.coupling, stacks, result.tensors, strict=True):
+            stored = factors.to(TORCH_DTYPES[plan.dtype])
+            for name, tensor in _named_tensors(piece.coupling, projection, stored):
+                tensors[f"{prefix}.group_{group}.{name}"] = _finite(tensor, plan.dtype).cpu()
+            records.append(
+                StackResult(
+                    layer=piece.layer,
+                    group=group,
+                    projection=projection,
+                    multilinear_rank=stored.rank,
+                    relative_residual=relative_residual(stack, stored),
+                    sweeps=result.sweeps,
+                )
+            )
+    written = write_tensors(output / str(plan.weight_file(piece)), tensors)
+    return {
+        "file": written.model_dump(),
+        "stacks": [asdict(record) for record in records],
+    }
+
+
+def _read_stacks(plan: Plan, piece: TuckerPiece, group: int) -> list[Tensor]:
+    return [
+        read_stack(
+            plan.source.read,
+            plan.model,
+            layer=piece.layer,
+            experts=group_experts(plan.model.shape, plan.group_size, group),
+            projection=projection,
+            dtype=TORCH_DTYPES[plan.model.dtype],
+        )
+        for projection in piece.coupling
+    ]
+
+
+def _factorise(plan: Plan, stacks: list[Tensor], target: Target) -> Decomposition:
+    rank = target.rank
+    if rank is None:
+        allowed = target.tolerance or 0.0
+        # Rounding the factors to their type spends a part of the tolerance.
+        rank = rank_for_tolerance(stacks, (allowed**2 - ROUNDING[plan.dtype] ** 2) ** 0.5)
+    engine = _ENGINES[plan.recipe.engine]
+    return engine(stacks, rank, max_sweeps=plan.recipe.max_sweeps)
+
+
+def _named_tensors(
+    coupling: Coupling, projection: Projection, factors: TuckerFactors
+) -> Iterator[tuple[str, Tensor]]:
+    """Names below the group, and values, of what is stored of one stack."""
+    yield f"{projection}.{CORE}", factors.core
+    for mode, factor in zip(Mode, factors.factors, strict=True):
+        if factor is not None:
+            owner = coupling_name(coupling) if mode == Mode.HIDDEN else projection
+            yield f"{owner}.{mode.factor_name}", factor
+
+
+def _finite(tensor: Tensor, dtype: str) -> Tensor:
+    if not math.isfinite(largest_magnitude(tensor)):
+        raise NonFiniteError(
+            f"a core or factor overflows {dtype}", hint="store it as --dtype bfloat16 or float32"
+        )
+    return tensor
+
+
+def _finish(plan: Plan, folder: OutputFolder, model: str) -> TuckerManifest:
+    """Write everything but the weights: other files, config, index, manifest, in this order."""
+    records = [folder.record(piece.name) or {} for piece in plan.pieces]
+    files = [FileRecord(**record["file"]) for record in records if record["file"]]
+    read = TypeAdapter(list[StackResult]).validate_python
+    stacks = [stack for record in records for stack in read(record.get("stacks", []))]
+    stacks.sort(key=lambda stack: (stack.layer, stack.group))
+    output = folder.folder
+    copy_other_files(plan.source.folder, output)
+    announced = _announce(plan, stacks)
+    write_json(output / CONFIG, {**plan.source.config, "quantization_config": announced})
+    opened = [WeightFile.open(output / file.name) for file in files]
+    headers = {name: place.header for file in opened for name, place in file.tensors.items()}
+    manifest = TuckerManifest(
+        tuckerize_version=tuckerize.__version__,
+        family=plan.model.family.model_type,
+        source=SourceRecord(
+            model=model,
+            config_sha256=sha256_of(plan.source.folder / CONFIG),
+            files=tuple(FileRecord(**record["source"]) for record in records if "source" in record),
+        ),
+        recipe=plan.recipe.model_dump(mode="json", exclude_none=True),
+        dtype=plan.dtype,
+        shape=plan.model.shape,
+        group_size=plan.group_size,
+        joint=plan.recipe.joint,
+        stacks=tuple(stacks),
+        before=measure(plan.source.tensors, is_routed=plan.model.is_routed),
+        after=measure(headers, is_routed=plan.model.is_routed),
+        files=tuple(files),
+    )
+    write_index(output, opened)
+    folder.finish(manifest.model_dump(mode="json"))
+    return manifest
+
+
+def _announce(plan: Plan, stacks: list[StackResult]) -> dict[str, Any]:
+    """`quantization_config`: tells loaders which experts are factored, and their core sizes."""
+    modules: dict[str, list[dict[str, list[int]]]] = {}
+    for stack in stacks:
+        groups = modules.setdefault(plan.model.family.experts_prefix(stack.layer), [])
+        while len(groups) <= stack.group:
+            groups.append({})
+        groups[stack.group][stack.projection] = list(stack.multilinear_rank)
+    return {
+        "quant_method": "tuckerize",
+        "format_version": FORMAT_VERSION,
+        "group_size": plan.group_size,
+        "joint": plan.recipe.joint,
+        "modules": modules,
+    }

@@ -1,0 +1,152 @@
+"""An opened Tucker checkpoint: manifest, tensors and model facts together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tuckerize.checkpoint.files import sha256_of
+from tuckerize.checkpoint.hub import resolve_model
+from tuckerize.checkpoint.manifest import MANIFEST, TuckerManifest, read_tucker_manifest
+from tuckerize.checkpoint.reader import Checkpoint
+from tuckerize.domain import CORE, Mode, MultilinearRank, Projection, TensorHeader
+from tuckerize.errors import CheckpointError, UsageError
+from tuckerize.linalg.tucker import TuckerFactors
+from tuckerize.moe.families import FAMILIES, Family, MoeModel, describe_moe
+from tuckerize.runtime.experts import SHARED_U_I
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedTucker:
+    """A finished Tucker checkpoint.
+
+    Attributes:
+        manifest: What it is made of.
+        checkpoint: Its tensors.
+        family: Names of its model family.
+    """
+
+    manifest: TuckerManifest
+    checkpoint: Checkpoint
+    family: Family
+
+    @property
+    def folder(self) -> Path:
+        """Where it is."""
+        return self.checkpoint.folder
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.json."""
+        return self.checkpoint.config
+
+    @property
+    def manifest_sha256(self) -> str:
+        """Hash of its manifest, and so of everything in it."""
+        return sha256_of(self.folder / MANIFEST)
+
+    def group_prefix(self, layer: int, group: int) -> str:
+        """What the names of a group's tensors begin with."""
+        return f"{self.family.experts_prefix(layer)}.group_{group}."
+
+    def group_headers(self, layer: int, group: int) -> dict[str, TensorHeader]:
+        """Headers of a group's tensors by their names below the group."""
+        prefix = self.group_prefix(layer, group)
+        return {
+            name.removeprefix(prefix): header
+            for name, header in self.checkpoint.tensors.items()
+            if name.startswith(prefix)
+        }
+
+    def read_group(self, layer: int, group: int) -> dict[str, Tensor]:
+        """A group's tensors by their names below the group."""
+        prefix = self.group_prefix(layer, group)
+        names = [prefix + name for name in self.group_headers(layer, group)]
+        return {name.removeprefix(prefix): tensor for name, tensor in self.checkpoint.read(names)}
+
+    def ranks(self, layer: int) -> list[dict[Projection, MultilinearRank]]:
+        """Core sizes of the projections of every group of a layer."""
+        groups: list[dict[Projection, MultilinearRank]] = [{} for _ in range(self.manifest.groups)]
+        for stack in self.manifest.stacks:
+            if stack.layer == layer:
+                groups[stack.group][stack.projection] = stack.multilinear_rank
+        return groups
+
+
+def open_tucker(folder: Path) -> OpenedTucker:
+    """Open a finished Tucker checkpoint; reads headers only.
+
+    Raises:
+        CheckpointError: It is unfinished, foreign, or a weight file is missing or damaged.
+    """
+    manifest = read_tucker_manifest(folder)
+    checkpoint = Checkpoint.open(folder)
+    for file in manifest.files:
+        size = (folder / file.name).stat().st_size if (folder / file.name).exists() else 0
+        if size != file.bytes:
+            raise CheckpointError(
+                f"{folder / file.name} has {size} bytes, the manifest says {file.bytes}",
+                hint="the file was changed: run 'tuckerize decompose' with --overwrite",
+            )
+    if manifest.family not in FAMILIES:
+        raise CheckpointError(f"{folder} is of the family '{manifest.family}', which is unknown")
+    return OpenedTucker(manifest, checkpoint, FAMILIES[manifest.family])
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedSource:
+    """The dense checkpoint that a Tucker checkpoint was made from."""
+
+    checkpoint: Checkpoint
+    model: MoeModel
+
+
+def open_source(model: str, tucker: OpenedTucker) -> OpenedSource:
+    """Open the source of a Tucker checkpoint, and check that it is the source.
+
+    Raises:
+        CheckpointError: It is missing, or another model.
+    """
+    checkpoint = Checkpoint.open(resolve_model(model))
+    found = describe_moe(checkpoint.config, checkpoint.tensors)
+    recorded = {file.name: file.bytes for file in tucker.manifest.source.files}
+    present = {name: file.path.stat().st_size for name, file in checkpoint.files.items()}
+    if recorded != present or found.shape != tucker.manifest.shape:
+        raise CheckpointError(
+            f"{model} is not the checkpoint that {tucker.folder} was made from: its weight files "
+            "differ in name or size",
+            hint=f"the source was {tucker.manifest.source.model}",
+        )
+    return OpenedSource(checkpoint, found)
+
+
+def factors_of(group: dict[str, Tensor], projection: Projection) -> TuckerFactors:
+    """The Tucker tensor of one projection from its group's tensors."""
+    hidden = Mode.HIDDEN.factor_name
+    shared = None if projection == Projection.DOWN else group.get(f"{SHARED_U_I}.{hidden}")
+    return TuckerFactors(
+        core=group[f"{projection}.{CORE}"],
+        U_E=group.get(f"{projection}.{Mode.EXPERT.factor_name}"),
+        U_H=group.get(f"{projection}.{Mode.INTERMEDIATE.factor_name}"),
+        U_I=group.get(f"{projection}.{hidden}", shared),
+    )
+
+
+def choose_layers(wanted: Iterable[int], present: tuple[int, ...]) -> tuple[int, ...]:
+    """The wanted layers, all of them if none is named.
+
+    Raises:
+        UsageError: A layer was not decomposed.
+    """
+    chosen = tuple(dict.fromkeys(wanted)) or present
+    unknown = [layer for layer in chosen if layer not in present]
+    if unknown:
+        raise UsageError(
+            f"layer {unknown[0]} was not decomposed",
+            hint=f"the decomposed layers are {', '.join(map(str, present))}",
+        )
+    return chosen

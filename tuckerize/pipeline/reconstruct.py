@@ -1,0 +1,101 @@
+"""Expand a Tucker checkpoint to an ordinary dense one, for engines without Tucker support."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import tuckerize
+from tuckerize.checkpoint.files import write_json
+from tuckerize.checkpoint.other_files import copy_other_files
+from tuckerize.checkpoint.output import OutputFolder
+from tuckerize.checkpoint.reader import CONFIG, TORCH_DTYPES, WeightFile
+from tuckerize.checkpoint.writer import copy_tensors, write_index, write_tensors
+from tuckerize.domain import Projection
+from tuckerize.moe.stacks import group_experts, to_stack_orientation
+from tuckerize.pipeline.opened import OpenedTucker, factors_of
+from tuckerize.pipeline.sizes import measure
+from tuckerize.report import Progress, ReconstructReport
+
+RECORD = "tuckerize-reconstruct.json"
+"""What stands in the dense folder in place of a manifest: where it comes from."""
+
+
+def output_folder(output: Path) -> OutputFolder:
+    """The folder of a reconstruction."""
+    return OutputFolder(output, RECORD)
+
+
+def provenance(tucker: OpenedTucker) -> dict[str, Any]:
+    """JSON values that determine every byte of a reconstruction."""
+    return {
+        "tuckerize_version": tuckerize.__version__,
+        "tucker_manifest_sha256": tucker.manifest_sha256,
+    }
+
+
+def reconstruct(
+    tucker: OpenedTucker, output: Path, *, overwrite: bool, progress: Progress
+) -> ReconstructReport:
+    """Write the dense checkpoint that a Tucker checkpoint stands for.
+
+    Expert weights are expanded in float32 and rounded to the type of the factors; stacks without a
+    truncated mode come out bit for bit.
+
+    Args:
+        tucker: The Tucker checkpoint.
+        output: The new folder.
+        overwrite: Replace an earlier reconstruction.
+        progress: Shows how far the work is.
+
+    Raises:
+        OutputError: The folder holds something else.
+    """
+    folder = output_folder(output)
+    folder.claim(provenance(tucker), overwrite=overwrite)
+    untouched = {
+        name: [t for t in file.tensors if tucker.family.layer_of(t) not in tucker.manifest.layers]
+        for name, file in tucker.checkpoint.files.items()
+    }
+    copies = [name for name, tensors in untouched.items() if tensors]
+    places = [(layer, projection) for layer in tucker.manifest.layers for projection in Projection]
+    count = len(copies) + len(places)
+    written = [output / f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+    progress.start(count)
+    for path, name in zip(written, copies, strict=False):
+        if folder.record(path.stem) is None:
+            copy_tensors(path, tucker.checkpoint.files[name], untouched[name])
+            folder.write_record(path.stem, {})
+        progress.advance(1, name)
+    for path, (layer, projection) in zip(written[len(copies) :], places, strict=True):
+        if folder.record(path.stem) is None:
+            write_tensors(path, _expand(tucker, layer, projection))
+            folder.write_record(path.stem, {})
+        progress.advance(1, f"layer {layer}, {projection}")
+    progress.close()
+    copy_other_files(tucker.folder, output)
+    config = {key: value for key, value in tucker.config.items() if key != "quantization_config"}
+    write_json(output / CONFIG, config)
+    files = [WeightFile.open(path) for path in written]
+    write_index(output, files)
+    folder.finish(provenance(tucker))
+    headers = {name: place.header for file in files for name, place in file.tensors.items()}
+    size = measure(headers, is_routed=lambda name: tucker.family.layer_of(name) is not None)
+    return ReconstructReport(str(output), size, tucker.manifest.layers)
+
+
+def _expand(tucker: OpenedTucker, layer: int, projection: Projection) -> dict[str, Tensor]:
+    """The dense weights of one projection of all experts of a layer, by checkpoint name."""
+    dtype = TORCH_DTYPES[tucker.manifest.dtype]
+    wide = torch.promote_types(dtype, torch.float32)
+    weights = {}
+    for group in range(tucker.manifest.groups):
+        factors = factors_of(tucker.read_group(layer, group), projection)
+        experts = group_experts(tucker.manifest.shape, tucker.manifest.group_size, group)
+        for expert, slice_HI in zip(experts, factors.expand_slices(wide), strict=True):
+            weight = to_stack_orientation(slice_HI, projection).to(dtype)
+            weights[tucker.family.weight_name(layer, expert, projection)] = weight.contiguous()
+    return weights

@@ -1,0 +1,296 @@
+"""Prove on the devices that shards compute what they should.
+
+Process 0 makes tokens for a layer, routes them with the model's own router, and computes the
+unsharded Tucker layer on the host in float64, from expert weights that it expands one by one. Every
+process loads its own shards, computes the layer on its device in float32 together with the others,
+and compares what it got. With the source at hand the Tucker layer is also compared with the dense
+one, and its weights with what decompose recorded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tuckerize.checkpoint.reader import TORCH_DTYPES
+from tuckerize.domain import Projection
+from tuckerize.errors import CheckpointError
+from tuckerize.linalg.tucker import relative_residual
+from tuckerize.moe.routing import Routes, route
+from tuckerize.moe.stacks import group_experts, read_stack
+from tuckerize.parallel.layouts import Layout
+from tuckerize.parallel.processes import Processes
+from tuckerize.pipeline.opened import OpenedSource, OpenedTucker, factors_of
+from tuckerize.pipeline.shardings import Sharding
+from tuckerize.report import LayerVerdict, Progress, VerifyReport
+from tuckerize.runtime.dense import ExpertWeights, dense_output
+from tuckerize.runtime.exchange import Exchange, exchange_for
+from tuckerize.runtime.experts import ACTIVATIONS, Activation, TuckerExperts
+
+# float32 rounds to 6e-8; over sums of some thousand terms that grows to about 3e-6. A wrong number
+# in a slice that a token uses moves that token's output by orders of magnitude more.
+SHARDING_TOLERANCE = 1e-5
+# Measured from the same stored numbers as the recorded one; only the order of sums differs.
+RESIDUAL_TOLERANCE = 1e-4
+
+_SEED = 0
+
+
+class _Case(NamedTuple):
+    """Tokens in front of a layer's experts, their routes, and the unsharded output (float64)."""
+
+    x_TI: Tensor
+    routes: Routes
+    reference_TI: Tensor
+
+
+class _AgainstSource(NamedTuple):
+    """How a Tucker layer differs from its source."""
+
+    output_error: float
+    residual_difference: float
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What is verified, and where.
+
+    Attributes:
+        tucker: The Tucker checkpoint.
+        sharding: Its shards for these processes; None verifies unsharded layers in one process.
+        source: The dense checkpoint it was made from, if at hand.
+        processes: The processes of the run.
+        device: This process's device.
+        tokens: Number of tokens for each layer.
+    """
+
+    tucker: OpenedTucker
+    sharding: Sharding | None
+    source: OpenedSource | None
+    processes: Processes
+    device: torch.device
+    tokens: int
+
+
+def verify(
+    run: Verification,
+    *,
+    layers: Sequence[int],
+    max_output_error: float | None,
+    progress: Progress,
+) -> VerifyReport:
+    """Verify layers; every process returns the same report.
+
+    Args:
+        run: What is verified, and where.
+        layers: Indices of the layers.
+        max_output_error: Bound on the relative output error against the dense layer, if any.
+        progress: Shows how far the work is.
+    """
+    activation = activation_of(run.tucker)
+    mine = layers[run.processes.rank :: run.processes.size] if run.source else ()
+    progress.start(len(layers) + len(mine))
+    failures = _damaged_files(run, layers)
+    sharding_errors = {}
+    for layer in layers:
+        unreadable = any(not readable for _, readable in failures[layer])
+        error = math.inf if unreadable else _sharding_error(run, layer, activation)
+        sharding_errors[layer] = max(run.processes.gather(error), key=_nan_last)
+        progress.advance(1, f"layer {layer}: shards")
+    found = {}
+    for layer in mine:
+        found[layer] = _against_source(run, layer, activation)
+        progress.advance(1, f"layer {layer}: source")
+    against = {la: result for own in run.processes.gather(found) for la, result in own.items()}
+    progress.close()
+    return VerifyReport(
+        folder=str(run.tucker.folder),
+        tp_size=run.processes.size,
+        layout=run.sharding.manifest.layout if run.sharding else "unsharded",
+        device=run.device.type,
+        tokens=run.tokens,
+        tolerance=SHARDING_TOLERANCE,
+        layers=tuple(
+            _verdict(
+                run.tucker,
+                layer,
+                damage=[message for message, _ in failures[layer]],
+                sharding_error=sharding_errors[layer],
+                against=against.get(layer),
+                max_output_error=max_output_error,
+            )
+            for layer in layers
+        ),
+    )
+
+
+def activation_of(tucker: OpenedTucker) -> Activation:
+    """The activation between gate and up.
+
+    Raises:
+        CheckpointError: It is not known.
+    """
+    name = str(tucker.config.get("hidden_act", "silu"))
+    if name not in ACTIVATIONS:
+        raise CheckpointError(
+            f"config.json has hidden_act = '{name}', which cannot be verified",
+            hint=f"known activations: {', '.join(ACTIVATIONS)}",
+        )
+    return ACTIVATIONS[name]
+
+
+def _damaged_files(run: Verification, layers: Sequence[int]) -> dict[int, list[tuple[str, bool]]]:
+    """What is wrong with shard files of all processes, and whether they can be read, by layer."""
+    own = run.sharding.damage(run.processes.rank, layers) if run.sharding else []
+    found: dict[int, list[tuple[str, bool]]] = {layer: [] for layer in layers}
+    for damage in (d for part in run.processes.gather(own) for d in part):
+        found[damage.layer].append((damage.message, damage.readable))
+    return found
+
+
+def _sharding_error(run: Verification, layer: int, activation: Activation) -> float:
+    """Largest relative difference of a token's output on this process from the unsharded one."""
+    leader = run.processes.is_leader
+    case = run.processes.broadcast(_case(run, layer, activation) if leader else None)
+    if run.sharding is None:
+        groups, exchange = _read_groups(run.tucker, layer), Exchange()
+    else:
+        size, rank = run.processes.size, run.processes.rank
+        groups = run.sharding.read_layer(run.tucker, layer, rank)
+        layout = Layout(run.sharding.manifest.layout)
+        exchange = exchange_for(layout, tp_size=size, tp_rank=rank)
+    experts = TuckerExperts(
+        groups,
+        group_size=run.tucker.manifest.group_size,
+        activation=activation,
+        exchange=exchange,
+    ).to(run.device)
+    output_TI = experts(
+        case.x_TI.to(run.device),
+        case.routes.experts.to(run.device),
+        case.routes.weights.to(run.device),
+    )
+    difference_T = (output_TI.cpu().double() - case.reference_TI).norm(dim=1)
+    scale_T = case.reference_TI.norm(dim=1)
+    return float((difference_T / scale_T.clamp_min(torch.finfo(torch.float32).tiny)).max())
+
+
+def _case(run: Verification, layer: int, activation: Activation) -> _Case:
+    """Tokens of a layer as its norm would scale them, routed by its router, and their output."""
+    tucker = run.tucker
+    weights = run.source.checkpoint if run.source else tucker.checkpoint
+    generator = torch.Generator().manual_seed(_SEED + layer)
+    x_TI = torch.randn(run.tokens, tucker.manifest.shape.hidden, generator=generator)
+    x_TI *= weights.read_one(tucker.family.input_norm.format(layer=layer)).float()
+    router_EI = weights.read_one(tucker.family.router_weight.format(layer=layer))
+    routes = route(x_TI, router_EI, tucker.family.routing(tucker.config))
+    groups = _read_groups(tucker, layer)
+
+    def expand_expert(expert: int) -> ExpertWeights:
+        group, place = divmod(expert, tucker.manifest.group_size)
+        gate_HI, up_HI, down_HI = (
+            factors_of(groups[group], projection).expand_slice(place, torch.float64)
+            for projection in Projection
+        )
+        return ExpertWeights(gate_HI, up_HI, down_HI.T)
+
+    reference_TI = dense_output(
+        x_TI.double(),
+        routes.experts,
+        routes.weights,
+        expert_weights=expand_expert,
+        activation=activation,
+    )
+    return _Case(x_TI, routes, reference_TI)
+
+
+def _read_groups(tucker: OpenedTucker, layer: int) -> list[dict[str, Tensor]]:
+    return [tucker.read_group(layer, group) for group in range(tucker.manifest.groups)]
+
+
+def _against_source(run: Verification, layer: int, activation: Activation) -> _AgainstSource:
+    if run.source is None:
+        raise TypeError("there is no source to compare with")
+    source = run.source
+    case = _case(run, layer, activation)
+
+    def read_expert(expert: int) -> ExpertWeights:
+        names = [source.model.family.weight_name(layer, expert, p) for p in Projection]
+        tensors = dict(source.checkpoint.read(names))
+        return ExpertWeights(*(tensors[name] for name in names))
+
+    dense_TI = dense_output(
+        case.x_TI.double(),
+        case.routes.experts,
+        case.routes.weights,
+        expert_weights=read_expert,
+        activation=activation,
+    )
+    error = float((case.reference_TI - dense_TI).norm() / dense_TI.norm())
+    return _AgainstSource(error, _residual_difference(run.tucker, source, layer))
+
+
+def _residual_difference(tucker: OpenedTucker, source: OpenedSource, layer: int) -> float:
+    """Largest |measured − recorded| relative residual of a layer's stacks."""
+    largest = 0.0
+    for group in range(tucker.manifest.groups):
+        tensors = tucker.read_group(layer, group)
+        for recorded in tucker.manifest.stacks:
+            if (recorded.layer, recorded.group) != (layer, group):
+                continue
+            stack_EHI = read_stack(
+                source.checkpoint.read,
+                source.model,
+                layer=layer,
+                experts=group_experts(source.model.shape, tucker.manifest.group_size, group),
+                projection=recorded.projection,
+                dtype=TORCH_DTYPES[source.model.dtype],
+            )
+            measured = relative_residual(stack_EHI, factors_of(tensors, recorded.projection))
+            largest = max(largest, abs(measured - recorded.relative_residual))
+    return largest
+
+
+def _verdict(
+    tucker: OpenedTucker,
+    layer: int,
+    *,
+    damage: list[str],
+    sharding_error: float,
+    against: _AgainstSource | None,
+    max_output_error: float | None,
+) -> LayerVerdict:
+    failures = list(damage)
+    if not sharding_error <= SHARDING_TOLERANCE:
+        failures.append(
+            f"sharded output differs from unsharded by {sharding_error:.1e}, "
+            f"allowed {SHARDING_TOLERANCE:.0e}"
+        )
+    if against and not against.residual_difference <= RESIDUAL_TOLERANCE:
+        failures.append(
+            f"a residual differs from the recorded one by {against.residual_difference:.1e}, "
+            f"allowed {RESIDUAL_TOLERANCE:.0e}"
+        )
+    if against and max_output_error is not None and not against.output_error <= max_output_error:
+        failures.append(f"output error {against.output_error:.3g} is above {max_output_error:g}")
+    recorded = [s.relative_residual for s in tucker.manifest.stacks if s.layer == layer]
+    return LayerVerdict(
+        layer=layer,
+        sharding_error=sharding_error,
+        output_error=against.output_error if against else None,
+        residual_recorded=max(
+            s.relative_residual for s in tucker.manifest.stacks if s.layer == layer
+        ),
+        residual_difference=against.residual_difference if against else None,
+        failures=tuple(failures),
+    )
+
+
+def _nan_last(value: float) -> float:
+    """Order errors so that NaN counts as the largest."""
+    return math.inf if math.isnan(value) else value

@@ -1,0 +1,46 @@
+"""The routed experts of a dense layer, one at a time: what a Tucker layer is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from tuckerize.runtime.experts import Activation
+
+
+class ExpertWeights(NamedTuple):
+    """The matrices of one expert as on disk: gate and up (H, I), down (I, H)."""
+
+    gate_HI: Tensor
+    up_HI: Tensor
+    down_IH: Tensor
+
+
+def dense_output(
+    x_TI: Tensor,
+    experts_Tk: Tensor,
+    weights_Tk: Tensor,
+    *,
+    expert_weights: Callable[[int], ExpertWeights],
+    activation: Activation,
+) -> Tensor:
+    """Routed output of tokens through dense experts, shape (T, I), in the tokens' dtype.
+
+    Args:
+        x_TI: Tokens, shape (T, I).
+        experts_Tk: Experts of every token, shape (T, k).
+        weights_Tk: Their weights, shape (T, k).
+        expert_weights: Reads the matrices of one expert; called once for each that has tokens.
+        activation: Between gate and up.
+    """
+    output_TI = x_TI.new_zeros(x_TI.shape)
+    for expert in sorted(set(experts_Tk.flatten().tolist())):
+        tokens, places = (experts_Tk == expert).nonzero(as_tuple=True)
+        gate_HI, up_HI, down_IH = (w.to(x_TI.dtype) for w in expert_weights(expert))
+        own_NI = x_TI[tokens]
+        neurons_NH = activation(own_NI @ gate_HI.T) * (own_NI @ up_HI.T)
+        weights_N1 = weights_Tk[tokens, places].to(x_TI.dtype).unsqueeze(1)
+        output_TI.index_add_(0, tokens, weights_N1 * (neurons_NH @ down_IH.T))
+    return output_TI

@@ -1,0 +1,232 @@
+"""The routed experts of one layer, computed from Tucker factors, whole or sharded.
+
+For a token x and its expert e, with C_e = Σ_a U_E[e, a] core_a:
+
+    gate, up:  U_H (C_e (U_Iᵀ x))        down:  U_I (C_eᵀ (U_Hᵀ h))
+
+The hidden-side product of gate and up is done once a token, that of down once a token after the
+sum over its experts; only the cores are multiplied per expert. Letters at the end of tensor names:
+T tokens, k experts a token, N rows (a token with one of its experts), others as in linalg.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tuckerize.domain import CORE, Mode, Projection
+from tuckerize.errors import CheckpointError
+from tuckerize.parallel.layouts import output_width
+from tuckerize.runtime.exchange import Exchange
+
+Activation = Callable[[Tensor], Tensor]
+
+ACTIVATIONS: Mapping[str, Activation] = {
+    "silu": functional.silu,
+    "swish": functional.silu,
+    "gelu": functional.gelu,
+    "relu": functional.relu,
+}
+"""Activations between gate and up, by the configuration's `hidden_act`."""
+
+SHARED_U_I = "gate_up_proj"
+"""Name of the module that holds the U_I of gate and up where they share one."""
+
+
+class Assignments(NamedTuple):
+    """The rows of one group: tokens with their experts, sorted by expert.
+
+    Attributes:
+        tokens: Token of every row, shape (N,).
+        weights: Routing weight of every row, shape (N,).
+        counts: Rows of every expert of the group.
+    """
+
+    tokens: Tensor
+    weights: Tensor
+    counts: list[int]
+
+
+def assign(experts_Tk: Tensor, weights_Tk: Tensor, experts: range) -> Assignments:
+    """Sort the tokens that are routed to a group's experts by expert.
+
+    Works on the host, so that no device meets a shape that depends on data.
+    """
+    flat = experts_Tk.flatten().cpu()
+    order = torch.argsort(flat, stable=True)
+    order = order[(flat[order] >= experts.start) & (flat[order] < experts.stop)]
+    counts = torch.bincount(flat[order] - experts.start, minlength=len(experts))
+    rows = order.to(weights_Tk.device)
+    return Assignments(
+        tokens=torch.div(rows, experts_Tk.shape[1], rounding_mode="floor"),
+        weights=weights_Tk.flatten()[rows],
+        counts=counts.tolist(),
+    )
+
+
+class TuckerStack(nn.Module):
+    """Core and factors of one stack, whole or a process's slices; absent ones are None."""
+
+    core: Tensor | None
+    U_E: Tensor | None
+    U_H: Tensor | None
+    U_I: Tensor | None
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for name in (CORE, *(mode.factor_name for mode in Mode)):
+            value = tensors.get(name)
+            parameter = None if value is None else nn.Parameter(value, requires_grad=False)
+            self.register_parameter(name, parameter)
+
+    def expert_core(self, expert: int, dtype: torch.dtype) -> Tensor:
+        """C_e, shape (r_H, r_I)."""
+        if self.core is None:
+            raise CheckpointError("a stack has no core", hint="write the checkpoint again")
+        if self.U_E is None:
+            return self.core[expert].to(dtype)
+        mixed: Tensor = torch.tensordot(self.U_E[expert].to(dtype), self.core.to(dtype), dims=1)
+        return mixed
+
+    def multiply(self, rows_NX: Tensor, counts: list[int], *, transposed: bool) -> Tensor:
+        """Multiply the rows of every expert by its C_e, or by C_eᵀ."""
+        results: list[Tensor] = []
+        for expert, rows in enumerate(rows_NX.split_with_sizes(counts)):
+            if len(rows) or not results:
+                core_QR = self.expert_core(expert, rows.dtype)
+                results.append(rows @ (core_QR if transposed else core_QR.T))
+        return torch.cat(results)
+
+
+class TuckerGroup(nn.Module):
+    """The three projections of one group of experts."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for owner in (*Projection, SHARED_U_I):
+            own = {
+                name.removeprefix(f"{owner}."): value
+                for name, value in tensors.items()
+                if name.startswith(f"{owner}.")
+            }
+            if own:
+                self.add_module(owner, TuckerStack(own))
+
+    def stack(self, projection: Projection) -> TuckerStack:
+        """The stack of a projection."""
+        module = self.get_submodule(projection)
+        if not isinstance(module, TuckerStack):
+            raise TypeError(f"{projection} is not a TuckerStack")
+        return module
+
+    def hidden_factor(self, projection: Projection) -> Tensor | None:
+        """U_I of a projection, its own or the shared one."""
+        own = self.stack(projection).U_I
+        if own is None and projection != Projection.DOWN and hasattr(self, SHARED_U_I):
+            return self.get_parameter(f"{SHARED_U_I}.{Mode.HIDDEN.factor_name}")
+        return own
+
+
+class TuckerExperts(nn.Module):
+    """The routed experts of one layer.
+
+    Args:
+        groups: Tensors of every group by their names below it (`gate_proj.core`), in any floating
+            dtype, whole or the slices of one process; products are computed in the dtype of the
+            tokens.
+        group_size: Experts in a group.
+        activation: Between gate and up.
+        exchange: How the processes of a layout complete each other; by default a process has all.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Mapping[str, Tensor]],
+        *,
+        group_size: int,
+        activation: Activation,
+        exchange: Exchange | None = None,
+    ) -> None:
+        super().__init__()
+        self.groups = [TuckerGroup(tensors) for tensors in groups]
+        for index, group in enumerate(self.groups):
+            self.add_module(f"group_{index}", group)
+        self.group_size = group_size
+        self.activation = activation
+        self.exchange = exchange or Exchange()
+
+    def forward(self, x_TI: Tensor, experts_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
+        """Routed output of tokens, shape (T, I), the same on every process.
+
+        Args:
+            x_TI: Tokens, shape (T, I).
+            experts_Tk: Experts of every token, shape (T, k).
+            weights_Tk: Their weights, shape (T, k).
+        """
+        assigned = [
+            assign(experts_Tk, weights_Tk, range(start, start + self.group_size))
+            for start in range(0, len(self.groups) * self.group_size, self.group_size)
+        ]
+        neurons = self._gate_up(x_TI, assigned)
+        outputs = self._down(neurons, assigned, tokens=len(x_TI))
+        return self._complete(outputs, hidden=x_TI.shape[1])
+
+    def _gate_up(self, x_TI: Tensor, assigned: list[Assignments]) -> list[Tensor]:
+        """Activated neurons of every group, each (N, H) or the process's own columns of it."""
+        middles, factors = [], []
+        for group, rows in zip(self.groups, assigned, strict=True):
+            for projection in (Projection.GATE, Projection.UP):
+                stack, U_I = group.stack(projection), group.hidden_factor(projection)
+                low_TR = (
+                    self.exchange.own_hidden(x_TI) if U_I is None else x_TI @ U_I.to(x_TI.dtype)
+                )
+                middles.append(stack.multiply(low_TR[rows.tokens], rows.counts, transposed=False))
+                factors.append(stack.U_H)
+        completed = self.exchange.gate_up(middles, [factor is not None for factor in factors])
+        expanded = [
+            middle if factor is None else middle @ factor.to(middle.dtype).T
+            for middle, factor in zip(completed, factors, strict=True)
+        ]
+        return [
+            self.activation(gate) * up
+            for gate, up in zip(expanded[0::2], expanded[1::2], strict=True)
+        ]
+
+    def _down(
+        self, neurons: list[Tensor], assigned: list[Assignments], *, tokens: int
+    ) -> list[Tensor]:
+        """Weighted sums over the experts of every group, each (T, r_I), in front of U_I."""
+        stacks = [group.stack(Projection.DOWN) for group in self.groups]
+        middles = [
+            h_NH if stack.U_H is None else h_NH @ stack.U_H.to(h_NH.dtype)
+            for h_NH, stack in zip(neurons, stacks, strict=True)
+        ]
+        completed = self.exchange.down(middles, [stack.U_H is not None for stack in stacks])
+        sums = []
+        for middle, stack, rows in zip(completed, stacks, assigned, strict=True):
+            result_NR = stack.multiply(middle, rows.counts, transposed=True)
+            total_TR = result_NR.new_zeros((tokens, result_NR.shape[1]))
+            weighted = result_NR * rows.weights.to(result_NR.dtype).unsqueeze(1)
+            sums.append(total_TR.index_add_(0, rows.tokens, weighted))
+        return sums
+
+    def _complete(self, outputs: list[Tensor], *, hidden: int) -> Tensor:
+        """Sum over the processes in the smaller space, the r_I of all groups or I, and expand."""
+        factors = [group.hidden_factor(Projection.DOWN) for group in self.groups]
+        widths = [output.shape[1] for output in outputs]
+        if output_width(widths, hidden) == sum(widths):
+            return _expand(self.exchange.output(outputs), factors)
+        return self.exchange.output([_expand(outputs, factors)])[0]
+
+
+def _expand(outputs: Sequence[Tensor], factors: list[Tensor | None]) -> Tensor:
+    """Sum over the groups of what each gives in the hidden dimension."""
+    expanded = [
+        output if factor is None else output @ factor.to(output.dtype).T
+        for output, factor in zip(outputs, factors, strict=True)
+    ]
+    return torch.stack(expanded).sum(0)
