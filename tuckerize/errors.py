@@ -60,3 +60,7 @@ class ParallelError(TuckerizeError):
 
 class VerificationError(TuckerizeError):
     """A verification that could not be carried out (a failed one is a result, not an error)."""
+
+
+class LeaderFailedError(Exception):
+    """Process 0 has failed and reported why: the other processes leave quietly."""

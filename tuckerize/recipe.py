@@ -68,18 +68,9 @@ class Rule(_Schema):
 
     def matches(self, layer: int, projection: Projection) -> bool:
         """Whether the rule is for a stack."""
-        return projection in self.projections and self.selects_layer(layer)
-
-    def selects_layer(self, layer: int) -> bool:
-        """Whether the rule is for a layer."""
-        if self.layers is None:
-            return True
-        return any(start <= layer <= stop for start, stop in _layer_ranges(self.layers))
-
-    def single_layers(self) -> list[int]:
-        """Layers that the rule names one by one."""
-        ranges = [] if self.layers is None else _layer_ranges(self.layers)
-        return [int(start) for start, stop in ranges if start == stop]
+        return projection in self.projections and (
+            self.layers is None or _selects(_layer_ranges(self.layers), layer)
+        )
 
 
 class Recipe(_Schema):
@@ -160,6 +151,36 @@ def resolve_rank(text: str, shape: StackShape) -> MultilinearRank:
     """
     sizes = [_resolve_size(part, size) for part, size in zip(text.split(","), shape, strict=True)]
     return MultilinearRank(*sizes)
+
+
+def select_layers(text: str | None, present: tuple[int, ...]) -> tuple[int, ...]:
+    """The layers that a text like `1-3,7,20-` selects of those present; all without a text.
+
+    >>> select_layers("1-3,7", (1, 2, 3, 4, 5, 6, 7))
+    (1, 2, 3, 7)
+
+    Raises:
+        RecipeError: It is not of that form, names a single layer that is not present, or none.
+    """
+    if text is None:
+        return present
+    try:
+        ranges = _layer_ranges(text)
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+    absent = [start for start, stop in ranges if start == stop and start not in present]
+    selected = tuple(layer for layer in present if _selects(ranges, layer))
+    if absent or not selected:
+        what = f"layer {absent[0]:.0f}" if absent else "a range"
+        raise RecipeError(
+            f"layers '{text}' names {what} without routed experts",
+            hint=f"the layers with routed experts are {present[0]} to {present[-1]}",
+        )
+    return selected
+
+
+def _selects(ranges: list[tuple[float, float]], layer: int) -> bool:
+    return any(start <= layer <= stop for start, stop in ranges)
 
 
 def _resolve_size(part: str, size: int) -> int:

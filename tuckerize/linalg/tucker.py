@@ -75,8 +75,10 @@ class TuckerFactors:
 
     def expand_slices(self, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
         """The experts' matrices of X̂ one by one, see `expand_slice`."""
+        # A core that experts share is widened once, not once an expert.
+        source = self if self.U_E is None else self.to(dtype)
         for expert in range(self.shape.experts):
-            yield self.expand_slice(expert, dtype)
+            yield source.expand_slice(expert, dtype)
 
     def expand_slice(self, expert: int, dtype: torch.dtype | None = None) -> Tensor:
         """The matrix of one expert, shape (H, I): U_H (Σ_a U_E[e, a] core_a) U_Iᵀ.

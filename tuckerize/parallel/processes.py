@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
+from tuckerize.errors import LeaderFailedError
 from tuckerize.parallel.backends import backend_for
 
 T = TypeVar("T")
@@ -23,10 +24,6 @@ TIMEOUT = timedelta(hours=24)
 
 _STARTED = "tuckerize/started"
 _NEXT = "tuckerize/next"
-
-
-class LeaderFailedError(Exception):
-    """Process 0 has failed and reported why: the others leave quietly."""
 
 
 @dataclass(slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from tuckerize.checkpoint.hub import resolve_model
 from tuckerize.checkpoint.manifest import MANIFEST, TuckerManifest, read_tucker_manifest
 from tuckerize.checkpoint.reader import Checkpoint
 from tuckerize.domain import CORE, Mode, MultilinearRank, Projection, TensorHeader
-from tuckerize.errors import CheckpointError, UsageError
+from tuckerize.errors import CheckpointError
 from tuckerize.linalg.tucker import TuckerFactors
 from tuckerize.moe.families import FAMILIES, Family, MoeModel, describe_moe
 from tuckerize.runtime.experts import SHARED_U_I
@@ -134,19 +133,3 @@ def factors_of(group: dict[str, Tensor], projection: Projection) -> TuckerFactor
         U_H=group.get(f"{projection}.{Mode.INTERMEDIATE.factor_name}"),
         U_I=group.get(f"{projection}.{hidden}", shared),
     )
-
-
-def choose_layers(wanted: Iterable[int], present: tuple[int, ...]) -> tuple[int, ...]:
-    """The wanted layers, all of them if none is named.
-
-    Raises:
-        UsageError: A layer was not decomposed.
-    """
-    chosen = tuple(dict.fromkeys(wanted)) or present
-    unknown = [layer for layer in chosen if layer not in present]
-    if unknown:
-        raise UsageError(
-            f"layer {unknown[0]} was not decomposed",
-            hint=f"the decomposed layers are {', '.join(map(str, present))}",
-        )
-    return chosen

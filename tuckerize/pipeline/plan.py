@@ -22,7 +22,7 @@ from tuckerize.errors import RecipeError, UsageError
 from tuckerize.linalg.hooi import check_rank
 from tuckerize.moe.families import MoeModel, describe_moe
 from tuckerize.pipeline.budget import BudgetUnit, ranks_for_keep
-from tuckerize.recipe import Recipe, resolve_rank
+from tuckerize.recipe import Recipe, resolve_rank, select_layers
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 """safetensors' names of the types that factors can be stored in."""
@@ -151,7 +151,8 @@ def make_plan(source: Checkpoint, recipe: Recipe) -> Plan:
         MultilinearRankError: A core size that no stack of the model can have.
     """
     model = describe_moe(source.config, source.tensors)
-    _check_layers(recipe, model)
+    for rule in recipe.rules:
+        select_layers(rule.layers, model.layers)
     group_size = _group_size(recipe, model)
     dtype = DTYPES[recipe.dtype] if recipe.dtype else model.dtype
     _check_engine(recipe)
@@ -172,21 +173,6 @@ def make_plan(source: Checkpoint, recipe: Recipe) -> Plan:
         for file, content in source.files.items()
     ]
     return Plan(source, model, recipe, dtype, group_size, (*copies, *tucker))
-
-
-def _check_layers(recipe: Recipe, model: MoeModel) -> None:
-    for rule in recipe.rules:
-        unknown = [layer for layer in rule.single_layers() if layer not in model.layers]
-        if unknown or not any(rule.selects_layer(layer) for layer in model.layers):
-            raise RecipeError(
-                f"layers '{rule.layers}' names "
-                + (
-                    f"layer {unknown[0]}, which has no routed experts"
-                    if unknown
-                    else "no MoE layer"
-                ),
-                hint=f"the MoE layers are {model.layers[0]} to {model.layers[-1]}",
-            )
 
 
 def _group_size(recipe: Recipe, model: MoeModel) -> int:

@@ -283,9 +283,7 @@ def _verdict(
         layer=layer,
         sharding_error=sharding_error,
         output_error=against.output_error if against else None,
-        residual_recorded=max(
-            s.relative_residual for s in tucker.manifest.stacks if s.layer == layer
-        ),
+        residual_recorded=max(recorded),
         residual_difference=against.residual_difference if against else None,
         failures=tuple(failures),
     )

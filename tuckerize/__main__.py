@@ -1,0 +1,6 @@
+"""`python -m tuckerize`, also under torchrun."""
+
+from tuckerize.cli import main
+
+if __name__ == "__main__":
+    main()

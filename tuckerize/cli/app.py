@@ -1,0 +1,394 @@
+"""The commands. They import what they need when they run, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import tuckerize
+from tuckerize.cli.boundary import NO, boundary
+from tuckerize.errors import OutputError, TuckerizeError, UsageError
+
+if TYPE_CHECKING:
+    from tuckerize.pipeline.opened import OpenedSource, OpenedTucker
+    from tuckerize.recipe import Recipe
+
+app = typer.Typer(
+    name="tuckerize",
+    help="Make Mixture-of-Experts checkpoints smaller by Tucker decomposition, and verify them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class Device(StrEnum):
+    """Where products run."""
+
+    AUTO = "auto"
+    NPU = "npu"
+    CUDA = "cuda"
+    CPU = "cpu"
+
+
+class LayoutOption(StrEnum):
+    """How shards are split."""
+
+    AUTO = "auto"
+    INTERMEDIATE = "intermediate"
+    RANK = "rank"
+
+
+class Engine(StrEnum):
+    """Who computes the decomposition."""
+
+    TUCKERIZE = "tuckerize"
+    TENSORLY = "tensorly"
+
+
+class Joint(StrEnum):
+    """Projections that share one U_I."""
+
+    GATE_UP = "gate_up"
+
+
+class Dtype(StrEnum):
+    """Type of stored factors."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")]
+DeviceOption = Annotated[Device, typer.Option(help="Where products run.")]
+TuckerFolder = Annotated[Path, typer.Argument(help="A Tucker checkpoint, made by decompose.")]
+
+
+def _version(wanted: bool) -> None:  # noqa: FBT001
+    if wanted:
+        sys.stdout.write(f"tuckerize {tuckerize.__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Options of the program itself."""
+
+
+@app.command()
+@boundary
+def inspect(
+    model: Annotated[
+        str, typer.Argument(help="A folder, a Hugging Face id, or a short name; also a result.")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Show what a MoE model is made of; reads headers and configuration only.
+
+    Example: tuckerize inspect DeepSeek-V2-Lite
+    """
+    from tuckerize.checkpoint.hub import resolve_model
+    from tuckerize.cli.tables import show
+    from tuckerize.pipeline.describe import inspect_model
+
+    show(inspect_model(resolve_model(model)), as_json=as_json)
+
+
+@app.command()
+@boundary
+def decompose(
+    model: Annotated[
+        str, typer.Option(help="A folder, a Hugging Face id in the cache, or a short name.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="The new folder; not needed with --dry-run.")
+    ] = None,
+    rank: Annotated[
+        str | None,
+        typer.Option(help="Core sizes r_E,r_H,r_I: numbers, percentages, or 'full'."),
+    ] = None,
+    keep: Annotated[
+        float | None, typer.Option(help="Kept share of the routed parameters, above 0, up to 1.")
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Relative residual that each stack may have.")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="YAML file with rules for layers and projections.")
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Layers like 1-3,7,20-; all MoE layers by default.")
+    ] = None,
+    projections: Annotated[
+        str | None, typer.Option(help="Of gate_proj,up_proj,down_proj; all three by default.")
+    ] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="Experts that share a decomposition; all by default.")
+    ] = None,
+    joint: Annotated[Joint | None, typer.Option(help="One U_I for gate_proj and up_proj.")] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Type of stored factors; the source's by default.")
+    ] = None,
+    max_sweeps: Annotated[
+        int | None, typer.Option(help="HOOI sweeps after the start, at most; 10 by default.")
+    ] = None,
+    engine: Annotated[
+        Engine | None, typer.Option(help="Who decomposes; tensorly is the slow reference.")
+    ] = None,
+    device: DeviceOption = Device.AUTO,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan; reads no weights, writes nothing.")
+    ] = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Decompose the routed experts of a model into a Tucker checkpoint.
+
+    Needs exactly one of --rank, --keep, --tolerance and --recipe. A run that was interrupted
+    continues when it is started again. Under torchrun the stacks are shared out.
+
+    Example: tuckerize decompose --model DeepSeek-V2-Lite --keep 0.75 --output OUT
+    """
+    sizes = {"rank": rank, "keep": keep, "tolerance": tolerance}
+    how = {
+        "group_size": group_size,
+        "joint": joint,
+        "dtype": dtype,
+        "max_sweeps": max_sweeps,
+        "engine": engine,
+    }
+    wanted = _recipe(recipe, sizes, {"layers": layers, "projections": projections}, how)
+    if output is None and not dry_run:
+        raise UsageError("--output is missing", hint="name a new folder, or add --dry-run")
+
+    from tuckerize.checkpoint.hub import resolve_model
+    from tuckerize.checkpoint.output import OutputFolder
+    from tuckerize.checkpoint.reader import Checkpoint
+    from tuckerize.cli.progress import TerminalProgress
+    from tuckerize.cli.tables import show
+    from tuckerize.parallel.backends import choose_device
+    from tuckerize.parallel.processes import process_group
+    from tuckerize.pipeline.decompose import decompose as run
+    from tuckerize.pipeline.describe import describe_plan
+    from tuckerize.pipeline.plan import Plan, make_plan
+
+    def prepare() -> Plan:
+        source = resolve_model(model)
+        plan = make_plan(Checkpoint.open(source), wanted)
+        if output is not None and not dry_run:
+            _refuse_overlap(output, source)
+            OutputFolder(output).claim(plan.fingerprint(), overwrite=overwrite)
+        return plan
+
+    with process_group(lambda local: choose_device(device.value, local_rank=local)) as (
+        processes,
+        own_device,
+    ):
+        plan = processes.leader_first(prepare)
+        if output is None or dry_run:
+            if processes.is_leader:
+                show(describe_plan(plan), as_json=as_json)
+            return
+        report = run(
+            plan,
+            output,
+            model=model,
+            device=own_device,
+            processes=processes,
+            progress=TerminalProgress(),
+        )
+        if report is not None:
+            show(report, as_json=as_json)
+
+
+@app.command()
+@boundary
+def shard(
+    folder: TuckerFolder,
+    tp: Annotated[int, typer.Option(help="Number of tensor-parallel processes.")],
+    layout: Annotated[
+        LayoutOption, typer.Option(help="How tensors are split; auto compares bytes and traffic.")
+    ] = LayoutOption.AUTO,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Cut a Tucker checkpoint into one file per layer, group and process, in OUT/tpN/.
+
+    Example: tuckerize shard OUT --tp 4
+    """
+    from tuckerize.cli.progress import TerminalProgress
+    from tuckerize.cli.tables import show
+    from tuckerize.parallel.layouts import Layout
+    from tuckerize.pipeline.opened import open_tucker
+    from tuckerize.pipeline.shard import shard as run
+
+    report = run(
+        open_tucker(folder),
+        tp_size=tp,
+        layout=None if layout == LayoutOption.AUTO else Layout(layout.value),
+        overwrite=overwrite,
+        progress=TerminalProgress(),
+    )
+    show(report, as_json=as_json)
+
+
+@app.command()
+@boundary
+def verify(
+    folder: TuckerFolder,
+    model: Annotated[
+        str | None,
+        typer.Option(help="The source model; by default the one that decompose was given."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens for each layer.")] = 64,
+    layers: Annotated[str | None, typer.Option(help="Layers like 1-3,7; all by default.")] = None,
+    max_output_error: Annotated[
+        float | None, typer.Option(help="Fail above this relative output error; needs the source.")
+    ] = None,
+    device: DeviceOption = Device.AUTO,
+    as_json: AsJson = False,
+) -> None:
+    """Verify a Tucker checkpoint and, under torchrun, its shards; exits 0 or 1.
+
+    Writes the report to verify.json beside what was verified.
+
+    Example: torchrun --nproc-per-node 4 -m tuckerize verify OUT
+    """
+    from tuckerize.checkpoint.files import write_json
+    from tuckerize.cli.progress import TerminalProgress
+    from tuckerize.cli.tables import show
+    from tuckerize.parallel.backends import choose_device
+    from tuckerize.parallel.processes import process_group, started_by_torchrun
+    from tuckerize.pipeline.opened import open_tucker
+    from tuckerize.pipeline.shardings import find_sharding
+    from tuckerize.pipeline.verify import Verification, activation_of
+    from tuckerize.pipeline.verify import verify as run
+    from tuckerize.recipe import select_layers
+    from tuckerize.report import to_json
+
+    with process_group(lambda local: choose_device(device.value, local_rank=local)) as (
+        processes,
+        own_device,
+    ):
+
+        def prepare() -> tuple[Verification, tuple[int, ...]]:
+            tucker = open_tucker(folder)
+            chosen = select_layers(layers, tucker.manifest.layers)
+            activation_of(tucker)
+            source = _source(model, tucker, needed=max_output_error is not None)
+            sharded = started_by_torchrun()
+            sharding = find_sharding(tucker, processes.size) if sharded else None
+            run_of = Verification(tucker, sharding, source, processes, own_device, tokens)
+            return run_of, chosen
+
+        verification, chosen = processes.leader_first(prepare)
+        report = run(
+            verification,
+            layers=chosen,
+            max_output_error=max_output_error,
+            progress=TerminalProgress(),
+        )
+        sharding = verification.sharding
+        if processes.is_leader:
+            write_json((sharding.folder if sharding else folder) / "verify.json", to_json(report))
+            show(report, as_json=as_json)
+    if not report.passed:
+        raise SystemExit(NO)
+
+
+@app.command()
+@boundary
+def reconstruct(
+    folder: TuckerFolder,
+    output: Annotated[Path, typer.Option(help="The new folder.")],
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Expand a Tucker checkpoint to an ordinary dense one that any engine loads.
+
+    Example: tuckerize reconstruct OUT --output DENSE
+    """
+    from tuckerize.cli.progress import TerminalProgress
+    from tuckerize.cli.tables import show
+    from tuckerize.pipeline.opened import open_tucker
+    from tuckerize.pipeline.reconstruct import reconstruct as run
+
+    tucker = open_tucker(folder)
+    _refuse_overlap(output, folder)
+    report = run(tucker, output, overwrite=overwrite, progress=TerminalProgress())
+    show(report, as_json=as_json)
+
+
+def _recipe(
+    file: Path | None, sizes: dict[str, Any], where: dict[str, Any], how: dict[str, Any]
+) -> Recipe:
+    """The recipe from a file, or from options; exactly one way to say the size."""
+    from tuckerize.recipe import parse_recipe, read_recipe
+
+    given = [name for name, value in {**sizes, "recipe": file}.items() if value is not None]
+    if len(given) != 1:
+        raise UsageError(
+            "no size was given" if not given else f"--{' and --'.join(given)} exclude each other",
+            hint="give exactly one of:\n"
+            "  --keep 0.75             keep 75 % of the routed parameters\n"
+            "  --rank full,full,75%    core sizes r_E,r_H,r_I: numbers, percentages, or 'full'\n"
+            "  --tolerance 0.1         relative residual that each stack may have\n"
+            "or --recipe FILE, which says it for each range of layers",
+        )
+    if file is not None:
+        also = [name for name, value in {**where, **how}.items() if value is not None]
+        if also:
+            option = also[0].replace("_", "-")
+            raise UsageError(
+                f"--{option} and --recipe exclude each other",
+                hint=f"write {also[0]} into {file}",
+            )
+        return read_recipe(file)
+    rule = {name: value for name, value in {**sizes, **where}.items() if value is not None}
+    if "projections" in rule:
+        rule["projections"] = [part.strip() for part in str(rule["projections"]).split(",")]
+    settings = {name: value for name, value in how.items() if value is not None}
+    return parse_recipe({"rules": [rule], **settings}, place="the options")
+
+
+def _source(model: str | None, tucker: OpenedTucker, *, needed: bool) -> OpenedSource | None:
+    """The source model: the one named, else the recorded one where it is still there."""
+    from tuckerize.pipeline.opened import open_source
+
+    if model is not None:
+        return open_source(model, tucker)
+    try:
+        return open_source(tucker.manifest.source.model, tucker)
+    except TuckerizeError as error:
+        if needed:
+            raise UsageError(
+                f"--max-output-error needs the source, and {error.message}",
+                hint="name the source with --model",
+            ) from None
+        sys.stderr.write(
+            f"note: without the source there is no comparison with the dense model "
+            f"({error.message}); name it with --model\n"
+        )
+        return None
+
+
+def _refuse_overlap(output: Path, source: Path) -> None:
+    """Refuse an output folder that is the source, or lies in it, or holds it."""
+    new, old = output.resolve(), source.resolve()
+    if new == old or new in old.parents or old in new.parents:
+        raise OutputError(
+            f"the output {output} and the source {source} lie in one another",
+            hint="choose an output folder elsewhere",
+        )

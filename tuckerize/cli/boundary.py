@@ -1,0 +1,64 @@
+"""The error boundary: exceptions become a message on stderr and an exit code.
+
+0 done, 1 the check ran and the answer is no, 2 something the user can fix, 70 a bug, 130
+interrupted.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import NoReturn, ParamSpec
+
+from tuckerize.errors import LeaderFailedError, TuckerizeError
+
+P = ParamSpec("P")
+
+NO = 1
+USER_ERROR = 2
+BUG = 70
+INTERRUPTED = 130
+
+_BROKEN_NPU = "Failed to load the backend extension: torch_npu"
+
+
+def boundary(command: Callable[P, None]) -> Callable[P, None]:
+    """Wrap a command: its errors are printed, and the process exits with their code."""
+
+    @functools.wraps(command)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except TuckerizeError as error:
+            _leave(error.message, error.hint, error.exit_code)
+        except KeyboardInterrupt:
+            _leave("interrupted", "run the same command again: it continues", INTERRUPTED)
+        except LeaderFailedError:
+            sys.exit(USER_ERROR)
+        except Exception as error:  # noqa: BLE001 this is the one place that may
+            if _BROKEN_NPU in str(error):
+                _leave(
+                    "torch_npu is installed but cannot be loaded, which breaks torch itself",
+                    "source CANN's set_env.sh, or set TORCH_DEVICE_BACKEND_AUTOLOAD=0, "
+                    "or uninstall torch_npu",
+                    USER_ERROR,
+                )
+            traceback.print_exc()
+            _leave(f"this is a bug in tuckerize: {error}", "please report it", BUG)
+
+    return guarded
+
+
+def _leave(message: str, hint: str, code: int) -> NoReturn:
+    process = os.environ.get("RANK", "0")
+    where = "" if process == "0" else f" (process {process})"
+    text = f"error{where}: {message}\n"
+    if hint:
+        text += f"\nhint: {hint}\n"
+    # One write, so that the lines of several processes do not mix.
+    sys.stderr.write(text)
+    sys.stderr.flush()
+    sys.exit(code)

@@ -1,0 +1,244 @@
+"""Reports as tables for people, on stdout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from tuckerize.domain import Size
+from tuckerize.report import (
+    DecomposeReport,
+    InspectReport,
+    PlanReport,
+    ReconstructReport,
+    ShardReport,
+    VerifyReport,
+    to_json,
+)
+
+Report = (
+    InspectReport | PlanReport | DecomposeReport | ShardReport | VerifyReport | ReconstructReport
+)
+
+# Stacks of a model with many layers are summed up to this many lines.
+_MOST_ROWS = 100
+
+
+def show(report: Report, *, as_json: bool) -> None:
+    """Print a report to stdout, as tables or as JSON."""
+    if as_json:
+        Console(soft_wrap=True, highlight=False, markup=False).print(
+            json.dumps(to_json(report), indent=2)
+        )
+        return
+    match report:
+        case InspectReport():
+            _show_inspect(report)
+        case PlanReport():
+            _show_plan(report)
+        case DecomposeReport():
+            _show_decompose(report)
+        case ShardReport():
+            _show_shard(report)
+        case VerifyReport():
+            _show_verify(report)
+        case ReconstructReport():
+            _show_reconstruct(report)
+
+
+def size_text(count: float) -> str:
+    """Bytes in binary units.
+
+    >>> size_text(3 * 2**20)
+    '3.0 MiB'
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def count_text(count: float) -> str:
+    """Numbers with a unit.
+
+    >>> count_text(14_400_000_000)
+    '14.40 billion'
+    """
+    for limit, unit in ((1e9, " billion"), (1e6, " million"), (1e3, " thousand")):
+        if count >= limit:
+            return f"{count / limit:.2f}{unit}"
+    return f"{count:.0f}"
+
+
+def _print(*renderables: Table | str) -> None:
+    console = Console(highlight=False, markup=False)
+    for renderable in renderables:
+        console.print(renderable)
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int = 1) -> Table:
+    table = Table(box=SIMPLE, pad_edge=False, show_header=any(header))
+    for place, name in enumerate(header):
+        table.add_column(name, justify="left" if place < text_columns else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _size_table(before: Size, after: Size, *, bound: bool = False) -> Table:
+    at_most = "≤ " if bound else ""
+    rows = []
+    for name, old, new, text in (
+        ("routed parameters", before.routed_parameters, after.routed_parameters, count_text),
+        ("routed bytes", before.routed_bytes, after.routed_bytes, size_text),
+        ("all parameters", before.total_parameters, after.total_parameters, count_text),
+        ("all bytes", before.total_bytes, after.total_bytes, size_text),
+    ):
+        rows.append((name, text(old), at_most + text(new), f"{at_most}{new / old:.2%}"))
+    return _table(("", "before", "after", "kept"), rows)
+
+
+def _show_inspect(report: InspectReport) -> None:
+    layers = report.layers
+    rows = [
+        ("model", report.model),
+        ("family", report.family),
+        ("MoE layers", f"{len(layers)} ({layers[0]} to {layers[-1]})"),
+        ("routed experts", f"{report.shape.experts} a layer, {report.top_k} a token"),
+        ("shared experts", str(report.shared_experts)),
+        ("stack (E, H, I)", " x ".join(map(str, report.shape))),
+        ("type", report.dtype),
+        ("routed parameters", _amount(report.size.routed_parameters, report.size.routed_bytes)),
+        ("all parameters", _amount(report.size.total_parameters, report.size.total_bytes)),
+        ("share of routed", f"{report.size.routed_parameters / report.size.total_parameters:.1%}"),
+    ]
+    if report.tucker:
+        facts = report.tucker
+        kept = report.size.routed_parameters / facts.before.routed_parameters
+        rows += [
+            ("decomposed from", facts.source),
+            ("decomposed layers", ", ".join(map(str, facts.layers))),
+            ("kept", f"{kept:.2%} of the routed parameters"),
+            ("largest residual", f"{facts.largest_residual:.4f} (relative, of a stack's weights)"),
+            ("sharded for", ", ".join(f"tp {n}" for n in facts.shardings) or "nothing yet"),
+        ]
+    _print(_table(("", ""), rows, text_columns=2))
+
+
+def _amount(parameters: int, count: int) -> str:
+    return f"{count_text(parameters)}, {size_text(count)}"
+
+
+def _show_plan(report: PlanReport) -> None:
+    rows = [
+        (
+            str(stack.layer),
+            str(stack.group),
+            stack.projection,
+            str(stack.multilinear_rank or f"residual ≤ {stack.tolerance:g}"),
+            size_text(stack.bytes_before),
+            size_text(stack.bytes_after),
+        )
+        for stack in report.stacks[:_MOST_ROWS]
+    ]
+    header = ("layer", "group", "projection", "r_E,r_H,r_I", "bytes before", "after")
+    _print(_table(header, rows, text_columns=3))
+    if len(report.stacks) > _MOST_ROWS:
+        _print(f"... and {len(report.stacks) - _MOST_ROWS} more; --json lists all")
+    bound = any(stack.tolerance is not None for stack in report.stacks)
+    _print(
+        _size_table(report.before, report.after, bound=bound),
+        f"estimated peak memory of a process: {size_text(report.peak_bytes)}",
+        f"estimated time of one process: {_duration(report.seconds)}",
+    )
+    if report.after.routed_bytes > report.before.routed_bytes:
+        _print("warning: the result is larger than the source; choose smaller core sizes")
+
+
+def _show_decompose(report: DecomposeReport) -> None:
+    rows = [
+        (
+            str(stack.layer),
+            str(stack.group),
+            str(stack.projection),
+            str(stack.multilinear_rank),
+            f"{stack.relative_residual:.4f}",
+            str(stack.sweeps),
+        )
+        for stack in report.stacks[:_MOST_ROWS]
+    ]
+    header = ("layer", "group", "projection", "r_E,r_H,r_I", "relative residual", "sweeps")
+    _print(_table(header, rows, text_columns=3))
+    if len(report.stacks) > _MOST_ROWS:
+        _print(f"... and {len(report.stacks) - _MOST_ROWS} more; --json lists all")
+    resumed = f", {report.resumed_pieces} pieces were done before" if report.resumed_pieces else ""
+    _print(
+        _size_table(report.before, report.after),
+        "data-free: residuals are of weights; no calibration text was used",
+        f"wrote {report.output} in {_duration(report.seconds)}{resumed}",
+    )
+
+
+def _show_shard(report: ShardReport) -> None:
+    rows = [
+        (
+            cost.layout + (" (written)" if cost.layout == report.layout else ""),
+            size_text(cost.bytes_per_process),
+            size_text(cost.traffic_per_token),
+        )
+        for cost in report.costs
+    ]
+    rows.append(("dense, Megatron TP", "", size_text(report.dense_traffic_per_token)))
+    _print(_table(("layout", "bytes per process", "sent per token and process"), rows))
+    if report.uneven:
+        _print(
+            f"{len(report.uneven)} tensors are not divided evenly by {report.tp_size}: "
+            "the first processes own one row or column more"
+        )
+    _print(f"wrote {report.files} files to {report.folder}")
+
+
+def _show_verify(report: VerifyReport) -> None:
+    rows = [
+        (
+            str(layer.layer),
+            f"{layer.sharding_error:.1e}",
+            "-" if layer.output_error is None else f"{layer.output_error:.4f}",
+            f"{layer.residual_recorded:.4f}",
+            "-" if layer.residual_difference is None else f"{layer.residual_difference:.1e}",
+            "failed" if layer.failures else "ok",
+        )
+        for layer in report.layers
+    ]
+    header = (
+        "layer",
+        "sharded vs unsharded",
+        "output error vs dense",
+        "recorded residual",
+        "measured - recorded",
+        "",
+    )
+    _print(_table(header, rows))
+    for layer in report.layers:
+        for failure in layer.failures:
+            _print(f"layer {layer.layer}: {failure}")
+    what = "unsharded" if report.layout == "unsharded" else f"tp {report.tp_size}, {report.layout}"
+    verdict = "passed" if report.passed else "FAILED"
+    _print(f"{verdict}: {report.folder} ({what}, {report.device}, {report.tokens} tokens a layer)")
+
+
+def _show_reconstruct(report: ReconstructReport) -> None:
+    _print(
+        f"wrote {report.output}: {_amount(report.size.total_parameters, report.size.total_bytes)}"
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,95 @@
+"""What a model or a plan is, in numbers and bytes; reads headers and configuration only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tuckerize.checkpoint.manifest import MANIFEST
+from tuckerize.checkpoint.reader import Checkpoint
+from tuckerize.domain import Size, coupling_name, stored_parameters
+from tuckerize.moe.families import describe_moe
+from tuckerize.pipeline.estimate import peak_bytes, seconds
+from tuckerize.pipeline.opened import OpenedTucker, open_tucker
+from tuckerize.pipeline.plan import Plan
+from tuckerize.pipeline.shardings import available_shardings
+from tuckerize.pipeline.sizes import measure
+from tuckerize.report import InspectReport, PlanReport, StackPlan, TuckerFacts
+
+
+def inspect_model(folder: Path) -> InspectReport:
+    """Describe a dense MoE checkpoint or a Tucker checkpoint.
+
+    Raises:
+        CheckpointError: It is neither.
+    """
+    checkpoint = Checkpoint.open(folder)
+    announced = checkpoint.config.get("quantization_config") or {}
+    if (folder / MANIFEST).exists() or announced.get("quant_method") == "tuckerize":
+        return _describe_tucker(open_tucker(folder))
+    model = describe_moe(checkpoint.config, checkpoint.tensors)
+    return InspectReport(
+        model=str(folder),
+        family=model.family.model_type,
+        layers=model.layers,
+        shape=model.shape,
+        top_k=model.routing.top_k,
+        shared_experts=model.shared_experts,
+        dtype=model.dtype,
+        size=measure(checkpoint.tensors, is_routed=model.is_routed),
+    )
+
+
+def describe_plan(plan: Plan) -> PlanReport:
+    """What a plan will store, and what carrying it out will take."""
+    before = measure(plan.source.tensors, is_routed=plan.model.is_routed)
+    dense_bytes = before.routed_bytes // before.routed_parameters
+    stacks, saved_parameters, saved_bytes = [], 0, 0
+    for piece in plan.tucker_pieces:
+        coupled = len(piece.coupling)
+        for group, target in enumerate(piece.targets):
+            dense = coupled * plan.group_shape.parameters
+            stored = dense
+            if target.rank:
+                stored = stored_parameters(plan.group_shape, target.rank, coupled=coupled)
+            saved_parameters += dense - stored
+            saved_bytes += dense * dense_bytes - stored * plan.dtype_bytes
+            stacks.append(
+                StackPlan(
+                    layer=piece.layer,
+                    group=group,
+                    projection=coupling_name(piece.coupling),
+                    multilinear_rank=target.rank,
+                    tolerance=target.tolerance,
+                    bytes_before=dense * dense_bytes,
+                    bytes_after=stored * plan.dtype_bytes,
+                )
+            )
+    after = Size(
+        routed_parameters=before.routed_parameters - saved_parameters,
+        routed_bytes=before.routed_bytes - saved_bytes,
+        total_parameters=before.total_parameters - saved_parameters,
+        total_bytes=before.total_bytes - saved_bytes,
+    )
+    return PlanReport(tuple(stacks), before, after, peak_bytes(plan), seconds(plan))
+
+
+def _describe_tucker(tucker: OpenedTucker) -> InspectReport:
+    manifest = tucker.manifest
+    layers = {tucker.family.layer_of(name) for name in tucker.checkpoint.tensors}
+    return InspectReport(
+        model=str(tucker.folder),
+        family=manifest.family,
+        layers=tuple(sorted(layer for layer in layers if layer is not None)),
+        shape=manifest.shape,
+        top_k=tucker.family.routing(tucker.config).top_k,
+        shared_experts=int(tucker.config.get(tucker.family.shared_key) or 0),
+        dtype=manifest.dtype,
+        size=manifest.after,
+        tucker=TuckerFacts(
+            source=manifest.source.model,
+            layers=manifest.layers,
+            before=manifest.before,
+            largest_residual=max(stack.relative_residual for stack in manifest.stacks),
+            shardings=available_shardings(tucker.folder),
+        ),
+    )
