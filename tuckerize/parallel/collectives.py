@@ -32,19 +32,17 @@ def reduce_scatter_columns(matrices: Sequence[Tensor], tp_size: int, tp_rank: in
         columns, what is sent is padded with zeros to equal sizes.
     """
     widths = [-(-matrix.shape[1] // tp_size) for matrix in matrices]
-    outgoing = torch.stack(
-        [
-            torch.cat(
-                [
-                    _columns(matrix, part(matrix.shape[1], tp_size, receiver), width)
-                    for matrix, width in zip(matrices, widths, strict=True)
-                ]
-            )
-            for receiver in range(tp_size)
-        ]
-    )
-    incoming = torch.empty_like(outgoing[0])
-    dist.reduce_scatter_tensor(incoming, outgoing)
+    outgoing = [
+        torch.cat(
+            [
+                _columns(matrix, part(matrix.shape[1], tp_size, receiver), width)
+                for matrix, width in zip(matrices, widths, strict=True)
+            ]
+        )
+        for receiver in range(tp_size)
+    ]
+    incoming = torch.empty_like(outgoing[tp_rank])
+    dist.reduce_scatter(incoming, outgoing)
     sizes = [len(matrix) * width for matrix, width in zip(matrices, widths, strict=True)]
     return [
         piece.view(len(matrix), width)[:, : part(matrix.shape[1], tp_size, tp_rank).length]
