@@ -102,11 +102,32 @@ class Recipe(_Schema):
         return None
 
 
+def find_recipe(name: str) -> Path:
+    """A recipe file: a path, or the name of a shipped one (`deepseek-v2-lite-keep75`).
+
+    Raises:
+        RecipeError: There is neither; the hint lists the shipped ones.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    package = Path(__file__).parent
+    # In a wheel the recipes lie in the package, in a checkout beside it.
+    folders = (package / "recipes", package.parent / "recipes")
+    shipped = {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+    if name not in shipped:
+        raise RecipeError(
+            f"there is no recipe file {name}",
+            hint=f"give a YAML file, or one of the shipped: {', '.join(shipped)}",
+        )
+    return shipped[name]
+
+
 def read_recipe(path: Path) -> Recipe:
     """Read and validate a recipe file.
 
     Raises:
-        RecipeError: The file is missing, is not YAML, or does not follow the schema.
+        RecipeError: The file cannot be read, is not YAML, or does not follow the schema.
     """
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -136,8 +157,9 @@ def parse_recipe(value: object, *, place: str) -> Recipe:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"])
+        found = f" = {first['input']!r}" if isinstance(first["input"], str | int | float) else ""
         message = first["msg"].removeprefix("Value error, ")
-        raise RecipeError(f"{place}: {key + ': ' if key else ''}{message}") from None
+        raise RecipeError(f"{place}: {key}{found}: {message}") from None
 
 
 def resolve_rank(text: str, shape: StackShape) -> MultilinearRank:

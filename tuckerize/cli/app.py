@@ -126,7 +126,8 @@ def decompose(
         float | None, typer.Option(help="Relative residual that each stack may have.")
     ] = None,
     recipe: Annotated[
-        Path | None, typer.Option(help="YAML file with rules for layers and projections.")
+        str | None,
+        typer.Option(help="YAML file with rules for layers and projections, or a shipped name."),
     ] = None,
     layers: Annotated[
         str | None, typer.Option(help="Layers like 1-3,7,20-; all MoE layers by default.")
@@ -332,10 +333,10 @@ def reconstruct(
 
 
 def _recipe(
-    file: Path | None, sizes: dict[str, Any], where: dict[str, Any], how: dict[str, Any]
+    file: str | None, sizes: dict[str, Any], where: dict[str, Any], how: dict[str, Any]
 ) -> Recipe:
     """The recipe from a file, or from options; exactly one way to say the size."""
-    from tuckerize.recipe import parse_recipe, read_recipe
+    from tuckerize.recipe import find_recipe, parse_recipe, read_recipe
 
     given = [name for name, value in {**sizes, "recipe": file}.items() if value is not None]
     if len(given) != 1:
@@ -355,7 +356,7 @@ def _recipe(
                 f"--{option} and --recipe exclude each other",
                 hint=f"write {also[0]} into {file}",
             )
-        return read_recipe(file)
+        return read_recipe(find_recipe(file))
     rule = {name: value for name, value in {**sizes, **where}.items() if value is not None}
     if "projections" in rule:
         rule["projections"] = [part.strip() for part in str(rule["projections"]).split(",")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,7 +58,7 @@ def ranks_for_keep(units: Sequence[BudgetUnit], keep: float) -> list[Multilinear
         total = sum(unit.dense_parameters for unit in units)
         raise UsageError(
             f"keep {keep:g} is below what the smallest core size stores",
-            hint=f"choose keep of at least {least / total:.2g}",
+            hint=f"choose keep of at least {math.ceil(1000 * least / total) / 1000:g}",
         )
     left = budget - sum(unit.parameters(size) for unit, size in zip(units, hidden, strict=True))
     for index, unit in enumerate(units):

@@ -1,0 +1,97 @@
+"""The main job on the shipped model: inspect, decompose, shard, verify, reconstruct, compare.
+
+Run it with `make demo`. Every command is printed as a user would type it; the last table says what
+came out.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from perplexity import perplexity
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+HERE = Path(__file__).parent
+MODEL = HERE / "tiny-moe"
+OUTPUT = Path("demo-output")
+KEEP = "0.75"
+PROCESSES = "2"
+PROMPT = "def main() -> None:\n"
+NEW_TOKENS = 48
+
+console = Console(highlight=False, markup=False)
+
+
+def run(*words: str) -> None:
+    """Print a command as it is typed, and run it."""
+    console.print("\n$ " + " ".join(words), style="bold")
+    folder = Path(sys.executable).parent
+    subprocess.run([str(folder / words[0]), *words[1:]], check=True)
+
+
+def sample(model: Path) -> str:
+    """Greedy continuation of the prompt."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    tokens = network.generate(
+        **inputs, max_new_tokens=NEW_TOKENS, do_sample=False, repetition_penalty=1.2
+    )
+    return str(tokenizer.decode(tokens[0], skip_special_tokens=True))
+
+
+def summary(report: dict[str, Any], inspected: dict[str, Any], dense: Path) -> Table:
+    """Size, perplexity and output error before and after, and the verdict."""
+    before, after = inspected["tucker"]["before"], inspected["size"]
+    text = (HERE / "held_out.txt").read_text(encoding="utf-8")[:40_000]
+    table = Table("", "before", "after", title="tiny-moe, keep " + KEEP)
+    for name, key in (
+        ("routed parameters", "routed_parameters"),
+        ("bytes of all tensors", "total_bytes"),
+    ):
+        share = after[key] / before[key]
+        table.add_row(name, f"{before[key]:,}", f"{after[key]:,} ({share:.1%})")
+    table.add_row(
+        "perplexity on held-out text",
+        f"{perplexity(MODEL, text).perplexity:.3f}",
+        f"{perplexity(dense, text).perplexity:.3f}",
+    )
+    for layer in report["layers"]:
+        table.add_row(f"layer {layer['layer']}: output error", "0", f"{layer['output_error']:.4f}")
+    table.add_section()
+    table.add_row("verdict", "", "passed" if report["passed"] else "FAILED")
+    return table
+
+
+def main() -> None:
+    """Run the demonstration."""
+    shutil.rmtree(OUTPUT, ignore_errors=True)
+    tucker, dense = OUTPUT / "tucker", OUTPUT / "dense"
+    model = str(MODEL.relative_to(Path.cwd())) if MODEL.is_relative_to(Path.cwd()) else str(MODEL)
+    run("tuckerize", "inspect", model)
+    run("tuckerize", "decompose", "--model", model, "--keep", KEEP, "--output", str(tucker))
+    run("tuckerize", "shard", str(tucker), "--tp", PROCESSES)
+    run("torchrun", "--nproc-per-node", PROCESSES, "-m", "tuckerize", "verify", str(tucker))
+    run("tuckerize", "reconstruct", str(tucker), "--output", str(dense))
+    for title, folder in (("before", MODEL), ("after", dense)):
+        console.print(f"\n{title}, continuing {PROMPT!r}:", style="bold")
+        console.print(sample(folder))
+    report = json.loads((tucker / f"tp{PROCESSES}" / "verify.json").read_text())
+    inspected = subprocess.run(
+        [sys.executable, "-m", "tuckerize", "inspect", str(tucker), "--json"],
+        check=True,
+        capture_output=True,
+    )
+    console.print(summary(report, json.loads(inspected.stdout), dense))
+
+
+if __name__ == "__main__":
+    main()

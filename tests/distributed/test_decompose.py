@@ -1,0 +1,86 @@
+"""decompose under torchrun, interrupted, killed: always the same bytes."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.running import files_of, run, start, succeed, torchrun
+from tests.tiny_models import make_tiny_model
+
+SIZE = ("--rank", "6,16,24", "--joint", "gate_up", "--max-sweeps", "3")
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_decompose_with_processes_writes_the_bytes_of_one(
+    processes: int, tiny_model: Path, tmp_path: Path
+) -> None:
+    succeed("decompose", "--model", tiny_model, *SIZE, "--output", tmp_path / "one")
+    result = torchrun(
+        processes, "-m", "tuckerize", "decompose", "--model", tiny_model, *SIZE,
+        "--output", tmp_path / "many",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert files_of(tmp_path / "many") == files_of(tmp_path / "one")
+
+
+def test_decompose_with_processes_bad_option_is_reported_once(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    result = torchrun(
+        2, "-m", "tuckerize", "decompose", "--model", tiny_model, "--rank", "99,1,1",
+        "--output", tmp_path / "out",
+    )  # fmt: skip
+    assert result.returncode != 0
+    assert result.stderr.count("error: core size 99 of the expert mode (E)") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_decompose_stopped_anywhere_continues_to_identical_bytes(
+    how: signal.Signals, tmp_path: Path
+) -> None:
+    model = make_tiny_model(
+        tmp_path / "model", experts=16, intermediate=96, hidden=128, layers=5, shards=True
+    )
+    options = ("decompose", "--model", model, "--rank", "12,64,96", "--max-sweeps", "4")
+    succeed(*options, "--output", tmp_path / "whole")
+    stopped = 0
+    for _ in range(20):
+        process = start(*options, "--output", tmp_path / "stopped")
+        before = _records(tmp_path / "stopped")
+        while process.poll() is None and _records(tmp_path / "stopped") <= before:
+            time.sleep(0.01)
+        process.send_signal(how)
+        _, stderr = process.communicate(timeout=60)
+        if process.returncode == 0:
+            break
+        stopped += 1
+        # The file that vLLM and transformers look for is not there before the end.
+        if how == signal.SIGINT and b"interrupted" in stderr:
+            assert process.returncode == 130
+    assert stopped >= 3
+    succeed(*options, "--output", tmp_path / "stopped") if process.returncode else None
+    assert files_of(tmp_path / "stopped") == files_of(tmp_path / "whole")
+
+
+def _records(folder: Path) -> int:
+    return len(list(folder.glob(".tuckerize/*.json")))
+
+
+def test_decompose_stopped_then_other_options_is_refused_and_keeps_the_state(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    succeed("decompose", "--model", tiny_model, "--keep", "0.7", "--output", out)
+    (out / ".tuckerize").mkdir()
+    (out / ".tuckerize" / "plan.json").write_text("{}")
+    (out / "tuckerize.json").unlink()
+    before = files_of(out)
+    result = run("decompose", "--model", tiny_model, "--keep", "0.6", "--output", out)
+    assert result.returncode == 2
+    assert "already holds another unfinished run" in result.stderr
+    assert files_of(out) == before

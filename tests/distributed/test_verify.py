@@ -1,0 +1,182 @@
+"""shard and verify under torchrun on real checkpoints."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from tests.running import files_of, run, succeed, torchrun
+from tuckerize.checkpoint.files import sha256_of
+from tuckerize.checkpoint.manifest import MANIFEST
+
+VERIFY = ("-m", "tuckerize", "verify")
+
+
+@pytest.fixture(scope="module")
+def tucker(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Tucker checkpoint with every mode truncated, sharded for 2 and 4 processes."""
+    out = tmp_path_factory.mktemp("verify") / "out"
+    succeed("decompose", "--model", tiny_model, "--rank", "6,18,26", "--output", out)
+    succeed("shard", out, "--tp", "2", "--layout", "rank")
+    succeed("shard", out, "--tp", "4", "--layout", "intermediate")
+    return out
+
+
+def report_of(out: Path, tp_size: int) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads((out / f"tp{tp_size}" / "verify.json").read_text())
+    return value
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_verify_untouched_shards_passes(processes: int, tucker: Path) -> None:
+    result = torchrun(processes, *VERIFY, tucker, "--json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report == report_of(tucker, processes)
+    assert report["passed"] is True
+    assert [layer["layer"] for layer in report["layers"]] == [1, 2]
+    for layer in report["layers"]:
+        assert 0 < layer["sharding_error"] < 1e-5
+        assert 0 < layer["output_error"] < 1.5
+        assert layer["residual_difference"] < 1e-6
+
+
+def test_verify_alone_passes_and_says_it_is_unsharded(tucker: Path) -> None:
+    assert "passed" in (output := succeed("verify", tucker))
+    assert "unsharded" in output
+
+
+def test_verify_other_world_size_gives_the_commands(tucker: Path) -> None:
+    result = torchrun(3, *VERIFY, tucker)
+    assert result.returncode != 0
+    assert f"error: {tucker} has no shards for 3 processes, only for 2, 4" in result.stderr
+    assert f"torchrun --nproc-per-node 4 -m tuckerize verify {tucker}" in result.stderr
+    assert f"tuckerize shard {tucker} --tp 3" in result.stderr
+
+
+def test_verify_output_error_above_the_bound_fails(tucker: Path) -> None:
+    result = torchrun(2, *VERIFY, tucker, "--max-output-error", "0.001", "--layers", "2")
+    assert result.returncode == 1
+    assert "is above 0.001" in result.stdout
+
+
+def copy_with_one_number_changed(tucker: Path, copy: Path, *, rehash: bool) -> None:
+    """Change the largest number of a core in one shard; optionally fix the manifest's hash."""
+    shutil.copytree(tucker, copy)
+    path = copy / "tp2" / "layer-00002-group-0000-rank-00001-of-00002.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    core = tensors["model.layers.2.mlp.experts.group_0.up_proj.core"]
+    place = core.abs().argmax()
+    core.view(-1)[place] = -core.view(-1)[place]
+    save_file(tensors, path, metadata=metadata)
+    if rehash:
+        manifest = json.loads((copy / "tp2" / MANIFEST).read_text())
+        for shard in manifest["shards"]:
+            if shard["file"]["name"] == path.name:
+                shard["file"]["sha256"] = sha256_of(path)
+        (copy / "tp2" / MANIFEST).write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("rehash", "message"),
+    [(False, "was changed: its SHA-256"), (True, "sharded output differs from unsharded by")],
+)
+def test_verify_one_number_changed_in_one_shard_fails(
+    tucker: Path, tmp_path: Path, *, rehash: bool, message: str
+) -> None:
+    copy_with_one_number_changed(tucker, tmp_path / "copy", rehash=rehash)
+    result = torchrun(2, *VERIFY, tmp_path / "copy")
+    assert result.returncode == 1
+    assert message in result.stdout.replace("\n", " ")
+    report = report_of(tmp_path / "copy", 2)
+    assert [bool(layer["failures"]) for layer in report["layers"]] == [False, True]
+
+
+def test_verify_missing_and_truncated_shards_fail_without_hanging(
+    tucker: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tucker, tmp_path / "copy")
+    shards = sorted((tmp_path / "copy" / "tp2").glob("*.safetensors"))
+    shards[0].unlink()
+    shards[3].write_bytes(shards[3].read_bytes()[:1000])
+    result = torchrun(2, *VERIFY, tmp_path / "copy")
+    assert result.returncode == 1
+    assert f"{shards[0].name} is missing" in result.stdout.replace("\n", " ")
+    assert f"{shards[3].name} has another size" in result.stdout.replace("\n", " ")
+
+
+def test_verify_shards_of_another_version_are_refused(tucker: Path, tmp_path: Path) -> None:
+    shutil.copytree(tucker, tmp_path / "copy")
+    manifest = tmp_path / "copy" / MANIFEST
+    manifest.write_text(manifest.read_text() + "\n")
+    result = torchrun(2, *VERIFY, tmp_path / "copy")
+    assert result.returncode != 0
+    assert "was cut from another version of" in result.stderr
+
+
+@pytest.mark.parametrize("bug", ["columns", "no-last-sum"])
+def test_verify_published_sharding_bug_planted_in_the_layer_fails(bug: str, tucker: Path) -> None:
+    script = Path(__file__).parent / "seed_layer.py"
+    result = torchrun(2, script, bug, "verify", tucker)
+    assert result.returncode == 1, result.stderr
+    report = report_of(tucker, 2)
+    for layer in report["layers"]:
+        assert layer["sharding_error"] > 0.1
+
+
+def test_shard_again_without_overwrite_is_refused_and_keeps_the_files(tucker: Path) -> None:
+    before = files_of(tucker / "tp2")
+    result = run("shard", tucker, "--tp", "2", "--layout", "intermediate")
+    assert result.returncode == 2
+    assert "already holds a finished result" in result.stderr
+    assert files_of(tucker / "tp2") == before
+
+
+def test_shard_files_concatenate_to_the_whole_tensors(tucker: Path) -> None:
+    whole = {
+        name: tensor
+        for path in tucker.glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+        if ".experts." in name
+    }
+    for layout, tp_size in (("rank", 2), ("intermediate", 4)):
+        shards = [
+            {
+                name: tensor
+                for path in (tucker / f"tp{tp_size}").glob(f"*-rank-{tp_rank:05d}-of-*")
+                for name, tensor in load_file(path).items()
+            }
+            for tp_rank in range(tp_size)
+        ]
+        for name, tensor in whole.items():
+            parts = [shard[name] for shard in shards]
+            rebuilt = [torch.cat(parts, dimension) for dimension in range(tensor.dim())]
+            replicated = all(torch.equal(piece, tensor) for piece in parts)
+            joined = any(torch.equal(r, tensor) for r in rebuilt if r.shape == tensor.shape)
+            assert replicated or joined, (layout, name)
+
+
+def test_shard_files_are_read_and_resharded_by_torch_distributed_checkpoint(
+    tucker: Path, tmp_path: Path
+) -> None:
+    script = Path(__file__).parent / "reshard_with_dcp.py"
+    result = torchrun(4, script, tucker / "tp2", tmp_path / "tp4")
+    assert result.returncode == 0, result.stderr
+    whole = {
+        name: tensor
+        for path in tucker.glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+        if ".experts." in name
+    }
+    for name, tensor in whole.items():
+        parts = [torch.load(tmp_path / "tp4" / f"{rank}.pt")[name] for rank in range(4)]
+        assert torch.equal(torch.cat(parts), tensor), name

@@ -1,0 +1,74 @@
+"""Run the program as users do: in processes of its own, alone or under torchrun."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SECONDS = 240
+
+
+def _environment() -> dict[str, str]:
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run `tuckerize` with arguments."""
+    return subprocess.run(
+        [sys.executable, "-m", "tuckerize", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        env=_environment(),
+        check=False,
+    )
+
+
+def succeed(*arguments: str | Path) -> str:
+    """Run `tuckerize`, which must succeed; returns its standard output."""
+    result = run(*arguments)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def torchrun(processes: int, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a module or script under torchrun: `-m tuckerize verify OUT`, or `script.py ...`."""
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(processes),
+            *map(str, arguments),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        env=_environment(),
+        check=False,
+    )
+
+
+def start(*arguments: str | Path) -> subprocess.Popen[bytes]:
+    """Start `tuckerize` and return at once."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tuckerize", *map(str, arguments)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=_environment(),
+    )
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by relative path: equal dictionaries are equal folders."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
