@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from perplexity import perplexity
+from perplexity import perplexity  # type: ignore[import-not-found]  # beside this script
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -40,7 +40,7 @@ def run(*words: str) -> None:
 def sample(model: Path) -> str:
     """Greedy continuation of the prompt."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     inputs = tokenizer(PROMPT, return_tensors="pt")
     tokens = network.generate(
         **inputs, max_new_tokens=NEW_TOKENS, do_sample=False, repetition_penalty=1.2

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -26,8 +27,9 @@ def main() -> None:
     state = {
         name: distribute_tensor(torch.zeros(entry.size, dtype=torch.bfloat16), mesh, [Shard(0)])
         for name, entry in metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
     }
-    dcp.load(state, storage_reader=reader)
+    load(state, storage_reader=reader)
     parts = {}
     for name, tensor in state.items():
         if not isinstance(tensor, DTensor):

@@ -1,7 +1,8 @@
-"""Under torchrun: verify with the sharding bug of a published layer planted in a copy of ours.
+"""Under torchrun: verify with a published sharding bug planted in a copy of the layer.
 
-The layer cuts U_H and U_I by columns, completes only the middle, and never sums its output, so every
-process feeds a partial sum into the activation. Usage: seed_layer.py OUT
+The layer cuts both factors by columns, completes only the middle by an all-reduce, and returns what
+its own columns give: a partial gate and up goes into the activation, and a partial down out of the
+layer. Usage: seed_layer.py columns|no-last-sum verify OUT
 """
 
 from __future__ import annotations
@@ -20,54 +21,71 @@ from tuckerize.domain import Projection
 from tuckerize.parallel.collectives import all_reduce
 from tuckerize.parallel.layouts import part
 from tuckerize.pipeline import verify
-from tuckerize.runtime import experts
+from tuckerize.pipeline.opened import OpenedTucker
+from tuckerize.pipeline.shardings import Sharding
 from tuckerize.runtime.exchange import Exchange, RankExchange
+from tuckerize.runtime.experts import Assignments, TuckerExperts, TuckerStack, assign
 
-SHARDS_ARE_RIGHT = "--correct" in sys.argv
 
+class SeedExperts(TuckerExperts):
+    """The published layer, for one group: whole cores, factors cut by columns, one all-reduce."""
 
-class SeedExperts(experts.TuckerExperts):
-    """Our layer, but gate and up multiply their own columns of U_H and forget the others."""
+    def forward(self, x_TI: Tensor, experts_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
+        """Routed output as that layer computes it."""
+        (group,) = self.groups
+        rows = assign(experts_Tk, weights_Tk, range(self.group_size))
+        x_NI = x_TI[rows.tokens]
+        gate_NH = self._project(x_NI, group.stack(Projection.GATE), rows, down=False)
+        up_NH = self._project(x_NI, group.stack(Projection.UP), rows, down=False)
+        neurons_NH = self.activation(gate_NH) * up_NH
+        result_NI = self._project(neurons_NH, group.stack(Projection.DOWN), rows, down=True)
+        weighted_NI = result_NI * rows.weights.unsqueeze(1)
+        return torch.zeros_like(x_TI).index_add_(0, rows.tokens, weighted_NI)
 
-    def _gate_up(self, x_TI: Tensor, assigned: list[experts.Assignments]) -> list[Tensor]:
-        exchange = self.exchange
-        if not isinstance(exchange, RankExchange):
-            raise TypeError("the planted bug is one of the rank layout")
-        neurons = []
-        for group, rows in zip(self.groups, assigned, strict=True):
-            halves = []
-            for projection in (Projection.GATE, Projection.UP):
-                stack, U_I = group.stack(projection), group.hidden_factor(projection)
-                if U_I is None or stack.U_H is None:
-                    raise TypeError("the planted bug needs U_I and U_H")
-                low = (x_TI @ U_I.to(x_TI.dtype))[rows.tokens]
-                (middle,) = all_reduce([stack.multiply(low, rows.counts, transposed=False)])
-                own = part(middle.shape[1], exchange.tp_size, exchange.tp_rank)
-                mine = slice(own.start, own.stop)
-                halves.append(middle[:, mine] @ stack.U_H.to(x_TI.dtype)[:, mine].T)
-            neurons.append(self.activation(halves[0]) * halves[1])
-        return neurons
+    def _project(
+        self, x_NX: Tensor, stack: TuckerStack, rows: Assignments, *, down: bool
+    ) -> Tensor:
+        if stack.U_H is None or stack.U_I is None or not isinstance(self.exchange, RankExchange):
+            raise TypeError("the planted bug needs both factors and the rank layout")
+        near, far = (stack.U_H, stack.U_I) if down else (stack.U_I, stack.U_H)
+        own_near, own_far = (_own_columns(factor, self.exchange) for factor in (near, far))
+        low_NR = torch.zeros(len(x_NX), near.shape[1])
+        # The process's columns of the core are those that its columns of the factor belong to.
+        low_NR[:, own_near] = x_NX @ near.float()[:, own_near]
+        (middle,) = all_reduce([stack.multiply(low_NR, rows.counts, transposed=down)])
+        return middle[:, own_far] @ far.float()[:, own_far].T
 
 
 class NoLastSum(RankExchange):
-    """Forgets the last all-reduce."""
+    """Our layer without the last all-reduce."""
 
     def output(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """Keep the partial sums."""
         return outputs
 
 
-def forgetful_exchange(layout: object, *, tp_size: int, tp_rank: int) -> Exchange:
-    """The exchange of the rank layout without its last sum."""
+def _own_columns(factor: Tensor, exchange: RankExchange) -> slice:
+    own = part(factor.shape[1], exchange.tp_size, exchange.tp_rank)
+    return slice(own.start, own.stop)
+
+
+def _whole_layer(
+    self: Sharding, tucker: OpenedTucker, layer: int, tp_rank: int
+) -> list[dict[str, Tensor]]:
+    """The published layer loads whole factors and cuts them itself."""
+    del self, tp_rank
+    return [tucker.read_group(layer, 0)]
+
+
+def _without_last_sum(layout: object, *, tp_size: int, tp_rank: int) -> Exchange:
     del layout
     return NoLastSum(tp_size, tp_rank)
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    which = sys.argv.pop(1)
-    if which == "columns":
-        verify.TuckerExperts = SeedExperts  # type: ignore[misc]
-    elif which == "no-last-sum":
-        verify.exchange_for = forgetful_exchange  # type: ignore[assignment]
+    if sys.argv.pop(1) == "columns":
+        vars(verify)["TuckerExperts"] = SeedExperts
+        Sharding.read_layer = _whole_layer  # type: ignore[method-assign]
+    else:
+        vars(verify)["exchange_for"] = _without_last_sum
     main()
