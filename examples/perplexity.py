@@ -82,7 +82,7 @@ def perplexity(
         ValueError: The text is too short.
     """
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     if zero_routed:
         silence_routed(model)
     tokens: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -92,7 +92,9 @@ def perplexity(
         raise ValueError("the text is too short to score a token")
     inputs, targets = torch.tensor(tokens[:-1]), torch.tensor(tokens[1:])
     total = 0.0
-    for source, target in zip(inputs.split(window), targets.split(window), strict=True):
+    for source, target in zip(
+        torch.split(inputs, window), torch.split(targets, window), strict=True
+    ):
         logits = model(input_ids=source[None], use_cache=False).logits[0].float()
         total += cross_entropy(logits, target, reduction="sum").item()
     nll = total / len(targets)

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from fast_kernels import use_fast_kernels
+from fast_kernels import use_fast_kernels  # type: ignore[import-not-found]  # beside this script
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -74,7 +74,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
         vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet
     )
     core.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=core,
         pad_token=special[0],
         bos_token=special[1],
@@ -152,19 +152,17 @@ class RouterWatch:
         return torch.stack(losses).mean(), torch.stack(loads)
 
 
-def batches(stream: Tensor, sizes: list[tuple[int, int]], seed: int) -> Iterator[Tensor]:
-    """Yields one batch per (sequences, length) in ``sizes`` from epochs with random offsets."""
+def batches(stream: Tensor, count: int, length: int, seed: int) -> Iterator[Tensor]:
+    """Yields batches of sequences without end; every epoch starts at a new random offset."""
     generator = torch.Generator().manual_seed(seed)
     starts: list[int] = []
-    last = 0
-    for count, length in sizes:
-        rows = []
+    while True:
+        rows: list[Tensor] = []
         while len(rows) < count:
-            if not starts or length != last:
+            if not starts:
                 first = int(torch.randint(length, (1,), generator=generator))
                 grid = torch.arange(first, len(stream) - length - 1, length)
                 starts = grid[torch.randperm(len(grid), generator=generator)].tolist()
-                last = length
             start = starts.pop()
             rows.append(stream[start : start + length + 1])
         yield torch.stack(rows)
@@ -176,14 +174,16 @@ def evaluate(
 ) -> tuple[float, Tensor]:
     """Gives the loss per token on a stream and the experts' load, in windows of 512 tokens."""
     total, loads, windows = 0.0, [], stream.unfold(0, 513, 512)
-    for rows in windows.split(8):
+    for rows in torch.split(windows, 8):
         logits = model(input_ids=rows[:, :-1], use_cache=False).logits
         total += cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).item() * len(rows)
         loads.append(watch.take()[1])
     return total / len(windows), torch.stack(loads).mean(0)
 
 
-def train(model: DeepseekV2ForCausalLM, args: argparse.Namespace, streams: list[Tensor]) -> dict:
+def train(
+    model: DeepseekV2ForCausalLM, args: argparse.Namespace, streams: list[Tensor]
+) -> dict[str, object]:
     """Trains the model in place and gives a record of the run."""
     use_fast_kernels(model)
     watch = RouterWatch(model)
@@ -191,19 +191,27 @@ def train(model: DeepseekV2ForCausalLM, args: argparse.Namespace, streams: list[
     vectors = [weight for weight in model.parameters() if weight.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
-    switch = int(args.steps * args.short_share)
-    short, long = (args.tokens // 256, 256), (args.tokens // 512, 512)
-    sizes = [short] * switch + [long] * (args.steps - switch)
-    start, seen, done, average = time.monotonic(), 0, 0, 0.0
-    bar = tqdm(batches(streams[0], sizes, args.seed), total=args.steps, mininterval=5)
-    for step, rows in enumerate(bar):
-        spent = (time.monotonic() - start) / 60
-        progress = max(step / args.steps, spent / args.minutes)
+    done, seen, average, before = 0, 0, math.nan, 0.0
+    if args.resume:
+        saved = torch.load(args.checkpoint, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        done, seen, average, before = saved["counts"]
+    start = time.monotonic() - 60 * before
+    short, long = (
+        batches(streams[0], args.tokens // length, length, args.seed + done)
+        for length in (256, 512)
+    )
+    bar = tqdm(total=args.steps, initial=done, mininterval=5)
+    while True:
+        minutes = (time.monotonic() - start) / 60
+        progress = max(done / args.steps, minutes / args.minutes)
         if progress >= 1:
             break
+        rows = next(short if progress < args.short_share else long)
         cosine = 0.05 + 0.475 * (1 + math.cos(math.pi * progress))
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(cosine, (step + 1) / args.warmup)
+            group["lr"] = args.lr * min(cosine, (done + 1) / args.warmup)
         logits = model(input_ids=rows[:, :-1], use_cache=False).logits
         loss = cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
         balance, loads = watch.take()
@@ -211,15 +219,18 @@ def train(model: DeepseekV2ForCausalLM, args: argparse.Namespace, streams: list[
         (loss + args.balance * balance).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        seen, done = seen + rows[:, 1:].numel(), step + 1
-        average = loss.item() if step == 0 else 0.98 * average + 0.02 * loss.item()
+        done, seen = done + 1, seen + rows[:, 1:].numel()
+        average = loss.item() if done == 1 else 0.98 * average + 0.02 * loss.item()
         busiest = f"{loads.min() * loads.shape[1]:.2f}-{loads.max() * loads.shape[1]:.2f}"
         bar.set_postfix(loss=f"{average:.3f}", load=busiest, refresh=False)
-        if (step + 1) % args.save_every == 0:
+        bar.update()
+        if done % args.save_every == 0:
+            bar.write(f"step {done}: held-out loss {evaluate(model, watch, streams[1])[0]:.4f}")
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             args.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(model.state_dict(), args.checkpoint)
-            bar.write(f"step {step + 1}: held-out loss {evaluate(model, watch, streams[1])[0]:.4f}")
-    minutes = (time.monotonic() - start) / 60
+            counts = (done, seen, average, (time.monotonic() - start) / 60)
+            torch.save({**state, "counts": counts}, args.checkpoint)
+    bar.close()
     held_out, loads = evaluate(model, watch, streams[1])
     return {
         "steps": done,
@@ -238,10 +249,11 @@ def main() -> None:
     parser.add_argument("--held-out", type=Path, default=HERE / "held_out.txt")
     parser.add_argument("--checkpoint", type=Path, default=Path("build/tiny-moe.pt"))
     parser.add_argument("--save-every", type=int, default=300, help="steps between checkpoints")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
     parser.add_argument("--steps", type=int, default=2700)
     parser.add_argument("--minutes", type=float, default=math.inf, help="cool down by then")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens per batch")
-    parser.add_argument("--short-share", type=float, default=0.75, help="steps of 256, then 512")
+    parser.add_argument("--short-share", type=float, default=0.75, help="of 256 tokens, then 512")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--warmup", type=int, default=100)
     parser.add_argument("--balance", type=float, default=1e-2, help="balance loss coefficient")
@@ -262,7 +274,7 @@ def main() -> None:
     print(f"{len(texts)} files, {len(streams[0])} tokens; held out {len(test)}, {len(streams[1])}")
     model = build_model(tokenizer, args.scaling, args.spread)
     record = train(model, args, streams)
-    model.to(torch.bfloat16).save_pretrained(args.out)
+    model.bfloat16().save_pretrained(args.out)
     print(json.dumps(record))
 
 
