@@ -85,7 +85,7 @@ def perplexity(
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     if zero_routed:
         silence_routed(model)
-    tokens: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    tokens: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if tokenizer.bos_token_id is not None:
         tokens.insert(0, tokenizer.bos_token_id)
     if len(tokens) < 2:
