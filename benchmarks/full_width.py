@@ -66,7 +66,7 @@ def write_checkpoint(folder: Path, layers: int) -> None:
         "routed_scaling_factor": 1.0,
     }
     (folder / "config.json").write_text(json.dumps(config))
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     generator = torch.Generator().manual_seed(0)
     decay_I = torch.logspace(0, -1, HIDDEN)
     for layer in range(1, layers + 1):

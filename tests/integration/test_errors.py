@@ -31,7 +31,7 @@ OK = ("--keep", "0.7")
             "core size 9 of the expert mode (E) is not between 1 and 8",
             "full",
         ),
-        (("--rank", "8,1,2"), "core size 1 of the intermediate mode", ""),
+        (("--rank", "2,3,7"), "core size 7 of the hidden mode (I) is above 6", "at most 6"),
         (("--tolerance", "2"), "rules.0.tolerance = 2.0: Input should be less than 1", ""),
         (("--tolerance", "0.0001"), "is not above the rounding of BF16", "--dtype float32"),
         ((*OK, "--layers", "0"), "names layer 0 without routed experts", "are 1 to 2"),
