@@ -1,0 +1,29 @@
+"""Settings and fixtures of every test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+# The tensors of tests are small. With several threads each product waits for all of them, for a
+# whole time slice of the scheduler where another process holds a core.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny bfloat16 model in one weight file: 3 layers, of which 1 and 2 are MoE layers."""
+    from tests.tiny_models import make_tiny_model
+
+    return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_sharded_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model in float32 and in several weight files with an index."""
+    from tests.tiny_models import make_tiny_model
+
+    folder = tmp_path_factory.mktemp("tiny") / "sharded"
+    return make_tiny_model(folder, dtype=torch.float32, shards=True)

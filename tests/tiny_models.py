@@ -1,0 +1,81 @@
+"""Tiny DeepSeek-V2 models, built and saved by transformers itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+from transformers.utils import logging
+
+TopkMethod = Literal["greedy", "group_limited_greedy"]
+
+
+def make_tiny_model(
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    experts: int = 8,
+    intermediate: int = 24,
+    hidden: int = 32,
+    layers: int = 3,
+    top_k: int = 2,
+    topk_method: TopkMethod = "greedy",
+    n_group: int = 1,
+    topk_group: int = 1,
+    seed: int = 0,
+    shards: bool = False,
+) -> Path:
+    """Save a random DeepSeek-V2 model; its first layer is dense, all others are MoE layers.
+
+    Args:
+        folder: Where to save it.
+        dtype: Type of all weights.
+        experts: Routed experts of a layer.
+        intermediate: `moe_intermediate_size`.
+        hidden: `hidden_size`.
+        layers: Number of layers.
+        top_k: Experts a token.
+        topk_method: How tokens are routed.
+        n_group: Number of expert groups.
+        topk_group: Groups a token may use.
+        seed: Of the weights.
+        shards: In several weight files with an index, rather than in one.
+    """
+    config = DeepseekV2Config(
+        vocab_size=64,
+        hidden_size=hidden,
+        intermediate_size=2 * intermediate,
+        moe_intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        first_k_dense_replace=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        q_lora_rank=None,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+        n_routed_experts=experts,
+        n_shared_experts=1,
+        num_experts_per_tok=top_k,
+        topk_method=topk_method,
+        n_group=n_group,
+        topk_group=topk_group,
+        routed_scaling_factor=1.5,
+        max_position_embeddings=64,
+        initializer_range=0.1,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = DeepseekV2ForCausalLM(config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "norm" in name:  # ones would hide a norm that is forgotten
+                    parameter.uniform_(0.5, 1.5)
+    logging.disable_progress_bar()
+    total = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    size = total // 3 if shards else 2 * total
+    model.to(dtype).save_pretrained(folder, max_shard_size=size)
+    return folder
