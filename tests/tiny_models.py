@@ -74,8 +74,8 @@ def make_tiny_model(
             for name, parameter in model.named_parameters():
                 if "norm" in name:  # ones would hide a norm that is forgotten
                     parameter.uniform_(0.5, 1.5)
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     total = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     size = total // 3 if shards else 2 * total
-    model.to(dtype).save_pretrained(folder, max_shard_size=size)
+    model.to(dtype=dtype).save_pretrained(folder, max_shard_size=size)
     return folder
