@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -43,7 +44,7 @@ def make_layer(
     generator = torch.Generator().manual_seed(3)
 
     def random(*sizes: int) -> Tensor:
-        return torch.randn(*sizes, generator=generator, dtype=torch.float64) / sizes[-1] ** 0.5
+        return torch.randn(*sizes, generator=generator, dtype=torch.float64) / math.sqrt(sizes[-1])
 
     layer = Layer([], [])
     for _ in range(groups):
@@ -152,7 +153,7 @@ def test_experts_of_dense_weights_equal_those_of_transformers(rank: tuple[int, .
     config = DeepseekV2Config(
         hidden_size=I, moe_intermediate_size=H, n_routed_experts=8, num_attention_heads=1
     )
-    theirs = DeepseekV2Experts(config).double()
+    theirs = DeepseekV2Experts(config).double()  # type: ignore[no-untyped-call]
     theirs.gate_up_proj.data = torch.stack([torch.cat([g, u]) for g, u, _ in layer.dense])
     theirs.down_proj.data = torch.stack([down.T for _, _, down in layer.dense])
     x, experts, weights = make_tokens(23, 8)
