@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import tuckerize
-from tuckerize.cli import app
+from tuckerize.cli.app import app
 
 COMMANDS = ("inspect", "decompose", "shard", "verify", "reconstruct")
 
@@ -27,7 +27,7 @@ from tuckerize.cli import app
 for arguments in ([], *([name] for name in {COMMANDS!r})):
     result = CliRunner().invoke(app, [*arguments, "--help"])
     assert result.exit_code == 0 and "Usage" in result.stdout, (arguments, result.output)
-heavy = {{"torch", "transformers", "safetensors", "huggingface_hub", "pydantic", "tensorly"}}
+heavy = {{"torch", "transformers", "safetensors", "huggingface_hub", "tensorly", "yaml"}}
 print(sorted(heavy & sys.modules.keys()))
 """
     done = subprocess.run(
@@ -92,8 +92,8 @@ def test_command_line_that_cannot_be_parsed_exits_2(arguments: tuple[str, ...]) 
 
 @pytest.mark.parametrize("command", ["shard", "verify", "reconstruct"])
 def test_command_on_a_folder_that_is_no_result_exits_2(tmp_path: Path, command: str) -> None:
-    options = {"shard": ["--tp", "2"], "reconstruct": ["--output", tmp_path / "new"]}
-    result = run(command, tmp_path, *options.get(command, []))
+    options = {"shard": ("--tp", "2"), "reconstruct": ("--output", f"{tmp_path}/new")}
+    result = run(command, tmp_path, *options.get(command, ()))
     assert (result.exit_code, result.stdout) == (2, "")
     assert f"error: {tmp_path} has no tuckerize.json" in result.stderr
     assert not (tmp_path / "new").exists()
@@ -104,7 +104,9 @@ def test_decompose_into_its_source_exits_2_and_changes_nothing(
     tiny_model: Path, where: str
 ) -> None:
     before = sorted(tiny_model.rglob("*"))
-    result = run("decompose", "--model", tiny_model, "--keep", 0.5, "--output", tiny_model / where)
+    result = run(
+        "decompose", "--model", tiny_model, "--keep", "0.5", "--output", tiny_model / where
+    )
     assert result.exit_code == 2
     assert "lie in one another" in result.stderr
     assert sorted(tiny_model.rglob("*")) == before
@@ -154,3 +156,12 @@ def test_every_command_as_json_prints_one_report_and_nothing_else(
     again = run(*calls["sweeps"])
     assert again.exit_code == 2
     assert "already holds a finished result" in again.stderr
+
+
+def test_inspect_as_tables_keeps_names_that_look_like_markup(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "[bold]:cat:"
+    shutil.copytree(tiny_model, folder)
+    result = run("inspect", folder)
+    assert "[bold]:cat:" in "".join(line.strip() for line in result.stdout.splitlines())
