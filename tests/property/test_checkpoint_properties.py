@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import struct
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,7 +18,6 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tuckerize.checkpoint.files import write_json
 from tuckerize.checkpoint.manifest import MANIFEST, read_shard_manifest, read_tucker_manifest
 from tuckerize.checkpoint.output import OutputFolder
 from tuckerize.checkpoint.reader import (
@@ -245,9 +245,8 @@ def test_damaged_tucker_manifest_is_read_or_refused_with_a_checkpoint_error(valu
             assert str(folder) in refusal.message
         else:
             manifest = read_tucker_manifest(folder)
-            write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
-            assert read_tucker_manifest(folder) == manifest
             assert manifest.groups >= 0
+            assert [file.name for file in manifest.files if "/" in file.name] == []
 
 
 @given(st.composite(mutated)(SHARD_MANIFEST))
@@ -261,15 +260,18 @@ def test_damaged_shard_manifest_is_read_or_refused_with_a_checkpoint_error(value
             assert str(folder) in refusal.message
         else:
             manifest = read_shard_manifest(folder)
-            write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
-            assert read_shard_manifest(folder) == manifest
+            owned = [
+                s for rank in {s.tp_rank for s in manifest.shards} for s in manifest.owned_by(rank)
+            ]
+            assert len(owned) == len(manifest.shards)
+            assert [shard for shard in owned if "/" in shard.file.name] == []
 
 
 @settings(deadline=None, max_examples=10, suppress_health_check=list(HealthCheck))
 @given(
     rank=st.tuples(
         st.sampled_from([1, 2, 4]), st.sampled_from([1, 7, 24]), st.sampled_from([1, 9, 32])
-    ),
+    ).filter(lambda sizes: max(sizes) ** 2 <= math.prod(sizes)),  # others have no full core
     how=st.fixed_dictionaries(
         {
             "group_size": st.sampled_from([4, 8]),
