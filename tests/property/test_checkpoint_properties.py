@@ -79,7 +79,6 @@ def bits_of(tensor: Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
     return tensor.dtype, tuple(tensor.shape), bytes(flat.tolist())
 
 
-@settings(deadline=None)
 @given(tensors(), st.data())
 def test_tensors_written_copied_and_read_are_the_same(
     written: dict[str, Tensor], data: st.DataObject
@@ -160,7 +159,6 @@ def use_everything(folder: Path) -> None:
     list(checkpoint.read(checkpoint.tensors))
 
 
-@settings(deadline=None)
 @given(headers() | st.binary(max_size=64))
 def test_damaged_weight_file_is_read_or_refused_with_a_checkpoint_error(content: bytes) -> None:
     with new_folder() as folder:
@@ -170,7 +168,6 @@ def test_damaged_weight_file_is_read_or_refused_with_a_checkpoint_error(content:
         assert refusal is None or str(folder) in refusal.message
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_damaged_index_is_read_or_refused_with_a_checkpoint_error(data: st.DataObject) -> None:
     with new_folder() as folder:
@@ -267,7 +264,7 @@ def test_damaged_shard_manifest_is_read_or_refused_with_a_checkpoint_error(value
             assert [shard for shard in owned if "/" in shard.file.name] == []
 
 
-@settings(deadline=None, max_examples=10, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, suppress_health_check=list(HealthCheck))
 @given(
     rank=st.tuples(
         st.sampled_from([1, 2, 4]), st.sampled_from([1, 7, 24]), st.sampled_from([1, 9, 32])

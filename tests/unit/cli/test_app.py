@@ -159,9 +159,10 @@ def test_every_command_as_json_prints_one_report_and_nothing_else(
 
 
 def test_inspect_as_tables_keeps_names_that_look_like_markup(
-    tiny_model: Path, tmp_path: Path
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "500")
     folder = tmp_path / "[bold]:cat:"
     shutil.copytree(tiny_model, folder)
     result = run("inspect", folder)
-    assert "[bold]:cat:" in "".join(line.strip() for line in result.stdout.splitlines())
+    assert str(folder) in result.stdout
