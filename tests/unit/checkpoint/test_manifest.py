@@ -112,6 +112,13 @@ def test_manifest_that_names_a_file_elsewhere_is_refused(tmp_path: Path, name: s
         ("shape", [8, 3], "shape.2: Field required"),
         ("joint", "down", "joint: Input should be 'gate_up'"),
         ("stacks.1.projection", "gate", "stacks.1.projection: Input should be 'gate_proj'"),
+        ("stacks", [], "stacks: Tuple should have at least 1 item"),
+        ("stacks.1.group", 2, "Value error, a stack is of a group that is not one of 2"),
+        ("stacks.1.group", -1, "Value error, a stack is of a group that is not one of 2"),
+        ("shape", [-8, 3, 4], "Value error, groups of 4 do not fit the shape"),
+        ("shape", [8, 0, 4], "Value error, groups of 4 do not fit the shape"),
+        ("group_size", 3, "Value error, groups of 3 do not fit the shape"),
+        ("group_size", 16, "Value error, groups of 16 do not fit the shape"),
         ("source", None, "source: Input should be"),
     ],
 )
