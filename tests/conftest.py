@@ -6,10 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 # The tensors of tests are small. With several threads each product waits for all of them, for a
 # whole time slice of the scheduler where another process holds a core.
 torch.set_num_threads(1)
+
+# A busy machine must not fail a test by its time.
+settings.register_profile("tuckerize", deadline=None)
+settings.load_profile("tuckerize")
 
 
 @pytest.fixture(scope="session")

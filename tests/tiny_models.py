@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import nn
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 from transformers.utils import logging
 
@@ -74,8 +75,8 @@ def make_tiny_model(
             for name, parameter in model.named_parameters():
                 if "norm" in name:  # ones would hide a norm that is forgotten
                     parameter.uniform_(0.5, 1.5)
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     total = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     size = total // 3 if shards else 2 * total
-    model.to(dtype).save_pretrained(folder, max_shard_size=size)
+    nn.Module.to(model, dtype).save_pretrained(folder, max_shard_size=size)
     return folder

@@ -14,7 +14,7 @@ from tuckerize.errors import RecipeError
 
 _LAYER = re.compile(r"\d+")
 _RANGE = re.compile(r"(\d*)\s*-\s*(\d*)")
-_SIZE = re.compile(r"full|[1-9]\d*|\d+(\.\d+)?%")
+_SIZE = re.compile(r"full|[1-9]\d{0,17}|\d+(\.\d+)?%")
 
 
 def _rank_text(value: object) -> object:
@@ -133,7 +133,7 @@ def read_recipe(path: Path) -> Recipe:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"the recipe {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(
             f"the recipe {path} is not YAML: {' '.join(str(error).split())}"
         ) from None

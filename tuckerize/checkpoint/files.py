@@ -65,7 +65,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} does not exist", hint="is the folder a checkpoint, and complete?"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} cannot be read as JSON: {error}", hint="fetch or write the file again"
         ) from error
@@ -101,7 +101,7 @@ def check_plain_name(name: str, *, found_in: Path) -> None:
     Raises:
         CheckpointError: The name has a separator, is hidden, empty or a parent folder.
     """
-    if name.startswith(".") or set(name) & {"\\", "\0"} or PurePath(name).name != name:
+    if not name or name.startswith(".") or set(name) & {"\\", "\0"} or PurePath(name).name != name:
         raise CheckpointError(
             f"{found_in} names the file {name!r}, expected a plain name in the same folder",
             hint="do not use this checkpoint: it was tampered with or damaged",

@@ -29,11 +29,15 @@ def resolve_model(model: str) -> Path:
     Raises:
         CheckpointError: Neither a folder nor in the cache; the hint says how to fetch it.
     """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(model).expanduser()
+        is_folder, exists = folder.is_dir(), folder.exists()
+    except (OSError, RuntimeError):  # too long for a path, or the home of nobody
+        is_folder = exists = False
+    if is_folder:
         return folder
     repository = SHORT_NAMES.get(model, model)
-    if folder.exists():
+    if exists:
         raise CheckpointError(f"{model} is a file", hint="give the folder that holds config.json")
     if repository.count("/") != 1 or repository.startswith((".", "/", "~")):
         raise CheckpointError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tuckerize.checkpoint.files import check_plain_name, read_json_object
 from tuckerize.domain import Size, StackResult, StackShape
@@ -77,10 +77,18 @@ class TuckerManifest(_Record):
     shape: StackShape
     group_size: Annotated[int, Field(ge=1)]
     joint: Literal["gate_up"] | None
-    stacks: tuple[StackResult, ...]
+    stacks: Annotated[tuple[StackResult, ...], Field(min_length=1)]
     before: Size
     after: Size
     files: tuple[FileRecord, ...]
+
+    @model_validator(mode="after")
+    def _groups_fit(self) -> TuckerManifest:
+        if min(self.shape) < 1 or self.shape.experts % self.group_size:
+            raise ValueError(f"groups of {self.group_size} do not fit the shape {self.shape}")
+        if any(not 0 <= stack.group < self.groups for stack in self.stacks):
+            raise ValueError(f"a stack is of a group that is not one of {self.groups}")
+        return self
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -182,6 +190,6 @@ def _read(path: Path, kind: type[_Manifest]) -> _Manifest:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"])
         raise CheckpointError(
-            f"{path} is not a valid manifest: {place}: {first['msg']}",
+            f"{path} is not a valid manifest: {place + ': ' if place else ''}{first['msg']}",
             hint="the file was changed or damaged: write the checkpoint again",
         ) from None

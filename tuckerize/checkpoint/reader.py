@@ -32,6 +32,9 @@ TORCH_DTYPES = {
 # safetensors refuses longer headers, too.
 _MAX_HEADER_BYTES = 100_000_000
 
+# What JSON of another form than expected raises.
+_MALFORMED = (ValueError, KeyError, TypeError, AttributeError)
+
 
 class DataRange(NamedTuple):
     """Where a tensor's bytes lie in its file."""
@@ -67,7 +70,7 @@ class WeightFile:
             raise CheckpointError(
                 f"the weight file {path} is missing", hint="fetch the checkpoint again"
             ) from None
-        except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, struct.error, RecursionError, *_MALFORMED) as error:
             raise CheckpointError(
                 f"{path} has no valid safetensors header: {error}", hint="fetch the file again"
             ) from error
@@ -171,15 +174,16 @@ def read_tensors(path: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor
 def _ranges(header: dict[str, Any], data_start: int) -> Iterator[tuple[str, DataRange]]:
     """Tensors of a parsed safetensors header, in the order of their data."""
     described = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    end = 0
     for name, entry in sorted(described.items(), key=lambda item: item[1]["data_offsets"]):
-        start, stop = entry["data_offsets"]
-        yield (
-            name,
-            DataRange(
-                TensorHeader(str(entry["dtype"]), tuple(entry["shape"]), stop - start),
-                data_start + start,
-            ),
-        )
+        dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        well_typed = isinstance(dtype, str) and isinstance(shape, list)
+        if not well_typed or any(type(n) is not int or n < 0 for n in (*shape, start, stop)):
+            raise ValueError(f"the type, shape or place of {name!r} is not valid")
+        if start != end or stop < start:
+            raise ValueError(f"the data of {name!r} does not follow that of the tensor before it")
+        end = stop
+        yield name, DataRange(TensorHeader(dtype, tuple(shape), stop - start), data_start + start)
 
 
 def _file_of_tensors(folder: Path) -> dict[str, str]:
@@ -189,9 +193,14 @@ def _file_of_tensors(folder: Path) -> dict[str, str]:
         weight_map = read_json_object(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index} has no weight_map", hint="fetch the file again")
-        for name in set(weight_map.values()):
-            check_plain_name(str(name), found_in=index)
-        return {str(tensor): str(name) for tensor, name in weight_map.items()}
+        for tensor, name in weight_map.items():
+            if not isinstance(name, str):
+                raise CheckpointError(
+                    f"{index} places {tensor} in {name!r}, expected the name of a file",
+                    hint="fetch the file again",
+                )
+            check_plain_name(name, found_in=index)
+        return weight_map
     if (folder / SINGLE_FILE).exists():
         return dict.fromkeys(WeightFile.open(folder / SINGLE_FILE).tensors, SINGLE_FILE)
     other = sorted(path.name for path in folder.glob("pytorch_model*.bin"))

@@ -27,7 +27,19 @@ def write_tensors(
             temporary,
             metadata={**FORMAT, **(metadata or {})},
         )
+        _sort_metadata(temporary)
         return describe_file(temporary, name=path.name)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Give the metadata of a header a fixed order: safetensors' own differs from run to run."""
+    with path.open("r+b") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(encoded.ljust(length))
 
 
 def copy_tensors(path: Path, source: WeightFile, names: Collection[str]) -> FileRecord:

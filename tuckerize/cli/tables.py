@@ -31,7 +31,7 @@ _MOST_ROWS = 100
 def show(report: Report, *, as_json: bool) -> None:
     """Print a report to stdout, as tables or as JSON."""
     if as_json:
-        Console(soft_wrap=True, highlight=False, markup=False).print(
+        Console(soft_wrap=True, highlight=False, markup=False, emoji=False).print(
             json.dumps(to_json(report), indent=2)
         )
         return
@@ -76,7 +76,7 @@ def count_text(count: float) -> str:
 
 
 def _print(*renderables: Table | str) -> None:
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     for renderable in renderables:
         console.print(renderable)
 

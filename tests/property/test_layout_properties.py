@@ -1,0 +1,81 @@
+"""Layouts: nothing is lost or doubled, and traffic grows with what is exchanged."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tuckerize.domain import MultilinearRank, Projection, StackShape
+from tuckerize.parallel.layouts import (
+    Layout,
+    layer_traffic,
+    part,
+    smallest_split_size,
+    split_dimension,
+)
+
+SHAPE = StackShape(8, 24, 32)
+ranks = st.builds(MultilinearRank, st.integers(1, 8), st.integers(1, 24), st.integers(1, 32))
+by_projection = st.fixed_dictionaries(dict.fromkeys(Projection, ranks))
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=3), st.integers(1, 12), st.data())
+def test_slices_of_all_processes_concatenated_are_the_tensor(
+    sizes: list[int], tp_size: int, data: st.DataObject
+) -> None:
+    tensor = torch.arange(torch.Size(sizes).numel()).reshape(sizes)
+    dimension = data.draw(st.integers(0, len(sizes) - 1))
+    slices = [
+        tensor.narrow(dimension, *part(sizes[dimension], tp_size, tp_rank))
+        for tp_rank in range(tp_size)
+    ]
+    assert torch.equal(torch.cat(slices, dim=dimension), tensor)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 300))
+def test_parts_are_even_and_in_order(size: int, tp_size: int) -> None:
+    parts = [part(size, tp_size, tp_rank) for tp_rank in range(tp_size)]
+    assert [p.start for p in parts] == [0, *(p.stop for p in parts[:-1])]
+    assert parts[-1].stop == size
+    assert max(p.length for p in parts) == -(-size // tp_size)
+    assert min(p.length for p in parts) == size // tp_size
+
+
+@given(st.sampled_from(Layout), by_projection)
+def test_split_dimensions_are_never_below_the_smallest_split_size(
+    layout: Layout, chosen: dict[Projection, MultilinearRank]
+) -> None:
+    smallest = smallest_split_size(layout, chosen, SHAPE)
+    for projection, rank in chosen.items():
+        sizes = {"core": tuple(rank)}
+        for mode in rank.truncated_modes(SHAPE):
+            sizes[mode.factor_name] = (SHAPE[mode], rank[mode])
+        for name, shape in sizes.items():
+            dimension = split_dimension(layout, projection, name, rank, SHAPE)
+            assert dimension is None or shape[dimension] >= smallest
+
+
+@given(by_projection, st.integers(1, 4), st.integers(1, 8))
+def test_traffic_equals_a_count_of_the_collectives(
+    chosen: dict[Projection, MultilinearRank], groups: int, top_k: int
+) -> None:
+    gate, up, down = (chosen[projection] for projection in Projection)
+    last = min(groups * down.hidden, SHAPE.hidden)
+    all_reduce, reduce_scatter = float(last), 0.0
+    for rank in (gate, up):
+        if rank.intermediate < SHAPE.intermediate:
+            all_reduce += top_k * rank.intermediate
+        else:
+            reduce_scatter += top_k * rank.intermediate
+    if down.intermediate < SHAPE.intermediate:
+        reduce_scatter += top_k * down.intermediate
+    traffic = layer_traffic(Layout.RANK, [chosen] * groups, SHAPE, top_k=top_k)
+    assert traffic.all_reduce == pytest.approx(all_reduce)
+    assert traffic.reduce_scatter == pytest.approx(reduce_scatter)
+    megatron = layer_traffic(Layout.INTERMEDIATE, [chosen] * groups, SHAPE, top_k=top_k)
+    assert tuple(megatron) == (last, 0)
+    sent = [traffic.sent_numbers(tp_size) for tp_size in range(1, 9)]
+    assert sent[0] == 0
+    assert sent == sorted(sent)

@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from tuckerize.checkpoint.other_files import copy_other_files
+
+
+def test_copy_other_files_takes_neither_weights_nor_what_is_written_anew(tmp_path: Path) -> None:
+    source, output = tmp_path / "source", tmp_path / "output"
+    (source / "folder").mkdir(parents=True)
+    output.mkdir()
+    kept = ["tokenizer.json", "generation_config.json", "modeling_own.py", "tokenizer.model"]
+    left = [
+        "config.json",
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "tuckerize.json",
+        ".gitattributes",
+    ]
+    for name in kept + left:
+        (source / name).write_bytes(name.encode())
+    copy_other_files(source, output)
+    assert sorted(path.name for path in output.iterdir()) == sorted(kept)
+    assert all((output / name).read_bytes() == name.encode() for name in kept)

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import tuckerize
+from tuckerize.cli.app import app
+
+COMMANDS = ("inspect", "decompose", "shard", "verify", "reconstruct")
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_help_of_every_command_imports_no_heavy_library() -> None:
+    script = f"""
+import sys
+from typer.testing import CliRunner
+from tuckerize.cli import app
+for arguments in ([], *([name] for name in {COMMANDS!r})):
+    result = CliRunner().invoke(app, [*arguments, "--help"])
+    assert result.exit_code == 0 and "Usage" in result.stdout, (arguments, result.output)
+heavy = {{"torch", "transformers", "safetensors", "huggingface_hub", "tensorly", "yaml"}}
+print(sorted(heavy & sys.modules.keys()))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+def test_version_is_printed() -> None:
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"tuckerize {tuckerize.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "message", "hint"),
+    [
+        ((), "no size was given", "give exactly one of:"),
+        (("--keep", "0.5", "--rank", "1,1,1"), "--rank and --keep exclude each other", "give"),
+        (("--recipe", "r.yaml", "--tolerance", "0.1"), "--tolerance and --recipe exclude", "give"),
+        (
+            ("--recipe", "r.yaml", "--group-size", "4"),
+            "--group-size and --recipe exclude each other",
+            "write group_size into r.yaml",
+        ),
+        (("--keep", "0.5"), "--output is missing", "name a new folder, or add --dry-run"),
+        (("--keep", "1.5"), "the options: rules.0.keep: Input should be less than", ""),
+        (("--rank", "8,8"), "the options: rules.0: '8,8' has 2 sizes", ""),
+        (
+            ("--keep", "0.5", "--projections", "gate"),
+            "the options: rules.0.projections.0: Input should be 'gate_proj'",
+            "",
+        ),
+        (("--recipe", "absent.yaml"), "the recipe absent.yaml cannot be read", ""),
+    ],
+)
+def test_decompose_with_wrong_options_exits_2_with_message_and_hint(
+    options: tuple[str, ...], message: str, hint: str
+) -> None:
+    result = run("decompose", "--model", "anything", *options)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"error: {message}")
+    assert f"\nhint: {hint}" in result.stderr if hint else "hint:" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("nonsense",),
+        ("decompose",),
+        ("decompose", "--model"),
+        ("shard", "out"),
+        ("shard", "out", "--tp", "x"),
+        ("verify", "out", "--tokens", "0"),
+        ("decompose", "--model", "m", "--keep", "0.5", "--dtype", "int8"),
+    ],
+)
+def test_command_line_that_cannot_be_parsed_exits_2(arguments: tuple[str, ...]) -> None:
+    result = run(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "Error" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["shard", "verify", "reconstruct"])
+def test_command_on_a_folder_that_is_no_result_exits_2(tmp_path: Path, command: str) -> None:
+    options = {"shard": ("--tp", "2"), "reconstruct": ("--output", f"{tmp_path}/new")}
+    result = run(command, tmp_path, *options.get(command, ()))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"error: {tmp_path} has no tuckerize.json" in result.stderr
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("where", [".", "inside"])
+def test_decompose_into_its_source_exits_2_and_changes_nothing(
+    tiny_model: Path, where: str
+) -> None:
+    before = sorted(tiny_model.rglob("*"))
+    result = run(
+        "decompose", "--model", tiny_model, "--keep", "0.5", "--output", tiny_model / where
+    )
+    assert result.exit_code == 2
+    assert "lie in one another" in result.stderr
+    assert sorted(tiny_model.rglob("*")) == before
+
+
+def test_inspect_as_json_prints_nothing_else(tiny_model: Path) -> None:
+    result = run("inspect", tiny_model, "--json")
+    assert (result.exit_code, result.stderr) == (0, "")
+    value = json.loads(result.stdout)
+    assert (value["schema_version"], value["shape"]) == (1, [8, 24, 32])
+
+
+def test_inspect_as_json_keeps_names_that_look_like_markup(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / f"[bold]:smile: {'long' * 40}"
+    shutil.copytree(tiny_model, folder)
+    result = run("inspect", folder, "--json")
+    assert json.loads(result.stdout)["model"] == str(folder)
+
+
+def test_decompose_dry_run_as_json_writes_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    options = ("--keep", "0.5", "--dry-run", "--json", "--output", tmp_path / "out")
+    result = run("decompose", "--model", tiny_model, *options)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert len(json.loads(result.stdout)["stacks"]) == 6
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_command_as_json_prints_one_report_and_nothing_else(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    out, dense = tmp_path / "out", tmp_path / "dense"
+    source = ("--model", tiny_model)
+    calls: dict[str, tuple[str | Path, ...]] = {
+        "sweeps": ("decompose", *source, "--rank", "full,12,16", "--output", out),
+        "costs": ("shard", out, "--tp", "2"),
+        "passed": ("verify", out, "--tokens", "4"),
+        "layers": ("reconstruct", out, "--output", dense),
+        "largest_residual": ("inspect", out),
+    }
+    for key, arguments in calls.items():
+        result = run(*arguments, "--json")
+        assert (result.exit_code, result.stderr) == (0, ""), result.output
+        assert f'"{key}"' in result.stdout
+        assert json.loads(result.stdout)["schema_version"] == 1
+    again = run(*calls["sweeps"])
+    assert again.exit_code == 2
+    assert "already holds a finished result" in again.stderr
+
+
+def test_inspect_as_tables_keeps_names_that_look_like_markup(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "500")
+    folder = tmp_path / "[bold]:cat:"
+    shutil.copytree(tiny_model, folder)
+    result = run("inspect", folder)
+    assert str(folder) in result.stdout

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._C._distributed_c10d import HashStore
+
+from tuckerize.errors import LeaderFailedError, UsageError
+from tuckerize.parallel.processes import (
+    Processes,
+    process_group,
+    process_rank,
+    started_by_torchrun,
+)
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def fail() -> None:
+    raise UsageError("wrong")
+
+
+def test_process_group_without_torchrun_is_one_process() -> None:
+    with process_group(lambda local: torch.device("cpu", local)) as (processes, device):
+        assert (processes.rank, processes.size, processes.is_leader) == (0, 1, True)
+        assert device == torch.device("cpu", 0)
+        processes.barrier()
+        assert processes.gather("x") == ["x"]
+        assert processes.broadcast({"a": 1}) == {"a": 1}
+        assert processes.leader_first(lambda: 3) == 3
+        assert list(processes.queue(4)) == [0, 1, 2, 3]
+
+
+def test_broadcast_of_nothing_is_refused() -> None:
+    with pytest.raises(TypeError, match="process 0 must pass a value"):
+        Processes().broadcast(None)
+
+
+def test_queue_of_several_processes_gives_each_index_once() -> None:
+    store = HashStore()
+    queues = [Processes(rank, 2, store=store).queue(5) for rank in range(2)]
+    taken = [next(queue) for queue in (*queues, *queues, queues[0])]
+    assert taken == [0, 1, 2, 3, 4]
+    assert [list(queue) for queue in queues] == [[], []]
+
+
+def test_leader_first_failing_on_the_leader_keeps_the_others_quiet() -> None:
+    store = HashStore()
+    with pytest.raises(UsageError, match="wrong"):
+        Processes(0, 2, store=store).leader_first(fail)
+    with pytest.raises(LeaderFailedError):
+        Processes(1, 2, store=store).leader_first(fail)
+
+
+def test_leader_first_succeeding_lets_the_others_work() -> None:
+    store = HashStore()
+    assert Processes(0, 2, store=store).leader_first(lambda: "a") == "a"
+    assert Processes(1, 2, store=store).leader_first(lambda: "b") == "b"
+
+
+@pytest.mark.parametrize(
+    ("environment", "started", "rank"),
+    [
+        ({}, False, 0),
+        ({"RANK": "3"}, False, 0),
+        ({"RANK": "3", "WORLD_SIZE": "4"}, True, 3),
+        ({"TORCHELASTIC_RUN_ID": "none", "RANK": "1"}, True, 1),
+    ],
+)
+def test_started_by_torchrun_reads_the_environment(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], started: bool, rank: int
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert started_by_torchrun() == started
+    assert process_rank() == rank

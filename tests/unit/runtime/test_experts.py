@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import DeepseekV2Config
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Experts
+
+from tuckerize.domain import Projection
+from tuckerize.errors import CheckpointError
+from tuckerize.runtime.dense import ExpertWeights, dense_output
+from tuckerize.runtime.experts import ACTIVATIONS, TuckerExperts, TuckerStack, assign
+
+E, H, I = 4, 6, 10  # noqa: E741 the sizes of a group's stacks
+FULL = (E, H, I)
+SMALL = (2, 3, 4)
+RANKS = [tuple(sizes) for sizes in itertools.product(*zip(FULL, SMALL, strict=True))]
+
+silu = ACTIVATIONS["silu"]
+
+
+@dataclass
+class Layer:
+    """Random Tucker groups, and the dense weights of every expert in stack orientation."""
+
+    groups: list[dict[str, Tensor]]
+    dense: list[list[Tensor]]
+
+    def matrices(self, expert: int) -> ExpertWeights:
+        gate, up, down = self.dense[expert]
+        return ExpertWeights(gate, up, down.T)
+
+
+def make_layer(
+    ranks: list[tuple[int, ...]] | tuple[int, ...], *, groups: int = 1, shared: bool = False
+) -> Layer:
+    """A layer of float64 groups; `ranks` is one rank or one for each projection."""
+    by_projection = ranks if isinstance(ranks, list) else [ranks] * 3
+    generator = torch.Generator().manual_seed(3)
+
+    def random(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=generator, dtype=torch.float64) / math.sqrt(sizes[-1])
+
+    layer = Layer([], [])
+    for _ in range(groups):
+        tensors: dict[str, Tensor] = {}
+        stacks = []
+        U_shared = random(I, by_projection[0][2])
+        for projection, (r_E, r_H, r_I) in zip(Projection, by_projection, strict=True):
+            core = random(r_E, r_H, r_I)
+            U_E, U_H, U_I = random(E, r_E), random(H, r_H), random(I, r_I)
+            tensors[f"{projection}.core"] = core
+            if shared and projection != Projection.DOWN and r_I < I:
+                U_I = U_shared
+                tensors["gate_up_proj.U_I"] = U_I
+            elif r_I < I:
+                tensors[f"{projection}.U_I"] = U_I
+            if r_E < E:
+                tensors[f"{projection}.U_E"] = U_E
+            if r_H < H:
+                tensors[f"{projection}.U_H"] = U_H
+            identity = torch.eye(64, dtype=torch.float64)
+            stacks.append(
+                torch.einsum(
+                    "abc,ea,hb,ic->ehi",
+                    core,
+                    U_E if r_E < E else identity[:E, :E],
+                    U_H if r_H < H else identity[:H, :H],
+                    U_I if r_I < I else identity[:I, :I],
+                )
+            )
+        layer.groups.append(tensors)
+        layer.dense += [[stack[expert] for stack in stacks] for expert in range(E)]
+    return layer
+
+
+def naive_output(layer: Layer, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+    """Token by token, expert by expert, in float64."""
+    rows = []
+    for token, own, shares in zip(x.double(), experts.tolist(), weights.double(), strict=True):
+        total = torch.zeros(I, dtype=torch.float64)
+        for expert, share in zip(own, shares, strict=True):
+            gate, up, down = layer.dense[expert]
+            total += share * (down.T @ (functional.silu(gate @ token) * (up @ token)))
+        rows.append(total)
+    return torch.stack(rows) if rows else torch.zeros(0, I, dtype=torch.float64)
+
+
+def make_tokens(count: int, experts: int, top_k: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(count, I, generator=generator, dtype=torch.float64)
+    chosen = [torch.randperm(experts, generator=generator)[:top_k] for _ in range(count)]
+    weights = torch.rand(count, top_k, generator=generator)
+    empty = torch.zeros(0, top_k, dtype=torch.int64)
+    return x, torch.stack(chosen) if chosen else empty, weights
+
+
+def check(layer: Layer, x: Tensor, experts: Tensor, weights: Tensor) -> None:
+    module = TuckerExperts(layer.groups, group_size=E, activation=silu)
+    expected = naive_output(layer, x, experts, weights)
+    torch.testing.assert_close(module(x, experts, weights), expected, rtol=1e-12, atol=1e-12)
+    dense = dense_output(x, experts, weights, expert_weights=layer.matrices, activation=silu)
+    torch.testing.assert_close(dense, expected, rtol=1e-12, atol=1e-12)
+    assert not len(x) or expected.norm() > 1e-3
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("rank", RANKS, ids=str)
+def test_experts_of_any_rank_compute_the_expanded_layer(
+    rank: tuple[int, ...], shared: bool
+) -> None:
+    check(make_layer(rank, shared=shared), *make_tokens(17, E))
+
+
+@pytest.mark.parametrize("groups", [2, 3])
+@pytest.mark.parametrize("rank", RANKS, ids=str)
+def test_experts_of_several_groups_compute_the_expanded_layer(
+    rank: tuple[int, ...], groups: int
+) -> None:
+    check(make_layer(rank, groups=groups), *make_tokens(17, E * groups))
+
+
+def test_experts_of_projections_with_different_ranks_compute_the_expanded_layer() -> None:
+    check(make_layer([(4, 6, 3), (2, 6, 10), (4, 5, 7)], groups=2), *make_tokens(17, 8))
+
+
+def test_experts_with_a_shared_factor_of_several_groups_keep_them_apart() -> None:
+    check(make_layer([(4, 6, 3), (4, 6, 3), (4, 6, 10)], groups=2, shared=True), *make_tokens(9, 8))
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("count", [0, 1, 200])
+def test_experts_of_any_number_of_tokens_compute_the_expanded_layer(
+    count: int, groups: int
+) -> None:
+    check(make_layer(SMALL, groups=groups), *make_tokens(count, E * groups))
+
+
+@pytest.mark.parametrize("expert", [0, 5, 7])
+def test_experts_with_all_tokens_on_one_expert_compute_the_expanded_layer(expert: int) -> None:
+    x, _, weights = make_tokens(12, 8)
+    check(make_layer(SMALL, groups=2), x, torch.full((12, 1), expert), weights[:, :1])
+
+
+@pytest.mark.parametrize("rank", [(4, 6, 10), (4, 6, 4), (2, 3, 4)], ids=str)
+def test_experts_of_dense_weights_equal_those_of_transformers(rank: tuple[int, ...]) -> None:
+    layer = make_layer(rank, groups=2)
+    config = DeepseekV2Config(
+        hidden_size=I, moe_intermediate_size=H, n_routed_experts=8, num_attention_heads=1
+    )
+    theirs = DeepseekV2Experts(config).double()  # type: ignore[no-untyped-call]
+    theirs.gate_up_proj.data = torch.stack([torch.cat([g, u]) for g, u, _ in layer.dense])
+    theirs.down_proj.data = torch.stack([down.T for _, _, down in layer.dense])
+    x, experts, weights = make_tokens(23, 8)
+    expected = theirs(x, experts, weights.double()).detach()
+    module = TuckerExperts(layer.groups, group_size=E, activation=silu)
+    torch.testing.assert_close(module(x, experts, weights), expected, rtol=1e-6, atol=1e-9)
+    dense = dense_output(x, experts, weights, expert_weights=layer.matrices, activation=silu)
+    torch.testing.assert_close(dense, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_experts_stored_in_bfloat16_compute_in_the_dtype_of_the_tokens() -> None:
+    layer = make_layer(SMALL)
+    rounded = [{n: t.bfloat16() for n, t in group.items()} for group in layer.groups]
+    wide = [{n: t.double() for n, t in group.items()} for group in rounded]
+    x, experts, weights = make_tokens(9, E)
+    expected = TuckerExperts(wide, group_size=E, activation=silu)(x, experts, weights)
+    output = TuckerExperts(rounded, group_size=E, activation=silu)(x.float(), experts, weights)
+    assert output.dtype == torch.float32
+    torch.testing.assert_close(output, expected.float(), rtol=1e-4, atol=1e-6)
+
+
+def test_experts_have_the_state_dict_of_the_names_on_disk() -> None:
+    layer = make_layer([(2, 6, 4), (4, 6, 4), (4, 3, 10)], groups=2, shared=True)
+    module = TuckerExperts(layer.groups, group_size=E, activation=silu)
+    expected = {f"group_{n}.{name}" for n, group in enumerate(layer.groups) for name in group}
+    suffixes = {key.split(".", 1)[1] for key in module.state_dict()}
+    assert suffixes == {name.split(".", 1)[1] for name in expected}
+    assert len(module.state_dict()) == len(expected)
+
+
+def test_stack_without_a_core_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="a stack has no core"):
+        TuckerStack({"U_H": torch.zeros(2, 1)}).expert_core(0, torch.float32)
+
+
+def test_assign_of_a_group_sorts_its_rows_by_expert() -> None:
+    experts = torch.tensor([[3, 0], [2, 3], [1, 2]])
+    weights = torch.tensor([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]])
+    rows = assign(experts, weights, range(2, 4))
+    assert rows.counts == [2, 2]
+    assert rows.tokens.tolist() == [1, 2, 0, 1]
+    torch.testing.assert_close(rows.weights, torch.tensor([0.3, 0.6, 0.1, 0.4]))
+
+
+def test_dense_output_reads_each_expert_that_has_tokens_once() -> None:
+    layer = make_layer(FULL)
+    read: list[int] = []
+
+    def matrices(expert: int) -> ExpertWeights:
+        read.append(expert)
+        return layer.matrices(expert)
+
+    experts = torch.tensor([[3, 1], [1, 3], [3, 1]])
+    x, _, weights = make_tokens(3, E, top_k=2)
+    dense_output(x, experts, weights, expert_weights=matrices, activation=silu)
+    assert read == [1, 3]

@@ -1,0 +1,276 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tuckerize.domain import MultilinearRank, Projection, StackShape
+from tuckerize.errors import RecipeError
+from tuckerize.recipe import Recipe, parse_recipe, read_recipe, resolve_rank, select_layers
+
+SHAPE = StackShape(64, 1408, 2048)
+
+
+def parse_rule(**rule: object) -> Recipe:
+    return parse_recipe({"rules": [rule]}, place="here")
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_recipe_with_every_key_is_read(tmp_path: Path) -> None:
+    recipe = read_recipe(
+        write(
+            tmp_path,
+            """
+            schema_version: 1
+            rules:
+              - {layers: "1-3,7", projections: [down_proj], rank: "full,50%,1024"}
+              - {layers: 20-, keep: 0.5}
+              - {tolerance: 0.1}
+            group_size: 8
+            joint: gate_up
+            dtype: float16
+            max_sweeps: 0
+            engine: tensorly
+            """,
+        )
+    )
+    assert [recipe.rules[0].rank, recipe.rules[1].keep, recipe.rules[2].tolerance] == [
+        "full,50%,1024",
+        0.5,
+        0.1,
+    ]
+    assert recipe.rules[0].projections == (Projection.DOWN,)
+    assert (recipe.group_size, recipe.joint, recipe.dtype) == (8, "gate_up", "float16")
+    assert (recipe.max_sweeps, recipe.engine) == (0, "tensorly")
+
+
+def test_recipe_with_rules_only_has_the_documented_defaults() -> None:
+    recipe = parse_rule(keep=1)
+    assert recipe.model_dump(exclude={"rules"}) == {
+        "schema_version": 1,
+        "group_size": None,
+        "joint": None,
+        "dtype": None,
+        "max_sweeps": 10,
+        "engine": "tuckerize",
+    }
+    assert recipe.rules[0].projections == tuple(Projection)
+
+
+def test_rank_as_a_yaml_list_equals_its_text(tmp_path: Path) -> None:
+    path = write(tmp_path, "rules:\n  - rank: [full, 50%, 1024]\n")
+    assert read_recipe(path) == parse_rule(rank="full, 50% ,1024".replace(" ", ""))
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({}, "rules.0: give exactly one of rank, keep and tolerance"),
+        (
+            {"rank": "1,1,1", "keep": 0.5},
+            "rules.0: give exactly one of rank, keep and tolerance",
+        ),
+        (
+            {"keep": 0.5, "tolerance": 0.5},
+            "rules.0: give exactly one of rank, keep and tolerance",
+        ),
+        ({"keep": 0}, "rules.0.keep: Input should be greater than 0"),
+        ({"keep": 1.01}, "rules.0.keep: Input should be less than or equal to 1"),
+        ({"keep": float("nan")}, "rules.0.keep: Input should be less than or equal to 1"),
+        ({"keep": "much"}, "rules.0.keep: Input should be a valid number"),
+        ({"tolerance": 0}, "rules.0.tolerance: Input should be greater than 0"),
+        ({"tolerance": 1}, "rules.0.tolerance: Input should be less than 1"),
+        ({"rank": "8,8"}, "rules.0: '8,8' has 2 sizes, expected three: r_E,r_H,r_I"),
+        ({"rank": ""}, "rules.0: '' has 1 sizes, expected three: r_E,r_H,r_I"),
+        (
+            {"rank": "0,8,8"},
+            "rules.0: '0' in '0,8,8' is not a number, a percentage or 'full'",
+        ),
+        (
+            {"rank": "8,-1,8"},
+            "rules.0: '-1' in '8,-1,8' is not a number, a percentage or 'full'",
+        ),
+        (
+            {"rank": "8,8,101%"},
+            "rules.0: '101%' in '8,8,101%' is not a number, a percentage or 'full'",
+        ),
+        (
+            {"rank": "8,8,0%"},
+            "rules.0: '0%' in '8,8,0%' is not a number, a percentage or 'full'",
+        ),
+        (
+            {"rank": "8,1.5,8"},
+            "rules.0: '1.5' in '8,1.5,8' is not a number, a percentage or 'full'",
+        ),
+        ({"rank": 8}, "rules.0.rank: Input should be a valid string"),
+        (
+            {"keep": 0.5, "layers": "a"},
+            "rules.0: 'a' in layers is not a layer or a range like 1-3 or 20-",
+        ),
+        (
+            {"keep": 0.5, "layers": "-"},
+            "rules.0: '-' in layers is not a layer or a range like 1-3 or 20-",
+        ),
+        (
+            {"keep": 0.5, "layers": "1,,2"},
+            "rules.0: '' in layers is not a layer or a range like 1-3 or 20-",
+        ),
+        (
+            {"keep": 0.5, "layers": "3-1"},
+            "rules.0: the range '3-1' in layers ends before it starts",
+        ),
+        ({"keep": 0.5, "projections": []}, "rules.0: projections is empty"),
+        (
+            {"keep": 0.5, "projections": ["gate"]},
+            "rules.0.projections.0: Input should be 'gate_proj', 'up_proj' or 'down_proj'",
+        ),
+        ({"kep": 0.5}, "rules.0.kep: Extra inputs are not permitted"),
+    ],
+)
+def test_rule_that_breaks_the_schema_names_place_and_key(
+    rule: dict[str, object], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=f"^here: {re.escape(message)}"):
+        parse_rule(**rule)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rules": []}, "rules: Tuple should have at least 1 item"),
+        ({"rules": None}, "rules: Input should be a valid tuple"),
+        ({"schema_version": 2}, "schema_version: Input should be 1"),
+        ({"group_size": 0}, "group_size: Input should be greater than or equal to 1"),
+        ({"group_size": 1.5}, "group_size: Input should be a valid integer"),
+        ({"joint": "down"}, "joint: Input should be 'gate_up'"),
+        (
+            {"dtype": "int8"},
+            "dtype: Input should be 'bfloat16', 'float16' or 'float32'",
+        ),
+        ({"max_sweeps": -1}, "max_sweeps: Input should be greater than or equal to 0"),
+        ({"engine": "numpy"}, "engine: Input should be 'tuckerize' or 'tensorly'"),
+        ({"Rules": []}, "Rules: Extra inputs are not permitted"),
+    ],
+)
+def test_recipe_that_breaks_the_schema_names_place_and_key(
+    changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=f"^here: {re.escape(message)}"):
+        parse_recipe({"rules": [{"keep": 0.5}], **changes}, place="here")
+
+
+@pytest.mark.parametrize("value", [None, [], "text", 3])
+def test_recipe_that_is_no_mapping_is_refused(value: object) -> None:
+    with pytest.raises(RecipeError, match=r"^here holds .*, expected keys and values$"):
+        parse_recipe(value, place="here")
+
+
+def test_recipe_file_with_a_wrong_key_is_named_with_the_key(tmp_path: Path) -> None:
+    path = write(tmp_path, "rules: [{keep: 0.5}]\nranks: 3\n")
+    with pytest.raises(RecipeError, match=f"^{re.escape(str(path))}: ranks: Extra inputs"):
+        read_recipe(path)
+
+
+def test_recipe_file_that_is_missing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"none\.yaml cannot be read: No such file or directory$"):
+        read_recipe(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"rules: [", b"\xff\xfe\x00", b"a: !!python/object:os.system {}", b"? [1]\n: 2", b"\x00"],
+)
+def test_recipe_file_that_is_not_yaml_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    with pytest.raises(RecipeError, match=f"^the recipe {re.escape(str(path))} is not YAML: "):
+        read_recipe(path)
+
+
+def test_recipe_file_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="is not YAML: "):
+        read_recipe(write(tmp_path, "[" * 5000))
+
+
+def test_rule_index_of_several_matching_rules_is_the_first() -> None:
+    recipe = parse_recipe(
+        {
+            "rules": [
+                {"layers": "2", "projections": ["down_proj"], "keep": 0.1},
+                {"layers": "2-3", "keep": 0.2},
+                {"projections": ["down_proj"], "keep": 0.3},
+            ]
+        },
+        place="here",
+    )
+    assert recipe.rule_index(2, Projection.DOWN) == 0
+    assert recipe.rule_index(2, Projection.UP) == 1
+    assert recipe.rule_index(3, Projection.DOWN) == 1
+    assert recipe.rule_index(4, Projection.DOWN) == 2
+    assert recipe.rule_index(4, Projection.GATE) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "rank"),
+    [
+        ("full,full,full", (64, 1408, 2048)),
+        ("1,2,3", (1, 2, 3)),
+        ("50%,25%,100%", (32, 352, 2048)),
+        ("0.1%,0.1%,0.1%", (1, 1, 2)),
+        ("12.5%,full,75%", (8, 1408, 1536)),
+        ("65,1,1", (65, 1, 1)),
+    ],
+)
+def test_resolve_rank_of_valid_text_gives_core_sizes(text: str, rank: tuple[int, ...]) -> None:
+    assert resolve_rank(text, SHAPE) == MultilinearRank(*rank)
+
+
+def test_rank_of_absurdly_many_digits_is_refused() -> None:
+    with pytest.raises(RecipeError, match="is not a number"):
+        parse_rule(rank="1" + "0" * 5000 + ",1,1")
+
+
+@pytest.mark.parametrize(
+    ("text", "selected"),
+    [
+        (None, (1, 2, 3, 5, 8)),
+        ("2", (2,)),
+        ("2-", (2, 3, 5, 8)),
+        ("-2", (1, 2)),
+        ("0-3", (1, 2, 3)),
+        ("8,1-2", (1, 2, 8)),
+        (" 1 , 2 - 3 ", (1, 2, 3)),
+        ("1-1000", (1, 2, 3, 5, 8)),
+    ],
+)
+def test_select_layers_of_valid_text_gives_those_present(
+    text: str | None, selected: tuple[int, ...]
+) -> None:
+    assert select_layers(text, (1, 2, 3, 5, 8)) == selected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("4", "layers '4' names layer 4 without routed experts"),
+        ("1,9", "layers '1,9' names layer 9 without routed experts"),
+        ("9-", "layers '9-' names a range without routed experts"),
+        ("x", "'x' in layers is not a layer or a range like 1-3 or 20-"),
+    ],
+)
+def test_select_layers_that_are_absent_are_refused(text: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        select_layers(text, (1, 2, 3, 5, 8))
+    assert caught.value.message == message
+
+
+def test_select_layers_refused_hints_at_the_layers_that_there_are() -> None:
+    with pytest.raises(RecipeError) as caught:
+        select_layers("4", (1, 2, 3, 5, 8))
+    assert caught.value.hint == "the layers with routed experts are 1 to 8"
