@@ -118,13 +118,22 @@ def check_rank(rank: MultilinearRank, shape: StackShape) -> None:
                 hint=f"choose a size up to {shape[mode]}, or 'full' to leave the mode untruncated",
             )
     for mode in rank.truncated_modes(shape):
-        reachable = math.prod(rank) // rank[mode]
+        reachable = _reachable(rank, mode)
         if rank[mode] > reachable:
             raise MultilinearRankError(
                 f"core size {rank[mode]} of the {mode_name(mode)} is above {reachable}, the "
                 f"product of the other two, so no core of {rank} can use it",
                 hint=f"choose at most {reachable} for this mode",
             )
+
+
+def is_reachable(rank: MultilinearRank, shape: StackShape) -> bool:
+    """Whether every truncated mode's core size is at most the product of the other two."""
+    return all(rank[mode] <= _reachable(rank, mode) for mode in rank.truncated_modes(shape))
+
+
+def _reachable(rank: MultilinearRank, mode: Mode) -> int:
+    return math.prod(rank) // rank[mode]
 
 
 def check_finite(stack_EHI: Tensor) -> None:
