@@ -50,8 +50,9 @@ def _add_product(sum_JK: Tensor, left_MJ: Tensor, right_MK: Tensor) -> None:
         sum_JK.addmm_(left_MJ.T, right_MK)
         return
     whole = rows - rows % parts
-    left = left_MJ[:whole].unflatten(0, (parts, -1)).mT
-    sum_JK += (left @ right_MK[:whole].unflatten(0, (parts, -1))).sum(0)
+    left = left_MJ[:whole].view(parts, whole // parts, -1)
+    right = right_MK[:whole].view(parts, whole // parts, -1)
+    sum_JK += (left.mT @ right).sum(0)
     sum_JK.addmm_(left_MJ[whole:].T, right_MK[whole:])
 
 
