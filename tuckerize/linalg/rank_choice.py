@@ -16,6 +16,9 @@ from tuckerize.linalg.tucker import power_of_two_unit, scaled_slice, squared_nor
 
 # float32 Gram matrices resolve relative residuals down to about 3e-4; below 1e-2 take float64.
 _FLOAT32_TOLERANCE_FLOOR = 1e-2
+# Roundings of the work dtype by which an eigenvalue may be short, as a share of the total; measured
+# at most 2. Kept back, so that the residual is not above the tolerance by that.
+_ROUNDINGS = 4
 
 
 def rank_for_tolerance(stacks: Sequence[Tensor], tolerance: float) -> MultilinearRank:
@@ -44,7 +47,8 @@ def rank_for_tolerance(stacks: Sequence[Tensor], tolerance: float) -> Multilinea
     if any(stack.dtype == torch.float64 for stack in stacks):
         dtype = torch.float64
     unit = power_of_two_unit(*stacks)
-    allowance = tolerance**2 * min(_squared_norm(stack, dtype, unit) for stack in stacks)
+    share = tolerance**2 - _ROUNDINGS * torch.finfo(dtype).eps
+    allowance = share * min(_squared_norm(stack, dtype, unit) for stack in stacks)
     tails = [_discarded(_gram(stacks, mode, dtype, unit)) for mode in Mode]
     return _cheapest(shape, tails, allowance, coupled=len(stacks))
 
