@@ -194,8 +194,11 @@ class _Block:
     def core(self, rank: MultilinearRank, U_I: Tensor | None) -> Tensor:
         """The stack projected on all three factors, shape (r_E, r_H, r_I)."""
         core_PQR = self.source_EHI.new_empty(tuple(rank), dtype=self.dtype)
-        for index, slice_QI in enumerate(self.projected_slices()):
-            core_PQR[index] = slice_QI if U_I is None else slice_QI @ U_I
+        for slice_QI, out_QR in zip(self.projected_slices(), core_PQR, strict=True):
+            if U_I is None:
+                out_QR.copy_(slice_QI)
+            else:
+                torch.mm(slice_QI, U_I, out=out_QR)
         self.projected_PQI = None
         return core_PQR
 
@@ -206,11 +209,17 @@ class _Block:
         self.projected_PQI = self.source_EHI.new_empty(shape, dtype=self.dtype)
         flat_PM = self.projected_PQI.flatten(1)
         for part, block_EM in self._column_blocks():
-            flat_PM[:, part] = self.U_E.T @ block_EM
+            torch.mm(self.U_E.T, block_EM, out=flat_PM[:, part])
 
     def _project_intermediate(self) -> None:
-        if self.U_H is not None:
-            self.projected_PQI = torch.stack([self.U_H.T @ s for s in self.projected_slices()])
+        if self.U_H is None:
+            return
+        matrices = self.source_EHI if self.projected_PQI is None else self.projected_PQI
+        shape = (matrices.shape[0], self.U_H.shape[1], matrices.shape[2])
+        projected_PQI = self.source_EHI.new_empty(shape, dtype=self.dtype)
+        for slice_HI, out_QI in zip(self.projected_slices(), projected_PQI, strict=True):
+            torch.mm(self.U_H.T, slice_HI, out=out_QI)
+        self.projected_PQI = projected_PQI
 
     def _expert_gram(self, U_I: Tensor | None) -> Tensor:
         """Gram matrix of the expert mode of the source projected on U_H and U_I."""
