@@ -72,3 +72,20 @@ def test_eigenvectors_leave_the_number_of_threads_as_it_was() -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_add_gram_of_tall_matrix_with_one_or_two_threads_gives_identical_bits(
+    dtype: torch.dtype,
+) -> None:
+    rows_MN = matrix(64, 20_000, dtype).T
+    before = torch.get_num_threads()
+    grams = []
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            grams.append(torch.zeros((64, 64), dtype=dtype))
+            add_gram(grams[-1], rows_MN)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*grams)
