@@ -89,22 +89,14 @@ def _cheapest(
         left_E = allowance - expert_tail[expert - 1]
         for intermediate in _sizes_within(intermediate_tail, left_E):
             left_EH = left_E - intermediate_tail[intermediate - 1]
-            for hidden in _cheap_hidden_sizes(shape, expert, intermediate, hidden_tail, left_EH):
+            smallest = _sizes_within(hidden_tail, left_EH).start
+            # The full size comes without a factor, so it can cost less than a smaller one.
+            for hidden in (smallest, shape.hidden):
                 rank = MultilinearRank(expert, intermediate, hidden)
                 parameters = stored_parameters(shape, rank, coupled=coupled)
                 if parameters < best_parameters and is_reachable(rank, shape):
                     best, best_parameters = rank, parameters
     return best
-
-
-def _cheap_hidden_sizes(
-    shape: StackShape, expert: int, intermediate: int, tail: list[float], allowance: float
-) -> tuple[int, int]:
-    """The smallest core size that may do, and the full one, which saves the factor."""
-    needed_E = -(-expert // intermediate) if expert < shape.experts else 1
-    needed_H = -(-intermediate // expert) if intermediate < shape.intermediate else 1
-    within = _sizes_within(tail, allowance).start
-    return min(max(within, needed_E, needed_H), shape.hidden), shape.hidden
 
 
 def _sizes_within(tail: list[float], allowance: float) -> range:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -12,10 +14,15 @@ from tests.cases import NONZERO_CASES, Case, Kind, make_stack, naive_residual, s
 from tuckerize.domain import Mode, MultilinearRank, StackShape, stored_parameters
 from tuckerize.errors import NonFiniteError
 from tuckerize.linalg.hooi import hooi, is_reachable
-from tuckerize.linalg.rank_choice import rank_for_tolerance
+from tuckerize.linalg.rank_choice import _cheapest, rank_for_tolerance
 
 SMALL_SHAPES = [(4, 5, 6), (2, 7, 5), (9, 2, 3), (1, 6, 5), (5, 3, 8)]
 TOLERANCES = [0.9, 0.7, 0.5, 0.3, 0.1, 0.03, 1e-3, 1e-5]
+
+
+def _ranks(shape: StackShape) -> Iterator[MultilinearRank]:
+    sizes = itertools.product(*(range(1, size + 1) for size in shape))
+    return (MultilinearRank(*rank) for rank in sizes)
 
 
 def brute_force_parameters(stacks: list[Tensor], tolerance: float) -> int:
@@ -27,10 +34,9 @@ def brute_force_parameters(stacks: list[Tensor], tolerance: float) -> int:
         joined = torch.cat([stack.movedim(mode, 0).flatten(1) for stack in stacks], dim=1)
         energies.append(singular_values(joined[:, :, None], 0) ** 2)
     allowance = tolerance**2 * min(float((stack.double() ** 2).sum()) for stack in stacks)
-    ranks = (MultilinearRank(*r) for r in itertools.product(*(range(1, n + 1) for n in shape)))
     return min(
         stored_parameters(shape, rank, coupled=len(stacks))
-        for rank in ranks
+        for rank in _ranks(shape)
         if is_reachable(rank, shape)
         and sum(float(e[size:].sum()) for e, size in zip(energies, rank, strict=True)) <= allowance
     )
@@ -59,10 +65,34 @@ def test_rank_for_tolerance_of_coupled_stacks_stores_as_little_as_brute_force(
         make_stack(kind, StackShape(*shape), planted, dtype=torch.float64, seed=5)
         for kind in (Kind.PLANTED, Kind.DECAYING)
     ]
-    stacks = [stack / stack.norm() for stack in stacks]
+    stacks = [stack / stack.norm() * norm for stack, norm in zip(stacks, (1, 3), strict=True)]
     rank = rank_for_tolerance(stacks, tolerance)
     stored = stored_parameters(StackShape(*shape), rank, coupled=2)
     assert stored == min(brute_force_parameters(stacks, tolerance), 2 * stacks[0].numel())
+
+
+@pytest.mark.parametrize("seed", range(150))
+@pytest.mark.parametrize("coupled", [1, 2])
+def test_cheapest_of_random_tails_stores_as_little_as_brute_force(seed: int, coupled: int) -> None:
+    """Tails that no small stack has: bounds at which sizes would fit that hooi refuses."""
+    numbers = random.Random(seed)
+    shape = StackShape(*(numbers.randint(1, largest) for largest in (4, 6, 24)))
+    tails = [
+        [*sorted((numbers.random() ** 3 for _ in range(size - 1)), reverse=True), 0.0]
+        for size in shape
+    ]
+    allowance = 1.5 * numbers.random()
+    fewest = min(
+        stored_parameters(shape, rank, coupled=coupled)
+        for rank in _ranks(shape)
+        if is_reachable(rank, shape)
+        and sum(tail[size - 1] for tail, size in zip(tails, rank, strict=True)) <= allowance
+    )
+    rank = _cheapest(shape, tails, allowance, coupled=coupled)
+    assert is_reachable(rank, shape)
+    assert stored_parameters(shape, rank, coupled=coupled) == min(
+        fewest, coupled * shape.parameters
+    )
 
 
 @pytest.mark.parametrize("case", NONZERO_CASES, ids=str)
@@ -119,6 +149,7 @@ def test_rank_for_tolerance_of_scaled_stack_is_the_same(scale: float) -> None:
     expected = rank_for_tolerance([stack], 0.1)
     assert rank_for_tolerance([stack * scale], 0.1) == expected
     assert expected != tuple(stack.shape)
+    assert rank_for_tolerance([stack.double() * scale**6], 0.1) == expected
 
 
 def test_rank_for_tolerance_of_non_finite_stack_names_the_index() -> None:
