@@ -118,13 +118,22 @@ def check_rank(rank: MultilinearRank, shape: StackShape) -> None:
                 hint=f"choose a size up to {shape[mode]}, or 'full' to leave the mode untruncated",
             )
     for mode in rank.truncated_modes(shape):
-        reachable = math.prod(rank) // rank[mode]
+        reachable = _reachable(rank, mode)
         if rank[mode] > reachable:
             raise MultilinearRankError(
                 f"core size {rank[mode]} of the {mode_name(mode)} is above {reachable}, the "
                 f"product of the other two, so no core of {rank} can use it",
                 hint=f"choose at most {reachable} for this mode",
             )
+
+
+def is_reachable(rank: MultilinearRank, shape: StackShape) -> bool:
+    """Whether every truncated mode's core size is at most the product of the other two."""
+    return all(rank[mode] <= _reachable(rank, mode) for mode in rank.truncated_modes(shape))
+
+
+def _reachable(rank: MultilinearRank, mode: Mode) -> int:
+    return math.prod(rank) // rank[mode]
 
 
 def check_finite(stack_EHI: Tensor) -> None:
@@ -185,8 +194,11 @@ class _Block:
     def core(self, rank: MultilinearRank, U_I: Tensor | None) -> Tensor:
         """The stack projected on all three factors, shape (r_E, r_H, r_I)."""
         core_PQR = self.source_EHI.new_empty(tuple(rank), dtype=self.dtype)
-        for index, slice_QI in enumerate(self.projected_slices()):
-            core_PQR[index] = slice_QI if U_I is None else slice_QI @ U_I
+        for slice_QI, out_QR in zip(self.projected_slices(), core_PQR, strict=True):
+            if U_I is None:
+                out_QR.copy_(slice_QI)
+            else:
+                torch.mm(slice_QI, U_I, out=out_QR)
         self.projected_PQI = None
         return core_PQR
 
@@ -197,11 +209,17 @@ class _Block:
         self.projected_PQI = self.source_EHI.new_empty(shape, dtype=self.dtype)
         flat_PM = self.projected_PQI.flatten(1)
         for part, block_EM in self._column_blocks():
-            flat_PM[:, part] = self.U_E.T @ block_EM
+            torch.mm(self.U_E.T, block_EM, out=flat_PM[:, part])
 
     def _project_intermediate(self) -> None:
-        if self.U_H is not None:
-            self.projected_PQI = torch.stack([self.U_H.T @ s for s in self.projected_slices()])
+        if self.U_H is None:
+            return
+        matrices = self.source_EHI if self.projected_PQI is None else self.projected_PQI
+        shape = (matrices.shape[0], self.U_H.shape[1], matrices.shape[2])
+        projected_PQI = self.source_EHI.new_empty(shape, dtype=self.dtype)
+        for slice_HI, out_QI in zip(self.projected_slices(), projected_PQI, strict=True):
+            torch.mm(self.U_H.T, slice_HI, out=out_QI)
+        self.projected_PQI = projected_PQI
 
     def _expert_gram(self, U_I: Tensor | None) -> Tensor:
         """Gram matrix of the expert mode of the source projected on U_H and U_I."""

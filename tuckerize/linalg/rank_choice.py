@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from bisect import bisect_left
 from collections.abc import Sequence
 
 import torch
@@ -9,20 +11,23 @@ from torch import Tensor
 
 from tuckerize.domain import Mode, MultilinearRank, StackShape, stored_parameters
 from tuckerize.linalg.gram import add_gram, eigenvalues_and_vectors
-from tuckerize.linalg.hooi import check_finite
+from tuckerize.linalg.hooi import check_finite, is_reachable
 from tuckerize.linalg.tucker import power_of_two_unit, scaled_slice, squared_norm
 
 # float32 Gram matrices resolve relative residuals down to about 3e-4; below 1e-2 take float64.
 _FLOAT32_TOLERANCE_FLOOR = 1e-2
+# Roundings of the work dtype by which an eigenvalue may be short, as a share of the total; measured
+# at most 2. Kept back, so that the residual is not above the tolerance by that.
+_ROUNDINGS = 4
 
 
 def rank_for_tolerance(stacks: Sequence[Tensor], tolerance: float) -> MultilinearRank:
     """The multilinear rank with the fewest stored parameters within a residual tolerance.
 
     ‖X − X̂‖² of ST-HOSVD is at most the sum over the modes of the discarded eigenvalues of the Gram
-    matrix of that mode's unfolding. Of all core sizes that keep the sum within tolerance² ‖X‖² this
-    is the one that stores least, full modes costing no factor; all modes full where nothing else is
-    smaller than the dense stack.
+    matrix of that mode's unfolding. Of all core sizes that `hooi` accepts and that keep the sum
+    within tolerance² ‖X‖² this is the one that stores least, full modes costing no factor; all
+    modes full where nothing else is smaller than the dense stack.
 
     Args:
         stacks: Coupled expert stacks of one shape (E, H, I), any floating dtype. Each of them is
@@ -42,7 +47,8 @@ def rank_for_tolerance(stacks: Sequence[Tensor], tolerance: float) -> Multilinea
     if any(stack.dtype == torch.float64 for stack in stacks):
         dtype = torch.float64
     unit = power_of_two_unit(*stacks)
-    allowance = tolerance**2 * min(_squared_norm(stack, dtype, unit) for stack in stacks)
+    share = tolerance**2 - _ROUNDINGS * torch.finfo(dtype).eps
+    allowance = share * min(_squared_norm(stack, dtype, unit) for stack in stacks)
     tails = [_discarded(_gram(stacks, mode, dtype, unit)) for mode in Mode]
     return _cheapest(shape, tails, allowance, coupled=len(stacks))
 
@@ -66,35 +72,34 @@ def _gram(stacks: Sequence[Tensor], mode: Mode, dtype: torch.dtype, unit: float)
     return gram
 
 
-def _discarded(gram_NN: Tensor) -> Tensor:
-    """Discarded energy for every core size 1..N, float64 on the host; 0 for N."""
+def _discarded(gram_NN: Tensor) -> list[float]:
+    """Discarded energy for every core size 1..N; 0 for N."""
     values = eigenvalues_and_vectors(gram_NN)[0].double().cpu()
-    tail = values.flip(0).cumsum(0).flip(0)
-    return torch.cat([tail[1:], tail.new_zeros(1)])
+    tail: list[float] = values.flip(0).cumsum(0).flip(0).tolist()
+    return [*tail[1:], 0.0]
 
 
 def _cheapest(
-    shape: StackShape, tails: list[Tensor], allowance: float, *, coupled: int
+    shape: StackShape, tails: list[list[float]], allowance: float, *, coupled: int
 ) -> MultilinearRank:
     best = MultilinearRank(*shape)
     best_parameters = stored_parameters(shape, best, coupled=coupled)
     expert_tail, intermediate_tail, hidden_tail = tails
-    # Core sizes of the hidden mode in ascending order of what is allowed to be discarded.
-    ascending_hidden = hidden_tail.flip(0)
     for expert in _sizes_within(expert_tail, allowance):
-        for intermediate in _sizes_within(
-            intermediate_tail, allowance - float(expert_tail[expert - 1])
-        ):
-            left = allowance - float(expert_tail[expert - 1] + intermediate_tail[intermediate - 1])
-            allowed = int(torch.searchsorted(ascending_hidden, left, right=True))
-            rank = MultilinearRank(expert, intermediate, shape.hidden - max(allowed, 1) + 1)
-            parameters = stored_parameters(shape, rank, coupled=coupled)
-            if parameters < best_parameters:
-                best, best_parameters = rank, parameters
+        left_E = allowance - expert_tail[expert - 1]
+        for intermediate in _sizes_within(intermediate_tail, left_E):
+            left_EH = left_E - intermediate_tail[intermediate - 1]
+            smallest = _sizes_within(hidden_tail, left_EH).start
+            # The full size comes without a factor, so it can cost less than a smaller one.
+            for hidden in (smallest, shape.hidden):
+                rank = MultilinearRank(expert, intermediate, hidden)
+                parameters = stored_parameters(shape, rank, coupled=coupled)
+                if parameters < best_parameters and is_reachable(rank, shape):
+                    best, best_parameters = rank, parameters
     return best
 
 
-def _sizes_within(tail: Tensor, allowance: float) -> range:
+def _sizes_within(tail: list[float], allowance: float) -> range:
     """Core sizes whose discarded energy is at most the allowance; the full size always is."""
-    smallest = int((tail > allowance).sum()) + 1
+    smallest = bisect_left(tail, -allowance, key=operator.neg) + 1
     return range(min(smallest, len(tail)), len(tail) + 1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from tensorly import backend_context
@@ -12,7 +14,7 @@ from torch import Tensor
 from tuckerize.domain import MultilinearRank, StackShape
 from tuckerize.errors import UsageError
 from tuckerize.linalg.hooi import Decomposition, check_finite, check_rank
-from tuckerize.linalg.tucker import TuckerFactors
+from tuckerize.linalg.tucker import TuckerFactors, power_of_two_unit, scaled_slice, squared_norm
 
 
 def tensorly_tucker(
@@ -31,7 +33,8 @@ def tensorly_tucker(
         tolerance: TensorLy's `tol`.
 
     Returns:
-        The same result as `hooi`; the projected residuals are the errors that TensorLy reports.
+        The same result as `hooi`; the projected residuals are that of the HOSVD start and
+        the errors that TensorLy reports, one a sweep.
 
     Raises:
         UsageError: More than one stack, or no sweep: TensorLy knows neither.
@@ -51,16 +54,31 @@ def tensorly_tucker(
     modes = rank.truncated_modes(StackShape(*stack_EHI.shape))
     if not modes:
         return Decomposition((TuckerFactors(stack_EHI),), (0.0,))
+    unit = power_of_two_unit(stack_EHI)
     dtype = torch.promote_types(stack_EHI.dtype, torch.float32)
+    scaled_EHI = scaled_slice(stack_EHI, dtype, unit)
+    options: dict[str, Any] = {
+        "rank": [rank[mode] for mode in modes],
+        "modes": [int(mode) for mode in modes],
+        "tol": tolerance,
+    }
     with backend_context("pytorch"):
+        start, _ = partial_tucker(scaled_EHI, n_iter_max=0, **options)
         (core, factors), errors = partial_tucker(
-            stack_EHI.to(dtype),
-            rank=[rank[mode] for mode in modes],
-            modes=[int(mode) for mode in modes],
-            n_iter_max=max_sweeps,
-            tol=tolerance,
+            scaled_EHI, n_iter_max=max_sweeps, init=start, **options
         )
     named = {mode.factor_name: f for mode, f in zip(modes, factors, strict=True)}
     return Decomposition(
-        (TuckerFactors(core, **named),), tuple(float(error) for error in errors) or (float("nan"),)
+        (TuckerFactors(core / unit, **named),),
+        (_start_residual(scaled_EHI, start[0]), *(_finite(error) for error in errors)),
     )
+
+
+def _start_residual(stack_EHI: Tensor, core_PQR: Tensor) -> float:
+    total = squared_norm(stack_EHI)
+    return math.sqrt(max(0.0, 1.0 - squared_norm(core_PQR) / total)) if total else 0.0
+
+
+def _finite(error: Tensor | float) -> float:
+    """TensorLy's error; 0 for the 0 / 0 of a zero stack."""
+    return 0.0 if math.isnan(error) else float(error)

@@ -16,7 +16,6 @@ from tuckerize.domain import Mode, MultilinearRank, StackShape
 # Products in float32 disturb a difference by about 1e-6 of the stack: residuals smaller than this,
 # of stacks that are stored precisely enough, are formed in float64.
 _FLOAT32_DIFFERENCE_FLOOR = 1e-3
-_FLOAT64_WORTHY = (torch.float32, torch.float64)
 # Magnitudes within 2^-20 .. 2^20 can be squared and summed in float32 without a unit.
 _ORDINARY_EXPONENT = 20
 
@@ -115,8 +114,11 @@ def relative_residual(stack_EHI: Tensor, tucker: TuckerFactors) -> float:
     Source:
         Kolda & Bader 2009, section 4.1. Not ‖X‖² − ‖core‖², which cancels for small residuals.
     """
+    if stack_EHI.dtype == torch.float64:
+        # A float64 magnitude can be outside the range of float32. No NPU holds such a stack.
+        return _residual(stack_EHI, tucker, torch.float64)
     residual = _residual(stack_EHI, tucker, torch.float32)
-    wants_float64 = residual < _FLOAT32_DIFFERENCE_FLOOR and stack_EHI.dtype in _FLOAT64_WORTHY
+    wants_float64 = residual < _FLOAT32_DIFFERENCE_FLOOR and stack_EHI.dtype == torch.float32
     if wants_float64 and stack_EHI.device.type != "npu":
         residual = _residual(stack_EHI, tucker, torch.float64)
     return residual
@@ -149,7 +151,11 @@ def power_of_two_unit(*stacks: Tensor) -> float:
     """
     largest = max(largest_magnitude(stack) for stack in stacks)
     exponent = math.frexp(largest)[1]
-    return 1.0 if largest == 0.0 or abs(exponent) <= _ORDINARY_EXPONENT else 2.0**-exponent
+    if largest == 0.0 or abs(exponent) <= _ORDINARY_EXPONENT:
+        return 1.0
+    widest = max(torch.finfo(stack.dtype).max for stack in stacks)
+    # Subnormal magnitudes ask for a unit beyond the work dtype; the largest power will do.
+    return 2.0 ** min(-exponent, 126 if widest <= torch.finfo(torch.float32).max else 1022)
 
 
 def largest_magnitude(stack: Tensor) -> float:

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from tensorly import backend_context
+from tensorly.tucker_tensor import tucker_to_tensor
+
+from tests.cases import (
+    CASES,
+    NONZERO_CASES,
+    Case,
+    Kind,
+    make_stack,
+    naive_expansion,
+    naive_residual,
+)
+from tuckerize.domain import Mode, MultilinearRank, StackShape
+from tuckerize.linalg.tucker import (
+    TuckerFactors,
+    expand,
+    largest_magnitude,
+    mode_name,
+    power_of_two_unit,
+    relative_residual,
+    squared_norm,
+)
+
+SHAPE = StackShape(4, 5, 6)
+RANK = MultilinearRank(2, 3, 4)
+
+
+def random_tucker(shape: StackShape, rank: MultilinearRank, dtype: torch.dtype) -> TuckerFactors:
+    """Factors that are not orthonormal: expansion must not rely on it."""
+    generator = torch.Generator().manual_seed(1)
+    core = torch.randn(rank, dtype=torch.float64, generator=generator)
+    factors = [
+        torch.randn((shape[mode], rank[mode]), dtype=torch.float64, generator=generator)
+        if mode in rank.truncated_modes(shape)
+        else None
+        for mode in Mode
+    ]
+    return TuckerFactors(core, *factors).to(dtype)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_expand_of_any_rank_equals_einsum(case: Case) -> None:
+    tucker = random_tucker(case.shape, case.rank, torch.float64)
+    np.testing.assert_allclose(expand(tucker).numpy(), naive_expansion(tucker), atol=1e-10)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_expand_of_any_rank_equals_tensorly(case: Case) -> None:
+    tucker = random_tucker(case.shape, case.rank, torch.float64)
+    with backend_context("pytorch"):
+        expected = tucker_to_tensor(tucker.to_tensorly())
+    torch.testing.assert_close(expand(tucker), expected, atol=1e-10, rtol=1e-10)
+
+
+def test_expand_slice_of_every_expert_equals_slice_of_expansion() -> None:
+    tucker = random_tucker(SHAPE, RANK, torch.float64)
+    dense = naive_expansion(tucker)
+    for expert, slice_HI in enumerate(tucker.expand_slices()):
+        np.testing.assert_allclose(slice_HI.numpy(), dense[expert], atol=1e-12)
+        assert torch.equal(slice_HI, tucker.expand_slice(expert))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_shape_and_rank_of_any_case_are_those_it_was_made_with(case: Case) -> None:
+    tucker = random_tucker(case.shape, case.rank, torch.float32)
+    assert tucker.shape == case.shape
+    assert tucker.rank == case.rank
+
+
+def test_to_dtype_with_a_missing_factor_rounds_the_others() -> None:
+    tucker = random_tucker(SHAPE, MultilinearRank(2, 5, 4), torch.float64).to(torch.bfloat16)
+    assert tucker.core.dtype == torch.bfloat16
+    assert tucker.U_H is None
+    assert tucker.U_E is not None
+    assert tucker.U_I is not None
+    assert tucker.U_E.dtype == tucker.U_I.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("case", NONZERO_CASES, ids=str)
+def test_relative_residual_of_a_perturbed_stack_equals_explicit_difference(case: Case) -> None:
+    stack = case.stack()
+    rough = TuckerFactors(stack.double() * 1.25)
+    assert relative_residual(stack, rough) == pytest.approx(0.25, rel=1e-5)
+    other = TuckerFactors(stack.double().flip(0).flip(2))
+    assert relative_residual(stack, other) == pytest.approx(naive_residual(stack, other), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_relative_residual_below_single_precision_is_resolved(dtype: torch.dtype) -> None:
+    stack = make_stack(Kind.FLAT, SHAPE, RANK, dtype=dtype)
+    assert relative_residual(stack, TuckerFactors(stack.double() * (1 + 1e-9))) == pytest.approx(
+        1e-9, rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("scale", [1e-150, 1e-60, 1e60, 1e150])
+def test_relative_residual_of_float64_outside_float32_is_exact(scale: float) -> None:
+    stack = make_stack(Kind.FLAT, SHAPE, RANK, dtype=torch.float64) * scale
+    assert relative_residual(stack, TuckerFactors(stack * 0.5)) == pytest.approx(0.5)
+
+
+def test_relative_residual_of_zero_stack_and_zero_tucker_is_zero() -> None:
+    assert relative_residual(torch.zeros(SHAPE), TuckerFactors(torch.zeros(SHAPE))) == 0.0
+
+
+def test_relative_residual_of_zero_stack_and_other_tucker_is_infinite() -> None:
+    assert relative_residual(torch.zeros(SHAPE), TuckerFactors(torch.ones(SHAPE))) == math.inf
+
+
+def test_relative_residual_of_a_missing_expert_raises() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        relative_residual(torch.zeros(SHAPE), TuckerFactors(torch.zeros(3, 5, 6)))
+
+
+def test_squared_norm_of_many_float32_numbers_is_summed_in_float64() -> None:
+    numbers = torch.full((3_000_001,), 0.1)
+    assert squared_norm(numbers) == pytest.approx(3_000_001 * float(numbers[0]) ** 2, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("magnitude", "dtype", "unit"),
+    [
+        (0.0, torch.float32, 1.0),
+        (1.0, torch.float32, 1.0),
+        (2.0**19, torch.float32, 1.0),
+        (2.0**20, torch.float32, 2.0**-21),
+        (2.0**-21, torch.float32, 1.0),
+        (2.0**-22, torch.float32, 2.0**21),
+        (2.0**-149, torch.float32, 2.0**126),
+        (2.0**-300, torch.float64, 2.0**299),
+        (2.0**-1074, torch.float64, 2.0**1022),
+    ],
+)
+def test_unit_of_a_magnitude_is_the_power_that_brings_it_near_one(
+    magnitude: float, dtype: torch.dtype, unit: float
+) -> None:
+    stack = torch.tensor([[[magnitude, -magnitude]]], dtype=dtype)
+    assert power_of_two_unit(stack) == unit
+    assert power_of_two_unit(torch.zeros(1, 1, 2), stack) == unit
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_largest_magnitude_of_a_negative_entry_is_positive(dtype: torch.dtype) -> None:
+    assert largest_magnitude(torch.tensor([[[1.0, -3.0, 2.0]]], dtype=dtype)) == 3.0
+    assert math.isnan(largest_magnitude(torch.tensor([[[1.0, math.nan]]], dtype=dtype)))
+    assert largest_magnitude(torch.tensor([[[1.0, -math.inf]]], dtype=dtype)) == math.inf
+
+
+def test_mode_name_of_each_mode_gives_word_and_letter() -> None:
+    assert [mode_name(mode) for mode in Mode] == [
+        "expert mode (E)",
+        "intermediate mode (H)",
+        "hidden mode (I)",
+    ]
