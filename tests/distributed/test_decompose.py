@@ -48,16 +48,17 @@ def test_decompose_stopped_anywhere_continues_to_identical_bytes(
     )
     options = ("decompose", "--model", model, "--rank", "12,64,96", "--max-sweeps", "4")
     succeed(*options, "--output", tmp_path / "whole")
-    for finished in (1, 5, 9):
+    for _ in range(3):
+        before = _records(tmp_path / "stopped")
         process = start(*options, "--output", tmp_path / "stopped")
-        while process.poll() is None and _records(tmp_path / "stopped") < finished:
+        while process.poll() is None and _records(tmp_path / "stopped") <= max(before, 1):
             time.sleep(0.005)
         process.send_signal(how)
         _, stderr = process.communicate(timeout=60)
         assert process.returncode == (130 if how == signal.SIGINT else -how), stderr
         # What vLLM and transformers look for is not there before the end.
         assert not (tmp_path / "stopped" / "model.safetensors.index.json").exists()
-        assert _records(tmp_path / "stopped") >= finished
+        assert _records(tmp_path / "stopped") > before
     succeed(*options, "--output", tmp_path / "stopped")
     assert files_of(tmp_path / "stopped") == files_of(tmp_path / "whole")
 

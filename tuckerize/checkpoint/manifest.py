@@ -17,6 +17,9 @@ from tuckerize.errors import CheckpointError
 MANIFEST = "tuckerize.json"
 """Name of both manifests, in the root of the checkpoint and in the folder of a sharding."""
 
+REPORT = "verify.json"
+"""Name of the report of a verification, in the folder of what was verified."""
+
 SCHEMA_VERSION = 1
 
 Count = Annotated[int, Field(ge=0)]

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from tuckerize.checkpoint.files import TEMPORARY_SUFFIX, read_json_object, write_json
-from tuckerize.checkpoint.manifest import MANIFEST
+from tuckerize.checkpoint.manifest import MANIFEST, REPORT
 from tuckerize.errors import OutputError
 
 _WORK = ".tuckerize"
 _PLAN = "plan.json"
+# Statements about weights that must not outlive them.
+_RESULTS = ("model.safetensors.index.json", REPORT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,7 @@ class OutputFolder:
             raise OutputError(f"{folder} is a file", hint="choose another --output")
         if not any(folder.iterdir()):
             return
-        work = folder / _WORK / _PLAN
+        work = self._work / _PLAN
         if not work.exists() and not (folder / self.manifest_name).exists():
             raise OutputError(
                 f"{folder} is not empty and was not written by tuckerize",
@@ -69,32 +71,45 @@ class OutputFolder:
             OutputError: As `check`.
         """
         self.check(plan, overwrite=overwrite)
-        folder = self.folder
-        work = folder / _WORK / _PLAN
-        continues = work.exists() and read_json_object(work) == _plain(plan)
-        if not continues:
-            if folder.exists():
-                # The manifest goes first: a half-removed folder is an unfinished one.
-                (folder / self.manifest_name).unlink(missing_ok=True)
-                shutil.rmtree(folder)
-            work.parent.mkdir(parents=True)
-            write_json(work, _plain(plan))
+        claim = self._work / _PLAN
+        if claim.exists() and read_json_object(claim) == _plain(plan):
+            return
+        self._work.mkdir(parents=True, exist_ok=True)
+        # Until the old result is gone, this is an unfinished run of no plan.
+        write_json(claim, {})
+        self._remove_result()
+        write_json(claim, _plain(plan))
+
+    @property
+    def _work(self) -> Path:
+        return self.folder / _WORK
+
+    def _remove_result(self) -> None:
+        """Remove what an earlier run wrote; files that somebody else put there stay."""
+        (self.folder / self.manifest_name).unlink(missing_ok=True)
+        for path in [*self.folder.iterdir(), *self._work.iterdir()]:
+            is_sharding = (path / MANIFEST).exists() or (path / _WORK).exists()
+            is_record = path.parent == self._work and path.name != _PLAN
+            if path.is_dir() and is_sharding:
+                shutil.rmtree(path)
+            elif is_record or path.name in _RESULTS or path.suffix == ".safetensors":
+                path.unlink()
 
     def record(self, piece: str) -> dict[str, Any] | None:
         """The record of a finished piece of work, or None."""
-        path = self.folder / _WORK / f"{piece}.json"
+        path = self._work / f"{piece}.json"
         return read_json_object(path) if path.exists() else None
 
     def write_record(self, piece: str, value: object) -> None:
         """Note that a piece of work is finished; what it wrote must be in place."""
-        write_json(self.folder / _WORK / f"{piece}.json", value)
+        write_json(self._work / f"{piece}.json", value)
 
     def finish(self, manifest: object) -> None:
         """Write the manifest, and remove the work folder and what killed runs left behind."""
         for leftover in self.folder.glob(f".*{TEMPORARY_SUFFIX}"):
             leftover.unlink()
         write_json(self.folder / self.manifest_name, manifest)
-        shutil.rmtree(self.folder / _WORK)
+        shutil.rmtree(self._work)
 
 
 def _plain(plan: object) -> dict[str, Any]:

@@ -268,6 +268,7 @@ def verify(
     Example: torchrun --nproc-per-node 4 -m tuckerize verify OUT
     """
     from tuckerize.checkpoint.files import write_json
+    from tuckerize.checkpoint.manifest import REPORT
     from tuckerize.cli.progress import TerminalProgress
     from tuckerize.cli.tables import show
     from tuckerize.parallel.backends import choose_device
@@ -303,7 +304,7 @@ def verify(
         )
         sharding = verification.sharding
         if processes.is_leader:
-            write_json((sharding.folder if sharding else folder) / "verify.json", to_json(report))
+            write_json((sharding.folder if sharding else folder) / REPORT, to_json(report))
             show(report, as_json=as_json)
     if not report.passed:
         raise SystemExit(NO)

@@ -36,6 +36,13 @@ def boundary(command: Callable[P, None]) -> Callable[P, None]:
             _leave(error.message, error.hint, error.exit_code)
         except KeyboardInterrupt:
             _leave("interrupted", "run the same command again: it continues", INTERRUPTED)
+        except OSError as error:
+            place = f" ({error.filename})" if error.filename else ""
+            _leave(
+                f"{error.strerror or error}{place}",
+                "check that the folder may be written and that the disk has room",
+                USER_ERROR,
+            )
         except LeaderFailedError:
             sys.exit(USER_ERROR)
         except Exception as error:  # noqa: BLE001 this is the one place that may

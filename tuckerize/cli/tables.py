@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 
 from rich.box import SIMPLE
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from tuckerize.domain import Size
@@ -84,7 +84,8 @@ def _print(*renderables: Table | str) -> None:
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int = 1) -> Table:
     table = Table(box=SIMPLE, pad_edge=False, show_header=any(header))
     for place, name in enumerate(header):
-        table.add_column(name, justify="left" if place < text_columns else "right")
+        justify: JustifyMethod = "left" if place < text_columns else "right"
+        table.add_column(name, justify=justify, overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table

@@ -241,13 +241,20 @@ def _deepseek_v2_routing(config: Config) -> Routing:
             f"config.json has topk_method = '{method}', expected greedy or group_limited_greedy",
             hint="other routings of this family are not supported",
         )
-    return Routing(
-        method="greedy" if method == "greedy" else "group_limited_greedy",
-        top_k=_positive(config, "num_experts_per_tok"),
-        scale=float(config.get("routed_scaling_factor", 1.0)),
-        groups=int(config.get("n_group") or 1),
-        top_groups=int(config.get("topk_group") or 1),
-    )
+    experts, top_k = (_positive(config, k) for k in ("n_routed_experts", "num_experts_per_tok"))
+    scale = config.get("routed_scaling_factor")
+    if method == "greedy":
+        routing = Routing("greedy", top_k, 1.0 if scale is None else float(scale))
+    else:
+        groups, top_groups = (_positive(config, key) for key in ("n_group", "topk_group"))
+        routing = Routing("group_limited_greedy", top_k, float(scale or 1.0), groups, top_groups)
+    if top_k > experts or experts % routing.groups or routing.top_groups > routing.groups:
+        raise CheckpointError(
+            f"config.json routes each token to {top_k} of {experts} experts in "
+            f"{routing.top_groups} of {routing.groups} groups, which does not work out",
+            hint="check num_experts_per_tok, n_routed_experts, n_group and topk_group",
+        )
+    return routing
 
 
 FAMILIES: Mapping[str, Family] = {
