@@ -23,8 +23,8 @@ _MIN_COLUMNS_FOR_BLOCKS = 512
 _MAX_PARTIAL_SUMS = 128
 _MIN_ROWS_OF_PARTIAL_SUM = 128
 # LAPACK's eigensolver, too, gives other bits with another number of threads. One thread keeps
-# results identical on any host with any number of processes; up to 2048 columns it is also as fast
-# as two, and never waits for a thread that another process keeps from running.
+# results identical on any host with any number of processes. A second thread of an idle core saves
+# up to half of the time; that of a busy core costs fifty times as much, since the first waits.
 _EIGENSOLVER_THREADS = 1
 
 
