@@ -157,9 +157,9 @@ def parse_recipe(value: object, *, place: str) -> Recipe:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"])
-        found = f" = {first['input']!r}" if isinstance(first["input"], str | int | float) else ""
+        found = f", found {first['input']!r}" if isinstance(first["input"], int | float) else ""
         message = first["msg"].removeprefix("Value error, ")
-        raise RecipeError(f"{place}: {key}{found}: {message}") from None
+        raise RecipeError(f"{place}: {key + ': ' if key else ''}{message}{found}") from None
 
 
 def resolve_rank(text: str, shape: StackShape) -> MultilinearRank:

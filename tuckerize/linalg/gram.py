@@ -7,6 +7,7 @@ matrix resolves relative residuals down to about 3e-4, in float64 to about 1e-8.
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,6 +27,9 @@ _MIN_ROWS_OF_PARTIAL_SUM = 128
 # results identical on any host with any number of processes. A second thread of an idle core saves
 # up to half of the time; that of a busy core costs fifty times as much, since the first waits.
 _EIGENSOLVER_THREADS = 1
+# Where it would take a minute, a fixed number of threads, the same for all processes of a host.
+_LARGE_EIGENPROBLEM = 4096
+_LARGE_EIGENPROBLEM_THREADS = min(8, os.cpu_count() or 1)
 
 
 def add_gram(gram_NN: Tensor, matrix_MN: Tensor) -> None:
@@ -65,7 +69,7 @@ def eigenvalues_and_vectors(gram_NN: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         gram_NN: Symmetric positive semidefinite matrix, shape (N, N), float32 or float64.
     """
-    with _eigensolver_threads():
+    with _eigensolver_threads(len(gram_NN)):
         values, vectors = torch.linalg.eigh(gram_NN.cpu(), UPLO="U")
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     return values.to(gram_NN.device), vectors.to(gram_NN.device)
@@ -77,9 +81,10 @@ def leading_eigenvectors(gram_NN: Tensor, count: int) -> Tensor:
 
 
 @contextmanager
-def _eigensolver_threads() -> Iterator[None]:
+def _eigensolver_threads(columns: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(_EIGENSOLVER_THREADS)
+    large = columns >= _LARGE_EIGENPROBLEM
+    torch.set_num_threads(_LARGE_EIGENPROBLEM_THREADS if large else _EIGENSOLVER_THREADS)
     try:
         yield
     finally:

@@ -88,7 +88,7 @@ def hooi(
         De Lathauwer et al. 2000 (HOOI); start: Vannieuwenhoven et al. 2012 (ST-HOSVD).
     """
     shape = StackShape(*stacks[0].shape)
-    check_rank(rank, shape)
+    check_rank(rank, shape, coupled=len(stacks))
     for stack in stacks:
         check_finite(stack)
     truncated = rank.truncated_modes(shape)
@@ -104,11 +104,11 @@ def hooi(
     return _best_start(stacks, rank, max_sweeps=sweeps, tolerance=tolerance, dtype=torch.float64)
 
 
-def check_rank(rank: MultilinearRank, shape: StackShape) -> None:
-    """Raise MultilinearRankError unless a tensor of the shape can have the multilinear rank.
+def check_rank(rank: MultilinearRank, shape: StackShape, *, coupled: int = 1) -> None:
+    """Raise MultilinearRankError unless stacks of the shape can have the multilinear rank.
 
     That is 1 <= r_n <= n for every mode, and r_n at most the product of the other two core sizes
-    where the mode is truncated.
+    where the mode is truncated; times the number of coupled stacks for r_I, which all of them fill.
     """
     for mode in Mode:
         if not 1 <= rank[mode] <= shape[mode]:
@@ -118,7 +118,7 @@ def check_rank(rank: MultilinearRank, shape: StackShape) -> None:
                 hint=f"choose a size up to {shape[mode]}, or 'full' to leave the mode untruncated",
             )
     for mode in rank.truncated_modes(shape):
-        reachable = _reachable(rank, mode)
+        reachable = _reachable(rank, mode, coupled)
         if rank[mode] > reachable:
             raise MultilinearRankError(
                 f"core size {rank[mode]} of the {mode_name(mode)} is above {reachable}, the "
@@ -127,13 +127,14 @@ def check_rank(rank: MultilinearRank, shape: StackShape) -> None:
             )
 
 
-def is_reachable(rank: MultilinearRank, shape: StackShape) -> bool:
-    """Whether every truncated mode's core size is at most the product of the other two."""
-    return all(rank[mode] <= _reachable(rank, mode) for mode in rank.truncated_modes(shape))
+def is_reachable(rank: MultilinearRank, shape: StackShape, *, coupled: int = 1) -> bool:
+    """Whether every truncated mode's core size is one that cores can use, see `check_rank`."""
+    truncated = rank.truncated_modes(shape)
+    return all(rank[mode] <= _reachable(rank, mode, coupled) for mode in truncated)
 
 
-def _reachable(rank: MultilinearRank, mode: Mode) -> int:
-    return math.prod(rank) // rank[mode]
+def _reachable(rank: MultilinearRank, mode: Mode, coupled: int) -> int:
+    return math.prod(rank) // rank[mode] * (coupled if mode == Mode.HIDDEN else 1)
 
 
 def check_finite(stack_EHI: Tensor) -> None:

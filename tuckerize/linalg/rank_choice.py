@@ -49,7 +49,12 @@ def rank_for_tolerance(stacks: Sequence[Tensor], tolerance: float) -> Multilinea
     unit = power_of_two_unit(*stacks)
     share = tolerance**2 - _ROUNDINGS * torch.finfo(dtype).eps
     allowance = share * min(_squared_norm(stack, dtype, unit) for stack in stacks)
-    tails = [_discarded(_gram(stacks, mode, dtype, unit)) for mode in Mode]
+    own = [
+        [_discarded(_gram([stack], mode, dtype, unit)) for stack in stacks]
+        for mode in (Mode.EXPERT, Mode.INTERMEDIATE)
+    ]
+    shared = _discarded(_gram(stacks, Mode.HIDDEN, dtype, unit))
+    tails = [*([sum(of_stacks) for of_stacks in zip(*tail, strict=True)] for tail in own), shared]
     return _cheapest(shape, tails, allowance, coupled=len(stacks))
 
 
@@ -94,7 +99,7 @@ def _cheapest(
             for hidden in (smallest, shape.hidden):
                 rank = MultilinearRank(expert, intermediate, hidden)
                 parameters = stored_parameters(shape, rank, coupled=coupled)
-                if parameters < best_parameters and is_reachable(rank, shape):
+                if parameters < best_parameters and is_reachable(rank, shape, coupled=coupled):
                     best, best_parameters = rank, parameters
     return best
 

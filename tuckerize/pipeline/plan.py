@@ -252,7 +252,7 @@ def _targets(
         return [Target(tolerance=rule.tolerance)] * len(coupled)
     if rule.rank is not None:
         rank = resolve_rank(rule.rank, shape)
-        check_rank(rank, shape)
+        check_rank(rank, shape, coupled=min(coupled))
         return [Target(rank=rank)] * len(coupled)
     units = [BudgetUnit(shape, count) for count in coupled]
     return [Target(rank=rank) for rank in ranks_for_keep(units, rule.keep or 1.0)]

@@ -32,8 +32,9 @@ def make(state: str, folder: Path) -> OutputFolder:
         folder.write_text("text")
     elif state in ("unfinished", "finished", "finished uncleanly"):
         output.claim(PLAN, overwrite=False)
-        (folder / "weights").write_text("numbers")
-        output.write_record("piece", {"file": "weights"})
+        (folder / "model-1.safetensors").write_text("numbers")
+        (folder / "model.safetensors.index.json").write_text("{}")
+        output.write_record("piece", {"file": "model-1.safetensors"})
         if state == "finished":
             output.finish({"made": "yes"})
         elif state == "finished uncleanly":
@@ -63,7 +64,7 @@ def test_claim_of_an_interrupted_run_with_the_same_plan_continues(
     before = contents(output.folder)
     output.claim({"model": "a", "sizes": (1, 2)}, overwrite=overwrite)
     assert contents(output.folder) == before
-    assert output.record("piece") == {"file": "weights"}
+    assert output.record("piece") == {"file": "model-1.safetensors"}
 
 
 @pytest.mark.parametrize(
@@ -101,10 +102,16 @@ def test_claim_of_a_folder_that_holds_something_else_is_refused_and_changes_noth
         ("finished uncleanly", OTHER),
     ],
 )
-def test_claim_with_overwrite_replaces_a_result(tmp_path: Path, state: str, plan: object) -> None:
+def test_claim_with_overwrite_replaces_a_result_but_no_foreign_file(
+    tmp_path: Path, state: str, plan: object
+) -> None:
     output = make(state, tmp_path / "out")
+    (output.folder / "notes.txt").write_text("my own")
+    shards = OutputFolder(output.folder / "tp2")
+    shards.claim(PLAN, overwrite=False)
+    (shards.folder / "layer.safetensors").write_text("numbers")
     output.claim(plan, overwrite=True)
-    assert list(contents(output.folder)) == [".tuckerize", ".tuckerize/plan.json"]
+    assert set(contents(output.folder)) == {".tuckerize", ".tuckerize/plan.json", "notes.txt"}
     assert output.record("piece") is None
 
 
@@ -120,7 +127,8 @@ def test_finish_leaves_the_manifest_and_no_work_folder_or_leftovers(tmp_path: Pa
     output = make("unfinished", tmp_path / "out")
     (output.folder / ".weights.123.tmp").touch()
     output.finish({"made": "yes"})
-    assert sorted(contents(output.folder)) == [MANIFEST, "weights"]
+    left = ["model-1.safetensors", "model.safetensors.index.json", MANIFEST]
+    assert sorted(contents(output.folder)) == left
 
 
 def test_folder_with_another_manifest_name_is_finished_by_that_name(tmp_path: Path) -> None:

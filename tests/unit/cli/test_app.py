@@ -60,7 +60,7 @@ def test_version_is_printed() -> None:
             "the options: rules.0.projections.0: Input should be 'gate_proj'",
             "",
         ),
-        (("--recipe", "absent.yaml"), "the recipe absent.yaml cannot be read", ""),
+        (("--recipe", "absent.yaml"), "there is no recipe file absent.yaml", "give a YAML file"),
     ],
 )
 def test_decompose_with_wrong_options_exits_2_with_message_and_hint(

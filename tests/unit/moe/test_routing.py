@@ -45,6 +45,6 @@ def test_route_equals_the_router_of_transformers(
 
 
 def test_route_without_tokens_gives_none() -> None:
-    routing = FAMILIES["deepseek_v2"].routing({"num_experts_per_tok": 2})
+    routing = FAMILIES["deepseek_v2"].routing({"num_experts_per_tok": 2, "n_routed_experts": 8})
     routes = route(torch.zeros(0, 4), torch.zeros(8, 4), routing)
     assert routes.experts.shape == routes.weights.shape == (0, 2)

@@ -47,5 +47,5 @@ def test_ranks_for_keep_below_one_column_are_refused_with_the_least_that_works()
     with pytest.raises(UsageError) as caught:
         ranks_for_keep(units, 0.3)
     assert caught.value.message == "keep 0.3 is below what the smallest core size stores"
-    assert caught.value.hint == "choose keep of at least 0.37"
-    assert ranks_for_keep(units, 0.37) == [MultilinearRank(2, 3, 1)] * 2
+    assert caught.value.hint == "choose keep of at least 0.367"
+    assert ranks_for_keep(units, 0.367) == [MultilinearRank(2, 3, 1)] * 2
