@@ -135,7 +135,7 @@ def main() -> None:
     arguments = parser.parse_args()
     steps: list[Step] = []
     for layers in arguments.layers:
-        with tempfile.TemporaryDirectory(dir=Path.cwd()) as temporary:
+        with tempfile.TemporaryDirectory(prefix="full-width-", dir=Path.cwd()) as temporary:
             folder = Path(temporary)
             write_checkpoint(folder / "model", layers)
             steps += main_job(folder, layers)

@@ -8,10 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.running import files_of, run, start, succeed, torchrun
+from tests.running import files_of, run, run_here, start, torchrun
 from tests.tiny_models import make_tiny_model
 
 SIZE = ("--rank", "6,16,24", "--joint", "gate_up", "--max-sweeps", "3")
+
+
+def succeed(*arguments: str | Path) -> None:
+    """Run `tuckerize` in a process of its own, which loads the libraries as torchrun's do."""
+    result = run(*arguments)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("processes", [2, 4])
@@ -76,7 +82,7 @@ def test_decompose_stopped_then_other_options_is_refused_and_keeps_the_state(
     (out / ".tuckerize" / "plan.json").write_text("{}")
     (out / "tuckerize.json").unlink()
     before = files_of(out)
-    result = run("decompose", "--model", tiny_model, "--keep", "0.6", "--output", out)
+    result = run_here("decompose", "--model", tiny_model, "--keep", "0.6", "--output", out)
     assert result.returncode == 2
     assert "already holds another unfinished run" in result.stderr
     assert files_of(out) == before

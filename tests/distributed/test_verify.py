@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.running import files_of, run, succeed, torchrun
+from tests.running import files_of, run_here, succeed, torchrun
 from tuckerize.checkpoint.files import sha256_of
 from tuckerize.checkpoint.manifest import MANIFEST
 
@@ -135,7 +135,7 @@ def test_verify_published_sharding_bug_planted_in_the_layer_fails(bug: str, tuck
 
 def test_shard_again_without_overwrite_is_refused_and_keeps_the_files(tucker: Path) -> None:
     before = files_of(tucker / "tp2")
-    result = run("shard", tucker, "--tp", "2", "--layout", "intermediate")
+    result = run_here("shard", tucker, "--tp", "2", "--layout", "intermediate")
     assert result.returncode == 2
     assert "already holds a finished result" in result.stderr
     assert files_of(tucker / "tp2") == before

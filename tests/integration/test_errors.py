@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.running import files_of, run, succeed
+from tests.running import files_of, succeed
+from tests.running import run_here as run
 
 OK = ("--keep", "0.7")
 

@@ -76,6 +76,17 @@ class Processes:
         while (index := self._take()) < count:
             yield index
 
+    @contextmanager
+    def while_others_wait(self) -> Iterator[None]:
+        """Use all cores of the host for work that the other processes wait for."""
+        before = torch.get_num_threads()
+        if self.size > 1:
+            torch.set_num_threads(os.cpu_count() or 1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.size > 1:

@@ -96,15 +96,18 @@ def verify(
     mine = layers[run.processes.rank :: run.processes.size] if run.source else ()
     progress.start(len(layers) + len(mine))
     failures = _damaged_files(run, layers)
-    sharding_errors = {}
+    sharding_errors, cases = {}, {}
     for layer in layers:
+        case = _case_of_leader(run, layer, activation)
+        if layer in mine:
+            cases[layer] = case
         unreadable = any(not readable for _, readable in failures[layer])
-        error = math.inf if unreadable else _sharding_error(run, layer, activation)
+        error = math.inf if unreadable else _sharding_error(run, layer, case, activation)
         sharding_errors[layer] = max(run.processes.gather(error), key=_nan_last)
         progress.advance(1, f"layer {layer}: shards")
     found = {}
-    for layer in mine:
-        found[layer] = _against_source(run, layer, activation)
+    for layer, case in cases.items():
+        found[layer] = _against_source(run, layer, case, activation)
         progress.advance(1, f"layer {layer}: source")
     against = {la: result for own in run.processes.gather(found) for la, result in own.items()}
     progress.close()
@@ -153,10 +156,17 @@ def _damaged_files(run: Verification, layers: Sequence[int]) -> dict[int, list[t
     return found
 
 
-def _sharding_error(run: Verification, layer: int, activation: Activation) -> float:
+def _case_of_leader(run: Verification, layer: int, activation: Activation) -> _Case:
+    """What process 0 made for a layer, on every process."""
+    case = None
+    if run.processes.is_leader:
+        with run.processes.while_others_wait():
+            case = _case(run, layer, activation)
+    return run.processes.broadcast(case)
+
+
+def _sharding_error(run: Verification, layer: int, case: _Case, activation: Activation) -> float:
     """Largest relative difference of a token's output on this process from the unsharded one."""
-    leader = run.processes.is_leader
-    case = run.processes.broadcast(_case(run, layer, activation) if leader else None)
     if run.sharding is None:
         groups, exchange = _read_groups(run.tucker, layer), Exchange()
     else:
@@ -213,11 +223,12 @@ def _read_groups(tucker: OpenedTucker, layer: int) -> list[dict[str, Tensor]]:
     return [tucker.read_group(layer, group) for group in range(tucker.manifest.groups)]
 
 
-def _against_source(run: Verification, layer: int, activation: Activation) -> _AgainstSource:
+def _against_source(
+    run: Verification, layer: int, case: _Case, activation: Activation
+) -> _AgainstSource:
     if run.source is None:
         raise TypeError("there is no source to compare with")
     source = run.source
-    case = _case(run, layer, activation)
 
     def read_expert(expert: int) -> ExpertWeights:
         names = [source.model.family.weight_name(layer, expert, p) for p in Projection]

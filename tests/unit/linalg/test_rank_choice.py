@@ -29,7 +29,10 @@ def brute_force_parameters(stacks: list[Tensor], tolerance: float) -> int:
     """Fewest stored parameters of all reachable ranks within the HOSVD bound, by trying all."""
     shape = StackShape(*stacks[0].shape)
     # U_E and U_H are each stack's own, U_I is that of the unfoldings side by side.
-    energies = [sum(singular_values(s, mode) ** 2 for s in stacks) for mode in list(Mode)[:2]]
+    energies = [
+        np.sum([singular_values(stack, mode) ** 2 for stack in stacks], axis=0)
+        for mode in (Mode.EXPERT, Mode.INTERMEDIATE)
+    ]
     joined = torch.cat([stack.movedim(Mode.HIDDEN, 0).flatten(1) for stack in stacks], dim=1)
     energies.append(singular_values(joined[:, :, None], 0) ** 2)
     allowance = tolerance**2 * min(float((stack.double() ** 2).sum()) for stack in stacks)
