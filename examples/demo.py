@@ -7,6 +7,7 @@ came out.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from perplexity import perplexity  # type: ignore[import-not-found]  # beside th
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 HERE = Path(__file__).parent
 MODEL = HERE / "tiny-moe"
@@ -34,7 +36,9 @@ def run(*words: str) -> None:
     """Print a command as it is typed, and run it."""
     console.print("\n$ " + " ".join(words), style="bold")
     folder = Path(sys.executable).parent
-    subprocess.run([str(folder / words[0]), *words[1:]], check=True)
+    # torchrun would set the same number of threads, and say so at length.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"} if words[0] == "torchrun" else None
+    subprocess.run([str(folder / words[0]), *words[1:]], check=True, env=environment)
 
 
 def sample(model: Path) -> str:
@@ -73,6 +77,7 @@ def summary(report: dict[str, Any], inspected: dict[str, Any], dense: Path) -> T
 
 def main() -> None:
     """Run the demonstration."""
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     shutil.rmtree(OUTPUT, ignore_errors=True)
     tucker, dense = OUTPUT / "tucker", OUTPUT / "dense"
     model = str(MODEL.relative_to(Path.cwd())) if MODEL.is_relative_to(Path.cwd()) else str(MODEL)
