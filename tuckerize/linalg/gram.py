@@ -23,13 +23,10 @@ _MIN_COLUMNS_FOR_BLOCKS = 512
 # divides a tall product among its threads, and then the bits depend on their number.
 _MAX_PARTIAL_SUMS = 128
 _MIN_ROWS_OF_PARTIAL_SUM = 128
-# LAPACK's eigensolver, too, gives other bits with another number of threads. One thread keeps
-# results identical on any host with any number of processes. A second thread of an idle core saves
-# up to half of the time; that of a busy core costs fifty times as much, since the first waits.
-_EIGENSOLVER_THREADS = 1
-# Where it would take a minute, a fixed number of threads, the same for all processes of a host.
-_LARGE_EIGENPROBLEM = 4096
-_LARGE_EIGENPROBLEM_THREADS = min(8, os.cpu_count() or 1)
+# LAPACK's eigensolver, too, gives other bits with another number of threads: from this many columns
+# on it gets this many, whatever the number of processes on the host. Few, since each step of it
+# waits for all of them, also where another process holds a core.
+_EIGENSOLVER_THREADS = ((4096, 8), (512, 2), (0, 1))
 
 
 def add_gram(gram_NN: Tensor, matrix_MN: Tensor) -> None:
@@ -83,8 +80,8 @@ def leading_eigenvectors(gram_NN: Tensor, count: int) -> Tensor:
 @contextmanager
 def _eigensolver_threads(columns: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    large = columns >= _LARGE_EIGENPROBLEM
-    torch.set_num_threads(_LARGE_EIGENPROBLEM_THREADS if large else _EIGENSOLVER_THREADS)
+    wanted = next(threads for least, threads in _EIGENSOLVER_THREADS if columns >= least)
+    torch.set_num_threads(min(wanted, os.cpu_count() or 1))
     try:
         yield
     finally:
