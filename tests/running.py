@@ -20,16 +20,20 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
 
 
-def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run `tuckerize` with arguments."""
+def _run(*words: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "tuckerize", *map(str, arguments)],
+        [sys.executable, "-m", *map(str, words)],
         capture_output=True,
         text=True,
         timeout=SECONDS,
         env=_environment(),
         check=False,
     )
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run `tuckerize` with arguments."""
+    return _run("tuckerize", *arguments)
 
 
 def run_here(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -47,22 +51,8 @@ def succeed(*arguments: str | Path) -> str:
 
 def torchrun(processes: int, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run a module or script under torchrun: `-m tuckerize verify OUT`, or `script.py ...`."""
-    return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(processes),
-            *map(str, arguments),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        env=_environment(),
-        check=False,
-    )
+    options = ("--standalone", "--nproc-per-node", str(processes))
+    return _run("torch.distributed.run", *options, *arguments)
 
 
 def start(*arguments: str | Path) -> subprocess.Popen[bytes]:

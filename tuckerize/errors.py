@@ -58,9 +58,5 @@ class ParallelError(TuckerizeError):
     """A world size, a split or a device that does not work."""
 
 
-class VerificationError(TuckerizeError):
-    """A verification that could not be carried out (a failed one is a result, not an error)."""
-
-
 class LeaderFailedError(Exception):
     """Process 0 has failed and reported why: the other processes leave quietly."""

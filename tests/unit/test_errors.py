@@ -24,7 +24,7 @@ def test_user_error_without_hint_has_an_empty_one() -> None:
 
 
 def test_user_errors_are_the_whole_tree() -> None:
-    assert len(USER_ERRORS) == 10
+    assert len(USER_ERRORS) == 9
 
 
 def test_leader_failed_is_not_reported_twice() -> None:

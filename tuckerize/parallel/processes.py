@@ -122,11 +122,6 @@ def started_by_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE"} <= os.environ.keys()
 
 
-def process_rank() -> int:
-    """Index of this process, before any process group exists."""
-    return int(os.environ.get("RANK", "0")) if started_by_torchrun() else 0
-
-
 @contextmanager
 def process_group(
     choose: Callable[[int], torch.device],
