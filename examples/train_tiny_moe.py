@@ -14,16 +14,21 @@ import json
 import math
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from fast_kernels import use_fast_kernels  # type: ignore[import-not-found]  # beside this script
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, PreTrainedTokenizerFast
+
+try:
+    from examples.fast_kernels import use_fast_kernels
+except ModuleNotFoundError:  # run as a script, whose own folder is on the path
+    from fast_kernels import use_fast_kernels  # type: ignore[import-not-found,no-redef]
 
 HERE = Path(__file__).parent
 TEST_BYTES = 180_000
@@ -33,17 +38,26 @@ TEST_FILE_BYTES = (2_000, 40_000)
 LEFT_OUT = ("site-packages", "encodings", "pydoc_data", "config-", "_sysconfigdata")
 """Starts of paths left out: third parties' code, generated tables, the build's own settings."""
 
+SIZES: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "moe_intermediate_size": 96,
+    "num_hidden_layers": 6,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 4,
+    "n_shared_experts": 1,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "num_attention_heads": 4,
+}
+"""The example model's sizes: three quarters of its parameters are routed experts."""
 
-def read_corpus(root: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Reads every ``.py`` file below a folder and splits the files by a hash of their path.
 
-    Args:
-        root: The standard library's folder.
-
-    Returns:
-        The files to train on and the files held out, text by relative path. The held-out ones
-        are the first by hash whose size lies in ``TEST_FILE_BYTES``, up to ``TEST_BYTES``.
-    """
+def read_corpus(root: Path) -> dict[str, str]:
+    """Reads every ``.py`` file below the standard library's folder, text by relative path."""
     texts: dict[str, str] = {}
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
@@ -53,11 +67,25 @@ def read_corpus(root: Path) -> tuple[dict[str, str], dict[str, str]]:
             texts[relative.as_posix()] = path.read_bytes().decode("utf-8")
         except UnicodeDecodeError:
             continue
+    return texts
+
+
+def hold_out(texts: Mapping[str, str], test_bytes: int) -> tuple[dict[str, str], dict[str, str]]:
+    """Splits files by a hash of their names.
+
+    Args:
+        texts: Text by name.
+        test_bytes: Files are held out until they have this size.
+
+    Returns:
+        The files to train on and the files held out. The held-out ones are the first by hash
+        whose size lies in ``TEST_FILE_BYTES``.
+    """
     held_out: dict[str, str] = {}
     size = 0
     for name in sorted(texts, key=lambda name: hashlib.sha256(name.encode()).digest()):
         file_size = len(texts[name].encode())
-        if size < TEST_BYTES and TEST_FILE_BYTES[0] <= file_size <= TEST_FILE_BYTES[1]:
+        if size < test_bytes and TEST_FILE_BYTES[0] <= file_size <= TEST_FILE_BYTES[1]:
             held_out[name] = texts[name]
             size += file_size
     return {name: text for name, text in texts.items() if name not in held_out}, held_out
@@ -93,33 +121,22 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str], seed: int) -> T
 
 
 def build_model(
-    tokenizer: PreTrainedTokenizerFast, scaling: float, spread: float
+    tokenizer: PreTrainedTokenizerFast, scaling: float, spread: float, **sizes: int
 ) -> DeepseekV2ForCausalLM:
-    """Builds the untrained model; three quarters of its parameters are routed experts.
+    """Builds the untrained model.
 
     Args:
         tokenizer: Gives the vocabulary's size and the special tokens.
         scaling: What the routers' weights are multiplied with.
         spread: Standard deviation of the initial weights.
+        sizes: Entries of the configuration that differ from ``SIZES``.
     """
     config = DeepseekV2Config(
+        **{**SIZES, **sizes},
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        moe_intermediate_size=96,
-        num_hidden_layers=6,
-        first_k_dense_replace=1,
-        n_routed_experts=16,
-        num_experts_per_tok=4,
-        n_shared_experts=1,
         topk_method="greedy",
         routed_scaling_factor=scaling,
         q_lora_rank=None,
-        kv_lora_rank=64,
-        qk_nope_head_dim=32,
-        qk_rope_head_dim=16,
-        v_head_dim=32,
-        num_attention_heads=4,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         initializer_range=spread,
@@ -182,9 +199,21 @@ def evaluate(
 
 
 def train(
-    model: DeepseekV2ForCausalLM, args: argparse.Namespace, streams: list[Tensor]
+    model: DeepseekV2ForCausalLM,
+    args: argparse.Namespace,
+    feed: Callable[[int, int], Iterator[Tensor]],
+    tests: Mapping[str, Tensor],
+    publish: Callable[[], None] | None = None,
 ) -> dict[str, object]:
-    """Trains the model in place and gives a record of the run."""
+    """Trains the model in place and gives a record of the run.
+
+    Args:
+        model: The model.
+        args: The options of ``add_options``.
+        feed: Gives batches without end, for a length of the sequences and a seed.
+        tests: Held-out streams by name.
+        publish: Called after each checkpoint.
+    """
     use_fast_kernels(model)
     watch = RouterWatch(model)
     matrices = [weight for weight in model.parameters() if weight.dim() > 1]
@@ -198,10 +227,7 @@ def train(
         optimizer.load_state_dict(saved["optimizer"])
         done, seen, average, before = saved["counts"]
     start = time.monotonic() - 60 * before
-    short, long = (
-        batches(streams[0], args.tokens // length, length, args.seed + done)
-        for length in (256, 512)
-    )
+    short, long = (feed(length, args.seed + done) for length in (256, 512))
     bar = tqdm(total=args.steps, initial=done, mininterval=5)
     while True:
         minutes = (time.monotonic() - start) / 60
@@ -225,28 +251,33 @@ def train(
         bar.set_postfix(loss=f"{average:.3f}", load=busiest, refresh=False)
         bar.update()
         if done % args.save_every == 0:
-            bar.write(f"step {done}: held-out loss {evaluate(model, watch, streams[1])[0]:.4f}")
+            for name, stream in tests.items():
+                bar.write(f"step {done}: {name} loss {evaluate(model, watch, stream)[0]:.4f}")
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             args.checkpoint.parent.mkdir(parents=True, exist_ok=True)
             counts = (done, seen, average, (time.monotonic() - start) / 60)
-            torch.save({**state, "counts": counts}, args.checkpoint)
+            unfinished = args.checkpoint.with_suffix(".unfinished")
+            torch.save({**state, "counts": counts}, unfinished)
+            unfinished.replace(args.checkpoint)
+            if publish:
+                publish()
     bar.close()
-    held_out, loads = evaluate(model, watch, streams[1])
+    results = {name: evaluate(model, watch, stream) for name, stream in tests.items()}
     return {
         "steps": done,
         "tokens": seen,
         "minutes": round(minutes, 1),
         "final_training_loss": round(average, 4),
-        "held_out_loss": round(held_out, 4),
-        "load_times_even": [[round(x * 16, 2) for x in layer] for layer in loads.tolist()],
+        "loss": {name: round(loss, 4) for name, (loss, _) in results.items()},
+        "load_times_even": {
+            name: [[round(x * len(layer), 2) for x in layer] for layer in loads.tolist()]
+            for name, (_, loads) in results.items()
+        },
     }
 
 
-def main() -> None:
-    """Reads the options, trains, and writes the model, its tokenizer and the held-out text."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=HERE / "tiny-moe")
-    parser.add_argument("--held-out", type=Path, default=HERE / "held_out.txt")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the model's start and of its training."""
     parser.add_argument("--checkpoint", type=Path, default=Path("build/tiny-moe.pt"))
     parser.add_argument("--save-every", type=int, default=300, help="steps between checkpoints")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
@@ -260,11 +291,19 @@ def main() -> None:
     parser.add_argument("--scaling", type=float, default=4.0, help="routed_scaling_factor")
     parser.add_argument("--spread", type=float, default=0.06, help="of the initial weights")
     parser.add_argument("--seed", type=int, default=0)
+
+
+def main() -> None:
+    """Reads the options, trains, and writes the model, its tokenizer and the held-out text."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=HERE / "tiny-moe")
+    parser.add_argument("--held-out", type=Path, default=HERE / "held_out.txt")
+    add_options(parser)
     args = parser.parse_args()
 
     torch.set_num_threads(2)
     torch.manual_seed(args.seed)
-    texts, test = read_corpus(Path(sysconfig.get_paths()["stdlib"]))
+    texts, test = hold_out(read_corpus(Path(sysconfig.get_paths()["stdlib"])), TEST_BYTES)
     args.held_out.parent.mkdir(parents=True, exist_ok=True)
     parts = [f"# file: {name}\n{text}" for name, text in sorted(test.items())]
     args.held_out.write_bytes("".join(parts).encode())
@@ -273,7 +312,11 @@ def main() -> None:
     streams = [encode(tokenizer, list(part.values()), args.seed) for part in (texts, test)]
     print(f"{len(texts)} files, {len(streams[0])} tokens; held out {len(test)}, {len(streams[1])}")
     model = build_model(tokenizer, args.scaling, args.spread)
-    record = train(model, args, streams)
+
+    def feed(length: int, seed: int) -> Iterator[Tensor]:
+        return batches(streams[0], args.tokens // length, length, seed)
+
+    record = train(model, args, feed, {"held-out": streams[1]})
     model.bfloat16().save_pretrained(args.out)
     print(json.dumps(record))
 
