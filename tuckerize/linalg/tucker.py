@@ -143,6 +143,11 @@ def squared_norm(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
 
 
+def in_float64(tensor: Tensor) -> Tensor:
+    """The tensor in float64, on the host where its device has none (an NPU)."""
+    return (tensor.cpu() if tensor.device.type == "npu" else tensor).double()
+
+
 def power_of_two_unit(*stacks: Tensor) -> float:
     """The power of two that brings the largest magnitude of stacks near 1, where that is needed.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,18 +19,19 @@ from tuckerize.checkpoint.other_files import copy_other_files
 from tuckerize.checkpoint.output import OutputFolder
 from tuckerize.checkpoint.reader import CONFIG, TORCH_DTYPES, WeightFile
 from tuckerize.checkpoint.writer import copy_tensors, describe_file, write_index, write_tensors
-from tuckerize.domain import CORE, Coupling, Mode, Projection, StackResult, coupling_name
+from tuckerize.domain import StackResult, coupling_name
 from tuckerize.errors import DecompositionError, NonFiniteError
 from tuckerize.linalg.hooi import Decomposition, hooi
 from tuckerize.linalg.rank_choice import rank_for_tolerance
 from tuckerize.linalg.tensorly_engine import tensorly_tucker
-from tuckerize.linalg.tucker import TuckerFactors, largest_magnitude, relative_residual
+from tuckerize.linalg.tucker import largest_magnitude, relative_residual
 from tuckerize.moe.stacks import group_experts, read_stack
 from tuckerize.parallel.processes import Processes
 from tuckerize.pipeline.estimate import work
 from tuckerize.pipeline.plan import ROUNDING, Piece, Plan, Target, TuckerPiece
 from tuckerize.pipeline.sizes import measure
 from tuckerize.report import DecomposeReport, Progress
+from tuckerize.runtime.experts import named_tensors
 
 FORMAT_VERSION = 1
 """Version of `quantization_config` in config.json."""
@@ -124,7 +124,7 @@ def _decompose_piece(
             raise type(error)(f"{place}: {error.message}", hint=error.hint) from None
         for projection, stack, factors in zip(piece.coupling, stacks, result.tensors, strict=True):
             stored = factors.to(TORCH_DTYPES[plan.dtype])
-            for name, tensor in _named_tensors(piece.coupling, projection, stored):
+            for name, tensor in named_tensors(piece.coupling, projection, stored):
                 tensors[f"{prefix}.group_{group}.{name}"] = _finite(tensor, plan.dtype).cpu()
             records.append(
                 StackResult(
@@ -165,17 +165,6 @@ def _factorise(plan: Plan, stacks: list[Tensor], target: Target) -> Decompositio
         rank = rank_for_tolerance(stacks, (allowed**2 - ROUNDING[plan.dtype] ** 2) ** 0.5)
     engine = _ENGINES[plan.recipe.engine]
     return engine(stacks, rank, max_sweeps=plan.recipe.max_sweeps)
-
-
-def _named_tensors(
-    coupling: Coupling, projection: Projection, factors: TuckerFactors
-) -> Iterator[tuple[str, Tensor]]:
-    """Names below the group, and values, of what is stored of one stack."""
-    yield f"{projection}.{CORE}", factors.core
-    for mode, factor in zip(Mode, factors.factors, strict=True):
-        if factor is not None:
-            owner = coupling_name(coupling) if mode == Mode.HIDDEN else projection
-            yield f"{owner}.{mode.factor_name}", factor
 
 
 def _finite(tensor: Tensor, dtype: str) -> Tensor:

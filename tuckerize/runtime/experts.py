@@ -11,15 +11,16 @@ T tokens, k experts a token, N rows (a token with one of its experts), others as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tuckerize.domain import CORE, Mode, Projection
+from tuckerize.domain import CORE, Coupling, Mode, Projection, coupling_name
 from tuckerize.errors import CheckpointError
+from tuckerize.linalg.tucker import TuckerFactors
 from tuckerize.parallel.layouts import output_width
 from tuckerize.runtime.exchange import Exchange
 
@@ -35,6 +36,23 @@ ACTIVATIONS: Mapping[str, Activation] = {
 
 SHARED_U_I = "gate_up_proj"
 """Name of the module that holds the U_I of gate and up where they share one."""
+
+
+def named_tensors(
+    coupling: Coupling, projection: Projection, factors: TuckerFactors
+) -> Iterator[tuple[str, Tensor]]:
+    """Names below the group, and values, of what is stored of one stack.
+
+    Args:
+        coupling: The projections that share one U_I with it.
+        projection: Its projection.
+        factors: Its Tucker tensor.
+    """
+    yield f"{projection}.{CORE}", factors.core
+    for mode, factor in zip(Mode, factors.factors, strict=True):
+        if factor is not None:
+            owner = coupling_name(coupling) if mode == Mode.HIDDEN else projection
+            yield f"{owner}.{mode.factor_name}", factor
 
 
 class Assignments(NamedTuple):

@@ -1,0 +1,124 @@
+"""Second moments of what a group of experts sees, computes and gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tuckerize.calibration.tokens import DenseGroup, LayerTokens
+from tuckerize.domain import Projection
+from tuckerize.runtime.experts import Activation
+
+
+@dataclass(frozen=True, slots=True)
+class GroupMoments:
+    """Sums over the tokens of a group's experts; routing weights count squared.
+
+    Attributes:
+        hidden_EII: Second moment of every expert's inputs, shape (E, I, I).
+        neurons_EHH: Second moment of every expert's neurons (activated gate times up).
+        gate_sensitivity_EH: How much the squared output moves with a neuron's gate, by first order:
+            the mean over tokens of (g ∂h/∂gate)² times the squared norm of its row of down.
+        up_sensitivity_EH: The same for up.
+        output_II: Second moment of the group's combined output, shape (I, I).
+        routed_E: Tokens that the router sent to every expert.
+    """
+
+    hidden_EII: Tensor
+    neurons_EHH: Tensor
+    gate_sensitivity_EH: Tensor
+    up_sensitivity_EH: Tensor
+    output_II: Tensor
+    routed_E: Tensor
+
+
+class _Neurons(NamedTuple):
+    """One expert's neurons on its tokens, and their derivatives, each of shape (N, H)."""
+
+    h_NH: Tensor
+    by_gate_NH: Tensor
+    by_up_NH: Tensor
+
+
+def gather_moments(
+    group: DenseGroup, tokens: LayerTokens, *, activation: Activation
+) -> GroupMoments:
+    """Second moments of a group of experts on a layer's tokens.
+
+    Experts with fewer tokens than neurons get others of the layer as well, see `LayerTokens`.
+
+    Args:
+        group: The dense experts, in float32.
+        tokens: Tokens of the layer.
+        activation: Between gate and up.
+    """
+    hidden, neurons, gates, ups, routed = [], [], [], [], []
+    output_TI = tokens.x_TI.new_zeros(tokens.x_TI.shape)
+    for place, expert in enumerate(group.experts):
+        own = tokens.of_expert(expert, least=group.shape.intermediate)
+        gate_HI, up_HI, down_HI = (group.stacks[p][place] for p in Projection)
+        found = _neurons(own.x_NI, gate_HI, up_HI, activation)
+        weight_N1 = own.weights_N[:, None]
+        weighted_NI, weighted_NH = weight_N1 * own.x_NI, weight_N1 * found.h_NH
+        hidden.append(weighted_NI.T @ weighted_NI)
+        neurons.append(weighted_NH.T @ weighted_NH)
+        row_norms_H = down_HI.square().sum(1)
+        # The moments hold the weights already; sensitivities are means over tokens without them.
+        gates.append(found.by_gate_NH.square().mean(0) * row_norms_H)
+        ups.append(found.by_up_NH.square().mean(0) * row_norms_H)
+        routed.append(own.routed)
+        result_NI = weighted_NH[: own.routed] @ down_HI
+        output_TI.index_add_(0, own.places_N[: own.routed], result_NI)
+    return GroupMoments(
+        hidden_EII=torch.stack(hidden),
+        neurons_EHH=torch.stack(neurons),
+        gate_sensitivity_EH=torch.stack(gates),
+        up_sensitivity_EH=torch.stack(ups),
+        output_II=output_TI.T @ output_TI,
+        routed_E=torch.tensor(routed),
+    )
+
+
+def refit_moments(
+    group: DenseGroup,
+    tokens: LayerTokens,
+    compressed: Callable[[int], tuple[Tensor, Tensor]],
+    *,
+    activation: Activation,
+) -> tuple[Tensor, Tensor]:
+    """Moments that refitting down needs, with compressed gate and up.
+
+    Args:
+        group: The dense experts.
+        tokens: Tokens of the layer.
+        compressed: Gives gate and up of one expert of the group as they are now, each (K, I).
+        activation: Between gate and up.
+
+    Returns:
+        Second moment of the neurons as they are now (E, K, K), and with the dense ones (E, K, H).
+    """
+    now, cross = [], []
+    for place, expert in enumerate(group.experts):
+        own = tokens.of_expert(expert, least=group.shape.intermediate)
+        weight_N1 = own.weights_N[:, None]
+        gate_HI, up_HI = (group.stacks[p][place] for p in (Projection.GATE, Projection.UP))
+        dense_NH = weight_N1 * (activation(own.x_NI @ gate_HI.T) * (own.x_NI @ up_HI.T))
+        gate_KI, up_KI = compressed(place)
+        now_NK = weight_N1 * (activation(own.x_NI @ gate_KI.T) * (own.x_NI @ up_KI.T))
+        now.append(now_NK.T @ now_NK)
+        cross.append(now_NK.T @ dense_NH)
+    return torch.stack(now), torch.stack(cross)
+
+
+def _neurons(x_NI: Tensor, gate_HI: Tensor, up_HI: Tensor, activation: Activation) -> _Neurons:
+    gate_NH, up_NH = x_NI @ gate_HI.T, x_NI @ up_HI.T
+    with torch.enable_grad():
+        variable_NH = gate_NH.detach().requires_grad_(True)  # noqa: FBT003
+        activated_NH = activation(variable_NH)
+        (slope_NH,) = torch.autograd.grad(activated_NH.sum(), variable_NH)
+    activated_NH = activated_NH.detach()
+    return _Neurons(activated_NH * up_NH, slope_NH * up_NH, activated_NH)

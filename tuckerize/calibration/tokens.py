@@ -1,0 +1,99 @@
+"""The tokens in front of the routed experts of one layer, and the dense experts themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tuckerize.domain import CORE, Projection, StackShape
+
+# Every sixteenth block of so many tokens is held out: it decides, and is not fitted.
+_HELD_OUT_BLOCK = 512
+_HELD_OUT_EVERY = 16
+# An expert that saw few tokens gets others of its layer as well, with this weight relative to the
+# layer's mean routing weight.
+_POOLED_WEIGHT = 0.1
+
+
+class ExpertTokens(NamedTuple):
+    """What one expert sees.
+
+    Attributes:
+        x_NI: Tokens, shape (N, I).
+        weights_N: Their routing weights, shape (N,).
+        routed: How many of them the router sent; the first ones.
+        places_N: Their places among the layer's tokens, shape (N,).
+    """
+
+    x_NI: Tensor
+    weights_N: Tensor
+    routed: int
+    places_N: Tensor
+
+
+class LayerTokens(NamedTuple):
+    """Tokens in front of the routed experts of a layer.
+
+    Attributes:
+        x_TI: Tokens, shape (T, I).
+        experts_Tk: Experts of every token, shape (T, k).
+        weights_Tk: Their routing weights, shape (T, k).
+    """
+
+    x_TI: Tensor
+    experts_Tk: Tensor
+    weights_Tk: Tensor
+
+    def part(self, places: Tensor) -> LayerTokens:
+        """Some of the tokens."""
+        return LayerTokens(self.x_TI[places], self.experts_Tk[places], self.weights_Tk[places])
+
+    def split(self) -> tuple[LayerTokens, LayerTokens]:
+        """Tokens to fit, and tokens that are held out; none of the latter where there are few."""
+        block = torch.arange(len(self.x_TI), device=self.x_TI.device) // _HELD_OUT_BLOCK
+        held_out = block % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
+        return self.part((~held_out).nonzero()[:, 0]), self.part(held_out.nonzero()[:, 0])
+
+    def of_expert(self, expert: int, least: int) -> ExpertTokens:
+        """The tokens of one expert, filled up from the whole layer where they are too few.
+
+        Args:
+            expert: Index of the expert in the layer.
+            least: Fewest tokens whose second moment can be relied on.
+        """
+        places_N, chosen_N = (self.experts_Tk == expert).nonzero(as_tuple=True)
+        weights_N = self.weights_Tk[places_N, chosen_N].to(self.x_TI.dtype)
+        routed = len(places_N)
+        if routed < least:
+            count = min(least - routed, len(self.x_TI))
+            more = torch.arange(count, device=places_N.device) * len(self.x_TI) // count
+            weight = _POOLED_WEIGHT * float(self.weights_Tk.mean())
+            places_N = torch.cat([places_N, more])
+            weights_N = torch.cat([weights_N, weights_N.new_full((count,), weight)])
+        return ExpertTokens(self.x_TI[places_N], weights_N, routed, places_N)
+
+
+@dataclass(frozen=True, slots=True)
+class DenseGroup:
+    """The dense experts of one group, all in stack orientation.
+
+    Attributes:
+        stacks: gate_proj, up_proj and down_proj, each of shape (E, H, I).
+        experts: Which experts of the layer they are.
+    """
+
+    stacks: Mapping[Projection, Tensor]
+    experts: range
+
+    @property
+    def shape(self) -> StackShape:
+        """Sizes (E, H, I)."""
+        return StackShape(*self.stacks[Projection.GATE].shape)
+
+    def as_tensors(self) -> dict[str, Tensor]:
+        """As the tensors of a group of which every mode is full."""
+        return {f"{projection}.{CORE}": stack for projection, stack in self.stacks.items()}

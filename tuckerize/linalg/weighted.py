@@ -1,0 +1,288 @@
+"""Activation-aware Tucker decomposition: the error of the outputs, not of the weights.
+
+With the second moment Σ_e = Σ_t g_t² x_t x_tᵀ of what expert e saw (tokens x_t, routing weights
+g_t), the error of its products is ‖(W_e − Ŵ_e) Σ_e^{1/2}‖². HOOI on the stack whitened by the
+pooled moment minimises it as if all experts saw the same; weighted alternating least squares then
+takes each expert's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tuckerize.domain import MultilinearRank, StackShape
+from tuckerize.linalg.gram import eigenvalues_and_vectors
+from tuckerize.linalg.hooi import check_rank, hooi
+from tuckerize.linalg.tucker import TuckerFactors, in_float64
+
+EIGENVALUE_FLOOR = 1e-6
+"""Eigenvalues of a second moment below this share of the largest are raised to it."""
+
+_CONJUGATE_GRADIENT_STEPS = 30
+_CONJUGATE_GRADIENT_TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedDecomposition:
+    """What the weighted least squares found.
+
+    Attributes:
+        tensors: One Tucker tensor a stack; coupled stacks share the object U_I. Factors have
+            orthonormal columns.
+        errors: Relative weighted error (unitless) of all stacks together, after the whitened HOOI
+            and after every sweep: never rising.
+    """
+
+    tensors: tuple[TuckerFactors, ...]
+    errors: tuple[float, ...]
+
+    @property
+    def sweeps(self) -> int:
+        """Sweeps of weighted least squares after the whitened HOOI."""
+        return len(self.errors) - 1
+
+
+def matrix_roots(moment_NN: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ^{1/2} and Σ^{-1/2} of a second moment, with its relative eigenvalue floor, in float64.
+
+    A zero moment counts as the identity: without data all directions are alike.
+    """
+    values, vectors = eigenvalues_and_vectors(moment_NN.double().cpu())
+    if values[0] <= 0:
+        identity = torch.eye(len(moment_NN), dtype=torch.float64)
+        return identity, identity
+    roots = values.clamp_min(EIGENVALUE_FLOOR * float(values[0])).sqrt()
+    return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
+
+
+def floored(moments_ENN: Tensor) -> Tensor:
+    """Second moments with the floor added to the diagonal, so that systems can be solved.
+
+    Experts without any data get the identity.
+    """
+    mean_E = moments_ENN.diagonal(dim1=-2, dim2=-1).mean(-1)
+    added_E = torch.where(mean_E > 0, EIGENVALUE_FLOOR * mean_E, torch.ones_like(mean_E))
+    identity = torch.eye(moments_ENN.shape[-1], dtype=moments_ENN.dtype, device=moments_ENN.device)
+    return moments_ENN + added_E[:, None, None] * identity
+
+
+def weighted_tucker(
+    stacks: list[Tensor],
+    moments_EII: Tensor,
+    rank: MultilinearRank,
+    *,
+    max_sweeps: int = 10,
+    tolerance: float = 1e-4,
+) -> WeightedDecomposition:
+    """Approximate expert stacks so that their products with the experts' inputs are right.
+
+    Minimises Σ_e ‖(X_e − U_H C_e U_Iᵀ) Σ_e^{1/2}‖² with C_e = Σ_a U_E[e, a] core_a. One sweep
+    solves for the cores, U_E, U_H (closed forms; conjugate gradients for cores that experts share)
+    and U_I (conjugate gradients) in turn, each exactly or downhill, so the error never rises.
+
+    Args:
+        stacks: Coupled stacks of one shape (E, H, I); they share one U_I.
+        moments_EII: Second moment of every expert's inputs, shape (E, I, I), any scale.
+        rank: Core sizes; a full mode gets no factor.
+        max_sweeps: Sweeps of weighted least squares at most.
+        tolerance: Stop when the relative error falls by less than this share of it in one sweep.
+
+    Raises:
+        MultilinearRankError: A core size is below 1 or above what its mode can use.
+        NonFiniteError: A stack holds NaN or infinity.
+
+    Source:
+        Start: HOOI on the whitened stack, De Lathauwer et al. 2000; weighted least squares as
+        Srebro & Jaakkola 2003 for matrices, extended to the three modes.
+    """
+    shape = StackShape(*stacks[0].shape)
+    check_rank(rank, shape, coupled=len(stacks))
+    pooled_II = moments_EII.sum(0)
+    root_II, inverse_II = (root.to(stacks[0].device) for root in matrix_roots(pooled_II))
+    start = hooi([stack @ root_II.to(stack.dtype) for stack in stacks], rank)
+    if rank.hidden == shape.hidden:
+        tensors = [
+            TuckerFactors(
+                factors.core @ inverse_II.to(factors.core.dtype), factors.U_E, factors.U_H
+            )
+            for factors in start.tensors
+        ]
+        shared = None
+    else:
+        # The factor of the whitened stack, taken back to the stack's own inputs, orthonormalised.
+        whitened_IR = start.tensors[0].U_I
+        if whitened_IR is None:
+            raise TypeError("a truncated mode has a factor")
+        shared, mixing_RR = torch.linalg.qr(inverse_II.to(whitened_IR.dtype) @ whitened_IR)
+        tensors = [
+            TuckerFactors(factors.core @ mixing_RR.T, factors.U_E, factors.U_H, shared)
+            for factors in start.tensors
+        ]
+    problem = _Problem(stacks, floored(moments_EII.to(stacks[0].dtype)))
+    errors = [problem.error(tensors)]
+    for _ in range(max_sweeps if rank != MultilinearRank(*shape) else 0):
+        better = problem.sweep(tensors)
+        error = problem.error(better)
+        if not error < errors[-1]:
+            break
+        tensors = better
+        errors.append(error)
+        if errors[-2] - error < tolerance * errors[-2]:
+            break
+    return WeightedDecomposition(tuple(tensors), tuple(errors))
+
+
+class _Problem:
+    """The stacks and moments of one weighted least-squares problem."""
+
+    def __init__(self, stacks: list[Tensor], moments_EII: Tensor) -> None:
+        self.stacks = stacks
+        self.moments_EII = moments_EII
+        self.weighted = [stack @ moments_EII for stack in stacks]
+        self.total = sum(
+            float((stack * weighted).sum())
+            for stack, weighted in zip(stacks, self.weighted, strict=True)
+        )
+
+    def error(self, tensors: list[TuckerFactors]) -> float:
+        """Relative weighted error √(Σ_e ‖(X_e − X̂_e) Σ_e^{1/2}‖² / Σ_e ‖X_e Σ_e^{1/2}‖²)."""
+        missed = 0.0
+        for stack, factors in zip(self.stacks, tensors, strict=True):
+            for slice_HI, own_HI, moment_II in zip(
+                stack, factors.expand_slices(), self.moments_EII, strict=True
+            ):
+                difference_HI = slice_HI - own_HI
+                missed += float((difference_HI @ moment_II * difference_HI).sum())
+        return (max(0.0, missed) / self.total) ** 0.5 if self.total > 0 else 0.0
+
+    def sweep(self, tensors: list[TuckerFactors]) -> list[TuckerFactors]:
+        """Update everything once: cores, U_E, U_H of every stack, then the shared U_I."""
+        U_I = tensors[0].U_I
+        small_ERR = self.moments_EII if U_I is None else U_I.T @ (self.moments_EII @ U_I)
+        updated = []
+        for weighted_EHI, factors in zip(self.weighted, tensors, strict=True):
+            target_EHR = weighted_EHI if U_I is None else weighted_EHI @ U_I
+            updated.append(_update_stack(factors, target_EHR, small_ERR))
+        if U_I is None:
+            return updated
+        shared_IR, mixing_RR = torch.linalg.qr(self._hidden_factor(updated, U_I))
+        return [
+            TuckerFactors(factors.core @ mixing_RR.T, factors.U_E, factors.U_H, shared_IR)
+            for factors in updated
+        ]
+
+    def _hidden_factor(self, tensors: list[TuckerFactors], start_IR: Tensor) -> Tensor:
+        """U_I by conjugate gradients on Σ_e Σ_e U (C_eᵀ C_e) = Σ_e Σ_e X_eᵀ U_H C_e."""
+        right_IR = torch.zeros_like(start_IR)
+        grams_ERR = start_IR.new_zeros((len(self.moments_EII), *[start_IR.shape[1]] * 2))
+        for weighted_EHI, factors in zip(self.weighted, tensors, strict=True):
+            cores_EQR = _expert_cores(factors)
+            U_H = factors.U_H
+            projected_EQI = weighted_EHI if U_H is None else U_H.T @ weighted_EHI
+            right_IR += torch.einsum("eqi,eqr->ir", projected_EQI, cores_EQR)
+            grams_ERR += cores_EQR.mT @ cores_EQR
+
+        def normal(U_IR: Tensor) -> Tensor:
+            result = torch.zeros_like(U_IR)
+            for moment_II, gram_RR in zip(self.moments_EII, grams_ERR, strict=True):
+                result += moment_II @ U_IR @ gram_RR
+            return result
+
+        return _conjugate_gradients(normal, right_IR, start_IR)
+
+
+def _update_stack(factors: TuckerFactors, target_EHR: Tensor, small_ERR: Tensor) -> TuckerFactors:
+    """Cores, U_E and U_H of one stack for a fixed U_I.
+
+    Args:
+        factors: The tensor so far.
+        target_EHR: X_e Σ_e U_I.
+        small_ERR: U_Iᵀ Σ_e U_I.
+    """
+    U_E, U_H, core_PQR = factors.U_E, factors.U_H, factors.core
+    projected_EQR = target_EHR if U_H is None else U_H.T @ target_EHR
+    if U_E is None:
+        core_PQR = _solve(small_ERR, projected_EQR.mT).mT
+    else:
+        core_PQR = _shared_cores(U_E, core_PQR, projected_EQR, small_ERR)
+        U_E, mixing_PP = torch.linalg.qr(_expert_factor(core_PQR, projected_EQR, small_ERR))
+        core_PQR = torch.tensordot(mixing_PP, core_PQR, dims=1)
+    if U_H is not None:
+        cores_EQR = _expert_cores(TuckerFactors(core_PQR, U_E))
+        right_HQ = torch.einsum("ehr,eqr->hq", target_EHR, cores_EQR)
+        gram_QQ = torch.einsum("eqr,ers,ets->qt", cores_EQR, small_ERR, cores_EQR)
+        U_H, mixing_QQ = torch.linalg.qr(_least_squares(gram_QQ, right_HQ.T).T)
+        core_PQR = mixing_QQ @ core_PQR
+    return TuckerFactors(core_PQR, U_E, U_H, factors.U_I)
+
+
+def _expert_cores(factors: TuckerFactors) -> Tensor:
+    """C_e of every expert, shape (E, r_H, r_I)."""
+    if factors.U_E is None:
+        return factors.core
+    mixed: Tensor = torch.tensordot(factors.U_E, factors.core, dims=1)
+    return mixed
+
+
+def _shared_cores(
+    U_E: Tensor, start_PQR: Tensor, projected_EQR: Tensor, small_ERR: Tensor
+) -> Tensor:
+    """Cores that experts share, by conjugate gradients."""
+    right_PQR = torch.tensordot(U_E.T, projected_EQR, dims=1)
+
+    def normal(core_PQR: Tensor) -> Tensor:
+        cores_EQR = torch.tensordot(U_E, core_PQR, dims=1)
+        applied: Tensor = torch.tensordot(U_E.T, cores_EQR @ small_ERR, dims=1)
+        return applied
+
+    return _conjugate_gradients(normal, right_PQR, start_PQR)
+
+
+def _expert_factor(core_PQR: Tensor, projected_EQR: Tensor, small_ERR: Tensor) -> Tensor:
+    """U_E by one small least-squares problem an expert, shape (E, r_E)."""
+    flat_PM = core_PQR.flatten(1)
+    rows = []
+    for projected_QR, small_RR in zip(projected_EQR, small_ERR, strict=True):
+        gram_PP = (core_PQR @ small_RR).flatten(1) @ flat_PM.T
+        rows.append(_least_squares(gram_PP, (flat_PM @ projected_QR.flatten())[:, None]))
+    return torch.cat(rows, dim=1).T
+
+
+def _least_squares(gram_NN: Tensor, right_NK: Tensor) -> Tensor:
+    """Solve a small, possibly singular normal equation in float64 on the host."""
+    solution: Tensor = torch.linalg.lstsq(gram_NN.double().cpu(), right_NK.double().cpu()).solution
+    return solution.to(right_NK)
+
+
+def _solve(grams_ENN: Tensor, right_ENK: Tensor) -> Tensor:
+    """Solve well-conditioned systems, one an expert, in float64."""
+    solution: Tensor = torch.linalg.solve(in_float64(grams_ENN), in_float64(right_ENK))
+    return solution.to(right_ENK)
+
+
+def _conjugate_gradients(
+    normal: Callable[[Tensor], Tensor], right: Tensor, start: Tensor
+) -> Tensor:
+    """Solve normal(Z) = right from a start; every step lowers the quadratic that it belongs to."""
+    solution = start.clone()
+    residual = right - normal(solution)
+    direction = residual.clone()
+    squared = float((residual * residual).sum())
+    enough = _CONJUGATE_GRADIENT_TOLERANCE * float((right * right).sum())
+    for _ in range(_CONJUGATE_GRADIENT_STEPS):
+        if squared <= enough:
+            break
+        applied = normal(direction)
+        curvature = float((direction * applied).sum())
+        if curvature <= 0:
+            break
+        step = squared / curvature
+        solution += step * direction
+        residual -= step * applied
+        before, squared = squared, float((residual * residual).sum())
+        direction = residual + (squared / before) * direction
+    return solution
