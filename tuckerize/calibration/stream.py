@@ -286,14 +286,13 @@ def _compute_buffers(model: Any, device: torch.device) -> None:  # noqa: ANN401
     them; parameters are empty here, so it leaves them alone.
     """
     for path, module in model.named_modules():
-        names = [
-            name for name in module._non_persistent_buffers_set if module._buffers[name].is_meta
-        ]
+        names = sorted(module._non_persistent_buffers_set)
+        names = [name for name in names if module._buffers[name] is not None]
         for name in names:
             buffer = torch.empty_like(module._buffers[name], device="cpu")
-            module._buffers[name] = (
-                buffer.fill_(torch.nan) if buffer.is_floating_point() else buffer
-            )
+            module._buffers[name] = buffer
+            if buffer.is_floating_point():
+                buffer.fill_(torch.nan)  # to see below whether it has been computed
         if names:
             model._init_weights(module)
         for name in names:
