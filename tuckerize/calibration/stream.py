@@ -1,0 +1,337 @@
+"""A model one decoder layer at a time: only the weights of the open part are in memory.
+
+The layers are transformers' own, so every family it knows runs as it should. The model is built
+without weights; `embedding`, `layer` and `head` fill their part from the checkpoint and empty it
+again. How a layer is called (positions, masks) is noted by running the model's own forward with
+every layer standing still; it must depend on the shape of the windows only, not on their tokens.
+Routed experts are never read here: the caller computes them.
+
+Letters at the end of tensor names: S windows, L tokens of a window, T = S L tokens, I hidden size,
+k experts a token, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tuckerize.checkpoint.reader import Checkpoint
+from tuckerize.errors import CheckpointError
+from tuckerize.moe.families import Family
+
+ExpertsCall = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Routed output y_TI of tokens x_TI, from their experts_Tk and weights_Tk."""
+
+Step = Callable[[Tensor], Tensor]
+"""A part of the model, on its device."""
+
+
+class _Call(NamedTuple):
+    """What the model gives a layer beside the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Experts(nn.Module):
+    """Stands where the routed experts of a layer would be."""
+
+    def __init__(self, experts: ExpertsCall) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, x_TI: Tensor, experts_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
+        """Routed output, shape (T, I)."""
+        return self.experts(x_TI, experts_Tk, weights_Tk)
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedModel:
+    """A causal language model whose parts are in memory while they are open.
+
+    Attributes:
+        device: Where the open part is; tensors that go in must be there.
+        dtype: Type of its weights.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    _source: Checkpoint
+    _model: Any
+    _empty: dict[str, Tensor]
+    _on_disk: dict[str, str]
+    _experts: dict[int, str]
+    _calls: dict[torch.Size, list[_Call]] = field(default_factory=dict)
+
+    @classmethod
+    def open(
+        cls,
+        source: Checkpoint,
+        family: Family,
+        *,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+    ) -> StreamedModel:
+        """Build the model without weights; only those outside of its parts are read.
+
+        Args:
+            source: The checkpoint, dense or Tucker; not quantized.
+            family: Its family.
+            device: Where to compute.
+            dtype: Type of the weights; by default float32 on the cpu, elsewhere config.json's.
+
+        Raises:
+            CheckpointError: transformers cannot build the model, or a tensor is missing.
+        """
+        model = _build(source, device, dtype)
+        rename = _renaming(model)
+        on_disk = {rename(name): name for name in source.tensors if family.layer_of(name) is None}
+        for one, other in model.all_tied_weights_keys.items():
+            on_disk.setdefault(one, on_disk.get(other, other))
+            on_disk.setdefault(other, on_disk[one])
+        modules = {name for name, _ in model.named_modules()}
+        paths = {i: rename(family.experts_prefix(i)) for i in range(len(_layers(model)))}
+        experts = {layer: path for layer, path in paths.items() if path in modules}
+        routed = tuple(f"{path}." for path in experts.values())
+        empty = {n: t for n, t in model.state_dict().items() if not n.startswith(routed)}
+        _check_tensors(source, empty, on_disk)
+        streamed = cls(device, model.dtype, source, model, empty, on_disk, experts)
+        streamed._open_rest()
+        return streamed
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder layers."""
+        return len(_layers(self._model))
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Indices of the layers with routed experts."""
+        return tuple(self._experts)
+
+    @contextmanager
+    def embedding(self) -> Iterator[Step]:
+        """From tokens_SL to the hidden states_SLI that the first layer gets."""
+
+        @torch.no_grad()
+        def embed(tokens_SL: Tensor) -> Tensor:
+            seen: list[Tensor] = []
+
+            def look(_: int, hidden_states: Tensor, *_args: object, **_kwargs: object) -> Tensor:
+                seen.append(hidden_states)
+                return hidden_states
+
+            with self._layers_as(look):
+                self._model.get_decoder()(input_ids=tokens_SL, use_cache=False)
+            return seen[0]
+
+        with self._filled(self._below(self._model.get_input_embeddings())):
+            yield embed
+
+    @contextmanager
+    def layer(self, index: int, experts: ExpertsCall | None = None) -> Iterator[Step]:
+        """From the hidden states_SLI before a layer to those after it.
+
+        Args:
+            index: Index of the layer.
+            experts: Computes the routed experts; a layer without them does not call it.
+
+        Raises:
+            ValueError: The layer has routed experts, and `experts` is None.
+        """
+        layer = _layers(self._model)[index]
+
+        @torch.no_grad()
+        def run(hidden_SLI: Tensor) -> Tensor:
+            args, kwargs = self._calls_of(hidden_SLI)[index]
+            output = layer(hidden_SLI, *args, **kwargs)
+            if not isinstance(output, Tensor):
+                raise CheckpointError(
+                    f"layers of {self._source.config.get('model_type')} return more than their "
+                    "hidden states, which streaming does not support"
+                )
+            return output
+
+        with self._experts_as(index, experts), self._filled(self._below(layer)):
+            yield run
+
+    @contextmanager
+    def head(self) -> Iterator[Step]:
+        """From the hidden states_SLI after the last layer to logits_SLV."""
+
+        @torch.no_grad()
+        def logits(hidden_SLI: Tensor) -> Tensor:
+            def stand(*_args: object, **_kwargs: object) -> Tensor:
+                return hidden_SLI
+
+            with self._layers_as(stand):
+                result: Tensor = self._model(inputs_embeds=hidden_SLI, use_cache=False).logits
+            return result
+
+        with self._filled(self._below(self._model.get_output_embeddings())):
+            yield logits
+
+    @torch.no_grad()
+    def _calls_of(self, hidden_SLI: Tensor) -> list[_Call]:
+        """How every layer is called for windows of this shape."""
+        shape = hidden_SLI.shape
+        if shape not in self._calls:
+            calls: list[_Call] = []
+
+            def note(_: int, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+                calls.append(_Call(args, kwargs))
+                return hidden_states
+
+            with self._layers_as(note):
+                self._model.get_decoder()(inputs_embeds=hidden_SLI, use_cache=False)
+            self._calls[shape] = calls
+        return self._calls[shape]
+
+    @contextmanager
+    def _layers_as(self, forward: Callable[..., Tensor]) -> Iterator[None]:
+        """Let every layer do something else; `forward` gets its index first."""
+        layers = _layers(self._model)
+        for index, layer in enumerate(layers):
+            layer.forward = partial(forward, index)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.forward
+
+    @contextmanager
+    def _experts_as(self, index: int, experts: ExpertsCall | None) -> Iterator[None]:
+        """Put the caller's experts into a layer, if it has some."""
+        path = self._experts.get(index)
+        if path is None:
+            yield
+            return
+        if experts is None:
+            raise ValueError(f"layer {index} has routed experts: give what computes them")
+        original = self._model.get_submodule(path)
+        self._model.set_submodule(path, _Experts(experts))
+        try:
+            yield
+        finally:
+            self._model.set_submodule(path, original)
+
+    def _below(self, module: nn.Module) -> list[str]:
+        """Names of the tensors of a part of the model."""
+        (path,) = (name for name, found in self._model.named_modules() if found is module)
+        return [name for name in self._empty if name.startswith(f"{path}.")]
+
+    def _open_rest(self) -> None:
+        """Read what is outside of the parts, such as the final norm: it is small."""
+        model = self._model
+        parts = (model.get_input_embeddings(), model.get_output_embeddings(), *_layers(model))
+        elsewhere = {name for part in parts for name in self._below(part)}
+        self._fill(name for name in self._empty if name not in elsewhere)
+
+    @contextmanager
+    def _filled(self, names: list[str]) -> Iterator[None]:
+        try:
+            self._fill(names)
+            yield
+        finally:
+            empty = {name: self._empty[name] for name in names}
+            self._model.load_state_dict(empty, strict=False, assign=True)
+
+    def _fill(self, names: Iterable[str]) -> None:
+        """Read tensors of the model, one at a time, to the device."""
+        wanted = {self._on_disk[name]: name for name in names}
+        plan = self._model._get_dtype_plan(self.dtype)  # types that the family insists on
+        state = {}
+        for place, tensor in self._source.read(wanted):
+            name = wanted[place]
+            own = next((plan[key] for key in plan if key in name), self._empty[name].dtype)
+            state[name] = tensor.to(self.device, own)
+        self._model.load_state_dict(state, strict=False, assign=True)
+
+
+def _build(source: Checkpoint, device: torch.device, dtype: torch.dtype | None) -> Any:  # noqa: ANN401
+    """The model without weights; buffers that no checkpoint has are computed."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(
+            source.folder, local_files_only=True, trust_remote_code=False
+        )
+        if dtype is None:
+            dtype = torch.float32 if device.type == "cpu" else config.dtype
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=dtype, trust_remote_code=False
+            )
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise CheckpointError(
+            f"transformers cannot build the model of {source.folder}: {error}",
+            hint="repair config.json, or install the release of transformers that it names",
+        ) from error
+    _compute_buffers(model, device)
+    return model.eval()
+
+
+@torch.no_grad()
+def _compute_buffers(model: Any, device: torch.device) -> None:  # noqa: ANN401
+    """Compute the buffers that are not in checkpoints, such as rotary frequencies.
+
+    transformers builds every model without memory and has each family's `_init_weights` compute
+    them; parameters are empty here, so it leaves them alone.
+    """
+    for path, module in model.named_modules():
+        names = sorted(module._non_persistent_buffers_set)
+        names = [name for name in names if module._buffers[name] is not None]
+        for name in names:
+            buffer = torch.empty_like(module._buffers[name], device="cpu")
+            module._buffers[name] = buffer
+            if buffer.is_floating_point():
+                buffer.fill_(torch.nan)  # to see below whether it has been computed
+        if names:
+            model._init_weights(module)
+        for name in names:
+            if module._buffers[name].isnan().any():
+                raise CheckpointError(
+                    f"transformers does not say how to compute the buffer {path}.{name}",
+                    hint="streaming does not support this family",
+                )
+            module._buffers[name] = module._buffers[name].to(device)
+
+
+def _layers(model: Any) -> nn.ModuleList:  # noqa: ANN401
+    layers: nn.ModuleList = model.get_decoder().layers
+    return layers
+
+
+def _renaming(model: Any) -> Callable[[str], str]:  # noqa: ANN401
+    """From names in checkpoints to names in the model, where transformers uses others."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    return lambda name: rename_source_key(name, renamings, [])[0]
+
+
+def _check_tensors(source: Checkpoint, wanted: dict[str, Tensor], on_disk: dict[str, str]) -> None:
+    """Check that a checkpoint has every tensor of the model, in its shape."""
+    missing = [name for name in wanted if on_disk.get(name) not in source.tensors]
+    if missing:
+        raise CheckpointError(
+            f"{source.folder} lacks {len(missing)} tensors of the model: {', '.join(missing[:5])}",
+            hint="the checkpoint is incomplete: fetch it again",
+        )
+    for name, tensor in wanted.items():
+        shape = source.tensors[on_disk[name]].shape
+        if shape != tuple(tensor.shape):
+            raise CheckpointError(
+                f"the tensor {on_disk[name]} has shape {list(shape)}, "
+                f"expected {list(tensor.shape)}",
+                hint="check the sizes in config.json",
+            )

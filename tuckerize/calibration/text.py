@@ -1,0 +1,286 @@
+"""From files of text to windows of tokens. Nothing is ever downloaded.
+
+Letters at the end of tensor names: S windows, L tokens of a window.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tuckerize.errors import CheckpointError, UsageError
+
+Tokenize = Callable[[str], list[int]]
+
+# Of a long text only so many characters are tokenized for a token that is wanted, and of a data set
+# one row for so many tokens: ample for text in any language, and no book is read for one page.
+_CHARACTERS_A_TOKEN = 16
+_TOKENS_A_ROW = 8
+
+# owner/name/configuration, or less of it; not what can only be the path of a file.
+_DATASET = re.compile(r"(?!.*\.(txt|jsonl)$)\w[\w.-]*(/\w[\w.-]*){0,2}")
+
+
+@dataclass(frozen=True, slots=True)
+class TextSource:
+    """One source of text.
+
+    Attributes:
+        name: A text file, a JSONL file, or a data set of the local cache (`owner/name`, or
+            `owner/name/configuration`; its split `train`).
+        weight: Its part of the tokens, relative to the other sources.
+    """
+
+    name: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Windows of tokens.
+
+    Attributes:
+        tokens_SL: The tokens, shape (S, L), int64.
+        messages: What is less than was asked for; empty if nothing is.
+    """
+
+    tokens_SL: Tensor
+    messages: tuple[str, ...]
+
+
+def parse_source(text: str) -> TextSource:
+    """A source as a user types it: `PATH` or `PATH:WEIGHT`.
+
+    Raises:
+        UsageError: There is no path, or the weight is not a positive number.
+
+    Examples:
+        >>> parse_source("a.txt:0.7")
+        TextSource(name='a.txt', weight=0.7)
+    """
+    name, colon, last = text.rpartition(":")
+    try:
+        weight = float(last) if colon else 1.0
+    except ValueError:  # the colon belongs to the name
+        return TextSource(text)
+    name = name if colon else text
+    if not name or not 0 < weight < math.inf:
+        raise UsageError(
+            f"{text!r} is not a source of text with a positive weight",
+            hint="give PATH or PATH:WEIGHT, as in notes.txt:0.7",
+        )
+    return TextSource(name, weight)
+
+
+def read_windows(
+    sources: Sequence[TextSource], tokenizer_folder: Path, *, tokens: int, window: int, seed: int
+) -> Windows:
+    """Windows of tokens, shared between sources by their weights and evenly spread over each.
+
+    A window begins with the tokenizer's begin token, where the tokenizer adds one. A source that is
+    too short gives what it has; if all are shorter than a window, windows are shorter.
+
+    Args:
+        sources: Where the text comes from.
+        tokenizer_folder: Folder of the model.
+        tokens: Number of tokens in all windows together, rounded down to whole windows.
+        window: Number of tokens of a window.
+        seed: Where in its part of the text each window begins.
+
+    Raises:
+        CheckpointError: The folder has no tokenizer.
+        UsageError: A source cannot be read, or there is not one window.
+    """
+    if not 2 <= window <= tokens:
+        raise UsageError(
+            f"{tokens} tokens in windows of {window} are not one window of at least 2 tokens",
+            hint="ask for more tokens, or for a shorter window",
+        )
+    tokenize, begin = _load_tokenizer(tokenizer_folder)
+    random = Random(seed)
+    shares = share(tokens // window, [source.weight for source in sources])
+    streams = []
+    for source, count in zip(sources, shares, strict=True):
+        text = _read_text(source.name, rows=max(count, 1) * window // _TOKENS_A_ROW)
+        excerpts = _excerpts(text, count, window * _CHARACTERS_A_TOKEN, random)
+        streams.append([tokenize(excerpt) for excerpt in excerpts])
+    longest = max((len(stream) for own in streams for stream in own), default=0)
+    if not longest:
+        raise UsageError("there is no text to take windows from", hint="give a file with text")
+    length = min(window - len(begin), longest)
+    taken = [_take(own, count, length, random) for own, count in zip(streams, shares, strict=True)]
+    width = len(begin) + length
+    messages = [f"windows have {width} tokens: no text fills {window}"] if width < window else []
+    messages += [
+        f"{source.name} gives {len(own) * width} tokens of its share of {count * window}"
+        for source, own, count in zip(sources, taken, shares, strict=True)
+        if len(own) * width < count * window
+    ]
+    rows = [begin + row for own in taken for row in own]
+    return Windows(torch.tensor(rows, dtype=torch.int64), tuple(messages))
+
+
+def share(count: int, weights: Sequence[float]) -> list[int]:
+    """Share a number of things by weights, by largest remainder.
+
+    Examples:
+        >>> share(10, [0.5, 0.25, 0.25])
+        [5, 3, 2]
+    """
+    largest = max(weights, default=1.0)
+    total = math.fsum(weight / largest for weight in weights)
+    exact = [count * (weight / largest) / total for weight in weights]
+    shares = [int(part) for part in exact]
+    by_remainder = sorted(range(len(weights)), key=lambda place: shares[place] - exact[place])
+    for place in by_remainder[: count - sum(shares)]:
+        shares[place] += 1
+    return shares
+
+
+def fingerprint(tokens_SL: Tensor) -> str:
+    """SHA-256 of windows: equal for equal tokens in equal windows, on any machine."""
+    digest = hashlib.sha256(repr(tuple(tokens_SL.shape)).encode())
+    digest.update(tokens_SL.cpu().numpy().astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _load_tokenizer(folder: Path) -> tuple[Tokenize, list[int]]:
+    """What turns text into tokens, and the begin token if the tokenizer adds one."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{folder} has no tokenizer that transformers can load: {error}",
+            hint="fetch the model's tokenizer files into the folder",
+        ) from error
+
+    def tokenize(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    begin = tokenizer.bos_token_id
+    added = begin is not None and tokenizer("")["input_ids"][:1] == [begin]
+    return tokenize, [begin] if added else []
+
+
+def _starts(length: int, size: int, count: int, random: Random) -> Iterator[int]:
+    """Begins of spans that do not overlap, one anywhere in each of `count` equal parts."""
+    for part in range(count):
+        first = part * length // count
+        room = (part + 1) * length // count - size - first
+        yield first + int(random.random() * (room + 1))
+
+
+def _excerpts(text: str, count: int, size: int, random: Random) -> list[str]:
+    """The text, or as many excerpts of it as there are windows if those are less."""
+    if len(text) <= count * size:
+        return [text]
+    return [text[start : start + size] for start in _starts(len(text), size, count, random)]
+
+
+def _take(streams: list[list[int]], count: int, length: int, random: Random) -> list[list[int]]:
+    """Windows of one source: `count` of one stream, or one of each of `count` streams."""
+    windows = []
+    for stream in streams:
+        own = min(count // len(streams), len(stream) // length)
+        starts = _starts(len(stream), length, own, random)
+        windows += [stream[start : start + length] for start in starts]
+    return windows
+
+
+def _read_text(name: str, *, rows: int) -> str:
+    """All text of a file, or that of at most `rows` rows of a data set."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        raise UsageError(f"{name} is a folder", hint="give a text file or a JSONL file")
+    if not path.exists() and not _DATASET.fullmatch(name):
+        raise UsageError(f"the file {name} is missing", hint="check the path")
+    texts = _read_file(path) if path.exists() else _read_dataset(name, rows)
+    text = "\n\n".join(texts)
+    if not text.strip():
+        raise UsageError(f"{name} has no text", hint="give a file with text, or leave it out")
+    return text
+
+
+def _read_file(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{path} is not UTF-8 text: byte {error.start} cannot be read",
+            hint="convert it, for example with iconv -t utf-8",
+        ) from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    if path.suffix != ".jsonl":
+        return [text]
+    lines = enumerate(text.split("\n"), start=1)
+    return [_text_of_line(line, f"line {number} of {path}") for number, line in lines if line]
+
+
+def _text_of_line(line: str, place: str) -> str:
+    try:
+        return _text_of_row(json.loads(line), place)
+    except (ValueError, RecursionError):
+        raise UsageError(
+            f"{place} is not JSON", hint="a JSONL file has one JSON object a line"
+        ) from None
+
+
+def _text_of_row(row: object, place: str) -> str:
+    match row:
+        case {"text": str(text)}:
+            return text
+        case {"messages": [_, *_] as messages}:
+            contents = [m.get("content") if isinstance(m, dict) else None for m in messages]
+            strings = [content for content in contents if isinstance(content, str)]
+            if len(strings) == len(messages):
+                return "\n".join(strings)
+    raise UsageError(
+        f"{place} has no text",
+        hint='expected an object with the key "text", or "messages" that have a "content" each',
+    )
+
+
+def _read_dataset(name: str, rows: int) -> list[str]:
+    """Text of evenly spread rows of a data set of the local cache."""
+    data = _open_dataset(name)
+    step = max(1, len(data) // max(rows, 1))
+    places = range(0, len(data), step)
+    return [_text_of_row(data[place], f"row {place} of {name}") for place in places]
+
+
+def _open_dataset(name: str) -> Any:  # noqa: ANN401
+    owner_and_name, configuration = name, None
+    if name.count("/") == 2:
+        owner_and_name, _, configuration = name.rpartition("/")
+    fetch = f"datasets.load_dataset({owner_and_name!r}, {configuration!r}, split='train')"
+    try:
+        import datasets
+    except ImportError:
+        raise UsageError(
+            f"{name} is not a file, and the package that reads data sets is not installed",
+            hint="check the path, or install it with: pip install datasets",
+        ) from None
+    datasets.config.HF_HUB_OFFLINE = True
+    try:
+        return datasets.load_dataset(owner_and_name, configuration, split="train")
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{name} is neither a file nor a data set in the local cache",
+            hint=f"check the path, or fetch the data set once, in Python: {fetch}",
+        ) from error
