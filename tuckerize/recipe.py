@@ -73,6 +73,36 @@ class Rule(_Schema):
         )
 
 
+class Calibration(_Schema):
+    """How the decomposition learns what the experts see and give.
+
+    Attributes:
+        texts: Text or JSONL files or data sets, each `NAME` or `NAME:WEIGHT`.
+        tokens: Tokens of all texts together.
+        window: Tokens of one window of text.
+        sequential: A layer is calibrated behind the compressed layers before it, rather than
+            behind the dense ones.
+        shape: What may be truncated: `latent` the hidden mode, `neurons` the width of the experts,
+            `auto` both, by predicted error.
+        allocate: `error` shares the budget out by predicted damage, `uniform` evenly over layers.
+        multiple: Truncated sizes are multiples of this; by default 128, or 8 below 1024.
+        refine: Gradient steps against each layer's output; 0 for none.
+    """
+
+    texts: Annotated[tuple[str, ...], Field(min_length=1)]
+    tokens: Annotated[int, Field(ge=1)] = 65536
+    window: Annotated[int, Field(ge=2)] = 512
+    sequential: bool = True
+    shape: Literal["auto", "latent", "neurons"] = "auto"
+    allocate: Literal["error", "uniform"] = "error"
+    multiple: Annotated[int, Field(ge=1)] | None = None
+    refine: Annotated[int, Field(ge=0)] = 300
+
+    def multiple_for(self, size: int) -> int:
+        """Multiple of the truncated sizes of a mode."""
+        return self.multiple or (128 if size >= 1024 else 8)
+
+
 class Recipe(_Schema):
     """Everything that determines the numbers a decomposition writes.
 
@@ -84,6 +114,7 @@ class Recipe(_Schema):
         dtype: Type of factors and cores (`bfloat16`, `float16`, `float32`); the source's if absent.
         max_sweeps: HOOI sweeps at most.
         engine: `tuckerize`, or `tensorly` for the slow reference.
+        calibration: Texts to calibrate with; without them the decomposition is data-free.
     """
 
     schema_version: Literal[1] = 1
@@ -93,6 +124,20 @@ class Recipe(_Schema):
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     max_sweeps: Annotated[int, Field(ge=0)] = 10
     engine: Literal["tuckerize", "tensorly"] = "tuckerize"
+    calibration: Calibration | None = None
+
+    @model_validator(mode="after")
+    def _fits_calibration(self) -> Recipe:
+        if self.calibration is None:
+            return self
+        if self.engine != "tuckerize":
+            raise ValueError(f"the engine {self.engine} is data-free: it takes no calibration")
+        for rule in self.rules:
+            if rule.tolerance is not None:
+                raise ValueError("a tolerance is of weights, calibration is of outputs: give keep")
+            if set(rule.projections) != set(Projection):
+                raise ValueError("with calibration all three projections follow one rule")
+        return self
 
     def rule_index(self, layer: int, projection: Projection) -> int | None:
         """Index of the rule that decides about a stack."""

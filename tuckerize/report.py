@@ -116,6 +116,8 @@ class PlanReport:
         after: Size of the result; an upper bound where a tolerance decides.
         peak_bytes: Estimated peak memory of one process.
         seconds: Estimated time of one process.
+        predicted_damage: Nats a token that the prediction is expected to move by; None without a
+            calibrated budget.
     """
 
     stacks: tuple[StackPlan, ...]
@@ -123,6 +125,25 @@ class PlanReport:
     after: Size
     peak_bytes: int
     seconds: float
+    predicted_damage: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerOutcome:
+    """What calibration made of one layer.
+
+    Attributes:
+        layer: Index of the layer.
+        neurons: Width: neurons that every expert keeps.
+        output_error: Relative output error on held-out calibration tokens; None where there are
+            none.
+        predicted_error: The same as predicted; None where core sizes were given.
+    """
+
+    layer: int
+    neurons: int
+    output_error: float | None
+    predicted_error: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +157,10 @@ class DecomposeReport:
         after: Size of the result.
         resumed_pieces: Pieces of work that an interrupted run had finished.
         seconds: Time of this run.
+        calibrated: What calibration made of every layer; empty for a data-free decomposition.
+        predicted_damage: Nats a token that the prediction is expected to move by; None without a
+            calibrated budget.
+        notes: What the user should know about the calibration.
     """
 
     output: str
@@ -144,6 +169,9 @@ class DecomposeReport:
     after: Size
     resumed_pieces: int
     seconds: float
+    calibrated: tuple[LayerOutcome, ...] = ()
+    predicted_damage: float | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

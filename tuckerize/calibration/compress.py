@@ -117,7 +117,7 @@ def compress_group(
         sweeps.update(dict.fromkeys(coupling, found.sweeps))
     neurons_EKK = moments.neurons_EHH
     if kept_EK is not None or any(
-        factors[p].rank != group.shape for p in (Projection.GATE, Projection.UP)
+        factors[p].rank != MultilinearRank(*group.shape) for p in (Projection.GATE, Projection.UP)
     ):
         neurons_EKK, cross_EKH = refit_moments(
             group,
@@ -183,4 +183,5 @@ def group_output(
 ) -> Tensor:
     """Combined routed output of one group alone, shape (T, I)."""
     module = TuckerExperts([tensors], group_size=len(experts), activation=activation)
-    return module(tokens.x_TI, tokens.experts_Tk - experts.start, tokens.weights_Tk)
+    output_TI: Tensor = module(tokens.x_TI, tokens.experts_Tk - experts.start, tokens.weights_Tk)
+    return output_TI

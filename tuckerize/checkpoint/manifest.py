@@ -5,9 +5,12 @@ Both are JSON with an integer `schema_version`, written last; docs/format.md des
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tuckerize.checkpoint.files import check_plain_name, read_json_object
@@ -21,6 +24,8 @@ REPORT = "verify.json"
 """Name of the report of a verification, in the folder of what was verified."""
 
 SCHEMA_VERSION = 1
+
+Indices = npt.NDArray[np.int64]
 
 Count = Annotated[int, Field(ge=0)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -52,6 +57,27 @@ class SourceRecord(_Record):
     files: tuple[FileRecord, ...]
 
 
+class LayerRecord(_Record):
+    """What calibration made of one layer.
+
+    Attributes:
+        layer: Index of the layer.
+        neurons: Width: neurons that every expert keeps.
+        kept: For every group which neurons its experts keep: E x H bits, row by row, the first in
+            the highest bit of the first byte, as base64; empty if all are kept.
+        output_error: Relative output error (unitless) on calibration tokens that were held out.
+        predicted_error: The same as it was predicted; None where core sizes were given.
+        refined: Whether gradient steps were made and kept.
+    """
+
+    layer: Count
+    neurons: Annotated[int, Field(ge=1)]
+    kept: tuple[str, ...] = ()
+    output_error: float | None
+    predicted_error: float | None
+    refined: bool
+
+
 class TuckerManifest(_Record):
     """What a Tucker checkpoint is made of.
 
@@ -66,6 +92,7 @@ class TuckerManifest(_Record):
         group_size: Experts in a group.
         joint: Projections that share one U_I, if any.
         stacks: Every decomposed stack, ordered by layer, group and projection.
+        calibrated: What calibration made of every layer; empty where there was none.
         before: Size of the source.
         after: Size of this checkpoint.
         files: Its weight files.
@@ -81,6 +108,7 @@ class TuckerManifest(_Record):
     group_size: Annotated[int, Field(ge=1)]
     joint: Literal["gate_up"] | None
     stacks: Annotated[tuple[StackResult, ...], Field(min_length=1)]
+    calibrated: tuple[LayerRecord, ...] = ()
     before: Size
     after: Size
     files: tuple[FileRecord, ...]
@@ -103,10 +131,17 @@ class TuckerManifest(_Record):
         """Groups in a layer."""
         return self.shape.experts // self.group_size
 
-    @property
-    def group_shape(self) -> StackShape:
-        """Sizes of one stack."""
-        return self.shape._replace(experts=self.group_size)
+    def stack_shape(self, layer: int) -> StackShape:
+        """Sizes of one stack of a layer, as many neurons as its experts keep."""
+        neurons = next((r.neurons for r in self.calibrated if r.layer == layer), None)
+        return self.shape._replace(
+            experts=self.group_size, intermediate=neurons or self.shape.intermediate
+        )
+
+    def kept_neurons(self, layer: int, group: int) -> Indices | None:
+        """Neurons that every expert of a group keeps, ascending, shape (E, K); None if all."""
+        record = next((r for r in self.calibrated if r.layer == layer and r.kept), None)
+        return None if record is None else unpack_neurons(record.kept[group], self.shape)
 
 
 class ShardRecord(_Record):
@@ -143,6 +178,21 @@ class ShardManifest(_Record):
     def owned_by(self, tp_rank: int) -> list[ShardRecord]:
         """The shards of one process."""
         return [shard for shard in self.shards if shard.tp_rank == tp_rank]
+
+
+def pack_neurons(kept_EK: Indices, neurons: int) -> str:
+    """Kept neurons of every expert of a group as the text of a `LayerRecord`."""
+    bits_EH = np.zeros((len(kept_EK), neurons), dtype=bool)
+    np.put_along_axis(bits_EH, kept_EK, values=True, axis=1)
+    return base64.b64encode(np.packbits(bits_EH).tobytes()).decode()
+
+
+def unpack_neurons(text: str, shape: StackShape) -> Indices:
+    """Kept neurons of every expert of a group, shape (E, K), from the text of a `LayerRecord`."""
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(text), dtype=np.uint8))
+    experts = len(bits) // shape.intermediate
+    rows_EH = bits[: experts * shape.intermediate].reshape(experts, shape.intermediate)
+    return np.nonzero(rows_EH)[1].reshape(experts, -1)
 
 
 _Manifest = TypeVar("_Manifest", TuckerManifest, ShardManifest)

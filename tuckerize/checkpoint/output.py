@@ -95,6 +95,10 @@ class OutputFolder:
             elif is_record or path.name in _RESULTS or path.suffix == ".safetensors":
                 path.unlink()
 
+    def work_file(self, name: str) -> Path:
+        """A file of the run's own, gone when the folder is finished."""
+        return self._work / name
+
     def record(self, piece: str) -> dict[str, Any] | None:
         """The record of a finished piece of work, or None."""
         path = self._work / f"{piece}.json"

@@ -57,6 +57,21 @@ class Joint(StrEnum):
     GATE_UP = "gate_up"
 
 
+class ShapeOption(StrEnum):
+    """What a calibrated budget may truncate."""
+
+    AUTO = "auto"
+    LATENT = "latent"
+    NEURONS = "neurons"
+
+
+class Allocate(StrEnum):
+    """How a calibrated budget is shared out over the layers."""
+
+    ERROR = "error"
+    UNIFORM = "uniform"
+
+
 class Dtype(StrEnum):
     """Type of stored factors."""
 
@@ -64,6 +79,30 @@ class Dtype(StrEnum):
     FLOAT16 = "float16"
     FLOAT32 = "float32"
 
+
+Texts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--calibration",
+        help="Text or JSONL file, or a data set; FILE:WEIGHT and several of them make a mix.",
+    ),
+]
+Tokens = Annotated[
+    int | None,
+    typer.Option("--calibration-tokens", min=1, help="Tokens of all texts; 65536 by default."),
+]
+ShapeChoice = Annotated[
+    ShapeOption | None,
+    typer.Option(help="What a calibrated --keep truncates: hidden mode, neurons, or auto."),
+]
+AllocateChoice = Annotated[
+    Allocate | None,
+    typer.Option(help="Share a calibrated --keep out by predicted error, or evenly."),
+]
+Multiple = Annotated[
+    int | None,
+    typer.Option(min=1, help="Truncated sizes of a calibrated --keep are multiples of this."),
+]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")]
@@ -148,9 +187,26 @@ def decompose(
     engine: Annotated[
         Engine | None, typer.Option(help="Who decomposes; tensorly is the slow reference.")
     ] = None,
+    calibration: Texts = None,
+    calibration_tokens: Tokens = None,
+    one_shot: Annotated[
+        bool | None,
+        typer.Option("--one-shot", help="Calibrate every layer behind the dense ones before it."),
+    ] = None,
+    shape: ShapeChoice = None,
+    allocate: AllocateChoice = None,
+    multiple: Multiple = None,
+    refine: Annotated[
+        int | None,
+        typer.Option(min=0, help="Gradient steps on each layer's output; 300 by default."),
+    ] = None,
     device: DeviceOption = Device.AUTO,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan; reads no weights, writes nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print the plan, write nothing; reads weights only to calibrate a budget.",
+        ),
     ] = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -169,6 +225,17 @@ def decompose(
         "dtype": dtype,
         "max_sweeps": max_sweeps,
         "engine": engine,
+        "calibration": _calibration(
+            calibration,
+            {
+                "tokens": calibration_tokens,
+                "sequential": None if one_shot is None else not one_shot,
+                "shape": shape,
+                "allocate": allocate,
+                "multiple": multiple,
+                "refine": refine,
+            },
+        ),
     }
     wanted = _recipe(recipe, sizes, {"layers": layers, "projections": projections}, how)
     if output is None and not dry_run:
@@ -181,23 +248,38 @@ def decompose(
     from tuckerize.cli.tables import show
     from tuckerize.parallel.backends import choose_device
     from tuckerize.parallel.processes import process_group
+    from tuckerize.pipeline.calibrated import (
+        Calibration,
+        draft_plan,
+        open_calibration,
+        plan_calibrated,
+    )
     from tuckerize.pipeline.decompose import decompose as run
     from tuckerize.pipeline.describe import describe_plan
     from tuckerize.pipeline.plan import Plan, make_plan
-
-    def prepare() -> Plan:
-        source = resolve_model(model)
-        plan = make_plan(Checkpoint.open(source), wanted)
-        if output is not None and not dry_run:
-            _refuse_overlap(output, source)
-            OutputFolder(output).claim(plan.fingerprint(), overwrite=overwrite)
-        return plan
 
     with process_group(lambda local: choose_device(device.value, local_rank=local)) as (
         processes,
         own_device,
     ):
-        plan = processes.leader_first(prepare)
+        _refuse_calibration_of_several(wanted, processes.size)
+
+        def prepare() -> tuple[Plan, Calibration | None]:
+            source = resolve_model(model)
+            checkpoint = Checkpoint.open(source)
+            opened = None
+            draft = make_plan(checkpoint, wanted)
+            if wanted.calibration:
+                opened = open_calibration(checkpoint, wanted, own_device)
+                draft = draft_plan(checkpoint, wanted, opened)
+            if output is not None and not dry_run:
+                _refuse_overlap(output, source)
+                OutputFolder(output).claim(draft.fingerprint(), overwrite=overwrite)
+            if opened is None:
+                return draft, None
+            return plan_calibrated(checkpoint, wanted, opened, TerminalProgress()), opened
+
+        plan, opened = processes.leader_first(prepare)
         if output is None or dry_run:
             if processes.is_leader:
                 show(describe_plan(plan), as_json=as_json)
@@ -209,8 +291,11 @@ def decompose(
             device=own_device,
             processes=processes,
             progress=TerminalProgress(),
+            calibration=opened,
         )
         if report is not None:
+            for note in report.notes:
+                sys.stderr.write(f"note: {note}\n")
             show(report, as_json=as_json)
 
 
@@ -363,6 +448,30 @@ def _recipe(
         rule["projections"] = [part.strip() for part in str(rule["projections"]).split(",")]
     settings = {name: value for name, value in how.items() if value is not None}
     return parse_recipe({"rules": [rule], **settings}, place="the options")
+
+
+def _refuse_calibration_of_several(recipe: Recipe, processes: int) -> None:
+    """Calibration is one pass through the layers: it cannot be shared out."""
+    if recipe.calibration and processes > 1:
+        raise UsageError(
+            "--calibration runs in one process: a layer needs the ones before it",
+            hint="start it without torchrun",
+        )
+
+
+def _calibration(texts: list[str] | None, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The calibration part of a recipe from options; None without a text."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    if texts:
+        return {"texts": texts, **given}
+    if given:
+        names = {"tokens": "calibration-tokens", "sequential": "one-shot"}
+        option = next(iter(given))
+        raise UsageError(
+            f"--{names.get(option, option)} belongs to --calibration, which is not given",
+            hint="add --calibration FILE with a text like those the model is used for",
+        )
+    return None
 
 
 def _source(model: str | None, tucker: OpenedTucker, *, needed: bool) -> OpenedSource | None:

@@ -101,12 +101,16 @@ def expand(tucker: TuckerFactors) -> Tensor:
     return torch.stack(list(tucker.expand_slices()))
 
 
-def relative_residual(stack_EHI: Tensor, tucker: TuckerFactors) -> float:
+def relative_residual(
+    stack_EHI: Tensor, tucker: TuckerFactors, kept_EK: Tensor | None = None
+) -> float:
     """Relative residual ‖X − X̂‖ / ‖X‖ (unitless) from the explicit difference, expert by expert.
 
     Args:
         stack_EHI: The stack X, shape (E, H, I), any floating dtype.
         tucker: Its approximation, of any floating dtype.
+        kept_EK: Rows of every expert that the approximation stands for, shape (E, K), all others
+            being zero in it; None for all rows.
 
     Returns:
         The residual; 0 where X and X̂ are both zero, infinity where only X is.
@@ -116,24 +120,43 @@ def relative_residual(stack_EHI: Tensor, tucker: TuckerFactors) -> float:
     """
     if stack_EHI.dtype == torch.float64:
         # A float64 magnitude can be outside the range of float32. No NPU holds such a stack.
-        return _residual(stack_EHI, tucker, torch.float64)
-    residual = _residual(stack_EHI, tucker, torch.float32)
+        return _residual(stack_EHI, tucker, kept_EK, torch.float64)
+    residual = _residual(stack_EHI, tucker, kept_EK, torch.float32)
     wants_float64 = residual < _FLOAT32_DIFFERENCE_FLOOR and stack_EHI.dtype == torch.float32
     if wants_float64 and stack_EHI.device.type != "npu":
-        residual = _residual(stack_EHI, tucker, torch.float64)
+        residual = _residual(stack_EHI, tucker, kept_EK, torch.float64)
     return residual
 
 
-def _residual(stack_EHI: Tensor, tucker: TuckerFactors, dtype: torch.dtype) -> float:
+def _residual(
+    stack_EHI: Tensor, tucker: TuckerFactors, kept_EK: Tensor | None, dtype: torch.dtype
+) -> float:
     unit = power_of_two_unit(stack_EHI)
     missed = total = 0.0
-    for slice_HI, expanded_HI in zip(stack_EHI, tucker.expand_slices(dtype), strict=True):
+    for expert, (slice_HI, expanded_HI) in enumerate(
+        zip(stack_EHI, tucker.expand_slices(dtype), strict=True)
+    ):
+        if kept_EK is not None:
+            expanded_HI = with_zero_rows(expanded_HI, kept_EK[expert], len(slice_HI))  # noqa: PLW2901
         exact_HI = scaled_slice(slice_HI, dtype, unit)
         missed += squared_norm(exact_HI - scaled_slice(expanded_HI, dtype, unit))
         total += squared_norm(exact_HI)
     if total == 0.0:
         return 0.0 if missed == 0.0 else math.inf
     return math.sqrt(missed / total)
+
+
+def with_zero_rows(matrix_KI: Tensor, kept_K: Tensor, rows: int) -> Tensor:
+    """The matrix of an expert with its neurons in their old places, zeros in those of the others.
+
+    Args:
+        matrix_KI: Rows of the kept neurons, shape (K, I).
+        kept_K: Their places, shape (K,).
+        rows: Number of places.
+    """
+    matrix_HI = matrix_KI.new_zeros((rows, matrix_KI.shape[1]))
+    matrix_HI[kept_K.to(matrix_KI.device)] = matrix_KI
+    return matrix_HI
 
 
 def squared_norm(tensor: Tensor) -> float:

@@ -101,6 +101,8 @@ def weighted_tucker(
     """
     shape = StackShape(*stacks[0].shape)
     check_rank(rank, shape, coupled=len(stacks))
+    if rank == MultilinearRank(*shape):
+        return WeightedDecomposition(tuple(TuckerFactors(stack) for stack in stacks), (0.0,))
     pooled_II = moments_EII.sum(0)
     root_II, inverse_II = (root.to(stacks[0].device) for root in matrix_roots(pooled_II))
     start = hooi([stack @ root_II.to(stack.dtype) for stack in stacks], rank)
@@ -124,7 +126,7 @@ def weighted_tucker(
         ]
     problem = _Problem(stacks, floored(moments_EII.to(stacks[0].dtype)))
     errors = [problem.error(tensors)]
-    for _ in range(max_sweeps if rank != MultilinearRank(*shape) else 0):
+    for _ in range(max_sweeps):
         better = problem.sweep(tensors)
         error = problem.error(better)
         if not error < errors[-1]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -14,26 +13,28 @@ from torch import Tensor
 
 import tuckerize
 from tuckerize.checkpoint.files import sha256_of, write_json
-from tuckerize.checkpoint.manifest import FileRecord, SourceRecord, TuckerManifest
+from tuckerize.checkpoint.manifest import FileRecord, LayerRecord, SourceRecord, TuckerManifest
 from tuckerize.checkpoint.other_files import copy_other_files
 from tuckerize.checkpoint.output import OutputFolder
 from tuckerize.checkpoint.reader import CONFIG, TORCH_DTYPES, WeightFile
 from tuckerize.checkpoint.writer import copy_tensors, describe_file, write_index, write_tensors
 from tuckerize.domain import StackResult, coupling_name
-from tuckerize.errors import DecompositionError, NonFiniteError
+from tuckerize.errors import DecompositionError
 from tuckerize.linalg.hooi import Decomposition, hooi
 from tuckerize.linalg.rank_choice import rank_for_tolerance
 from tuckerize.linalg.tensorly_engine import tensorly_tucker
-from tuckerize.linalg.tucker import largest_magnitude, relative_residual
+from tuckerize.linalg.tucker import relative_residual
 from tuckerize.moe.stacks import group_experts, read_stack
 from tuckerize.parallel.processes import Processes
+from tuckerize.pipeline.calibrated import Calibration, compress_layers
 from tuckerize.pipeline.estimate import work
-from tuckerize.pipeline.plan import ROUNDING, Piece, Plan, Target, TuckerPiece
+from tuckerize.pipeline.plan import ROUNDING, CopyPiece, LayerPiece, Plan, Target, TuckerPiece
 from tuckerize.pipeline.sizes import measure
-from tuckerize.report import DecomposeReport, Progress
+from tuckerize.pipeline.storable import finite
+from tuckerize.report import DecomposeReport, LayerOutcome, Progress
 from tuckerize.runtime.experts import named_tensors
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of `quantization_config` in config.json."""
 
 _ENGINES = {"tuckerize": hooi, "tensorly": tensorly_tucker}
@@ -47,6 +48,7 @@ def decompose(
     device: torch.device,
     processes: Processes,
     progress: Progress,
+    calibration: Calibration | None = None,
 ) -> DecomposeReport | None:
     """Write the Tucker checkpoint of a plan to a claimed output folder.
 
@@ -60,6 +62,7 @@ def decompose(
         device: Where the products run.
         processes: The processes of the run.
         progress: Shows how far the work is.
+        calibration: The model and its text, for a plan with calibration, in one process.
 
     Returns:
         What was done, on process 0; None on the others.
@@ -69,7 +72,12 @@ def decompose(
     """
     started = time.monotonic()
     folder = OutputFolder(output)
-    pieces = sorted(plan.pieces, key=lambda piece: work(plan, piece), reverse=True)
+    notes = _compress_calibrated(plan, calibration, output, progress)
+    pieces = sorted(
+        [piece for piece in plan.pieces if not isinstance(piece, LayerPiece)],
+        key=lambda piece: work(plan, piece),
+        reverse=True,
+    )
     done_before = sum(folder.record(piece.name) is not None for piece in pieces)
     processes.barrier()
     progress.start(sum(work(plan, piece) for piece in pieces))
@@ -93,10 +101,35 @@ def decompose(
         after=manifest.after,
         resumed_pieces=done_before,
         seconds=time.monotonic() - started,
+        calibrated=tuple(
+            LayerOutcome(
+                layer=record.layer,
+                neurons=record.neurons,
+                output_error=record.output_error,
+                predicted_error=record.predicted_error,
+            )
+            for record in manifest.calibrated
+        ),
+        predicted_damage=plan.predicted_damage,
+        notes=tuple(notes),
     )
 
 
-def _carry_out(plan: Plan, piece: Piece, output: Path, device: torch.device) -> dict[str, Any]:
+def _compress_calibrated(
+    plan: Plan, calibration: Calibration | None, output: Path, progress: Progress
+) -> list[str]:
+    """Write the layers of a plan with calibration; returns notes for the user."""
+    if calibration is None or not plan.layer_pieces:
+        return []
+    progress.start(len(plan.layer_pieces))
+    notes = compress_layers(plan, calibration, output, progress)
+    progress.close()
+    return [*calibration.notes, *notes]
+
+
+def _carry_out(
+    plan: Plan, piece: TuckerPiece | CopyPiece, output: Path, device: torch.device
+) -> dict[str, Any]:
     """Write the weight file of a piece; returns its record."""
     if isinstance(piece, TuckerPiece):
         return _decompose_piece(plan, piece, output, device)
@@ -125,7 +158,7 @@ def _decompose_piece(
         for projection, stack, factors in zip(piece.coupling, stacks, result.tensors, strict=True):
             stored = factors.to(TORCH_DTYPES[plan.dtype])
             for name, tensor in named_tensors(piece.coupling, projection, stored):
-                tensors[f"{prefix}.group_{group}.{name}"] = _finite(tensor, plan.dtype).cpu()
+                tensors[f"{prefix}.group_{group}.{name}"] = finite(tensor, plan.dtype).cpu()
             records.append(
                 StackResult(
                     layer=piece.layer,
@@ -167,24 +200,17 @@ def _factorise(plan: Plan, stacks: list[Tensor], target: Target) -> Decompositio
     return engine(stacks, rank, max_sweeps=plan.recipe.max_sweeps)
 
 
-def _finite(tensor: Tensor, dtype: str) -> Tensor:
-    if not math.isfinite(largest_magnitude(tensor)):
-        raise NonFiniteError(
-            f"a core or factor overflows {dtype}", hint="store it as --dtype bfloat16 or float32"
-        )
-    return tensor
-
-
 def _finish(plan: Plan, folder: OutputFolder, model: str) -> TuckerManifest:
     """Write everything but the weights: other files, config, index, manifest, in this order."""
     records = [folder.record(piece.name) or {} for piece in plan.pieces]
     files = [FileRecord(**record["file"]) for record in records if record["file"]]
     read = TypeAdapter(list[StackResult]).validate_python
+    calibrated = [LayerRecord(**r["calibrated"]) for r in records if "calibrated" in r]
     stacks = [stack for record in records for stack in read(record.get("stacks", []))]
     stacks.sort(key=lambda stack: (stack.layer, stack.group))
     output = folder.folder
     copy_other_files(plan.source.folder, output)
-    announced = _announce(plan, stacks)
+    announced = _announce(plan, stacks, {record.layer: record.neurons for record in calibrated})
     write_json(output / CONFIG, {**plan.source.config, "quantization_config": announced})
     opened = [WeightFile.open(output / file.name) for file in files]
     headers = {name: place.header for file in opened for name, place in file.tensors.items()}
@@ -200,8 +226,9 @@ def _finish(plan: Plan, folder: OutputFolder, model: str) -> TuckerManifest:
         dtype=plan.dtype,
         shape=plan.model.shape,
         group_size=plan.group_size,
-        joint=plan.recipe.joint,
+        joint=plan.joint,
         stacks=tuple(stacks),
+        calibrated=tuple(calibrated),
         before=measure(plan.source.tensors, is_routed=plan.model.is_routed),
         after=measure(headers, is_routed=plan.model.is_routed),
         files=tuple(files),
@@ -211,18 +238,18 @@ def _finish(plan: Plan, folder: OutputFolder, model: str) -> TuckerManifest:
     return manifest
 
 
-def _announce(plan: Plan, stacks: list[StackResult]) -> dict[str, Any]:
+def _announce(plan: Plan, stacks: list[StackResult], neurons: dict[int, int]) -> dict[str, Any]:
     """`quantization_config`: tells loaders which experts are factored, and their core sizes."""
-    modules: dict[str, list[dict[str, list[int]]]] = {}
+    modules: dict[str, list[dict[str, Any]]] = {}
     for stack in stacks:
         groups = modules.setdefault(plan.model.family.experts_prefix(stack.layer), [])
         while len(groups) <= stack.group:
-            groups.append({})
+            groups.append({"neurons": neurons.get(stack.layer, plan.model.shape.intermediate)})
         groups[stack.group][stack.projection] = list(stack.multilinear_rank)
     return {
         "quant_method": "tuckerize",
         "format_version": FORMAT_VERSION,
         "group_size": plan.group_size,
-        "joint": plan.recipe.joint,
+        "joint": plan.joint,
         "modules": modules,
     }

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tuckerize.checkpoint.manifest import MANIFEST
 from tuckerize.checkpoint.reader import Checkpoint
-from tuckerize.domain import Size, coupling_name, stored_parameters
+from tuckerize.domain import Size, coupling_name
 from tuckerize.moe.families import describe_moe
 from tuckerize.pipeline.estimate import peak_bytes, seconds
 from tuckerize.pipeline.opened import OpenedTucker, open_tucker
@@ -44,33 +44,31 @@ def describe_plan(plan: Plan) -> PlanReport:
     before = measure(plan.source.tensors, is_routed=plan.model.is_routed)
     dense_bytes = before.routed_bytes // before.routed_parameters
     stacks, saved_parameters, saved_bytes = [], 0, 0
-    for piece in plan.tucker_pieces:
-        coupled = len(piece.coupling)
-        for group, target in enumerate(piece.targets):
-            dense = coupled * plan.group_shape.parameters
-            stored = dense
-            if target.rank:
-                stored = stored_parameters(plan.group_shape, target.rank, coupled=coupled)
-            saved_parameters += dense - stored
-            saved_bytes += dense * dense_bytes - stored * plan.dtype_bytes
-            stacks.append(
-                StackPlan(
-                    layer=piece.layer,
-                    group=group,
-                    projection=coupling_name(piece.coupling),
-                    multilinear_rank=target.rank,
-                    tolerance=target.tolerance,
-                    bytes_before=dense * dense_bytes,
-                    bytes_after=stored * plan.dtype_bytes,
-                )
+    for planned in [stacks for piece in plan.pieces for stacks in plan.stacks(piece)]:
+        dense = len(planned.coupling) * plan.group_shape.parameters
+        stored = planned.stored_parameters
+        saved_parameters += dense - stored
+        saved_bytes += dense * dense_bytes - stored * plan.dtype_bytes
+        stacks.append(
+            StackPlan(
+                layer=planned.layer,
+                group=planned.group,
+                projection=coupling_name(planned.coupling),
+                multilinear_rank=planned.target.rank,
+                tolerance=planned.target.tolerance,
+                bytes_before=dense * dense_bytes,
+                bytes_after=stored * plan.dtype_bytes,
             )
+        )
     after = Size(
         routed_parameters=before.routed_parameters - saved_parameters,
         routed_bytes=before.routed_bytes - saved_bytes,
         total_parameters=before.total_parameters - saved_parameters,
         total_bytes=before.total_bytes - saved_bytes,
     )
-    return PlanReport(tuple(stacks), before, after, peak_bytes(plan), seconds(plan))
+    return PlanReport(
+        tuple(stacks), before, after, peak_bytes(plan), seconds(plan), plan.predicted_damage
+    )
 
 
 def _describe_tucker(tucker: OpenedTucker) -> InspectReport:

@@ -7,8 +7,8 @@ import time
 
 import torch
 
-from tuckerize.domain import MultilinearRank
-from tuckerize.pipeline.plan import CopyPiece, Piece, Plan, TuckerPiece
+from tuckerize.domain import MultilinearRank, Projection
+from tuckerize.pipeline.plan import CopyPiece, LayerPiece, Piece, Plan, TuckerPiece
 
 # A symmetric product costs 5/8 of a full one, see linalg/gram.py.
 _GRAM_SHARE = 0.625
@@ -27,6 +27,8 @@ def work(plan: Plan, piece: Piece) -> float:
     if isinstance(piece, CopyPiece):
         ranges = plan.source.files[piece.source_file].tensors.values()
         return float(sum(place.header.bytes for place in ranges))
+    if isinstance(piece, LayerPiece):
+        return _layer_work(plan, piece)
     experts, rows, columns = plan.group_shape
     total = 0.0
     for target in piece.targets:
@@ -47,16 +49,57 @@ def work(plan: Plan, piece: Piece) -> float:
     return total
 
 
+def _layer_work(plan: Plan, piece: LayerPiece) -> float:
+    """Operations that calibrating and compressing a layer takes, roughly."""
+    settings = plan.recipe.calibration
+    if settings is None:
+        return 0.0
+    experts, neurons, hidden = plan.model.shape
+    rows = settings.tokens * plan.model.routing.top_k
+    layer = 2.0 * 3 * neurons * hidden
+    # Moments and their refit, the dense layer forward some four times, and the profile.
+    total = rows * (2.0 * (hidden**2 + 3 * neurons**2) + 6 * layer)
+    # Elimination in float64, half as fast: the inverse, and a product for every round.
+    total += 2 * experts * (4.0 * neurons**3 + 2 * neurons**2 * hidden)
+    if piece.sizes.ranks[Projection.GATE].hidden < hidden:
+        sweep = experts * 30 * 4.0 * hidden**2 * piece.sizes.ranks[Projection.GATE].hidden
+        total += min(_LIKELY_SWEEPS, plan.recipe.max_sweeps) * sweep
+    # Forward and backward of a batch a step.
+    batch = min(4096, settings.tokens)
+    return total + settings.refine * batch * plan.model.routing.top_k * 3 * layer
+
+
 def peak_bytes(plan: Plan) -> int:
     """Estimated peak memory of one process."""
-    return _BASE_BYTES + max((_piece_bytes(plan, piece) for piece in plan.tucker_pieces), default=0)
+    pieces = [_piece_bytes(plan, piece) for piece in plan.tucker_pieces]
+    layers = [_layer_bytes(plan, piece) for piece in plan.layer_pieces]
+    return _BASE_BYTES + max([*pieces, *layers], default=0)
+
+
+def _layer_bytes(plan: Plan, piece: LayerPiece) -> int:
+    """Largest sum of what lives at once while a layer is calibrated, on host and device together.
+
+    The dense layer and the tokens stay in float32; beside them the moments and their elimination
+    in float64, or the refinement's parameters, start, gradients and two moments of Adam.
+    """
+    settings = plan.recipe.calibration
+    if settings is None:
+        return 0
+    experts, neurons, hidden = plan.model.shape
+    dense = len(Projection) * plan.model.shape.parameters * _WORK_BYTES
+    states = settings.tokens * hidden * _WORK_BYTES
+    moments = experts * (hidden**2 + neurons**2) * _WORK_BYTES
+    elimination = experts * (3 * neurons**2 + 2 * neurons * hidden) * 2 * _WORK_BYTES
+    refinement = 5 * plan.stored_parameters(piece) * _WORK_BYTES
+    return dense + 5 * states + max(moments + elimination, refinement)
 
 
 def seconds(plan: Plan) -> float:
     """Estimated time of one process, from the rate of one matrix product on this machine."""
     rate = _product_rate()
     copied = plan.source.bytes / _COPY_BYTES_PER_SECOND
-    return copied + sum(work(plan, piece) for piece in plan.tucker_pieces) / rate
+    pieces: list[Piece] = [*plan.tucker_pieces, *plan.layer_pieces]
+    return copied + sum(work(plan, piece) for piece in pieces) / rate
 
 
 def _piece_bytes(plan: Plan, piece: TuckerPiece) -> int:

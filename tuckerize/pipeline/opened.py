@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tuckerize.checkpoint.files import sha256_of
@@ -66,6 +67,11 @@ class OpenedTucker:
         prefix = self.group_prefix(layer, group)
         names = [prefix + name for name in self.group_headers(layer, group)]
         return {name.removeprefix(prefix): tensor for name, tensor in self.checkpoint.read(names)}
+
+    def kept(self, layer: int, group: int) -> Tensor | None:
+        """Neurons that every expert of a group keeps, shape (E, K); None if all."""
+        kept_EK = self.manifest.kept_neurons(layer, group)
+        return None if kept_EK is None else torch.from_numpy(kept_EK)
 
     def ranks(self, layer: int) -> list[dict[Projection, MultilinearRank]]:
         """Core sizes of the projections of every group of a layer."""

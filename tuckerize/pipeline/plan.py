@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import tuckerize
+from tuckerize.calibration.compress import LayerSizes
+from tuckerize.calibration.profile import LayerProfile
 from tuckerize.checkpoint.reader import TORCH_DTYPES, Checkpoint
 from tuckerize.domain import (
     GATE_UP,
@@ -21,6 +24,7 @@ from tuckerize.domain import (
 from tuckerize.errors import RecipeError, UsageError
 from tuckerize.linalg.hooi import check_rank
 from tuckerize.moe.families import MoeModel, describe_moe
+from tuckerize.pipeline.allocation import Choice, allocate
 from tuckerize.pipeline.budget import BudgetUnit, ranks_for_keep
 from tuckerize.recipe import Recipe, resolve_rank, select_layers
 
@@ -72,7 +76,52 @@ class CopyPiece:
         return f"copy-{self.source_file}"
 
 
-Piece = TuckerPiece | CopyPiece
+@dataclass(frozen=True, slots=True)
+class LayerPiece:
+    """One calibrated layer, all projections and groups: one weight file.
+
+    Attributes:
+        layer: Index of the layer.
+        sizes: What its stacks are compressed to.
+        predicted_error: Relative output error (unitless) that the planner expects; None where the
+            recipe gives core sizes.
+    """
+
+    layer: int
+    sizes: LayerSizes
+    predicted_error: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the piece for records and messages."""
+        return f"layer-{self.layer:05d}"
+
+
+Piece = TuckerPiece | LayerPiece | CopyPiece
+
+
+class PlannedStacks(NamedTuple):
+    """The coupled stacks of one group of a layer, and what they become.
+
+    Attributes:
+        layer: Index of the layer.
+        group: Index of the group.
+        coupling: The projections.
+        target: What is stored.
+        shape: Sizes (E, K, I) of each stack after its neurons were selected.
+    """
+
+    layer: int
+    group: int
+    coupling: Coupling
+    target: Target
+    shape: StackShape
+
+    @property
+    def stored_parameters(self) -> int:
+        """Numbers stored; where a tolerance decides, at most those of the stacks."""
+        rank = self.target.rank or MultilinearRank(*self.shape)
+        return stored_parameters(self.shape, rank, coupled=len(self.coupling))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +135,9 @@ class Plan:
         dtype: safetensors' name of the type of factors and cores.
         group_size: Experts in a group.
         pieces: All pieces of work, in the order of their weight files.
+        text: Fingerprint of the calibration text; empty if data-free.
+        predicted_damage: Nats a token that the planner expects the prediction to move by; None
+            without a calibrated budget.
     """
 
     source: Checkpoint
@@ -94,6 +146,8 @@ class Plan:
     dtype: str
     group_size: int
     pieces: tuple[Piece, ...]
+    text: str = ""
+    predicted_damage: float | None = None
 
     @property
     def group_shape(self) -> StackShape:
@@ -106,9 +160,21 @@ class Plan:
         return tuple(piece for piece in self.pieces if isinstance(piece, TuckerPiece))
 
     @property
+    def layer_pieces(self) -> tuple[LayerPiece, ...]:
+        """The pieces that compress a layer for a calibration text."""
+        return tuple(piece for piece in self.pieces if isinstance(piece, LayerPiece))
+
+    @property
     def layers(self) -> tuple[int, ...]:
         """Indices of the layers that are decomposed."""
-        return tuple(sorted({piece.layer for piece in self.tucker_pieces}))
+        return tuple(sorted({p.layer for p in self.pieces if not isinstance(p, CopyPiece)}))
+
+    @property
+    def joint(self) -> Literal["gate_up"] | None:
+        """Projections that share one U_I, if any; those of calibrated budgets do."""
+        if any(piece.sizes.joint for piece in self.layer_pieces):
+            return "gate_up"
+        return self.recipe.joint
 
     def weight_file(self, piece: Piece) -> str | None:
         """Name of the weight file that a piece writes, or None."""
@@ -130,19 +196,42 @@ class Plan:
             "recipe": self.recipe.model_dump(mode="json"),
             "config": self.source.config,
             "tensors_sha256": hashlib.sha256(headers).hexdigest(),
+            "text_sha256": self.text,
         }
 
-    def stored_parameters(self, piece: TuckerPiece) -> int:
-        """Numbers that a piece stores; where a tolerance decides, at most those of the stack."""
-        dense = MultilinearRank(*self.group_shape)
-        return sum(
-            stored_parameters(self.group_shape, target.rank or dense, coupled=len(piece.coupling))
-            for target in piece.targets
-        )
+    def stacks(self, piece: Piece) -> list[PlannedStacks]:
+        """What a piece makes of its stacks; nothing for a copy."""
+        if isinstance(piece, TuckerPiece):
+            return [
+                PlannedStacks(piece.layer, group, piece.coupling, target, self.group_shape)
+                for group, target in enumerate(piece.targets)
+            ]
+        if isinstance(piece, LayerPiece):
+            shape = self.group_shape._replace(intermediate=piece.sizes.neurons)
+            return [
+                PlannedStacks(
+                    piece.layer, group, coupling, Target(piece.sizes.ranks[coupling[0]]), shape
+                )
+                for group in range(self.model.shape.experts // self.group_size)
+                for coupling in piece.sizes.couplings
+            ]
+        return []
+
+    def stored_parameters(self, piece: Piece) -> int:
+        """Numbers that a piece stores; where a tolerance decides, at most those of the stacks."""
+        return sum(stacks.stored_parameters for stacks in self.stacks(piece))
 
 
-def make_plan(source: Checkpoint, recipe: Recipe) -> Plan:
+def make_plan(
+    source: Checkpoint, recipe: Recipe, profiles: Sequence[LayerProfile] = (), text: str = ""
+) -> Plan:
     """Decide every stack's multilinear rank and every weight file; reads no weights.
+
+    Args:
+        source: The checkpoint.
+        recipe: What is asked for.
+        profiles: Profiles of the layers, for the budgets of a recipe with calibration.
+        text: Fingerprint of the calibration text.
 
     Raises:
         CheckpointError: The family is not supported or routed weights are incomplete.
@@ -157,7 +246,12 @@ def make_plan(source: Checkpoint, recipe: Recipe) -> Plan:
     dtype = DTYPES[recipe.dtype] if recipe.dtype else model.dtype
     _check_engine(recipe)
     _check_tolerances(recipe, dtype)
-    tucker = _tucker_pieces(recipe, model, group_size)
+    tucker: list[TuckerPiece] | list[LayerPiece]
+    damage = None
+    if recipe.calibration is None:
+        tucker = _tucker_pieces(recipe, model, group_size)
+    else:
+        tucker, damage = _layer_pieces(recipe, model, group_size, profiles)
     routed = {
         name for layer in {p.layer for p in tucker} for name in model.layer_weight_names(layer)
     }
@@ -172,7 +266,7 @@ def make_plan(source: Checkpoint, recipe: Recipe) -> Plan:
         )
         for file, content in source.files.items()
     ]
-    return Plan(source, model, recipe, dtype, group_size, (*copies, *tucker))
+    return Plan(source, model, recipe, dtype, group_size, (*copies, *tucker), text, damage)
 
 
 def _group_size(recipe: Recipe, model: MoeModel) -> int:
@@ -223,6 +317,76 @@ def _tucker_pieces(recipe: Recipe, model: MoeModel, group_size: int) -> list[Tuc
             own = tuple(targets[index * groups : (index + 1) * groups])
             pieces[layer, coupling] = TuckerPiece(layer, coupling, own)
     return [pieces[layer, coupling] for layer, coupling, _ in places]
+
+
+def _layer_pieces(
+    recipe: Recipe, model: MoeModel, group_size: int, profiles: Sequence[LayerProfile]
+) -> tuple[list[LayerPiece], float | None]:
+    """Pieces of all layers that a rule decides, and the damage that is predicted for budgets."""
+    members: dict[int, list[int]] = {}
+    for layer in model.layers:
+        index = recipe.rule_index(layer, Projection.GATE)
+        if index is not None:
+            members.setdefault(index, []).append(layer)
+    pieces: list[LayerPiece] = []
+    damages: list[float] = []
+    for index, layers in members.items():
+        rule = recipe.rules[index]
+        if rule.rank is not None:
+            sizes = _sizes_of_rank(recipe, rule.rank, model.shape._replace(experts=group_size))
+            pieces += [LayerPiece(layer, sizes) for layer in layers]
+            continue
+        if not profiles:  # a draft: the budget is not shared out yet
+            dense = _sizes_of_rank(
+                recipe, "full,full,full", model.shape._replace(experts=group_size)
+            )
+            pieces += [LayerPiece(layer, dense) for layer in layers]
+            continue
+        own = [profile for profile in profiles if profile.layer in layers]
+        choices = choose_sizes(recipe, model, group_size, own, rule.keep or 1.0)
+        for layer, choice in zip(layers, choices, strict=True):
+            shape = StackShape(group_size, choice.sizes.neurons, model.shape.hidden)
+            ranks = {
+                projection: MultilinearRank(
+                    *shape[:2],
+                    choice.sizes.down if projection == Projection.DOWN else choice.sizes.gate_up,
+                )
+                for projection in Projection
+            }
+            sizes = LayerSizes(choice.sizes.neurons, ranks, joint=True)
+            pieces.append(LayerPiece(layer, sizes, choice.error**0.5))
+        damages += [choice.damage for choice in choices]
+    return sorted(pieces, key=lambda piece: piece.layer), sum(damages) if damages else None
+
+
+def choose_sizes(
+    recipe: Recipe,
+    model: MoeModel,
+    group_size: int,
+    profiles: Sequence[LayerProfile],
+    keep: float,
+) -> list[Choice]:
+    """Sizes of the profiled layers within a share of their parameters, as the recipe says."""
+    settings = recipe.calibration
+    if settings is None:
+        raise TypeError("sizes are chosen from profiles, which need calibration")
+    shape = model.shape._replace(experts=group_size)
+    return allocate(
+        profiles,
+        shape,
+        groups=model.shape.experts // group_size,
+        keep=keep,
+        multiples=(settings.multiple_for(shape.intermediate), settings.multiple_for(shape.hidden)),
+        allowed=settings.shape,
+        how=settings.allocate,
+    )
+
+
+def _sizes_of_rank(recipe: Recipe, text: str, shape: StackShape) -> LayerSizes:
+    rank = resolve_rank(text, shape)
+    joint = recipe.joint is not None
+    check_rank(rank, shape, coupled=2 if joint else 1)
+    return LayerSizes(shape.intermediate, dict.fromkeys(Projection, rank), joint)
 
 
 def _couplings(recipe: Recipe) -> list[Coupling]:

@@ -15,6 +15,7 @@ from tuckerize.checkpoint.output import OutputFolder
 from tuckerize.checkpoint.reader import CONFIG, TORCH_DTYPES, WeightFile
 from tuckerize.checkpoint.writer import copy_tensors, write_index, write_tensors
 from tuckerize.domain import Projection
+from tuckerize.linalg.tucker import with_zero_rows
 from tuckerize.moe.stacks import group_experts, to_stack_orientation
 from tuckerize.pipeline.opened import OpenedTucker, factors_of
 from tuckerize.pipeline.sizes import measure
@@ -43,7 +44,7 @@ def reconstruct(
     """Write the dense checkpoint that a Tucker checkpoint stands for.
 
     Expert weights are expanded in float32 and rounded to the type of the factors; stacks without a
-    truncated mode come out bit for bit.
+    truncated mode come out bit for bit. Neurons that were not kept come out as zeros.
 
     Args:
         tucker: The Tucker checkpoint.
@@ -95,7 +96,13 @@ def _expand(tucker: OpenedTucker, layer: int, projection: Projection) -> dict[st
     for group in range(tucker.manifest.groups):
         factors = factors_of(tucker.read_group(layer, group), projection)
         experts = group_experts(tucker.manifest.shape, tucker.manifest.group_size, group)
-        for expert, slice_HI in zip(experts, factors.expand_slices(wide), strict=True):
+        kept_EK = tucker.kept(layer, group)
+        for place, (expert, slice_HI) in enumerate(
+            zip(experts, factors.expand_slices(wide), strict=True)
+        ):
+            if kept_EK is not None:
+                rows = tucker.manifest.shape.intermediate
+                slice_HI = with_zero_rows(slice_HI, kept_EK[place], rows)  # noqa: PLW2901
             weight = to_stack_orientation(slice_HI, projection).to(dtype)
             weights[tucker.family.weight_name(layer, expert, projection)] = weight.contiguous()
     return weights

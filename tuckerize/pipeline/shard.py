@@ -91,7 +91,7 @@ def choose_layout(tucker: OpenedTucker, tp_size: int, layout: Layout | None) -> 
         affordable = [c for c in costs if c.bytes_per_process <= least * _BYTES_MARGIN]
         layout = Layout(min(affordable, key=lambda cost: cost.traffic_per_token).layout)
     smallest = min(
-        smallest_split_size(layout, ranks, tucker.manifest.group_shape)
+        smallest_split_size(layout, ranks, tucker.manifest.stack_shape(layer))
         for layer in tucker.manifest.layers
         for ranks in tucker.ranks(layer)
     )
@@ -114,7 +114,10 @@ def layout_costs(tucker: OpenedTucker, tp_size: int) -> tuple[LayoutCost, ...]:
             for group in range(tucker.manifest.groups):
                 stored += _slices(tucker, layer, group, layout).bytes_of_largest(tp_size)
             traffic = layer_traffic(
-                layout, tucker.ranks(layer), tucker.manifest.group_shape, top_k=_top_k(tucker)
+                layout,
+                tucker.ranks(layer),
+                tucker.manifest.stack_shape(layer),
+                top_k=_top_k(tucker),
             )
             sent += traffic.sent_numbers(tp_size) * number
         costs.append(LayoutCost(layout, stored, sent))
@@ -231,7 +234,7 @@ def _slices(tucker: OpenedTucker, layer: int, group: int, layout: Layout) -> _Sl
         owner, _, tensor = name.partition(".")
         projection = Projection.GATE if owner == SHARED_U_I else Projection(owner)
         dimensions[name] = split_dimension(
-            layout, projection, tensor, ranks[projection], tucker.manifest.group_shape
+            layout, projection, tensor, ranks[projection], tucker.manifest.stack_shape(layer)
         )
     return _Slices(dimensions, headers)
 

@@ -262,7 +262,9 @@ def _residual_difference(tucker: OpenedTucker, source: OpenedSource, layer: int)
                 projection=recorded.projection,
                 dtype=TORCH_DTYPES[source.model.dtype],
             )
-            measured = relative_residual(stack_EHI, factors_of(tensors, recorded.projection))
+            measured = relative_residual(
+                stack_EHI, factors_of(tensors, recorded.projection), tucker.kept(layer, group)
+            )
             largest = max(largest, abs(measured - recorded.relative_residual))
     return largest
 

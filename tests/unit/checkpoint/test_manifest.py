@@ -70,7 +70,7 @@ def test_tucker_manifest_written_then_read_is_the_same(tmp_path: Path) -> None:
     manifest = read_tucker_manifest(tmp_path)
     assert manifest == TUCKER
     assert manifest.layers == (1, 3)
-    assert (manifest.groups, manifest.group_shape) == (2, StackShape(4, 3, 4))
+    assert (manifest.groups, manifest.stack_shape(1)) == (2, StackShape(4, 3, 4))
     assert isinstance(manifest.stacks[0].projection, Projection)
 
 

@@ -1,0 +1,143 @@
+"""What a layer would lose at every size: curves from spectra and neuron energies, for the planner.
+
+All errors are relative squared errors of the layer's combined routed output: shares of E‖y‖².
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tuckerize.calibration.moments import GroupMoments
+from tuckerize.calibration.tokens import DenseGroup
+from tuckerize.domain import Projection
+from tuckerize.linalg.gram import eigenvalues_and_vectors
+from tuckerize.linalg.selection import Elimination, eliminate
+from tuckerize.linalg.weighted import matrix_roots
+
+Array = npt.NDArray[np.float64]
+
+# Widths, as shares of all neurons, at which the spectrum of gate and up is computed.
+_WIDTH_SHARES = (1.0, 0.8, 0.6, 0.4, 0.2)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerProfile:
+    """Predicted errors of one layer.
+
+    Attributes:
+        layer: Index of the layer.
+        sensitivity: Nats by which the model's prediction moves (Kullback-Leibler divergence a
+            token) for a relative squared output error of 1, extrapolated from a small one.
+        selection_H: Error at every width 0..H, shape (H + 1,).
+        widths_K: Widths of the rows of `gate_up_KI`, descending.
+        gate_up_KI: Error of truncating the inputs of gate and up to 0..I, shape (K, I + 1).
+        down_I: Error of truncating the combined output to 0..I, shape (I + 1,).
+        routed_E: Tokens that the router sent to every expert.
+    """
+
+    layer: int
+    sensitivity: float
+    selection_H: Array
+    widths_K: Array
+    gate_up_KI: Array
+    down_I: Array
+    routed_E: Array
+
+    def errors(self, widths: Array, gate_up: Array, down: Array) -> Array:
+        """Predicted errors at widths and core sizes r_I of gate and up, and of down.
+
+        The three causes add up: what is lost to one is not correlated with the others. Returns an
+        array of shape (len(widths), len(gate_up), len(down)).
+        """
+        ascending = self.widths_K[::-1]
+        rows = np.stack(
+            [np.interp(widths, ascending, self.gate_up_KI[::-1, int(size)]) for size in gate_up],
+            axis=1,
+        )
+        selection = self.selection_H[widths.astype(int)]
+        total: Array = (
+            selection[:, None, None] + rows[:, :, None] + self.down_I[down.astype(int)][None, None]
+        )
+        return total
+
+
+def profile_layer(
+    layer: int,
+    groups: Sequence[DenseGroup],
+    moments: Sequence[GroupMoments],
+    *,
+    output_energy: float,
+    sensitivity: float,
+) -> LayerProfile:
+    """Curves of one layer.
+
+    Args:
+        layer: Index of the layer.
+        groups: Its dense experts.
+        moments: Their moments.
+        output_energy: ‖y‖² of the combined output of all groups, summed over the tokens.
+        sensitivity: See `LayerProfile`.
+    """
+    eliminations = [
+        eliminate(own.neurons_EHH, group.stacks[Projection.DOWN])
+        for group, own in zip(groups, moments, strict=True)
+    ]
+    energy = max(output_energy, 1e-30)
+    neurons = groups[0].shape.intermediate
+    widths = sorted({max(1, round(share * neurons)) for share in _WIDTH_SHARES}, reverse=True)
+    spectra = [
+        sum(
+            _gate_up_tail(group, own, found, width)
+            for group, own, found in zip(groups, moments, eliminations, strict=True)
+        )
+        for width in widths
+    ]
+    lost = sum(found.errors_H.numpy() for found in eliminations)
+    return LayerProfile(
+        layer=layer,
+        sensitivity=sensitivity,
+        selection_H=np.asarray(lost)[::-1] / energy,
+        widths_K=np.array(widths, dtype=np.float64),
+        gate_up_KI=np.stack(spectra) / energy,
+        down_I=np.asarray(sum(_tail(own.output_II) for own in moments)) / energy,
+        routed_E=np.concatenate([own.routed_E.numpy() for own in moments]).astype(np.float64),
+    )
+
+
+def _gate_up_tail(
+    group: DenseGroup, moments: GroupMoments, elimination: Elimination, width: int
+) -> Array:
+    """Squared output error of truncating the inputs of the neurons left at a width, to 0..I.
+
+    The output moves with the products of gate and up by first order; see `GroupMoments`.
+    """
+    hidden = group.shape.hidden
+    energy_II = torch.zeros((hidden, hidden), dtype=torch.float64)
+    kept_EK = elimination.kept(width)
+    for projection, sensitivities in (
+        (Projection.GATE, moments.gate_sensitivity_EH),
+        (Projection.UP, moments.up_sensitivity_EH),
+    ):
+        for stack_HI, sensitivity_H, kept_K in zip(
+            group.stacks[projection], sensitivities, kept_EK, strict=True
+        ):
+            kept = kept_K.to(stack_HI.device)
+            rows_KI = sensitivity_H[kept].sqrt()[:, None] * stack_HI[kept]
+            energy_II += (rows_KI.T @ rows_KI).double().cpu()
+    # All experts' inputs, as if each saw the mean of them.
+    pooled_II = moments.hidden_EII.sum(0) / len(moments.hidden_EII)
+    root_II = matrix_roots(pooled_II)[0]
+    return _tail(root_II @ energy_II @ root_II)
+
+
+def _tail(moment_NN: Tensor) -> Array:
+    """Energy outside of the leading n eigenvectors, for n = 0..N."""
+    values = eigenvalues_and_vectors(moment_NN.double().cpu())[0]
+    tail: Array = values.flip(0).cumsum(0).flip(0).numpy()
+    return np.append(tail, 0.0)

@@ -1,0 +1,144 @@
+"""One pass over a model with a calibration text: hidden states, captured tokens, dense experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tuckerize.calibration.stream import ExpertsCall, StreamedModel
+from tuckerize.calibration.tokens import DenseGroup, LayerTokens
+from tuckerize.checkpoint.reader import TORCH_DTYPES, Checkpoint, WeightFile, read_tensors
+from tuckerize.checkpoint.writer import write_tensors
+from tuckerize.domain import Projection
+from tuckerize.moe.families import MoeModel
+from tuckerize.moe.stacks import group_experts, read_stack
+from tuckerize.runtime.experts import ACTIVATIONS, Activation, TuckerExperts
+
+_WINDOWS_AT_ONCE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """A model and the windows of text that it is calibrated with.
+
+    Attributes:
+        source: The checkpoint.
+        moe: Its MoE facts.
+        model: Its decoder layers, one at a time.
+        windows_SL: Tokens, shape (S, L).
+        group_size: Experts in a group.
+    """
+
+    source: Checkpoint
+    moe: MoeModel
+    model: StreamedModel
+    windows_SL: Tensor
+    group_size: int
+
+    @property
+    def activation(self) -> Activation:
+        """The activation between gate and up."""
+        return ACTIVATIONS[self.moe.activation]
+
+    def embed(self) -> Tensor:
+        """Hidden states in front of the first layer, shape (S, L, I)."""
+        with self.model.embedding() as embed:
+            parts = torch.split(self.windows_SL.to(self.model.device), _WINDOWS_AT_ONCE)
+            return torch.cat([embed(part) for part in parts])
+
+    def run_layer(self, layer: int, hidden_SLI: Tensor, experts: ExpertsCall | None) -> Tensor:
+        """Hidden states behind a layer, shape (S, L, I)."""
+        with self.model.layer(layer, experts) as run:
+            return torch.cat([run(part) for part in torch.split(hidden_SLI, _WINDOWS_AT_ONCE)])
+
+    def capture(self, layer: int, hidden_SLI: Tensor) -> LayerTokens:
+        """The tokens in front of the routed experts of a layer, in float32."""
+        recorder = Recorder(lambda x_TI, _experts, _weights: torch.zeros_like(x_TI))
+        self.run_layer(layer, hidden_SLI, recorder)
+        return recorder.tokens()
+
+    def groups(self, layer: int) -> list[DenseGroup]:
+        """The dense experts of a layer, in float32 on the device."""
+        count = self.moe.shape.experts // self.group_size
+        ranges = [group_experts(self.moe.shape, self.group_size, group) for group in range(count)]
+        return [
+            DenseGroup(
+                {
+                    projection: read_stack(
+                        self.source.read,
+                        self.moe,
+                        layer=layer,
+                        experts=experts,
+                        projection=projection,
+                        dtype=TORCH_DTYPES[self.moe.dtype],
+                    ).to(self.model.device, torch.float32)
+                    for projection in Projection
+                },
+                experts,
+            )
+            for experts in ranges
+        ]
+
+    def module(self, groups: list[dict[str, Tensor]]) -> TuckerExperts:
+        """The routed experts of a layer from the tensors of its groups."""
+        return TuckerExperts(groups, group_size=self.group_size, activation=self.activation)
+
+
+class Recorder:
+    """Routed experts that note what they are given."""
+
+    def __init__(self, experts: ExpertsCall) -> None:
+        self._experts = experts
+        self._seen: list[LayerTokens] = []
+
+    def __call__(self, x_TI: Tensor, experts_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
+        """Routed output, shape (T, I)."""
+        self._seen.append(LayerTokens(x_TI.float(), experts_Tk, weights_Tk.float()))
+        return self._experts(x_TI, experts_Tk, weights_Tk)
+
+    def tokens(self) -> LayerTokens:
+        """All tokens so far."""
+        return LayerTokens(*(torch.cat(parts) for parts in zip(*self._seen, strict=True)))
+
+
+def experts_call(module: TuckerExperts) -> ExpertsCall:
+    """A module as the routed experts of a streamed layer: computed in float32."""
+
+    def call(x_TI: Tensor, experts_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
+        output: Tensor = module(x_TI.float(), experts_Tk, weights_Tk.float())
+        return output.to(x_TI.dtype)
+
+    return call
+
+
+@dataclass(frozen=True, slots=True)
+class SavedStates:
+    """Hidden states on disk, so that an interrupted pass continues behind the last layer.
+
+    Attributes:
+        path: The file; it holds the states of the last finished layer only.
+    """
+
+    path: Path
+
+    def load(self, device: torch.device) -> tuple[int, dict[str, Tensor]]:
+        """The next layer, and hidden states in front of it by name; (0, {}) at the start."""
+        if not self.path.exists():
+            return 0, {}
+        tensors = dict(read_tensors(self.path, WeightFile.open(self.path).tensors))
+        layer = int(tensors.pop("next_layer"))
+        return layer, {name: tensor.to(device) for name, tensor in tensors.items()}
+
+    def save(self, next_layer: int, states: Mapping[str, Tensor]) -> None:
+        """Replace the states by those in front of another layer."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        host = {name: tensor.cpu().contiguous() for name, tensor in states.items()}
+        write_tensors(self.path, {**host, "next_layer": torch.tensor(next_layer)})
+
+    def remove(self) -> None:
+        """Remove the file: the pass is finished."""
+        self.path.unlink(missing_ok=True)

@@ -1,0 +1,298 @@
+"""Compress a model layer by layer for a calibration text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tuckerize.calibration.compress import CompressedGroup, LayerSizes, compress_group
+from tuckerize.calibration.moments import gather_moments
+from tuckerize.calibration.profile import LayerProfile
+from tuckerize.calibration.profiling import profile_model
+from tuckerize.calibration.refine import Refinement, refine, relative_output_error
+from tuckerize.calibration.run import Calibrated, SavedStates, experts_call
+from tuckerize.calibration.stream import StreamedModel
+from tuckerize.calibration.text import fingerprint, parse_source, read_windows
+from tuckerize.calibration.tokens import DenseGroup, LayerTokens
+from tuckerize.checkpoint.manifest import LayerRecord, pack_neurons
+from tuckerize.checkpoint.output import OutputFolder
+from tuckerize.checkpoint.reader import TORCH_DTYPES, Checkpoint
+from tuckerize.checkpoint.writer import write_tensors
+from tuckerize.domain import StackResult
+from tuckerize.errors import CheckpointError, DecompositionError
+from tuckerize.linalg.tucker import TuckerFactors, relative_residual
+from tuckerize.moe.families import describe_moe
+from tuckerize.pipeline.opened import factors_of
+from tuckerize.pipeline.plan import LayerPiece, Plan, make_plan
+from tuckerize.pipeline.storable import finite
+from tuckerize.recipe import Recipe
+from tuckerize.report import Progress
+from tuckerize.runtime.experts import ACTIVATIONS, TuckerExperts, named_tensors
+
+_SEED = 0
+
+
+class Calibration(NamedTuple):
+    """A model with its calibration text, and what is to be said about the text."""
+
+    run: Calibrated
+    notes: tuple[str, ...]
+
+
+class _Compressed(NamedTuple):
+    """A layer as it will be stored."""
+
+    groups: list[CompressedGroup]
+    tensors: list[dict[str, Tensor]]
+    refinement: Refinement
+    notes: list[str]
+
+
+def open_calibration(source: Checkpoint, recipe: Recipe, device: torch.device) -> Calibration:
+    """Read the calibration text of a recipe, and open the model for streaming.
+
+    Raises:
+        UsageError: A text is missing, empty or cannot be read.
+        CheckpointError: The family or its activation is not known, or tensors are missing.
+    """
+    settings = recipe.calibration
+    if settings is None:
+        raise TypeError("the recipe has no calibration")
+    moe = describe_moe(source.config, source.tensors)
+    if moe.activation not in ACTIVATIONS:
+        raise CheckpointError(
+            f"hidden_act '{moe.activation}' in config.json is not known",
+            hint=f"known: {', '.join(sorted(ACTIVATIONS))}",
+        )
+    windows = read_windows(
+        [parse_source(text) for text in settings.texts],
+        source.folder,
+        tokens=settings.tokens,
+        window=settings.window,
+        seed=_SEED,
+    )
+    model = StreamedModel.open(source, moe.family, device=device)
+    group_size = recipe.group_size or moe.shape.experts
+    run = Calibrated(source, moe, model, windows.tokens_SL, group_size)
+    return Calibration(run, tuple(windows.messages))
+
+
+def draft_plan(source: Checkpoint, recipe: Recipe, calibration: Calibration) -> Plan:
+    """The plan of a recipe before its budget is shared out: what an output folder is claimed for.
+
+    Raises:
+        TuckerizeError: As `make_plan`.
+    """
+    return make_plan(source, recipe, text=fingerprint(calibration.run.windows_SL))
+
+
+def plan_calibrated(
+    source: Checkpoint, recipe: Recipe, calibration: Calibration, progress: Progress
+) -> Plan:
+    """The plan of a recipe with calibration; profiles the model where a budget is to be shared out.
+
+    Raises:
+        TuckerizeError: As `make_plan`.
+    """
+    profiles: Sequence[LayerProfile] = ()
+    if any(rule.keep is not None for rule in recipe.rules):
+        profiles = profile_model(calibration.run, progress)
+    return make_plan(source, recipe, profiles, fingerprint(calibration.run.windows_SL))
+
+
+def compress_layers(
+    plan: Plan, calibration: Calibration, output: Path, progress: Progress
+) -> list[str]:
+    """Write the weight files of all layer pieces of a plan; returns notes for the user.
+
+    One pass over the text. Every layer is noted when its file is written, and the hidden states
+    behind it are kept, so that an interrupted run continues with the next layer.
+
+    Args:
+        plan: What to write.
+        calibration: The model and its text.
+        output: Folder that `OutputFolder.claim` took for this plan.
+        progress: Shows how far the pass is; started and closed by the caller.
+    """
+    settings, run = plan.recipe.calibration, calibration.run
+    if settings is None:
+        raise TypeError("the plan has no calibration")
+    folder = OutputFolder(output)
+    states = SavedStates(folder.work_file("hidden.safetensors"))
+    pieces = {piece.layer: piece for piece in plan.layer_pieces}
+    notes = []
+    start, saved = states.load(run.model.device)
+    hidden_SLI = saved["hidden"] if saved else run.embed()
+    for layer in range(start, max(pieces) + 1):
+        if layer not in run.moe.layers:
+            hidden_SLI = run.run_layer(layer, hidden_SLI, None)
+        else:
+            groups = run.groups(layer)
+            module = run.module([group.as_tensors() for group in groups])
+            if layer in pieces:
+                tokens = run.capture(layer, hidden_SLI)
+                compressed = _compress_layer(plan, pieces[layer], run, groups, tokens)
+                notes += compressed.notes
+                record = _write(plan, pieces[layer], groups, compressed, output)
+                if settings.sequential:
+                    wide = [{n: t.float() for n, t in g.items()} for g in compressed.tensors]
+                    module = run.module(wide)
+            hidden_SLI = run.run_layer(layer, hidden_SLI, experts_call(module))
+        states.save(layer + 1, {"hidden": hidden_SLI})
+        if layer in pieces:
+            folder.write_record(pieces[layer].name, record)
+            progress.advance(1, pieces[layer].name)
+    return notes
+
+
+def _compress_layer(
+    plan: Plan,
+    piece: LayerPiece,
+    run: Calibrated,
+    groups: list[DenseGroup],
+    tokens: LayerTokens,
+) -> _Compressed:
+    settings = plan.recipe.calibration
+    steps = settings.refine if settings else 0
+    fit, held_out = tokens.split()
+    compressed, rare = [], []
+    for index, group in enumerate(groups):
+        moments = gather_moments(group, fit, activation=run.activation)
+        few = (moments.routed_E < group.shape.intermediate).nonzero()[:, 0] + group.experts.start
+        rare += few.tolist()
+        try:
+            compressed.append(
+                compress_group(
+                    group,
+                    fit,
+                    moments,
+                    piece.sizes,
+                    max_sweeps=plan.recipe.max_sweeps,
+                    activation=run.activation,
+                )
+            )
+        except DecompositionError as error:
+            place = f"layer {piece.layer}, group {index}"
+            raise type(error)(f"{place}: {error.message}", hint=error.hint) from None
+    dense = run.module([group.as_tensors() for group in groups])
+
+    def dense_output(part: LayerTokens) -> Tensor:
+        with torch.no_grad():
+            output_TI: Tensor = dense(*part)
+        return output_TI
+
+    module = run.module([group.tensors() for group in compressed])
+    if _is_dense(piece.sizes, groups) or not steps or not len(held_out.x_TI):
+        unrefined = relative_output_error(module, held_out, dense_output(held_out))
+        refinement = Refinement(unrefined, unrefined, kept=False)
+    else:
+        refinement = refine(module, fit, held_out, dense_output, steps=steps)
+    dtype = TORCH_DTYPES[plan.dtype]
+    stored = [
+        {n: finite(t.to(dtype), plan.dtype) for n, t in own.items()}
+        for own in _orthonormal_groups(module, piece.sizes)
+    ]
+    notes = []
+    if rare:
+        notes.append(
+            f"layer {piece.layer}: experts {', '.join(map(str, rare))} saw fewer than "
+            f"{groups[0].shape.intermediate} tokens; tokens of the whole layer fill up"
+        )
+    return _Compressed(compressed, stored, refinement, notes)
+
+
+def _is_dense(sizes: LayerSizes, groups: Sequence[DenseGroup]) -> bool:
+    """Whether nothing is truncated."""
+    shape = groups[0].shape
+    return sizes.neurons == shape.intermediate and not any(
+        rank.truncated_modes(shape) for rank in sizes.ranks.values()
+    )
+
+
+def _orthonormal_groups(module: TuckerExperts, sizes: LayerSizes) -> list[dict[str, Tensor]]:
+    """The tensors of a layer with orthonormal columns in every factor, as the format has them."""
+    groups = []
+    for group in module.groups:
+        tensors = {name: value.detach() for name, value in group.named_parameters()}
+        own: dict[str, Tensor] = {}
+        for coupling in sizes.couplings:
+            for projection in coupling:
+                factors = _orthonormal(factors_of(tensors, projection))
+                own.update(named_tensors(coupling, projection, factors))
+        groups.append(own)
+    return groups
+
+
+def _orthonormal(factors: TuckerFactors) -> TuckerFactors:
+    """The same tensor with orthonormal columns in every factor, the rest taken into the core."""
+    core, factor_of = factors.core, list(factors.factors)
+    for mode, factor in enumerate(factor_of):
+        if factor is not None:
+            factor_of[mode], mixing = torch.linalg.qr(factor)
+            core = torch.tensordot(mixing, core.movedim(mode, 0), dims=1).movedim(0, mode)
+    return TuckerFactors(core.contiguous(), *factor_of)
+
+
+def _write(
+    plan: Plan,
+    piece: LayerPiece,
+    groups: list[DenseGroup],
+    compressed: _Compressed,
+    output: Path,
+) -> dict[str, Any]:
+    """Write the weight file of a layer; returns its record."""
+    prefix = plan.model.family.experts_prefix(piece.layer)
+    named: dict[str, Tensor] = {}
+    results: list[StackResult] = []
+    kept = []
+    for index, (group, own, tensors) in enumerate(
+        zip(groups, compressed.groups, compressed.tensors, strict=True)
+    ):
+        named.update({f"{prefix}.group_{index}.{n}": t.cpu() for n, t in tensors.items()})
+        results += _results(piece, index, group, own, tensors)
+        if own.kept_EK is not None:
+            kept.append(pack_neurons(own.kept_EK.cpu().numpy(), group.shape.intermediate))
+    written = write_tensors(output / str(plan.weight_file(piece)), named)
+    refinement = compressed.refinement
+    error = refinement.error_after if refinement.kept else refinement.error_before
+    record = LayerRecord(
+        layer=piece.layer,
+        neurons=piece.sizes.neurons,
+        kept=tuple(kept),
+        output_error=None if error != error else error,  # noqa: PLR0124
+        predicted_error=piece.predicted_error,
+        refined=refinement.kept,
+    )
+    return {
+        "file": written.model_dump(),
+        "stacks": [asdict(result) for result in results],
+        "calibrated": record.model_dump(mode="json"),
+    }
+
+
+def _results(
+    piece: LayerPiece,
+    index: int,
+    group: DenseGroup,
+    compressed: CompressedGroup,
+    tensors: Mapping[str, Tensor],
+) -> list[StackResult]:
+    results = []
+    for projection, stack in group.stacks.items():
+        stored = factors_of(dict(tensors), projection)
+        results.append(
+            StackResult(
+                layer=piece.layer,
+                group=index,
+                projection=projection,
+                multilinear_rank=stored.rank,
+                relative_residual=relative_residual(stack, stored, compressed.kept_EK),
+                sweeps=compressed.sweeps[projection],
+            )
+        )
+    return results
