@@ -129,6 +129,42 @@ class PlanReport:
 
 
 @dataclass(frozen=True, slots=True)
+class CurvePoint:
+    """What one budget is predicted to cost.
+
+    Attributes:
+        keep: Kept share of the routed parameters that was asked for.
+        routed_parameters: Numbers that would be stored of the routed experts.
+        total_bytes: Bytes of the whole checkpoint.
+        damage: Nats a token that the prediction is expected to move by.
+        largest_error: Largest predicted relative output error of a layer.
+    """
+
+    keep: float
+    routed_parameters: int
+    total_bytes: int
+    damage: float
+    largest_error: float
+
+
+@dataclass(frozen=True, slots=True)
+class CurveReport:
+    """Predicted damage at every budget.
+
+    Attributes:
+        model: The folder.
+        before: Size of the source.
+        points: The budgets, the largest first.
+        notes: What the user should know about the calibration.
+    """
+
+    model: str
+    before: Size
+    points: tuple[CurvePoint, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class LayerOutcome:
     """What calibration made of one layer.
 

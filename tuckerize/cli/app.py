@@ -80,13 +80,10 @@ class Dtype(StrEnum):
     FLOAT32 = "float32"
 
 
-Texts = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--calibration",
-        help="Text or JSONL file, or a data set; FILE:WEIGHT and several of them make a mix.",
-    ),
-]
+_TEXTS = typer.Option(
+    "--calibration",
+    help="Text or JSONL file, or a data set; FILE:WEIGHT and several of them make a mix.",
+)
 Tokens = Annotated[
     int | None,
     typer.Option("--calibration-tokens", min=1, help="Tokens of all texts; 65536 by default."),
@@ -104,6 +101,9 @@ Multiple = Annotated[
     typer.Option(min=1, help="Truncated sizes of a calibrated --keep are multiples of this."),
 ]
 
+GroupSize = Annotated[
+    int | None, typer.Option(help="Experts that share a decomposition; all by default.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")]
 DeviceOption = Annotated[Device, typer.Option(help="Where products run.")]
@@ -147,6 +147,53 @@ def inspect(
 
 @app.command()
 @boundary
+def plan(
+    model: Annotated[
+        str, typer.Option(help="A folder, a Hugging Face id in the cache, or a short name.")
+    ],
+    calibration: Annotated[list[str], _TEXTS],
+    calibration_tokens: Tokens = None,
+    shape: ShapeChoice = None,
+    allocate: AllocateChoice = None,
+    multiple: Multiple = None,
+    group_size: GroupSize = None,
+    device: DeviceOption = Device.AUTO,
+    as_json: AsJson = False,
+) -> None:
+    """Predict what every --keep of a calibrated decomposition costs; decomposes nothing.
+
+    One pass over the text, whose result is kept in the cache for decompose.
+
+    Example: tuckerize plan --model DeepSeek-V2-Lite --calibration text.txt
+    """
+    settings = {
+        "tokens": calibration_tokens,
+        "shape": shape,
+        "allocate": allocate,
+        "multiple": multiple,
+    }
+    how = {"group_size": group_size, "calibration": _calibration(calibration, settings)}
+    wanted = _recipe(None, {"keep": 1.0}, {}, how)
+
+    from tuckerize.checkpoint.hub import resolve_model
+    from tuckerize.checkpoint.reader import Checkpoint
+    from tuckerize.cli.progress import TerminalProgress
+    from tuckerize.cli.tables import show
+    from tuckerize.parallel.backends import choose_device
+    from tuckerize.pipeline.calibrated import open_calibration
+    from tuckerize.pipeline.curve import damage_curve
+    from tuckerize.pipeline.plan import make_plan
+
+    source = Checkpoint.open(resolve_model(model))
+    make_plan(source, wanted)
+    opened = open_calibration(source, wanted, choose_device(device.value, local_rank=0))
+    report = damage_curve(source, wanted, opened, TerminalProgress())
+    _write_notes(report.notes)
+    show(report, as_json=as_json)
+
+
+@app.command()
+@boundary
 def decompose(
     model: Annotated[
         str, typer.Option(help="A folder, a Hugging Face id in the cache, or a short name.")
@@ -174,9 +221,7 @@ def decompose(
     projections: Annotated[
         str | None, typer.Option(help="Of gate_proj,up_proj,down_proj; all three by default.")
     ] = None,
-    group_size: Annotated[
-        int | None, typer.Option(help="Experts that share a decomposition; all by default.")
-    ] = None,
+    group_size: GroupSize = None,
     joint: Annotated[Joint | None, typer.Option(help="One U_I for gate_proj and up_proj.")] = None,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Type of stored factors; the source's by default.")
@@ -187,7 +232,7 @@ def decompose(
     engine: Annotated[
         Engine | None, typer.Option(help="Who decomposes; tensorly is the slow reference.")
     ] = None,
-    calibration: Texts = None,
+    calibration: Annotated[list[str] | None, _TEXTS] = None,
     calibration_tokens: Tokens = None,
     one_shot: Annotated[
         bool | None,
@@ -294,8 +339,7 @@ def decompose(
             calibration=opened,
         )
         if report is not None:
-            for note in report.notes:
-                sys.stderr.write(f"note: {note}\n")
+            _write_notes(report.notes)
             show(report, as_json=as_json)
 
 
@@ -448,6 +492,11 @@ def _recipe(
         rule["projections"] = [part.strip() for part in str(rule["projections"]).split(",")]
     settings = {name: value for name, value in how.items() if value is not None}
     return parse_recipe({"rules": [rule], **settings}, place="the options")
+
+
+def _write_notes(notes: tuple[str, ...]) -> None:
+    for note in notes:
+        sys.stderr.write(f"note: {note}\n")
 
 
 def _refuse_calibration_of_several(recipe: Recipe, processes: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 
 from rich.box import SIMPLE
@@ -11,6 +12,7 @@ from rich.table import Table
 
 from tuckerize.domain import Size
 from tuckerize.report import (
+    CurveReport,
     DecomposeReport,
     InspectReport,
     PlanReport,
@@ -21,11 +23,19 @@ from tuckerize.report import (
 )
 
 Report = (
-    InspectReport | PlanReport | DecomposeReport | ShardReport | VerifyReport | ReconstructReport
+    InspectReport
+    | CurveReport
+    | PlanReport
+    | DecomposeReport
+    | ShardReport
+    | VerifyReport
+    | ReconstructReport
 )
 
 # Stacks of a model with many layers are summed up to this many lines.
 _MOST_ROWS = 100
+# Characters of the longest bar of a curve.
+_BAR = 24
 
 
 def show(report: Report, *, as_json: bool) -> None:
@@ -38,6 +48,8 @@ def show(report: Report, *, as_json: bool) -> None:
     match report:
         case InspectReport():
             _show_inspect(report)
+        case CurveReport():
+            _show_curve(report)
         case PlanReport():
             _show_plan(report)
         case DecomposeReport():
@@ -157,6 +169,8 @@ def _show_plan(report: PlanReport) -> None:
         f"estimated peak memory of a process: {size_text(report.peak_bytes)}",
         f"estimated time of one process: {_duration(report.seconds)}",
     )
+    if report.predicted_damage is not None:
+        _print(_damage_line(report.predicted_damage))
     if report.after.routed_bytes > report.before.routed_bytes:
         _print("warning: the result is larger than the source; choose smaller core sizes")
 
@@ -177,11 +191,67 @@ def _show_decompose(report: DecomposeReport) -> None:
     _print(_table(header, rows, text_columns=3))
     if len(report.stacks) > _MOST_ROWS:
         _print(f"... and {len(report.stacks) - _MOST_ROWS} more; --json lists all")
+    if report.calibrated:
+        _show_calibrated(report)
     resumed = f", {report.resumed_pieces} pieces were done before" if report.resumed_pieces else ""
     _print(
         _size_table(report.before, report.after),
-        "data-free: residuals are of weights; no calibration text was used",
+        "residuals are of weights; output errors are relative, on held-out calibration tokens"
+        if report.calibrated
+        else "data-free: residuals are of weights; no calibration text was used",
         f"wrote {report.output} in {_duration(report.seconds)}{resumed}",
+    )
+
+
+def _show_calibrated(report: DecomposeReport) -> None:
+    rows = [
+        (
+            str(layer.layer),
+            str(layer.neurons),
+            "-" if layer.predicted_error is None else f"{layer.predicted_error:.4f}",
+            "-" if layer.output_error is None else f"{layer.output_error:.4f}",
+        )
+        for layer in report.calibrated
+    ]
+    header = ("layer", "neurons kept", "predicted output error", "measured")
+    _print(_table(header, rows))
+    if report.predicted_damage is not None:
+        _print(_damage_line(report.predicted_damage))
+
+
+def _damage_line(damage: float) -> str:
+    return (
+        f"predicted: the model's prediction moves by {damage:.4f} nats a token, "
+        f"perplexity times about {math.exp(damage):.3f}"
+    )
+
+
+def _show_curve(report: CurveReport) -> None:
+    largest = max((point.damage for point in report.points), default=0.0)
+    rows = [
+        (
+            f"{point.keep:.2f}",
+            size_text(point.total_bytes),
+            f"{point.largest_error:.4f}",
+            f"{point.damage:.4f}",
+            f"x {math.exp(point.damage):.3f}",
+            "█" * round(_BAR * point.damage / max(largest, 1e-30)),
+        )
+        for point in report.points
+    ]
+    header = (
+        "keep",
+        "all bytes",
+        "output error",
+        "damage",
+        "perplexity",
+    )
+    table = _table((*header, ""), rows)
+    table.columns[-1].justify = "left"
+    _print(
+        table,
+        "predicted from spectra and neuron energies; no layer was decomposed. output error: the "
+        "largest of a layer, relative; damage: nats a token by which the prediction moves",
     )
 
 
