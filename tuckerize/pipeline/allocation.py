@@ -110,7 +110,7 @@ def allocate(
     """
     frontiers = [_frontier(p, shape, groups, multiples, allowed) for p in profiles]
     dense = layer_parameters(shape, groups, Sizes(shape.intermediate, shape.hidden, shape.hidden))
-    budget = keep * dense * len(profiles) + 0.5
+    budget = keep * dense * len(profiles) + 1e-6
     least = sum(frontier.parameters[0] for frontier in frontiers)
     if least > budget:
         raise UsageError(
@@ -119,7 +119,7 @@ def allocate(
             "or a smaller --multiple",
         )
     if how == "uniform":
-        places = [frontier.best_within(keep * dense + 0.5) for frontier in frontiers]
+        places = [frontier.best_within(keep * dense + 1e-6) for frontier in frontiers]
         return [f.choice(max(0, place)) for f, place in zip(frontiers, places, strict=True)]
     return _lagrangian(frontiers, budget)
 
