@@ -5,6 +5,9 @@ runs decompose, shard and verify as a user would, each in its own process, and r
 resident memory from the operating system. Memory of decompose must not grow with the layers.
 
     python benchmarks/full_width.py --write
+    python benchmarks/full_width.py --calibrated --write
+
+The second command measures the decomposition with a calibration text, which takes long on a CPU.
 """
 
 from __future__ import annotations
@@ -13,19 +16,23 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV2Config
 
+# Enough to show the memory of a layer; a CPU needs hours for the default of both.
+CALIBRATION_TOKENS, REFINE_STEPS = 8192, 5
 EXPERTS, INTERMEDIATE, HIDDEN, TOP_K = 64, 1408, 2048, 6
+EXAMPLE = Path(__file__).parents[1] / "examples"
 RESULTS = Path(__file__).parent / "results" / "full_width.json"
+CALIBRATED_RESULTS = RESULTS.with_stem("full_width_calibrated")
 
 
 @dataclass(frozen=True)
@@ -46,46 +53,35 @@ class Step:
 
 
 def write_checkpoint(folder: Path, layers: int) -> None:
-    """Write a checkpoint of the real width: generated routed experts, routers and norms only.
+    """Write a model of the real width and few layers, with random weights, by transformers.
 
-    Weights have a decaying spectrum on the hidden side that experts share, and noise.
+    Only its vocabulary is small: it is that of the shipped example, whose tokenizer it gets.
     """
-    folder.mkdir(parents=True)
-    config = {
-        "model_type": "deepseek_v2",
-        "architectures": ["DeepseekV2ForCausalLM"],
-        "hidden_size": HIDDEN,
-        "moe_intermediate_size": INTERMEDIATE,
-        "n_routed_experts": EXPERTS,
-        "n_shared_experts": 2,
-        "num_experts_per_tok": TOP_K,
-        "num_hidden_layers": layers + 1,
-        "first_k_dense_replace": 1,
-        "hidden_act": "silu",
-        "topk_method": "greedy",
-        "routed_scaling_factor": 1.0,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    weight_map: dict[str, str] = {}
-    generator = torch.Generator().manual_seed(0)
-    decay_I = torch.logspace(0, -1, HIDDEN)
-    for layer in range(1, layers + 1):
-        prefix = f"model.layers.{layer}"
-        tensors = {
-            f"{prefix}.mlp.gate.weight": torch.randn(EXPERTS, HIDDEN, generator=generator) * 0.02,
-            f"{prefix}.post_attention_layernorm.weight": torch.ones(HIDDEN),
-        }
-        for expert in range(EXPERTS):
-            for name in ("gate_proj", "up_proj", "down_proj"):
-                matrix_HI = torch.randn(INTERMEDIATE, HIDDEN, generator=generator) * decay_I * 0.02
-                weight = matrix_HI.T if name == "down_proj" else matrix_HI
-                tensors[f"{prefix}.mlp.experts.{expert}.{name}.weight"] = weight
-        file = f"model-{layer:05d}-of-{layers:05d}.safetensors"
-        stored = {name: value.bfloat16().contiguous() for name, value in tensors.items()}
-        save_file(stored, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = DeepseekV2Config(
+        vocab_size=2048,
+        hidden_size=HIDDEN,
+        intermediate_size=10944,
+        moe_intermediate_size=INTERMEDIATE,
+        n_routed_experts=EXPERTS,
+        n_shared_experts=2,
+        num_experts_per_tok=TOP_K,
+        num_hidden_layers=layers + 1,
+        first_k_dense_replace=1,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        q_lora_rank=None,
+        kv_lora_rank=512,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        topk_method="greedy",
+        routed_scaling_factor=1.0,
+        dtype=torch.bfloat16,
+    )
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(EXAMPLE / "tiny-moe").save_pretrained(folder)
 
 
 def measure(words: list[str], layers: int) -> Step:
@@ -127,34 +123,49 @@ def main_job(folder: Path, layers: int) -> list[Step]:
     ]
 
 
+def calibrated_job(folder: Path, layers: int) -> list[Step]:
+    """Profile a model and decompose it with a calibration text."""
+    tuckerize = str(Path(sys.executable).parent / "tuckerize")
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+    model, output, text = folder / "model", folder / "out", EXAMPLE / "held_out.txt"
+    options = ["--model", str(model), "--calibration", str(text)]
+    options += ["--calibration-tokens", str(CALIBRATION_TOKENS)]
+    steps = [measure([tuckerize, "plan", *options], layers)]
+    decompose = [tuckerize, "decompose", *options, "--output", str(output)]
+    decompose += ["--keep", "0.75", "--refine", str(REFINE_STEPS)]
+    return [*steps, measure(decompose, layers)]
+
+
 def main() -> None:
     """Measure with one and two layers, print, and write the results if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
+    parser.add_argument("--calibrated", action="store_true", help="measure --calibration instead")
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 2])
     arguments = parser.parse_args()
+    job = calibrated_job if arguments.calibrated else main_job
+    results = CALIBRATED_RESULTS if arguments.calibrated else RESULTS
     steps: list[Step] = []
     for layers in arguments.layers:
         with tempfile.TemporaryDirectory(prefix="full-width-", dir=Path.cwd()) as temporary:
             folder = Path(temporary)
             write_checkpoint(folder / "model", layers)
-            steps += main_job(folder, layers)
-            shutil.rmtree(folder / "out")
+            steps += job(folder, layers)
     for step in steps:
         print(
             f"{step.layers} layers  {step.seconds:7.1f} s  {step.peak_gib:5.2f} GiB  {step.command}"
         )
     if arguments.write:
-        RESULTS.parent.mkdir(exist_ok=True)
+        results.parent.mkdir(exist_ok=True)
         result = {
-            "command": "python benchmarks/full_width.py --write",
+            "command": " ".join(["python", *sys.argv]),
             "date": time.strftime("%Y-%m-%d"),
             "cores": os.cpu_count(),
             "machine": platform.machine(),
             "torch": torch.__version__,
             "steps": [asdict(step) for step in steps],
         }
-        RESULTS.write_text(json.dumps(result, indent=2) + "\n")
+        results.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
