@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV2Config
+from transformers import AutoTokenizer, DeepseekV2Config, DeepseekV2ForCausalLM
 
 # Enough to show the memory of a layer; a CPU needs hours for the default of both.
 CALIBRATION_TOKENS, REFINE_STEPS = 8192, 5
@@ -79,7 +79,9 @@ def write_checkpoint(folder: Path, layers: int) -> None:
         dtype=torch.bfloat16,
     )
     torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    torch.set_default_dtype(torch.bfloat16)
+    model: Any = DeepseekV2ForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(EXAMPLE / "tiny-moe").save_pretrained(folder)
 

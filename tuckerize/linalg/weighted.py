@@ -22,7 +22,7 @@ from tuckerize.linalg.tucker import TuckerFactors, in_float64
 EIGENVALUE_FLOOR = 1e-6
 """Eigenvalues of a second moment below this share of the largest are raised to it."""
 
-_CONJUGATE_GRADIENT_STEPS = 30
+_CONJUGATE_GRADIENT_STEPS = 10
 _CONJUGATE_GRADIENT_TOLERANCE = 1e-9
 
 
@@ -76,7 +76,7 @@ def weighted_tucker(
     rank: MultilinearRank,
     *,
     max_sweeps: int = 10,
-    tolerance: float = 1e-4,
+    tolerance: float = 1e-3,
 ) -> WeightedDecomposition:
     """Approximate expert stacks so that their products with the experts' inputs are right.
 

@@ -202,7 +202,8 @@ class TuckerExperts(nn.Module):
                 low_TR = (
                     self.exchange.own_hidden(x_TI) if U_I is None else x_TI @ U_I.to(x_TI.dtype)
                 )
-                middles.append(stack.multiply(low_TR[rows.tokens], rows.counts, transposed=False))
+                own_NR = low_TR.index_select(0, rows.tokens)
+                middles.append(stack.multiply(own_NR, rows.counts, transposed=False))
                 factors.append(stack.U_H)
         completed = self.exchange.gate_up(middles, [factor is not None for factor in factors])
         expanded = [
