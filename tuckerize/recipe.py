@@ -83,7 +83,8 @@ class Calibration(_Schema):
         sequential: A layer is calibrated behind the compressed layers before it, rather than
             behind the dense ones.
         shape: What may be truncated: `latent` the hidden mode, `neurons` the width of the experts,
-            `auto` both, by predicted error.
+            `full` all three modes of every stack; `auto` takes for each layer what is predicted to
+            lose least, a width with a truncated hidden mode, or `full`.
         allocate: `error` shares the budget out by predicted damage, `uniform` evenly over layers.
         multiple: Truncated sizes are multiples of this; by default 128, or 8 below 1024.
         refine: Gradient steps against each layer's output; 0 for none.
@@ -93,7 +94,7 @@ class Calibration(_Schema):
     tokens: Annotated[int, Field(ge=1)] = 65536
     window: Annotated[int, Field(ge=2)] = 512
     sequential: bool = True
-    shape: Literal["auto", "latent", "neurons"] = "auto"
+    shape: Literal["auto", "latent", "neurons", "full"] = "auto"
     allocate: Literal["error", "uniform"] = "error"
     multiple: Annotated[int, Field(ge=1)] | None = None
     refine: Annotated[int, Field(ge=0)] = 300

@@ -38,6 +38,10 @@ class LayerProfile:
         widths_K: Widths of the rows of `gate_up_KI`, descending.
         gate_up_KI: Error of truncating the inputs of gate and up to 0..I, shape (K, I + 1).
         down_I: Error of truncating the combined output to 0..I, shape (I + 1,).
+        gate_up_expert_E: Error of core sizes r_E = 0..E of gate and up, all neurons kept.
+        gate_up_intermediate_H: Error of core sizes r_H = 0..H of gate and up.
+        down_expert_E: Error of core sizes r_E = 0..E of down.
+        down_intermediate_H: Error of core sizes r_H = 0..H of down.
         routed_E: Tokens that the router sent to every expert.
     """
 
@@ -47,6 +51,10 @@ class LayerProfile:
     widths_K: Array
     gate_up_KI: Array
     down_I: Array
+    gate_up_expert_E: Array
+    gate_up_intermediate_H: Array
+    down_expert_E: Array
+    down_intermediate_H: Array
     routed_E: Array
 
     def errors(self, widths: Array, gate_up: Array, down: Array) -> Array:
@@ -99,6 +107,8 @@ def profile_layer(
         for width in widths
     ]
     lost = sum(found.errors_H.numpy() for found in eliminations)
+    full = [_full_tails(group, own) for group, own in zip(groups, moments, strict=True)]
+    tails = [np.asarray(sum(parts)) / energy for parts in zip(*full, strict=True)]
     return LayerProfile(
         layer=layer,
         sensitivity=sensitivity,
@@ -106,6 +116,10 @@ def profile_layer(
         widths_K=np.array(widths, dtype=np.float64),
         gate_up_KI=np.stack(spectra) / energy,
         down_I=np.asarray(sum(_tail(own.output_II) for own in moments)) / energy,
+        gate_up_expert_E=tails[0],
+        gate_up_intermediate_H=tails[1],
+        down_expert_E=tails[2],
+        down_intermediate_H=tails[3],
         routed_E=np.concatenate([own.routed_E.numpy() for own in moments]).astype(np.float64),
     )
 
@@ -134,6 +148,36 @@ def _gate_up_tail(
     pooled_II = moments.hidden_EII.sum(0) / len(moments.hidden_EII)
     root_II = matrix_roots(pooled_II)[0]
     return _tail(root_II @ energy_II @ root_II)
+
+
+def _full_tails(group: DenseGroup, moments: GroupMoments) -> tuple[Array, Array, Array, Array]:
+    """Squared output errors of truncating the expert and the intermediate mode.
+
+    Of gate and up, whitened and with rows weighted as in `_gate_up_tail`; of down with its rows
+    weighted by the energy of their neurons. Each mode by itself, as HOSVD bounds it.
+    """
+    root_II = matrix_roots(moments.hidden_EII.sum(0) / len(moments.hidden_EII))[0]
+    root_II = root_II.to(group.stacks[Projection.GATE])
+    gate_up = [
+        _mode_tails(sensitivity_EH.sqrt()[:, :, None] * group.stacks[projection] @ root_II)
+        for projection, sensitivity_EH in (
+            (Projection.GATE, moments.gate_sensitivity_EH),
+            (Projection.UP, moments.up_sensitivity_EH),
+        )
+    ]
+    energy_EH = moments.neurons_EHH.diagonal(dim1=1, dim2=2)
+    down = _mode_tails(energy_EH.sqrt()[:, :, None] * group.stacks[Projection.DOWN])
+    return gate_up[0][0] + gate_up[1][0], gate_up[0][1] + gate_up[1][1], *down
+
+
+def _mode_tails(stack_EHI: Tensor) -> tuple[Array, Array]:
+    """Energy outside of the leading directions of the expert and the intermediate mode."""
+    flat_EM = stack_EHI.flatten(1)
+    experts_EE = flat_EM @ flat_EM.T
+    neurons_HH = stack_EHI.new_zeros((stack_EHI.shape[1],) * 2)
+    for slice_HI in stack_EHI:
+        neurons_HH += slice_HI @ slice_HI.T
+    return _tail(experts_EE), _tail(neurons_HH)
 
 
 def _tail(moment_NN: Tensor) -> Array:

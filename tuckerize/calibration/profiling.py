@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,8 @@ from tuckerize.report import Progress
 # Windows that the sensitivity is measured on, and the share of the neurons that is silenced.
 _PROBE_WINDOWS = 4
 _SILENCED = 0.25
+# Raised whenever profiles get other contents.
+_PROFILE_VERSION = 1
 # Names of hidden states that are carried along.
 _CLEAN = "clean"
 _ERROR = "error "
@@ -55,7 +57,7 @@ class ProfileCache:
             for name, file in sorted(run.source.files.items())
         ]
         key = {
-            "version": tuckerize.__version__,
+            "version": [tuckerize.__version__, _PROFILE_VERSION],
             "config": run.source.config,
             "files": files,
             "windows": fingerprint(run.windows_SL),
@@ -87,8 +89,9 @@ class ProfileCache:
         """Keep the profile of a layer."""
         self.folder.mkdir(parents=True, exist_ok=True)
         arrays = {
-            name: torch.from_numpy(np.ascontiguousarray(getattr(profile, name)))
-            for name in ("selection_H", "widths_K", "gate_up_KI", "down_I", "routed_E")
+            field.name: torch.from_numpy(np.ascontiguousarray(getattr(profile, field.name)))
+            for field in fields(profile)
+            if field.name not in ("layer", "sensitivity")
         }
         sensitivity = torch.tensor(profile.sensitivity, dtype=torch.float64)
         write_tensors(self._path(profile.layer), {**arrays, "sensitivity": sensitivity})

@@ -62,6 +62,7 @@ class ShapeOption(StrEnum):
 
     AUTO = "auto"
     LATENT = "latent"
+    FULL = "full"
     NEURONS = "neurons"
 
 
@@ -90,7 +91,7 @@ Tokens = Annotated[
 ]
 ShapeChoice = Annotated[
     ShapeOption | None,
-    typer.Option(help="What a calibrated --keep truncates: hidden mode, neurons, or auto."),
+    typer.Option(help="What a calibrated --keep truncates; auto chooses for every layer."),
 ]
 AllocateChoice = Annotated[
     Allocate | None,

@@ -11,21 +11,26 @@ import numpy as np
 import numpy.typing as npt
 
 from tuckerize.calibration.profile import LayerProfile
-from tuckerize.domain import MultilinearRank, StackShape, stored_parameters
+from tuckerize.domain import Mode, MultilinearRank, StackShape, stored_parameters
 from tuckerize.errors import UsageError
 
 Array = npt.NDArray[np.float64]
 
+# Steps of the core size of the expert mode.
+_EXPERT_STEPS = 16
+# A layer to which the prediction seems not to listen at all still counts a little.
+_LEAST_SENSITIVITY = 1e-12
+
 Allocate = Literal["error", "uniform"]
-Shape = Literal["auto", "latent", "neurons"]
+Shape = Literal["auto", "latent", "neurons", "full"]
 
 
 class Sizes(NamedTuple):
-    """Sizes of one layer: the width, and the core sizes r_I of gate and up, and of down."""
+    """Sizes of one layer: the width, and the core sizes of gate and up, and of down."""
 
     neurons: int
-    gate_up: int
-    down: int
+    gate_up: MultilinearRank
+    down: MultilinearRank
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +50,22 @@ class Choice:
     damage: float
 
 
+class _Points(NamedTuple):
+    """Sizes, numbers stored, and predicted errors of candidates.
+
+    A row of sizes is the width and the core sizes of gate and up, and of down; or some of these.
+    """
+
+    sizes: Array
+    parameters: Array
+    errors: Array
+
+
 @dataclass(frozen=True, slots=True)
 class _Frontier:
-    """The sizes of one layer that no others beat in both parameters and damage, ascending."""
+    """The candidates of one layer that no others beat, by ascending parameters."""
 
-    sizes: npt.NDArray[np.int64]
+    sizes: Array
     parameters: Array
     errors: Array
     sensitivity: float
@@ -57,7 +73,7 @@ class _Frontier:
     def choice(self, index: int) -> Choice:
         error = float(self.errors[index])
         return Choice(
-            Sizes(*(int(size) for size in self.sizes[index])),
+            _sizes(self.sizes[index]),
             int(self.parameters[index]),
             error,
             error * self.sensitivity,
@@ -71,9 +87,9 @@ class _Frontier:
 def layer_parameters(shape: StackShape, groups: int, sizes: Sizes) -> int:
     """Numbers that a layer stores at some sizes; gate and up share one U_I."""
     slim = shape._replace(intermediate=sizes.neurons)
-    gate_up = MultilinearRank(shape.experts, sizes.neurons, sizes.gate_up)
-    down = MultilinearRank(shape.experts, sizes.neurons, sizes.down)
-    return groups * (stored_parameters(slim, gate_up, coupled=2) + stored_parameters(slim, down))
+    return groups * (
+        stored_parameters(slim, sizes.gate_up, coupled=2) + stored_parameters(slim, sizes.down)
+    )
 
 
 def allocate(
@@ -99,7 +115,8 @@ def allocate(
         groups: Groups in a layer.
         keep: Kept share of the dense parameters of these layers, in (0, 1].
         multiples: Truncated widths and hidden core sizes are multiples of these.
-        allowed: `latent` truncates the hidden mode only, `neurons` the width only, `auto` both.
+        allowed: `latent` truncates the hidden mode only, `neurons` the width only, `full` all three
+            modes of every stack; `auto` takes for each layer a width with a latent, or `full`.
         how: `uniform` gives every layer the same share.
 
     Raises:
@@ -109,7 +126,8 @@ def allocate(
         Shoham & Gersho 1988 (Lagrangian bit allocation).
     """
     frontiers = [_frontier(p, shape, groups, multiples, allowed) for p in profiles]
-    dense = layer_parameters(shape, groups, Sizes(shape.intermediate, shape.hidden, shape.hidden))
+    full = MultilinearRank(*shape)
+    dense = layer_parameters(shape, groups, Sizes(shape.intermediate, full, full))
     budget = keep * dense * len(profiles) + 1e-6
     least = sum(frontier.parameters[0] for frontier in frontiers)
     if least > budget:
@@ -162,31 +180,98 @@ def _frontier(
     multiples: tuple[int, int],
     allowed: Shape,
 ) -> _Frontier:
+    points = []
+    if allowed != "full":
+        points.append(_latent_points(profile, shape, multiples, allowed))
+    if allowed in ("auto", "full"):
+        points.append(_full_points(profile, shape, multiples))
+    sizes, parameters, errors = _undominated(*map(np.concatenate, zip(*points, strict=True)))
+    sensitivity = max(profile.sensitivity, _LEAST_SENSITIVITY)
+    return _Frontier(sizes, groups * parameters, errors, sensitivity)
+
+
+def _latent_points(
+    profile: LayerProfile, shape: StackShape, multiples: tuple[int, int], allowed: Shape
+) -> _Points:
+    """Widths with truncated hidden modes."""
     widths = _steps(shape.intermediate, multiples[0], truncate=allowed != "latent")
     hidden = _steps(shape.hidden, multiples[1], truncate=allowed != "neurons")
     errors = profile.errors(widths, hidden, hidden)
-    grid = np.stack(np.meshgrid(widths, hidden, hidden, indexing="ij"), axis=-1).reshape(-1, 3)
-    parameters = _grid_parameters(grid, shape, groups)
-    flat = errors.reshape(-1)
-    order = np.lexsort((flat, parameters))
-    smallest = np.minimum.accumulate(flat[order])
-    better = np.append(True, smallest[1:] < smallest[:-1])
-    chosen = order[better]
-    return _Frontier(
-        sizes=grid[chosen].astype(np.int64),
-        parameters=parameters[chosen],
-        errors=flat[chosen],
-        sensitivity=max(profile.sensitivity, 1e-12),
+    grid = np.meshgrid(widths, hidden, hidden, indexing="ij")
+    neurons, gate_up, down = (axis.reshape(-1) for axis in grid)
+    experts = np.full_like(neurons, shape.experts)
+    sizes = np.stack([neurons, experts, neurons, gate_up, experts, neurons, down], axis=1)
+    factors = gate_up * (gate_up < shape.hidden) + down * (down < shape.hidden)
+    parameters = shape.experts * neurons * (2 * gate_up + down) + shape.hidden * factors
+    return _undominated(sizes, parameters, errors.reshape(-1))
+
+
+def _full_points(profile: LayerProfile, shape: StackShape, multiples: tuple[int, int]) -> _Points:
+    """All neurons, with all three modes of gate and up, and of down, truncated."""
+    gate_up = _tucker_points(
+        shape,
+        multiples,
+        (profile.gate_up_expert_E, profile.gate_up_intermediate_H, profile.gate_up_KI[0]),
+        coupled=2,
+    )
+    down = _tucker_points(
+        shape,
+        multiples,
+        (profile.down_expert_E, profile.down_intermediate_H, profile.down_I),
+        coupled=1,
+    )
+    first, second = (
+        axis.reshape(-1)
+        for axis in np.meshgrid(
+            np.arange(len(gate_up.errors)), np.arange(len(down.errors)), indexing="ij"
+        )
+    )
+    neurons = np.full((len(first), 1), shape.intermediate, dtype=np.float64)
+    return _undominated(
+        np.concatenate([neurons, gate_up.sizes[first], down.sizes[second]], axis=1),
+        gate_up.parameters[first] + down.parameters[second],
+        gate_up.errors[first] + down.errors[second],
     )
 
 
-def _grid_parameters(grid: Array, shape: StackShape, groups: int) -> Array:
-    """`layer_parameters` of every row of a grid of sizes."""
-    neurons, gate_up, down = grid.T
-    cores = shape.experts * neurons * (2 * gate_up + down)
-    factors = shape.hidden * (gate_up * (gate_up < shape.hidden) + down * (down < shape.hidden))
-    total: Array = groups * (cores + factors)
-    return total
+def _tucker_points(
+    shape: StackShape,
+    multiples: tuple[int, int],
+    tails: tuple[Array, Array, Array],
+    *,
+    coupled: int,
+) -> _Points:
+    """Core sizes of coupled stacks; the errors of the modes add up, as in the bound of HOSVD."""
+    axes = [
+        _steps(shape.experts, max(1, shape.experts // _EXPERT_STEPS), truncate=True),
+        _steps(shape.intermediate, multiples[0], truncate=True),
+        _steps(shape.hidden, multiples[1], truncate=True),
+    ]
+    sizes = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
+    reachable = np.ones(len(sizes), dtype=bool)
+    stored = coupled * sizes.prod(axis=1)
+    errors = np.zeros(len(sizes))
+    for mode, tail in enumerate(tails):
+        truncated = sizes[:, mode] < shape[mode]
+        copies = 1 if mode == Mode.HIDDEN else coupled
+        stored += copies * shape[mode] * sizes[:, mode] * truncated
+        errors += tail[sizes[:, mode].astype(int)]
+        most = sizes.prod(axis=1) / sizes[:, mode] * (coupled if mode == Mode.HIDDEN else 1)
+        reachable &= ~truncated | (sizes[:, mode] <= most)
+    return _undominated(sizes[reachable], stored[reachable], errors[reachable])
+
+
+def _undominated(sizes: Array, parameters: Array, errors: Array) -> _Points:
+    """The points that no others beat in both parameters and error, by ascending parameters."""
+    order = np.lexsort((errors, parameters))
+    smallest = np.minimum.accumulate(errors[order])
+    chosen = order[np.append(True, smallest[1:] < smallest[:-1])]
+    return _Points(sizes[chosen], parameters[chosen], errors[chosen])
+
+
+def _sizes(row: Array) -> Sizes:
+    neurons, *cores = (int(size) for size in row)
+    return Sizes(neurons, MultilinearRank(*cores[:3]), MultilinearRank(*cores[3:]))
 
 
 def _steps(size: int, multiple: int, *, truncate: bool) -> Array:

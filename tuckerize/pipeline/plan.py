@@ -345,14 +345,8 @@ def _layer_pieces(
         own = [profile for profile in profiles if profile.layer in layers]
         choices = choose_sizes(recipe, model, group_size, own, rule.keep or 1.0)
         for layer, choice in zip(layers, choices, strict=True):
-            shape = StackShape(group_size, choice.sizes.neurons, model.shape.hidden)
-            ranks = {
-                projection: MultilinearRank(
-                    *shape[:2],
-                    choice.sizes.down if projection == Projection.DOWN else choice.sizes.gate_up,
-                )
-                for projection in Projection
-            }
+            ranks = dict.fromkeys(GATE_UP, choice.sizes.gate_up)
+            ranks[Projection.DOWN] = choice.sizes.down
             sizes = LayerSizes(choice.sizes.neurons, ranks, joint=True)
             pieces.append(LayerPiece(layer, sizes, choice.error**0.5))
         damages += [choice.damage for choice in choices]
