@@ -1,0 +1,32 @@
+"""The methods that are compared, by the names of the tables."""
+
+from __future__ import annotations
+
+from benchmarks.quality.layer import Method
+from benchmarks.quality.methods import low_rank, pruning, tucker
+
+METHODS: dict[str, Method] = {
+    "per-expert SVD": low_rank.svd,
+    "whitened SVD": low_rank.whitened_svd,
+    "TensorLy Tucker": tucker.tensorly,
+    "TD-MoE": tucker.td_moe,
+    "MoLAE": tucker.molae,
+    "D2-MoE": low_rank.d2_moe,
+    "REAP": pruning.reap,
+    "neuron pruning": pruning.neurons,
+    "neuron pruning, compensated": pruning.compensated_neurons,
+    "neuron elimination": pruning.eliminated_neurons,
+    "HEAPr": pruning.heapr,
+}
+"""Competitors."""
+
+NEED_SENSITIVITY = {"D2-MoE", "HEAPr"}
+"""Those that use derivatives of the loss on the calibration text."""
+
+_CALIBRATED = ("--calibration", "{calibration}", "--calibration-tokens", "{tokens}")
+
+OURS: dict[str, tuple[str, ...]] = {
+    "tuckerize": _CALIBRATED,
+    "tuckerize, data-free": (),
+}
+"""Options of `tuckerize decompose` besides `--model`, `--keep` and `--output`."""
