@@ -19,7 +19,7 @@ Stacks = tuple[Tensor, Tensor, Tensor]
 """Gate, up and transposed down projections, (E, H, I) each."""
 
 # Tokens on which candidates of one method are compared.
-_TOKENS_TO_COMPARE = 8192
+_TOKENS_TO_COMPARE = 4096
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.quality.layer import Method
-from benchmarks.quality.methods import low_rank, pruning, tucker
+from benchmarks.quality.methods import low_rank, mobe, pruning, tucker
 
 METHODS: dict[str, Method] = {
     "per-expert SVD": low_rank.svd,
@@ -11,6 +11,7 @@ METHODS: dict[str, Method] = {
     "TensorLy Tucker": tucker.tensorly,
     "TD-MoE": tucker.td_moe,
     "MoLAE": tucker.molae,
+    "MoBE": mobe.mobe,
     "D2-MoE": low_rank.d2_moe,
     "REAP": pruning.reap,
     "neuron pruning": pruning.neurons,

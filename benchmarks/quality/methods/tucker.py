@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.quality.budget import TILTS, projection_shares
-from benchmarks.quality.layer import Compressed, Layer, best_of, layer_by_layer, roots, triple
+from benchmarks.quality.layer import (
+    Compressed,
+    Layer,
+    best_of,
+    layer_by_layer,
+    output_error,
+    roots,
+    triple,
+)
 from tuckerize.domain import MultilinearRank, StackShape, stored_parameters
 from tuckerize.linalg.gram import leading_eigenvectors
 from tuckerize.linalg.hooi import hooi, is_reachable
@@ -25,18 +33,23 @@ def tensorly(layer: Layer, keep: float) -> Compressed:
     X ≈ core ×_E U_E ×_H U_H ×_I U_I. Tuned: all experts in the core or three quarters of them; how
     much of the cut is on the hidden mode and how much on the intermediate one, from all to nothing.
     """
-
-    def candidates() -> Iterator[Compressed]:
-        for expert_share, hidden_share in product((1.0, 0.75), (0.0, 0.5, 0.75, 1.0)):
-            found: list[TuckerFactors] = []
-            for stack in layer.stacks:
-                rank = _rank_along(
-                    StackShape(*stack.shape), int(keep * stack.numel()), expert_share, hidden_share
-                )
-                found += tensorly_tucker([stack], rank).tensors
-            yield _expanded(found)
-
-    return best_of(layer, candidates())
+    choices = []
+    for expert_share, hidden_share in product((1.0, 0.75), (0.0, 0.5, 0.75, 1.0)):
+        ranks = [
+            _rank_along(StackShape(*s.shape), int(keep * s.numel()), expert_share, hidden_share)
+            for s in layer.stacks
+        ]
+        # Which ranks are best can be seen from our own quick start of the same iteration.
+        quick = [
+            hooi([s], rank, max_sweeps=0).tensors[0]
+            for s, rank in zip(layer.stacks, ranks, strict=True)
+        ]
+        choices.append((output_error(layer.few_tokens, _expanded(quick)), ranks))
+    _, ranks = min(choices)
+    found = [
+        tensorly_tucker([s], rank).tensors[0] for s, rank in zip(layer.stacks, ranks, strict=True)
+    ]
+    return _expanded(found)
 
 
 @layer_by_layer
