@@ -123,6 +123,7 @@ class Bench:
             "hidden": hidden,
             "top_k": self.test_layers[0].experts_Tk.shape[-1],
             "moe_layers": len(self.test_layers),
+            "calibration_limit": self.calibration_tokens,
             "calibration_tokens": len(self._calibration) - 1,
             "test_tokens": [None if t is None else len(t) - 1 for t in self.tests],
             "perplexity": self.dense_perplexities,
@@ -196,7 +197,8 @@ def _run_all(options: argparse.Namespace, results: dict[str, Any]) -> None:
         if options.only_models and name not in options.only_models:
             continue
         known = results["models"].get(name, {})
-        if known.get("sha256") != weights_hash(options.models / name):
+        settings = weights_hash(options.models / name), options.calibration_tokens
+        if (known.get("sha256"), known.get("calibration_limit")) != settings:
             results["rows"] = [row for row in results["rows"] if row["model"] != name]
         wanted = _wanted(options, results, name)
         if not wanted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -146,20 +147,37 @@ def fit_bases(
     bases_JRN = (_START * torch.stack(starts)).requires_grad_()
     member = [torch.full((len(group),), j) for j, group in enumerate(groups)]
     alpha_EJ = torch.eye(bases)[torch.cat(member)].requires_grad_()
-    adam = torch.optim.Adam([bases_JRN, alpha_EJ], lr=_RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
-    with torch.enable_grad():
-        for _ in range(steps):
-            adam.zero_grad()
-            mixed_ERN = activation(torch.einsum("ej,jrn->ern", alpha_EJ, bases_JRN))
-            # At the optimum over A the gradient by the rest is the one with A held fixed.
-            A_EMR = _least_squares(target_EMN, mixed_ERN.detach())
-            torch.autograd.backward((target_EMN - A_EMR @ mixed_ERN).square().sum())
-            adam.step()
-            schedule.step()
+    adam = _Adam([bases_JRN, alpha_EJ])
+    for step in range(steps):
+        mixed_ERN = activation(torch.einsum("ej,jrn->ern", alpha_EJ, bases_JRN))
+        # At the optimum over A the gradient by the rest is the one with A held fixed.
+        A_EMR = _least_squares(target_EMN, mixed_ERN.detach())
+        loss = (target_EMN - A_EMR @ mixed_ERN).square().mean()
+        gradients = torch.autograd.grad(loss, adam.variables)
+        adam.step(gradients, _RATE * (1 + math.cos(math.pi * step / steps)) / 2)
     bases_JRN, alpha_EJ = bases_JRN.detach(), alpha_EJ.detach()
     mixed_ERN = activation(torch.einsum("ej,jrn->ern", alpha_EJ, bases_JRN))
     return _least_squares(target_EMN, mixed_ERN), bases_JRN, alpha_EJ
+
+
+class _Adam:
+    """Kingma & Ba 2015. PyTorch's own imports its compiler first, which takes longer than a fit."""
+
+    def __init__(self, variables: list[Tensor]) -> None:
+        self.variables = variables
+        self.means = [torch.zeros_like(variable) for variable in variables]
+        self.squares = [torch.zeros_like(variable) for variable in variables]
+        self.steps = 0
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor], rate: float) -> None:
+        self.steps += 1
+        unbias = 1 - 0.9**self.steps, 1 - 0.999**self.steps
+        moments = zip(self.variables, gradients, self.means, self.squares, strict=True)
+        for variable, gradient, mean, square in moments:
+            mean.lerp_(gradient, 0.1)
+            square.lerp_(gradient.square(), 0.001)
+            variable.sub_(rate * (mean / unbias[0]) / ((square / unbias[1]).sqrt() + 1e-12))
 
 
 def _least_squares(target_EMN: Tensor, mixed_ERN: Tensor) -> Tensor:
