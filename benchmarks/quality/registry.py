@@ -1,0 +1,46 @@
+"""The methods that are compared, by the names of the tables."""
+
+from __future__ import annotations
+
+from benchmarks.quality.layer import Method
+from benchmarks.quality.methods import low_rank, mobe, pruning, tucker
+
+METHODS: dict[str, Method] = {
+    "per-expert SVD": low_rank.svd,
+    "whitened SVD": low_rank.whitened_svd,
+    "TensorLy Tucker": tucker.tensorly,
+    "TD-MoE": tucker.td_moe,
+    "MoLAE": tucker.molae,
+    "MoBE": mobe.mobe,
+    "D2-MoE": low_rank.d2_moe,
+    "REAP": pruning.reap,
+    "neuron pruning": pruning.neurons,
+    "neuron pruning, compensated": pruning.compensated_neurons,
+    "neuron elimination": pruning.eliminated_neurons,
+    "HEAPr": pruning.heapr,
+}
+"""Competitors."""
+
+NEED_SENSITIVITY = {"D2-MoE", "HEAPr"}
+"""Those that use derivatives of the loss on the calibration text."""
+
+_CALIBRATED = ("--calibration", "{calibration}", "--calibration-tokens", "{tokens}")
+
+_UNREFINED = (*_CALIBRATED, "--refine", "0")
+
+OURS: dict[str, tuple[str, ...]] = {
+    "tuckerize": _CALIBRATED,
+    "tuckerize, data-free": (),
+    "unrefined": _UNREFINED,
+    "unrefined, one-shot": (*_UNREFINED, "--one-shot"),
+    "unrefined, uniform budget": (*_UNREFINED, "--allocate", "uniform"),
+    "unrefined, latent only": (*_UNREFINED, "--shape", "latent"),
+    "unrefined, neurons only": (*_UNREFINED, "--shape", "neurons"),
+    "unrefined, full Tucker": (*_UNREFINED, "--shape", "full"),
+    "unrefined, no weighted sweeps": (*_UNREFINED, "--max-sweeps", "0"),
+    "unrefined, groups of 4": (*_UNREFINED, "--group-size", "4"),
+}
+"""Options of `tuckerize decompose` besides `--model`, `--keep` and `--output`."""
+
+COMPARED = (*METHODS, "tuckerize", "tuckerize, data-free")
+"""The methods of the tables; the others switch ingredients off and are compared among themselves."""

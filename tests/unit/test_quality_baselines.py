@@ -1,0 +1,191 @@
+"""Laws of the competitors' methods in benchmarks/quality."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+
+from benchmarks.quality.budget import equal_sizes, largest, pooled_sizes
+from benchmarks.quality.layer import Compressed, Layer, Sensitivity, output_error, roots
+from benchmarks.quality.methods import low_rank, mobe, pruning, tucker
+from benchmarks.quality.registry import METHODS
+
+EXPERTS, INTERMEDIATE, HIDDEN, TOP_K, TOKENS = 6, 20, 24, 2, 900
+
+
+@cache
+def layer(seed: int = 0) -> Layer:
+    """Random experts that share some structure, on tokens of uneven directions and routing."""
+    g = torch.Generator().manual_seed(seed)
+    size = (EXPERTS, INTERMEDIATE, HIDDEN)
+    shared = torch.randn(3, 1, INTERMEDIATE, HIDDEN, generator=g)
+    gate, up, down = torch.randn(3, *size, generator=g) + 0.5 * shared
+    scale_I = torch.logspace(0, -1.5, HIDDEN)
+    rotation, _ = torch.linalg.qr(torch.randn(HIDDEN, HIDDEN, generator=g))
+    x = torch.randn(TOKENS, HIDDEN, generator=g) * scale_I @ rotation
+    scores = (x @ torch.randn(HIDDEN, EXPERTS, generator=g)).softmax(-1)
+    weights, experts = scores.topk(TOP_K)
+    fisher = torch.rand(3, *size, generator=g)
+    slopes = torch.randn(EXPERTS, HIDDEN, HIDDEN, generator=g)
+    sensitivity = Sensitivity((fisher[0], fisher[1], fisher[2]), slopes @ slopes.mT)
+    return Layer((gate / 5, up / 5, down / 5), x, experts, weights, sensitivity)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(mobe, "STEPS", 20)
+    monkeypatch.setattr(mobe, "TRIAL_STEPS", 2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_keeping_everything_gives_the_weights_back(method: str) -> None:
+    (kept,) = METHODS[method]([layer()], 1.0)
+    for exact, stack in zip(layer().stacks, kept.stacks, strict=True):
+        torch.testing.assert_close(stack, exact)
+    assert kept.stored == layer().dense
+
+
+@pytest.mark.parametrize("keep", [0.75, 0.5])
+@pytest.mark.parametrize("method", METHODS)
+def test_stored_numbers_are_within_the_budget_and_use_it(method: str, keep: float) -> None:
+    layers = [layer(0), layer(1)]
+    compressed = METHODS[method](layers, keep)
+    total = sum(part.numel() for one in compressed for part in one.parts)
+    budget = keep * sum(one.dense for one in layers)
+    assert sum(one.stored for one in compressed) == total <= budget
+    # One step of the coarsest granularity: a rank that all experts share, or an expert.
+    step = 2 * (3 * EXPERTS * INTERMEDIATE + 4 * HIDDEN)
+    assert total >= budget - max(step, layers[0].dense // EXPERTS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_in_effect_are_worth_something(method: str) -> None:
+    (compressed,) = METHODS[method]([layer()], 0.75)
+    assert all(stack.dtype == torch.float32 for stack in compressed.stacks)
+    if compressed.kept_experts is None:
+        assert output_error(layer(), compressed) < 0.75
+
+
+def test_full_rank_gives_the_weights_back_through_whitening() -> None:
+    gate, _, _ = layer().stacks
+    spectrum = low_rank.spectrum(gate, layer().input_moments())
+    back, factors = spectrum.truncate([INTERMEDIATE] * EXPERTS)
+    torch.testing.assert_close(back, gate, rtol=1e-4, atol=1e-5)
+    assert sum(f.numel() for f in factors) == EXPERTS * INTERMEDIATE * (INTERMEDIATE + HIDDEN)
+
+
+def test_td_moe_with_a_full_budget_gives_the_weights_back_through_whitening() -> None:
+    gate, _, _ = layer().stacks
+    white = tucker._white_on_hidden(gate, layer().input_moments(), keep=1.0)
+    back = torch.stack(list(white.expand_slices()))
+    torch.testing.assert_close(back, gate, rtol=1e-4, atol=1e-5)
+    assert white.U_H is None
+    assert white.U_I is None
+
+
+def test_whitening_lowers_the_error_on_the_tokens() -> None:
+    gate, _, _ = layer().stacks
+    ranks = [8] * EXPERTS
+    plain, _ = low_rank.spectrum(gate).truncate(ranks)
+    white, _ = low_rank.spectrum(gate, layer().input_moments()).truncate(ranks)
+    for expert, (x, _) in enumerate(layer().tokens):
+        errors = [(x @ (gate[expert] - one[expert]).T).norm() for one in (plain, white)]
+        assert errors[1] < 0.8 * errors[0]
+
+
+def test_roots_of_singular_moments_are_finite_inverses() -> None:
+    x = torch.randn(3, 5, 12, generator=torch.Generator().manual_seed(0)).double()
+    root, inverse = roots(x.mT @ x)
+    eye = torch.eye(12, dtype=torch.float64).expand(3, -1, -1)
+    torch.testing.assert_close(root @ inverse, eye, rtol=1e-6, atol=1e-6)
+    none, also = roots(torch.cat((torch.zeros(1, 12, 12).double(), x.mT @ x)))
+    assert torch.isfinite(none).all()
+    assert torch.isfinite(also).all()
+
+
+def test_latent_factor_is_shared_and_counted_once() -> None:
+    compressed = tucker._latent(layer(), 0.6, ((0, 1), (2,)), (0.6, 0.6, 0.6))
+    gate, up, _ = compressed.stacks
+    together = torch.cat((gate, up)).flatten(0, 1)
+    assert torch.linalg.matrix_rank(together, rtol=1e-5) < HIDDEN
+    assert len({id(part) for part in compressed.parts}) == len(compressed.parts) == 5
+
+
+def test_compensation_lowers_the_output_error_of_the_same_neurons() -> None:
+    chosen = [torch.arange(0, INTERMEDIATE, 2)] * EXPERTS
+    plain = pruning._rows(layer(), chosen)
+    refitted = pruning._rows(layer(), chosen, layer().activation_moments(weighted=True))
+    assert plain.stored == refitted.stored
+    assert output_error(layer(), refitted) < output_error(layer(), plain)
+
+
+def test_compensation_of_a_neuron_that_repeats_another_is_exact() -> None:
+    gate, up, down = (stack.clone() for stack in layer().stacks)
+    gate[:, 1], up[:, 1] = gate[:, 0], up[:, 0]
+    twin = replace(layer(), stacks=(gate, up, down))
+    rows = [torch.tensor([0, *range(2, INTERMEDIATE)])] * EXPERTS
+    refitted = pruning._rows(twin, rows, twin.activation_moments(weighted=True))
+    assert output_error(twin, refitted) < 1e-3
+
+
+def test_elimination_takes_a_repeated_neuron_first() -> None:
+    gate, up, down = (stack.clone() for stack in layer().stacks)
+    gate[:, 1], up[:, 1] = gate[:, 0], up[:, 0]
+    twin = replace(layer(), stacks=(gate, up, down))
+    moment = twin.activation_moments(weighted=True)[0]
+    costs = pruning._elimination_costs(moment, down[0])
+    assert int(costs.argmin()) in (0, 1)
+    assert len(set(costs.tolist())) == INTERMEDIATE
+
+
+def test_reap_leaves_the_router_as_many_experts_as_it_stores() -> None:
+    compressed = pruning.reap([layer(0), layer(1)], 0.6)
+    kept = [one.kept_experts for one in compressed]
+    assert sum(len(experts or ()) for experts in kept) == int(0.6 * 2 * EXPERTS)
+    for one in compressed:
+        gone = sorted(set(range(EXPERTS)) - set(one.kept_experts or ()))
+        assert not one.stacks[0][gone].any()
+
+
+def test_heapr_deals_out_one_budget_over_the_layers() -> None:
+    loud = layer(1)
+    loud = replace(loud, stacks=(loud.stacks[0], loud.stacks[1], 3 * loud.stacks[2]))
+    quiet, more = pruning.heapr([layer(0), loud], 0.5)
+    assert quiet.stored < more.stored
+
+
+def test_bases_of_a_mixture_are_found() -> None:
+    g = torch.Generator().manual_seed(0)
+    bases = torch.randn(2, 5, 24, generator=g)
+    alpha = torch.rand(EXPERTS, 2, generator=g)
+    outer = torch.randn(EXPERTS, 16, 5, generator=g)
+    target = outer @ torch.einsum("ej,jrn->ern", alpha, bases)
+    target /= target.std()
+    start = mobe.fit_bases(target, 2, 5, torch.tanh, 1)
+    found = mobe.fit_bases(target, 2, 5, torch.tanh, 60)
+    errors = []
+    for A, B, coefficients in (start, found):
+        fitted = A @ torch.tanh(torch.einsum("ej,jrn->ern", coefficients, B))
+        errors.append(float((fitted - target).norm() / target.norm()))
+    assert errors[1] < 0.75 * errors[0]
+
+
+def test_budget_is_dealt_out_to_the_last_step() -> None:
+    gains = [torch.tensor([9.0, 1.0, 0.5]), torch.tensor([5.0, 4.0, 3.0])]
+    assert equal_sizes(3 * 7 + 2, 7, gains) == [1, 2]
+    assert pooled_sizes(4 * 7, 7, gains) == [1, 3]
+    assert equal_sizes(100 * 7, 7, gains) == [3, 3]
+    assert [c.tolist() for c in largest(gains, 2)] == [[0], [0]]
+
+
+def test_stored_counts_every_part() -> None:
+    parts = (torch.zeros(3, 4), torch.zeros(5))
+    assert Compressed(layer().stacks, parts).stored == 17
