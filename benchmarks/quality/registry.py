@@ -41,6 +41,3 @@ OURS: dict[str, tuple[str, ...]] = {
     "unrefined, groups of 4": (*_UNREFINED, "--group-size", "4"),
 }
 """Options of `tuckerize decompose` besides `--model`, `--keep` and `--output`."""
-
-COMPARED = (*METHODS, "tuckerize", "tuckerize, data-free")
-"""The methods of the tables; the others switch ingredients off and are compared among themselves."""

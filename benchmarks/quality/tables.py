@@ -82,7 +82,8 @@ def plot(results: dict[str, Any], file: Path) -> None:
 
 
 def _draw(panel: Any, rows: list[Row], key: str) -> None:  # noqa: ANN401
-    for index, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+    methods = dict.fromkeys(row["method"] for row in rows)
+    for index, method in enumerate(m for m in methods if not m.startswith("unrefined")):
         of_method = [r for r in rows if r["method"] == method and r[key] is not None]
         points = sorted((row["stored"], 100 * (row[key] - 1)) for row in of_method)
         ours = method.startswith("tuckerize")
