@@ -12,6 +12,7 @@ k experts a token, V vocabulary.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -265,7 +266,9 @@ def _build(source: Checkpoint, device: torch.device, dtype: torch.dtype | None) 
         )
         if dtype is None:
             dtype = torch.float32 if device.type == "cpu" else config.dtype
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            # Of a model without shared experts, which has empty tensors in their place.
+            warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
             model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, dtype=dtype, trust_remote_code=False
             )
