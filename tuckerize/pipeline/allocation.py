@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -108,20 +109,35 @@ def allocate(
     Source:
         Shoham & Gersho 1988 (Lagrangian bit allocation).
     """
+    check_keep(shape, groups=groups, keep=keep, multiples=multiples, allowed=allowed)
     frontiers = [_frontier(p, shape, groups, multiples, allowed) for p in profiles]
     dense = layer_parameters(shape, groups, Sizes(shape.intermediate, shape.hidden, shape.hidden))
-    budget = keep * dense * len(profiles) + 0.5
-    least = sum(frontier.parameters[0] for frontier in frontiers)
-    if least > budget:
+    if how == "uniform":
+        return [f.choice(f.best_within(math.floor(keep * dense))) for f in frontiers]
+    return _lagrangian(frontiers, math.floor(keep * dense * len(profiles)))
+
+
+def check_keep(
+    shape: StackShape,
+    *,
+    groups: int,
+    keep: float,
+    multiples: tuple[int, int],
+    allowed: Shape = "auto",
+) -> None:
+    """Refuse a budget that does not pay for the smallest sizes; see `allocate` for the arguments.
+
+    Raises:
+        UsageError: It does not; the hint names the smallest that does.
+    """
+    dense = layer_parameters(shape, groups, Sizes(shape.intermediate, shape.hidden, shape.hidden))
+    least = _grid_parameters(_grid(shape, multiples, allowed), shape, groups).min()
+    if least > math.floor(keep * dense):
         raise UsageError(
             f"keep {keep:g} is below what the smallest sizes store",
-            hint=f"choose keep of at least {least / (dense * len(profiles)):.3f}, "
+            hint=f"choose keep of at least {math.ceil(1000 * least / dense) / 1000:g}, "
             "or a smaller --multiple",
         )
-    if how == "uniform":
-        places = [frontier.best_within(keep * dense + 0.5) for frontier in frontiers]
-        return [f.choice(max(0, place)) for f, place in zip(frontiers, places, strict=True)]
-    return _lagrangian(frontiers, budget)
 
 
 def _lagrangian(frontiers: list[_Frontier], budget: float) -> list[Choice]:
@@ -129,10 +145,13 @@ def _lagrangian(frontiers: list[_Frontier], budget: float) -> list[Choice]:
     for layer, frontier in enumerate(frontiers):
         damages = frontier.errors * frontier.sensitivity
         hull = _lower_hull(frontier.parameters, damages)
+        steepest = -math.inf
         for before, after in itertools.pairwise(hull):
             cost = frontier.parameters[after] - frontier.parameters[before]
             gain = damages[before] - damages[after]
-            steps.append((-gain / cost, layer, after, cost))
+            # Rounding must not put a step in front of the one that it follows.
+            steepest = max(steepest, -gain / cost)
+            steps.append((steepest, layer, after, cost))
     places = [0] * len(frontiers)
     left = budget - sum(frontier.parameters[0] for frontier in frontiers)
     for _, layer, place, cost in sorted(steps):
@@ -162,10 +181,9 @@ def _frontier(
     multiples: tuple[int, int],
     allowed: Shape,
 ) -> _Frontier:
-    widths = _steps(shape.intermediate, multiples[0], truncate=allowed != "latent")
-    hidden = _steps(shape.hidden, multiples[1], truncate=allowed != "neurons")
+    grid = _grid(shape, multiples, allowed)
+    widths, hidden = np.unique(grid[:, 0]), np.unique(grid[:, 1])
     errors = profile.errors(widths, hidden, hidden)
-    grid = np.stack(np.meshgrid(widths, hidden, hidden, indexing="ij"), axis=-1).reshape(-1, 3)
     parameters = _grid_parameters(grid, shape, groups)
     flat = errors.reshape(-1)
     order = np.lexsort((flat, parameters))
@@ -178,6 +196,13 @@ def _frontier(
         errors=flat[chosen],
         sensitivity=max(profile.sensitivity, 1e-12),
     )
+
+
+def _grid(shape: StackShape, multiples: tuple[int, int], allowed: Shape) -> Array:
+    """All sizes of a layer, one a row: widths, r_I of gate and up, r_I of down, all ascending."""
+    widths = _steps(shape.intermediate, multiples[0], truncate=allowed != "latent")
+    hidden = _steps(shape.hidden, multiples[1], truncate=allowed != "neurons")
+    return np.stack(np.meshgrid(widths, hidden, hidden, indexing="ij"), axis=-1).reshape(-1, 3)
 
 
 def _grid_parameters(grid: Array, shape: StackShape, groups: int) -> Array:
