@@ -1,14 +1,18 @@
-"""Tiny DeepSeek-V2 models, built and saved by transformers itself."""
+"""Tiny DeepSeek-V2 models, built and saved by transformers itself, with a tokenizer and a text."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
 from typing import Literal
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
+
+WORDS = 60
 
 TopkMethod = Literal["greedy", "group_limited_greedy"]
 
@@ -80,3 +84,21 @@ def make_tiny_model(
     size = total // 3 if shards else 2 * total
     nn.Module.to(model, dtype).save_pretrained(folder, max_shard_size=size)
     return folder
+
+
+def add_tokenizer(folder: Path) -> Path:
+    """Save a tokenizer of words to the folder of a tiny model: the word `n` is the token n."""
+    words = {str(number): number for number in range(WORDS)}
+    own = Tokenizer(models.WordLevel({**words, "?": WORDS}, unk_token="?"))
+    own.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    saved = PreTrainedTokenizerFast(tokenizer_object=own)  # type: ignore[no-untyped-call]
+    saved.save_pretrained(folder)
+    return folder
+
+
+def write_text(path: Path, tokens: int, *, seed: int = 0) -> Path:
+    """A text for that tokenizer, in which few words are frequent."""
+    words = [str(number) for number in range(WORDS)]
+    weights = [1 / (1 + number) for number in range(WORDS)]
+    path.write_text(" ".join(Random(seed).choices(words, weights, k=tokens)))
+    return path

@@ -56,4 +56,7 @@ def test_to_json_of_a_decomposition_has_plain_values() -> None:
         "after": size,
         "resumed_pieces": 0,
         "seconds": 1.5,
+        "calibrated": [],
+        "predicted_damage": None,
+        "notes": [],
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,9 @@ from tuckerize.calibration.tokens import DenseGroup, LayerTokens
 from tuckerize.checkpoint.reader import TORCH_DTYPES, Checkpoint, WeightFile, read_tensors
 from tuckerize.checkpoint.writer import write_tensors
 from tuckerize.domain import Projection
+from tuckerize.errors import NonFiniteError
+from tuckerize.linalg.hooi import check_finite
+from tuckerize.linalg.tucker import largest_magnitude
 from tuckerize.moe.families import MoeModel
 from tuckerize.moe.stacks import group_experts, read_stack
 from tuckerize.runtime.experts import ACTIVATIONS, Activation, TuckerExperts
@@ -51,9 +55,20 @@ class Calibrated:
             return torch.cat([embed(part) for part in parts])
 
     def run_layer(self, layer: int, hidden_SLI: Tensor, experts: ExpertsCall | None) -> Tensor:
-        """Hidden states behind a layer, shape (S, L, I)."""
+        """Hidden states behind a layer, shape (S, L, I).
+
+        Raises:
+            NonFiniteError: They hold NaN or infinity.
+        """
         with self.model.layer(layer, experts) as run:
-            return torch.cat([run(part) for part in torch.split(hidden_SLI, _WINDOWS_AT_ONCE)])
+            parts = [run(part) for part in torch.split(hidden_SLI, _WINDOWS_AT_ONCE)]
+        behind_SLI = torch.cat(parts)
+        if not math.isfinite(largest_magnitude(behind_SLI)):
+            raise NonFiniteError(
+                f"the hidden states behind layer {layer} hold NaN or infinity",
+                hint="repair or replace the source checkpoint",
+            )
+        return behind_SLI
 
     def capture(self, layer: int, hidden_SLI: Tensor) -> LayerTokens:
         """The tokens in front of the routed experts of a layer, in float32."""
@@ -62,26 +77,33 @@ class Calibrated:
         return recorder.tokens()
 
     def groups(self, layer: int) -> list[DenseGroup]:
-        """The dense experts of a layer, in float32 on the device."""
+        """The dense experts of a layer, in float32 on the device.
+
+        Raises:
+            NonFiniteError: A stack holds NaN or infinity.
+        """
         count = self.moe.shape.experts // self.group_size
-        ranges = [group_experts(self.moe.shape, self.group_size, group) for group in range(count)]
-        return [
-            DenseGroup(
-                {
-                    projection: read_stack(
-                        self.source.read,
-                        self.moe,
-                        layer=layer,
-                        experts=experts,
-                        projection=projection,
-                        dtype=TORCH_DTYPES[self.moe.dtype],
-                    ).to(self.model.device, torch.float32)
-                    for projection in Projection
-                },
-                experts,
+        return [self._group(layer, index) for index in range(count)]
+
+    def _group(self, layer: int, index: int) -> DenseGroup:
+        experts = group_experts(self.moe.shape, self.group_size, index)
+        stacks = {}
+        for projection in Projection:
+            stack = read_stack(
+                self.source.read,
+                self.moe,
+                layer=layer,
+                experts=experts,
+                projection=projection,
+                dtype=TORCH_DTYPES[self.moe.dtype],
             )
-            for experts in ranges
-        ]
+            try:
+                check_finite(stack)
+            except NonFiniteError as error:
+                place = f"layer {layer}, group {index}, {projection}"
+                raise NonFiniteError(f"{place}: {error.message}", hint=error.hint) from None
+            stacks[projection] = stack.to(self.model.device, torch.float32)
+        return DenseGroup(stacks, experts)
 
     def module(self, groups: list[dict[str, Tensor]]) -> TuckerExperts:
         """The routed experts of a layer from the tensors of its groups."""

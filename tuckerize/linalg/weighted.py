@@ -17,7 +17,7 @@ from torch import Tensor
 from tuckerize.domain import MultilinearRank, StackShape
 from tuckerize.linalg.gram import eigenvalues_and_vectors
 from tuckerize.linalg.hooi import check_rank, hooi
-from tuckerize.linalg.tucker import TuckerFactors, in_float64
+from tuckerize.linalg.tucker import TuckerFactors, in_float64, power_of_two_unit
 
 EIGENVALUE_FLOOR = 1e-6
 """Eigenvalues of a second moment below this share of the largest are raised to it."""
@@ -103,28 +103,32 @@ def weighted_tucker(
     check_rank(rank, shape, coupled=len(stacks))
     if rank == MultilinearRank(*shape):
         return WeightedDecomposition(tuple(TuckerFactors(stack) for stack in stacks), (0.0,))
+    dtype, unit = stacks[0].dtype, power_of_two_unit(*stacks)
+    if unit != 1.0:
+        stacks = [stack * unit for stack in stacks]
     pooled_II = moments_EII.sum(0)
     root_II, inverse_II = (root.to(stacks[0].device) for root in matrix_roots(pooled_II))
-    start = hooi([stack @ root_II.to(stack.dtype) for stack in stacks], rank)
+    # HOOI goes over to float64 where it finds next to no residual.
+    start = [
+        t.to(dtype) for t in hooi([stack @ root_II.to(dtype) for stack in stacks], rank).tensors
+    ]
     if rank.hidden == shape.hidden:
         tensors = [
-            TuckerFactors(
-                factors.core @ inverse_II.to(factors.core.dtype), factors.U_E, factors.U_H
-            )
-            for factors in start.tensors
+            TuckerFactors(factors.core @ inverse_II.to(dtype), factors.U_E, factors.U_H)
+            for factors in start
         ]
         shared = None
     else:
         # The factor of the whitened stack, taken back to the stack's own inputs, orthonormalised.
-        whitened_IR = start.tensors[0].U_I
+        whitened_IR = start[0].U_I
         if whitened_IR is None:
             raise TypeError("a truncated mode has a factor")
-        shared, mixing_RR = torch.linalg.qr(inverse_II.to(whitened_IR.dtype) @ whitened_IR)
+        shared, mixing_RR = torch.linalg.qr(inverse_II.to(dtype) @ whitened_IR)
         tensors = [
             TuckerFactors(factors.core @ mixing_RR.T, factors.U_E, factors.U_H, shared)
-            for factors in start.tensors
+            for factors in start
         ]
-    problem = _Problem(stacks, floored(moments_EII.to(stacks[0].dtype)))
+    problem = _Problem(stacks, floored(moments_EII.to(dtype)))
     errors = [problem.error(tensors)]
     for _ in range(max_sweeps):
         better = problem.sweep(tensors)
@@ -135,6 +139,8 @@ def weighted_tucker(
         errors.append(error)
         if errors[-2] - error < tolerance * errors[-2]:
             break
+    if unit != 1.0:
+        tensors = [TuckerFactors(factors.core / unit, *factors.factors) for factors in tensors]
     return WeightedDecomposition(tuple(tensors), tuple(errors))
 
 

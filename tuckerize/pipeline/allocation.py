@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -92,6 +93,10 @@ def layer_parameters(shape: StackShape, groups: int, sizes: Sizes) -> int:
     )
 
 
+def _dense_parameters(shape: StackShape, groups: int) -> int:
+    return groups * 3 * shape.parameters
+
+
 def allocate(
     profiles: Sequence[LayerProfile],
     shape: StackShape,
@@ -125,21 +130,40 @@ def allocate(
     Source:
         Shoham & Gersho 1988 (Lagrangian bit allocation).
     """
+    check_keep(shape, groups=groups, keep=keep, multiples=multiples, allowed=allowed)
     frontiers = [_frontier(p, shape, groups, multiples, allowed) for p in profiles]
-    full = MultilinearRank(*shape)
-    dense = layer_parameters(shape, groups, Sizes(shape.intermediate, full, full))
-    budget = keep * dense * len(profiles) + 1e-6
-    least = sum(frontier.parameters[0] for frontier in frontiers)
-    if least > budget:
+    dense = _dense_parameters(shape, groups)
+    if how == "uniform":
+        return [f.choice(f.best_within(math.floor(keep * dense))) for f in frontiers]
+    return _lagrangian(frontiers, math.floor(keep * dense * len(profiles)))
+
+
+def check_keep(
+    shape: StackShape,
+    *,
+    groups: int,
+    keep: float,
+    multiples: tuple[int, int],
+    allowed: Shape = "auto",
+) -> None:
+    """Refuse a budget that does not pay for the smallest sizes; see `allocate` for the arguments.
+
+    Raises:
+        UsageError: It does not; the hint names the smallest that does.
+    """
+    least = np.inf
+    if allowed != "full":
+        least = _latent_grid(shape, multiples, allowed)[1].min()
+    if allowed in ("auto", "full"):
+        smallest = sum(_tucker_grid(shape, multiples, coupled=n)[1].min() for n in (1, 2))
+        least = min(least, smallest)
+    dense = _dense_parameters(shape, groups)
+    if groups * least > math.floor(keep * dense):
         raise UsageError(
             f"keep {keep:g} is below what the smallest sizes store",
-            hint=f"choose keep of at least {least / (dense * len(profiles)):.3f}, "
+            hint=f"choose keep of at least {math.ceil(1000 * groups * least / dense) / 1000:g}, "
             "or a smaller --multiple",
         )
-    if how == "uniform":
-        places = [frontier.best_within(keep * dense + 1e-6) for frontier in frontiers]
-        return [f.choice(max(0, place)) for f, place in zip(frontiers, places, strict=True)]
-    return _lagrangian(frontiers, budget)
 
 
 def _lagrangian(frontiers: list[_Frontier], budget: float) -> list[Choice]:
@@ -147,10 +171,13 @@ def _lagrangian(frontiers: list[_Frontier], budget: float) -> list[Choice]:
     for layer, frontier in enumerate(frontiers):
         damages = frontier.errors * frontier.sensitivity
         hull = _lower_hull(frontier.parameters, damages)
+        steepest = -math.inf
         for before, after in itertools.pairwise(hull):
             cost = frontier.parameters[after] - frontier.parameters[before]
             gain = damages[before] - damages[after]
-            steps.append((-gain / cost, layer, after, cost))
+            # Rounding must not put a step in front of the one that it follows.
+            steepest = max(steepest, -gain / cost)
+            steps.append((steepest, layer, after, cost))
     places = [0] * len(frontiers)
     left = budget - sum(frontier.parameters[0] for frontier in frontiers)
     for _, layer, place, cost in sorted(steps):
@@ -194,16 +221,34 @@ def _latent_points(
     profile: LayerProfile, shape: StackShape, multiples: tuple[int, int], allowed: Shape
 ) -> _Points:
     """Widths with truncated hidden modes."""
+    sizes, parameters = _latent_grid(shape, multiples, allowed)
+    widths, gate_up, down = np.unique(sizes[:, 0]), np.unique(sizes[:, 3]), np.unique(sizes[:, 6])
+    table = profile.errors(widths, gate_up, down)
+    errors = table[
+        np.searchsorted(widths, sizes[:, 0]),
+        np.searchsorted(gate_up, sizes[:, 3]),
+        np.searchsorted(down, sizes[:, 6]),
+    ]
+    return _undominated(sizes, parameters, errors)
+
+
+def _latent_grid(
+    shape: StackShape, multiples: tuple[int, int], allowed: Shape
+) -> tuple[Array, Array]:
+    """Sizes of all widths with truncated hidden modes, and the numbers that a group stores."""
     widths = _steps(shape.intermediate, multiples[0], truncate=allowed != "latent")
     hidden = _steps(shape.hidden, multiples[1], truncate=allowed != "neurons")
-    errors = profile.errors(widths, hidden, hidden)
     grid = np.meshgrid(widths, hidden, hidden, indexing="ij")
     neurons, gate_up, down = (axis.reshape(-1) for axis in grid)
     experts = np.full_like(neurons, shape.experts)
     sizes = np.stack([neurons, experts, neurons, gate_up, experts, neurons, down], axis=1)
-    factors = gate_up * (gate_up < shape.hidden) + down * (down < shape.hidden)
-    parameters = shape.experts * neurons * (2 * gate_up + down) + shape.hidden * factors
-    return _undominated(sizes, parameters, errors.reshape(-1))
+    cut_gate_up, cut_down = gate_up < shape.hidden, down < shape.hidden
+    parameters = shape.experts * neurons * (2 * gate_up + down)
+    parameters += shape.hidden * (gate_up * cut_gate_up + down * cut_down)
+    # A core cannot use more columns than it has rows, over all experts (and gate and up).
+    usable = ~cut_gate_up | (gate_up <= 2 * shape.experts * neurons)
+    usable &= ~cut_down | (down <= shape.experts * neurons)
+    return sizes[usable], parameters[usable]
 
 
 def _full_points(profile: LayerProfile, shape: StackShape, multiples: tuple[int, int]) -> _Points:
@@ -242,23 +287,32 @@ def _tucker_points(
     coupled: int,
 ) -> _Points:
     """Core sizes of coupled stacks; the errors of the modes add up, as in the bound of HOSVD."""
+    sizes, parameters = _tucker_grid(shape, multiples, coupled=coupled)
+    columns = sizes.T.astype(int)
+    errors = np.sum([tail[own] for tail, own in zip(tails, columns, strict=True)], axis=0)
+    return _undominated(sizes, parameters, errors)
+
+
+def _tucker_grid(
+    shape: StackShape, multiples: tuple[int, int], *, coupled: int
+) -> tuple[Array, Array]:
+    """All core sizes that coupled stacks can use, and the numbers that they store."""
     axes = [
         _steps(shape.experts, max(1, shape.experts // _EXPERT_STEPS), truncate=True),
         _steps(shape.intermediate, multiples[0], truncate=True),
         _steps(shape.hidden, multiples[1], truncate=True),
     ]
     sizes = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
-    reachable = np.ones(len(sizes), dtype=bool)
-    stored = coupled * sizes.prod(axis=1)
-    errors = np.zeros(len(sizes))
-    for mode, tail in enumerate(tails):
-        truncated = sizes[:, mode] < shape[mode]
-        copies = 1 if mode == Mode.HIDDEN else coupled
-        stored += copies * shape[mode] * sizes[:, mode] * truncated
-        errors += tail[sizes[:, mode].astype(int)]
-        most = sizes.prod(axis=1) / sizes[:, mode] * (coupled if mode == Mode.HIDDEN else 1)
-        reachable &= ~truncated | (sizes[:, mode] <= most)
-    return _undominated(sizes[reachable], stored[reachable], errors[reachable])
+    core = sizes.prod(axis=1)
+    parameters = coupled * core
+    usable = np.ones(len(sizes), dtype=bool)
+    for mode in Mode:
+        own = sizes[:, mode]
+        truncated = own < shape[mode]
+        is_hidden = mode == Mode.HIDDEN
+        parameters += (1 if is_hidden else coupled) * shape[mode] * own * truncated
+        usable &= ~truncated | (own <= core / own * (coupled if is_hidden else 1))
+    return sizes[usable], parameters[usable]
 
 
 def _undominated(sizes: Array, parameters: Array, errors: Array) -> _Points:

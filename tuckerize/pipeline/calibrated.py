@@ -143,10 +143,11 @@ def compress_layers(
                     wide = [{n: t.float() for n, t in g.items()} for g in compressed.tensors]
                     module = run.module(wide)
             hidden_SLI = run.run_layer(layer, hidden_SLI, experts_call(module))
-        states.save(layer + 1, {"hidden": hidden_SLI})
+        # The record first: a layer is done again where only its states are missing.
         if layer in pieces:
             folder.write_record(pieces[layer].name, record)
             progress.advance(1, pieces[layer].name)
+        states.save(layer + 1, {"hidden": hidden_SLI})
     return notes
 
 

@@ -24,9 +24,9 @@ from tuckerize.domain import (
 from tuckerize.errors import RecipeError, UsageError
 from tuckerize.linalg.hooi import check_rank
 from tuckerize.moe.families import MoeModel, describe_moe
-from tuckerize.pipeline.allocation import Choice, allocate
+from tuckerize.pipeline.allocation import Choice, allocate, check_keep
 from tuckerize.pipeline.budget import BudgetUnit, ranks_for_keep
-from tuckerize.recipe import Recipe, resolve_rank, select_layers
+from tuckerize.recipe import Calibration, Recipe, resolve_rank, select_layers
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 """safetensors' names of the types that factors can be stored in."""
@@ -323,6 +323,7 @@ def _layer_pieces(
     recipe: Recipe, model: MoeModel, group_size: int, profiles: Sequence[LayerProfile]
 ) -> tuple[list[LayerPiece], float | None]:
     """Pieces of all layers that a rule decides, and the damage that is predicted for budgets."""
+    settings, shape = _settings(recipe), model.shape._replace(experts=group_size)
     members: dict[int, list[int]] = {}
     for layer in model.layers:
         index = recipe.rule_index(layer, Projection.GATE)
@@ -333,13 +334,18 @@ def _layer_pieces(
     for index, layers in members.items():
         rule = recipe.rules[index]
         if rule.rank is not None:
-            sizes = _sizes_of_rank(recipe, rule.rank, model.shape._replace(experts=group_size))
+            sizes = _sizes_of_rank(recipe, rule.rank, shape)
             pieces += [LayerPiece(layer, sizes) for layer in layers]
             continue
         if not profiles:  # a draft: the budget is not shared out yet
-            dense = _sizes_of_rank(
-                recipe, "full,full,full", model.shape._replace(experts=group_size)
+            check_keep(
+                shape,
+                groups=model.shape.experts // group_size,
+                keep=rule.keep or 1.0,
+                multiples=_multiples(settings, shape),
+                allowed=settings.shape,
             )
+            dense = _sizes_of_rank(recipe, "full,full,full", shape)
             pieces += [LayerPiece(layer, dense) for layer in layers]
             continue
         own = [profile for profile in profiles if profile.layer in layers]
@@ -361,26 +367,35 @@ def choose_sizes(
     keep: float,
 ) -> list[Choice]:
     """Sizes of the profiled layers within a share of their parameters, as the recipe says."""
-    settings = recipe.calibration
-    if settings is None:
-        raise TypeError("sizes are chosen from profiles, which need calibration")
-    shape = model.shape._replace(experts=group_size)
+    settings, shape = _settings(recipe), model.shape._replace(experts=group_size)
     return allocate(
         profiles,
         shape,
         groups=model.shape.experts // group_size,
         keep=keep,
-        multiples=(settings.multiple_for(shape.intermediate), settings.multiple_for(shape.hidden)),
+        multiples=_multiples(settings, shape),
         allowed=settings.shape,
         how=settings.allocate,
     )
 
 
+def _settings(recipe: Recipe) -> Calibration:
+    if recipe.calibration is None:
+        raise TypeError("sizes are chosen from profiles, which need calibration")
+    return recipe.calibration
+
+
+def _multiples(settings: Calibration, shape: StackShape) -> tuple[int, int]:
+    """What truncated widths and hidden core sizes are multiples of."""
+    return settings.multiple_for(shape.intermediate), settings.multiple_for(shape.hidden)
+
+
 def _sizes_of_rank(recipe: Recipe, text: str, shape: StackShape) -> LayerSizes:
     rank = resolve_rank(text, shape)
-    joint = recipe.joint is not None
-    check_rank(rank, shape, coupled=2 if joint else 1)
-    return LayerSizes(shape.intermediate, dict.fromkeys(Projection, rank), joint)
+    check_rank(rank, shape)  # down stands alone, also where gate and up are joint
+    return LayerSizes(
+        shape.intermediate, dict.fromkeys(Projection, rank), joint=recipe.joint is not None
+    )
 
 
 def _couplings(recipe: Recipe) -> list[Coupling]:

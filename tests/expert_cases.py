@@ -1,0 +1,75 @@
+"""Groups of experts and the tokens in front of them, for all tests of calibration."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tuckerize.calibration.tokens import DenseGroup, LayerTokens
+from tuckerize.domain import Projection, StackShape
+from tuckerize.runtime.dense import ExpertWeights, dense_output
+
+silu = functional.silu
+
+
+def normal(generator: torch.Generator, *sizes: int) -> Tensor:
+    """Normal numbers in float32."""
+    return torch.randn(*sizes, generator=generator)
+
+
+def make_group(shape: StackShape, *, first: int = 0, seed: int = 0) -> DenseGroup:
+    """A group of random experts; its first is the layer's expert `first`."""
+    generator = torch.Generator().manual_seed(seed)
+    stacks = {
+        projection: normal(generator, *shape) / math.sqrt(shape.hidden) for projection in Projection
+    }
+    return DenseGroup(stacks, range(first, first + shape.experts))
+
+
+def make_tokens(
+    count: int,
+    hidden: int,
+    experts: int,
+    *,
+    top_k: int = 2,
+    rank: int | None = None,
+    seed: int = 1,
+) -> LayerTokens:
+    """Tokens with uneven directions, routed at random; in a subspace of dimension `rank`."""
+    generator = torch.Generator().manual_seed(seed)
+    inner = rank or hidden
+    mixing = normal(generator, inner, hidden) * torch.logspace(0, -1, inner)[:, None]
+    x_TI = normal(generator, count, inner) @ mixing
+    scores_TE = normal(generator, count, experts).softmax(1)
+    weights_Tk, experts_Tk = scores_TE.topk(min(top_k, experts), dim=1)
+    return LayerTokens(x_TI, experts_Tk, weights_Tk)
+
+
+def own_weights(group: DenseGroup, expert: int) -> ExpertWeights:
+    """The matrices of one expert of the layer; zeros where it is of another group."""
+    gate_HI, up_HI, down_HI = (
+        group.stacks[projection][expert - group.experts.start]
+        if expert in group.experts
+        else torch.zeros(group.shape[1:])
+        for projection in Projection
+    )
+    return ExpertWeights(gate_HI, up_HI, down_HI.T)
+
+
+def exact_output(group: DenseGroup, tokens: LayerTokens) -> Tensor:
+    """Combined routed output of a dense group alone, in float64, shape (T, I)."""
+    return dense_output(
+        tokens.x_TI.double(),
+        tokens.experts_Tk,
+        tokens.weights_Tk.double(),
+        expert_weights=lambda expert: own_weights(group, expert),
+        activation=silu,
+    )
+
+
+def relative(difference: Tensor, exact: Tensor) -> float:
+    """‖difference‖ / ‖exact‖ in float64."""
+    return float(difference.double().norm() / exact.double().norm())

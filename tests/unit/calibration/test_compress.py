@@ -1,0 +1,230 @@
+"""A group compressed for its outputs: exact at full and at planted sizes, better with more."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from tests.expert_cases import exact_output, make_group, make_tokens, relative, silu
+from tuckerize.calibration.compress import (
+    CompressedGroup,
+    LayerSizes,
+    compress_group,
+    group_output,
+)
+from tuckerize.calibration.moments import GroupMoments, gather_moments
+from tuckerize.calibration.profile import LayerProfile, profile_layer
+from tuckerize.calibration.tokens import DenseGroup, LayerTokens
+from tuckerize.domain import MultilinearRank, Projection, StackShape
+from tuckerize.linalg.tucker import with_zero_rows
+from tuckerize.runtime.dense import ExpertWeights, dense_output
+
+SHAPE = StackShape(3, 10, 8)
+
+
+def sizes_of(neurons: int, gate_up: int, down: int, *, joint: bool = True) -> LayerSizes:
+    """Sizes as a budget gives them: the hidden mode and the width."""
+    hidden = {Projection.GATE: gate_up, Projection.UP: gate_up, Projection.DOWN: down}
+    ranks = {p: MultilinearRank(SHAPE.experts, neurons, size) for p, size in hidden.items()}
+    return LayerSizes(neurons, ranks, joint)
+
+
+def compress(
+    group: DenseGroup, tokens: LayerTokens, sizes: LayerSizes
+) -> tuple[CompressedGroup, float]:
+    """The compressed group, and its relative output error on the tokens."""
+    moments = gather_moments(group, tokens, activation=silu)
+    found = compress_group(group, tokens, moments, sizes, max_sweeps=5, activation=silu)
+    output_TI = group_output(found.tensors(), group.experts, tokens, silu)
+    exact_TI = exact_output(group, tokens)
+    return found, relative(output_TI - exact_TI, exact_TI)
+
+
+def profile_of(group: DenseGroup, tokens: LayerTokens) -> LayerProfile:
+    moments = gather_moments(group, tokens, activation=silu)
+    energy = float(exact_output(group, tokens).square().sum())
+    return profile_layer(3, [group], [moments], output_energy=energy, sensitivity=2.0)
+
+
+def expanded_output(
+    found: CompressedGroup, experts: range, tokens: LayerTokens, neurons: int
+) -> Tensor:
+    """The output of dense experts made of the expanded stacks, zeros for neurons not kept."""
+
+    def weights(expert: int) -> ExpertWeights:
+        place = expert - experts.start
+        if expert not in experts:
+            return ExpertWeights(*(torch.zeros(1, SHAPE.hidden),) * 2, torch.zeros(SHAPE.hidden, 1))
+        matrices = [found.factors[p].expand_slice(place, torch.float64) for p in Projection]
+        if found.kept_EK is not None:
+            matrices = [with_zero_rows(m, found.kept_EK[place], neurons) for m in matrices]
+        return ExpertWeights(matrices[0], matrices[1], matrices[2].T)
+
+    return dense_output(
+        tokens.x_TI.double(),
+        tokens.experts_Tk,
+        tokens.weights_Tk.double(),
+        expert_weights=weights,
+        activation=silu,
+    )
+
+
+@pytest.mark.parametrize("joint", [True, False])
+def test_full_sizes_give_the_stacks_bit_for_bit(joint: bool) -> None:
+    group, tokens = make_group(SHAPE), make_tokens(60, 8, 3)
+    found, error = compress(group, tokens, sizes_of(10, 8, 8, joint=joint))
+    assert found.kept_EK is None
+    assert error < 1e-5
+    for projection in Projection:
+        assert found.factors[projection].factors == (None, None, None)
+        assert torch.equal(found.factors[projection].core, group.stacks[projection])
+    assert found.tensors().keys() == group.as_tensors().keys()
+
+
+@pytest.mark.parametrize("first", [0, 3])
+@pytest.mark.parametrize("sizes", [(10, 5, 8), (10, 8, 5), (6, 8, 8), (6, 5, 6)])
+def test_factored_output_is_that_of_the_expanded_experts(
+    sizes: tuple[int, int, int], first: int
+) -> None:
+    group, tokens = make_group(SHAPE, first=first), make_tokens(80, 8, 6)
+    found, _ = compress(group, tokens, sizes_of(*sizes))
+    output_TI = group_output(found.tensors(), group.experts, tokens, silu)
+    expected_TI = expanded_output(found, group.experts, tokens, SHAPE.intermediate)
+    assert_close(output_TI.double(), expected_TI, rtol=1e-3, atol=1e-4)
+    if sizes[0] < SHAPE.intermediate:
+        assert found.kept_EK is not None
+        assert found.kept_EK.shape == (SHAPE.experts, sizes[0])
+        assert bool((found.kept_EK.diff(dim=1) > 0).all())
+
+
+RANKS = [
+    MultilinearRank(*sizes)
+    for sizes in itertools.product((2, 3), (7, 10), (5, 8))
+    if sizes != (3, 10, 8)
+]
+
+
+@pytest.mark.parametrize("rank", RANKS, ids=str)
+@pytest.mark.parametrize("joint", [True, False])
+def test_any_multilinear_rank_is_compressed_to_what_it_says(
+    rank: MultilinearRank, joint: bool
+) -> None:
+    group, tokens = make_group(SHAPE), make_tokens(120, 8, 3)
+    sizes = LayerSizes(SHAPE.intermediate, dict.fromkeys(Projection, rank), joint)
+    found, error = compress(group, tokens, sizes)
+    assert all(found.factors[projection].rank == rank for projection in Projection)
+    assert (found.factors[Projection.GATE].U_I is found.factors[Projection.UP].U_I) == (
+        joint or rank.hidden == SHAPE.hidden
+    )
+    assert 1e-3 < error < 1
+    expected_TI = expanded_output(found, group.experts, tokens, SHAPE.intermediate)
+    output_TI = group_output(found.tensors(), group.experts, tokens, silu)
+    assert_close(output_TI.double(), expected_TI, rtol=1e-3, atol=1e-4)
+
+
+def test_inputs_of_planted_dimension_are_enough_at_that_size() -> None:
+    """Tokens in a subspace: gate and up lose nothing when only it is kept."""
+    group, tokens = make_group(SHAPE), make_tokens(200, 8, 3, rank=4)
+    assert compress(group, tokens, sizes_of(10, 4, 8))[1] < 1e-2
+    assert compress(group, tokens, sizes_of(10, 3, 8))[1] > 3e-2
+
+
+def test_outputs_of_planted_dimension_are_enough_at_that_size() -> None:
+    group, tokens = make_group(SHAPE), make_tokens(200, 8, 3)
+    basis_IR = torch.linalg.qr(torch.randn(8, 3, generator=torch.Generator().manual_seed(5)))[0]
+    down_EHI = group.stacks[Projection.DOWN] @ basis_IR @ basis_IR.T
+    group = DenseGroup({**group.stacks, Projection.DOWN: down_EHI}, group.experts)
+    assert compress(group, tokens, sizes_of(10, 8, 3))[1] < 1e-4
+    assert compress(group, tokens, sizes_of(10, 8, 2))[1] > 3e-2
+
+
+def test_repeated_neurons_are_dropped_without_loss() -> None:
+    """gate and up rows twice: one of each pair is enough, with both rows of down."""
+    group, tokens = make_group(SHAPE), make_tokens(200, 8, 3)
+    stacks = dict(group.stacks)
+    for projection in (Projection.GATE, Projection.UP):
+        stacks[projection] = stacks[projection][:, :5].repeat(1, 2, 1)
+    group = DenseGroup(stacks, group.experts)
+    found, error = compress(group, tokens, sizes_of(5, 8, 8))
+    assert error < 5e-3
+    assert found.kept_EK is not None
+    assert [sorted(n % 5 for n in row) for row in found.kept_EK.tolist()] == [list(range(5))] * 3
+    assert compress(group, tokens, sizes_of(4, 8, 8))[1] > 3e-2
+
+
+def test_output_error_falls_as_sizes_grow() -> None:
+    group, tokens = make_group(SHAPE), make_tokens(300, 8, 3)
+    for grow in (
+        [(width, 8, 8) for width in (2, 5, 8, 10)],
+        [(10, size, 8) for size in (1, 3, 6, 8)],
+        [(10, 8, size) for size in (1, 3, 6, 8)],
+        [(4, 3, 3), (7, 5, 5), (10, 8, 8)],
+    ):
+        errors = [compress(group, tokens, sizes_of(*sizes))[1] for sizes in grow]
+        assert errors == sorted(errors, reverse=True)
+        assert errors[-1] < 1e-5
+        assert 0.05 < errors[0] < 1
+
+
+def test_profile_is_zero_at_full_size_and_falls_with_core_sizes() -> None:
+    group, tokens = make_group(SHAPE), make_tokens(200, 8, 3)
+    profile = profile_of(group, tokens)
+    assert (profile.layer, profile.sensitivity) == (3, 2.0)
+    assert profile.routed_E.sum() == 400
+    widths, hidden = np.arange(11.0), np.arange(9.0)
+    errors = profile.errors(widths, hidden, hidden)
+    assert errors.shape == (11, 9, 9)
+    assert errors[10, 8, 8] == pytest.approx(0, abs=1e-12)
+    assert (errors >= 0).all()
+    assert (np.diff(errors, axis=1) <= 1e-12).all()
+    assert (np.diff(errors, axis=2) <= 1e-12).all()
+    # With nothing else truncated a larger width is better; the spectrum of gate and up can only
+    # grow with the neurons that it is of.
+    assert (np.diff(errors[:, 8, 8]) <= 0).all()
+    assert (np.diff(profile.gate_up_KI, axis=0) <= 1e-12).all()
+    assert (np.diff(profile.widths_K) < 0).all()
+
+
+def test_profile_of_down_is_exact_and_of_selection_nearly() -> None:
+    group, tokens = make_group(SHAPE), make_tokens(400, 8, 3, top_k=1)
+    profile = profile_of(group, tokens)
+    for size in (2, 5, 7):
+        error = compress(group, tokens, sizes_of(10, 8, size))[1]
+        assert profile.down_I[size] == pytest.approx(error**2, rel=1e-3)
+    for width in (4, 7, 9):
+        # With one expert a token nothing is shared: the predicted error is the real one.
+        error = compress(group, tokens, sizes_of(width, 8, 8))[1]
+        assert profile.selection_H[width] == pytest.approx(error**2, rel=0.05)
+    for size in (4, 6, 7):
+        error = compress(group, tokens, sizes_of(10, size, 8))[1]
+        assert 0.3 < profile.gate_up_KI[0, size] / error**2 < 3
+
+
+def test_profile_of_groups_is_of_their_common_output() -> None:
+    tokens = make_tokens(200, 8, 6)
+    groups = [make_group(SHAPE), make_group(SHAPE, first=3, seed=9)]
+    moments: list[GroupMoments] = [gather_moments(g, tokens, activation=silu) for g in groups]
+    energy = float(sum(exact_output(g, tokens) for g in groups).square().sum())  # type: ignore[union-attr]
+    both = profile_layer(1, groups, moments, output_energy=energy, sensitivity=1.0)
+    alone = [
+        profile_layer(1, [g], [m], output_energy=energy, sensitivity=1.0)
+        for g, m in zip(groups, moments, strict=True)
+    ]
+    for name in ("selection_H", "gate_up_KI", "down_I"):
+        total = sum(getattr(profile, name) for profile in alone)
+        np.testing.assert_allclose(getattr(both, name), total, rtol=1e-9)
+    assert both.routed_E.tolist() == [*alone[0].routed_E, *alone[1].routed_E]
+
+
+def test_layer_without_any_token_is_profiled_and_compressed() -> None:
+    group, tokens = make_group(SHAPE, first=6), make_tokens(30, 8, 6)
+    moments = gather_moments(group, tokens, activation=silu)
+    profile = profile_layer(1, [group], [moments], output_energy=0.0, sensitivity=0.0)
+    assert np.isfinite(profile.errors(np.arange(11.0), np.arange(9.0), np.arange(9.0))).all()
+    found, _ = compress(group, tokens, sizes_of(6, 5, 5))
+    assert all(bool(tensor.isfinite().all()) for tensor in found.tensors().values())

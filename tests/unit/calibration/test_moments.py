@@ -1,0 +1,108 @@
+"""Moments against loops over tokens in float64, with the derivative of silu written out."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from tests.expert_cases import exact_output, make_group, make_tokens, silu
+from tuckerize.calibration.moments import gather_moments, refit_moments
+from tuckerize.calibration.tokens import DenseGroup, LayerTokens
+from tuckerize.domain import Projection, StackShape
+
+SHAPE = StackShape(3, 4, 5)
+FEW = 6  # tokens: experts of two groups of three see fewer than their neurons
+
+
+def silu_of(value: float) -> float:
+    return value / (1 + math.exp(-value))
+
+
+def silu_slope(value: float) -> float:
+    share = 1 / (1 + math.exp(-value))
+    return share * (1 + value * (1 - share))
+
+
+def seen(group: DenseGroup, tokens: LayerTokens) -> list[list[tuple[int, float]]]:
+    """Places and weights of the tokens of every expert, filled up where they are few."""
+    experts = []
+    for expert in group.experts:
+        own = [
+            (token, float(tokens.weights_Tk[token, place]))
+            for token in range(len(tokens.x_TI))
+            for place in range(tokens.experts_Tk.shape[1])
+            if int(tokens.experts_Tk[token, place]) == expert
+        ]
+        count = min(max(0, group.shape.intermediate - len(own)), len(tokens.x_TI))
+        weight = 0.1 * float(tokens.weights_Tk.mean())
+        own += [(n * len(tokens.x_TI) // count, weight) for n in range(count)]
+        experts.append(own)
+    return experts
+
+
+@pytest.mark.parametrize("count", [FEW, 40])
+@pytest.mark.parametrize("first", [0, 3])
+def test_moments_are_the_naive_sums(count: int, first: int) -> None:
+    group, tokens = make_group(SHAPE, first=first), make_tokens(count, 5, 6)
+    found = gather_moments(group, tokens, activation=silu)
+    for place, own in enumerate(seen(group, tokens)):
+        gate_HI, up_HI, down_HI = (group.stacks[p][place].double() for p in Projection)
+        hidden_II, neurons_HH = torch.zeros(5, 5).double(), torch.zeros(4, 4).double()
+        gate_H, up_H = torch.zeros(4).double(), torch.zeros(4).double()
+        for token, weight in own:
+            x_I = tokens.x_TI[token].double()
+            gates, ups = (gate_HI @ x_I).tolist(), (up_HI @ x_I).tolist()
+            neurons_H = torch.tensor(
+                [silu_of(g) * u for g, u in zip(gates, ups, strict=True)]
+            ).double()
+            hidden_II += weight**2 * torch.outer(x_I, x_I)
+            neurons_HH += weight**2 * torch.outer(neurons_H, neurons_H)
+            for n in range(4):
+                norm = float(down_HI[n].square().sum()) / len(own)
+                gate_H[n] += (silu_slope(gates[n]) * ups[n]) ** 2 * norm
+                up_H[n] += silu_of(gates[n]) ** 2 * norm
+        for result, expected in (
+            (found.hidden_EII, hidden_II),
+            (found.neurons_EHH, neurons_HH),
+            (found.gate_sensitivity_EH, gate_H),
+            (found.up_sensitivity_EH, up_H),
+        ):
+            assert_close(result[place].double(), expected, rtol=1e-4, atol=1e-5)
+        routed = int((tokens.experts_Tk == group.experts[place]).sum())
+        assert int(found.routed_E[place]) == routed
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_output_moment_is_that_of_the_dense_layer(first: int) -> None:
+    """Without what fills rare experts up."""
+    group, tokens = make_group(SHAPE, first=first), make_tokens(FEW, 5, 6)
+    found = gather_moments(group, tokens, activation=silu)
+    output_TI = exact_output(group, tokens)
+    assert_close(found.output_II.double(), output_TI.T @ output_TI, rtol=1e-4, atol=1e-5)
+
+
+def test_group_without_any_token_has_finite_moments() -> None:
+    group, tokens = make_group(SHAPE, first=6), make_tokens(20, 5, 6)
+    found = gather_moments(group, tokens, activation=silu)
+    assert found.routed_E.tolist() == [0, 0, 0]
+    assert not found.output_II.any()
+    assert bool(found.neurons_EHH.isfinite().all())
+    assert bool((found.neurons_EHH.diagonal(dim1=1, dim2=2) > 0).all())
+
+
+def test_refit_moments_of_the_dense_gate_and_up_are_the_neurons_own() -> None:
+    group, tokens = make_group(SHAPE), make_tokens(40, 5, 6)
+    moments = gather_moments(group, tokens, activation=silu)
+    kept_K = torch.tensor([0, 3])
+
+    def dense(place: int) -> tuple[Tensor, Tensor]:
+        gate_HI, up_HI = (group.stacks[p][place] for p in (Projection.GATE, Projection.UP))
+        return gate_HI[kept_K], up_HI[kept_K]
+
+    now_EKK, cross_EKH = refit_moments(group, tokens, dense, activation=silu)
+    assert_close(now_EKK, moments.neurons_EHH[:, kept_K][:, :, kept_K])
+    assert_close(cross_EKH, moments.neurons_EHH[:, kept_K])

@@ -1,0 +1,198 @@
+"""Neuron selection against naive least squares: every removal tried, every refit done on data."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tuckerize.linalg.selection import eliminate, refit_down
+
+F64 = torch.float64
+RIDGE = 1e-4
+REFIT_RIDGE = 1e-3
+
+
+def make_neurons(
+    experts: int, tokens: int, neurons: int, *, rank: int | None = None, seed: int = 0
+) -> Tensor:
+    """Correlated neurons of uneven energy, shape (E, N, H), in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    inner = rank or neurons
+    return torch.stack(
+        [
+            torch.randn(tokens, inner, generator=generator, dtype=F64)
+            @ torch.randn(inner, neurons, generator=generator, dtype=F64)
+            * torch.logspace(0, -1.5, neurons, dtype=F64)[
+                torch.randperm(neurons, generator=generator)
+            ]
+            for _ in range(experts)
+        ]
+    )
+
+
+def make_down(experts: int, neurons: int, hidden: int, *, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(experts, neurons, hidden, generator=generator, dtype=F64)
+
+
+def with_ridge(h_NH: Tensor, share: float) -> Tensor:
+    """The data with rows whose second moment is the ridge."""
+    ridge = share * float(h_NH.square().sum(0).mean()) or 1.0
+    return torch.cat([h_NH, ridge**0.5 * torch.eye(h_NH.shape[1], dtype=F64)])
+
+
+def refitted(h_NH: Tensor, down_HI: Tensor, kept: list[int]) -> tuple[Tensor, float]:
+    """down on the kept neurons by least squares on the data, and the squared output error."""
+    exact_NI = h_NH @ down_HI
+    if not kept:
+        return down_HI[:0], float(exact_NI.square().sum())
+    fitted_KI: Tensor = torch.linalg.lstsq(h_NH[:, kept], exact_NI).solution
+    return fitted_KI, float((h_NH[:, kept] @ fitted_KI - exact_NI).square().sum())
+
+
+def moments(h_ENH: Tensor) -> Tensor:
+    return h_ENH.mT @ h_ENH
+
+
+def test_first_removal_is_the_cheapest_of_all_and_costs_what_a_refit_loses() -> None:
+    h_ENH, down_EHI = make_neurons(3, 60, 7), make_down(3, 7, 5)
+    found = eliminate(moments(h_ENH), down_EHI)
+    least = []
+    for h_NH, down_HI, order_H in zip(h_ENH, down_EHI, found.order_EH, strict=True):
+        data = with_ridge(h_NH, RIDGE)
+        costs = [refitted(data, down_HI, [n for n in range(7) if n != j])[1] for j in range(7)]
+        assert int(order_H[0]) == min(range(7), key=costs.__getitem__)
+        least.append(min(costs))
+    assert float(found.errors_H[1]) == pytest.approx(sum(least), rel=1e-6)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    experts, neurons = draw(st.integers(1, 3)), draw(st.integers(1, 9))
+    tokens, seed = draw(st.integers(1, 30)), draw(st.integers(0, 1000))
+    rank = draw(st.integers(1, neurons))
+    h_ENH = make_neurons(experts, tokens, neurons, rank=rank, seed=seed)
+    return h_ENH, make_down(experts, neurons, draw(st.integers(1, 6)), seed=seed + 1)
+
+
+@settings(derandomize=True, max_examples=40, deadline=None, database=None)
+@given(problem=problems())
+def test_errors_of_all_widths_are_those_of_the_least_squares_refit(
+    problem: tuple[Tensor, Tensor],
+) -> None:
+    h_ENH, down_EHI = problem
+    experts, _, neurons = h_ENH.shape
+    found = eliminate(moments(h_ENH), down_EHI)
+    assert found.errors_H.shape == (neurons + 1,)
+    assert float(found.errors_H[0]) == 0
+    assert bool((found.errors_H.diff() >= 0).all())
+    assert all(sorted(order) == list(range(neurons)) for order in found.order_EH.tolist())
+    for width in range(neurons + 1):
+        kept_EK = found.kept(width)
+        assert kept_EK.shape == (experts, width)
+        with_, without = 0.0, 0.0
+        for h_NH, down_HI, kept_K in zip(h_ENH, down_EHI, kept_EK.tolist(), strict=True):
+            assert kept_K == sorted(set(kept_K))
+            with_ += refitted(with_ridge(h_NH, RIDGE), down_HI, kept_K)[1]
+            without += refitted(h_NH, down_HI, kept_K)[1]
+        error = float(found.errors_H[neurons - width])
+        scale = float(found.errors_H[-1])
+        assert error == pytest.approx(with_, rel=1e-5, abs=1e-9 * scale)
+        assert without <= error * (1 + 1e-5) + 1e-9 * scale
+
+
+def test_neuron_that_others_replace_goes_first_at_no_cost() -> None:
+    h_ENH = make_neurons(2, 80, 8)
+    h_ENH[0, :, 5] = -2 * h_ENH[0, :, 3]
+    h_ENH[1, :, 0] = h_ENH[1, :, 2] + h_ENH[1, :, 6]
+    found = eliminate(moments(h_ENH), make_down(2, 8, 6))
+    assert int(found.order_EH[0, 0]) in (3, 5)
+    assert int(found.order_EH[1, 0]) in (0, 2, 6)
+    assert float(found.errors_H[1]) < RIDGE * float(found.errors_H[-1])
+
+
+def test_silent_neurons_and_unused_ones_go_first() -> None:
+    h_ENH, down_EHI = make_neurons(1, 50, 6), make_down(1, 6, 4)
+    h_ENH[0, :, 4] = 0
+    down_EHI[0, 1] = 0
+    found = eliminate(moments(h_ENH), down_EHI)
+    assert set(found.order_EH[0, :2].tolist()) == {1, 4}
+    assert float(found.errors_H[2]) < 1e-3 * float(found.errors_H[-1])
+
+
+def test_expert_without_any_data_is_no_obstacle() -> None:
+    h_ENH, down_EHI = make_neurons(3, 40, 5), make_down(3, 5, 4)
+    h_ENH[1] = 0
+    found = eliminate(moments(h_ENH).float(), down_EHI.float())
+    assert bool(found.errors_H.isfinite().all())
+    assert sorted(found.order_EH[1].tolist()) == list(range(5))
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e15])
+def test_order_does_not_depend_on_the_unit(scale: float) -> None:
+    h_ENH, down_EHI = make_neurons(2, 40, 6), make_down(2, 6, 4)
+    expected = eliminate(moments(h_ENH), down_EHI)
+    found = eliminate(moments(h_ENH) * scale, down_EHI)
+    assert torch.equal(found.order_EH, expected.order_EH)
+    torch.testing.assert_close(found.errors_H, expected.errors_H * scale, rtol=1e-6, atol=0)
+
+
+def test_many_neurons_go_in_rounds_and_nearly_as_cheaply() -> None:
+    """More neurons than rounds: several at once, with an exact error behind every round."""
+    neurons = 300
+    h_ENH, down_EHI = make_neurons(1, 500, neurons, rank=40), make_down(1, neurons, 6)
+    found = eliminate(moments(h_ENH), down_EHI)
+    assert sorted(found.order_EH[0].tolist()) == list(range(neurons))
+    assert found.errors_H.shape == (neurons + 1,)
+    assert bool((found.errors_H.diff() >= 0).all())
+    kept_K = found.kept(60)[0].tolist()
+    exact = refitted(with_ridge(h_ENH[0], RIDGE), down_EHI[0], kept_K)[1]
+    assert float(found.errors_H[neurons - 60]) == pytest.approx(exact, rel=1e-6)
+    # 40 independent ones are enough for all.
+    assert exact < 1e-2 * float(found.errors_H[-1])
+
+
+@pytest.mark.parametrize("tokens", [0, 3, 60])
+def test_refit_of_down_is_least_squares_with_a_ridge_towards_the_kept_rows(tokens: int) -> None:
+    h_ENH, down_EHI = make_neurons(2, tokens, 7), make_down(2, 7, 5)
+    kept_EK = torch.tensor([[0, 2, 3, 6], [1, 2, 4, 5]])
+    now_ENK = h_ENH.gather(2, kept_EK[:, None].expand(-1, tokens, -1))
+    now_ENK = now_ENK + 0.1 * now_ENK.roll(1, 1)  # as compressed gate and up would make them
+    found_EKI = refit_down(now_ENK.mT @ now_ENK, now_ENK.mT @ h_ENH, down_EHI, kept_EK)
+    for h_NH, now_NK, down_HI, kept_K, found_KI in zip(
+        h_ENH, now_ENK, down_EHI, kept_EK, found_EKI, strict=True
+    ):
+        ridge = max(REFIT_RIDGE * float(now_NK.square().sum(0).mean()), 1e-33)
+        data = torch.cat([now_NK, ridge**0.5 * torch.eye(4, dtype=F64)])
+        target = torch.cat([h_NH @ down_HI, ridge**0.5 * down_HI[kept_K]])
+        expected_KI = torch.linalg.lstsq(data, target).solution
+        torch.testing.assert_close(found_KI, expected_KI, rtol=1e-6, atol=1e-8)
+
+
+@settings(derandomize=True, max_examples=30, deadline=None, database=None)
+@given(problem=problems(), noise=st.floats(0, 1), data=st.data())
+def test_refit_of_down_is_never_worse_than_the_rows_as_they_were(
+    problem: tuple[Tensor, Tensor], noise: float, data: st.DataObject
+) -> None:
+    h_ENH, down_EHI = problem
+    experts, tokens, neurons = h_ENH.shape
+    width = data.draw(st.integers(1, neurons))
+    kept_EK = eliminate(moments(h_ENH), down_EHI).kept(width)
+    now_ENK = h_ENH.gather(2, kept_EK[:, None].expand(-1, tokens, -1))
+    now_ENK = now_ENK + noise * make_neurons(experts, tokens, width, seed=7)
+    found_EKI = refit_down(now_ENK.mT @ now_ENK, now_ENK.mT @ h_ENH, down_EHI, kept_EK)
+    kept_EKI = down_EHI.gather(1, kept_EK[:, :, None].expand(-1, -1, down_EHI.shape[2]))
+    exact_ENI = h_ENH @ down_EHI
+    before = (now_ENK @ kept_EKI - exact_ENI).square().sum(dim=(1, 2))
+    after = (now_ENK @ found_EKI - exact_ENI).square().sum(dim=(1, 2))
+    assert bool((after <= before + 1e-9 * exact_ENI.square().sum()).all())
+
+
+def test_refit_of_all_neurons_as_they_were_changes_nothing() -> None:
+    h_ENH, down_EHI = make_neurons(2, 30, 6, rank=3), make_down(2, 6, 4)
+    kept_EK = torch.arange(6).expand(2, -1)
+    found = refit_down(moments(h_ENH), moments(h_ENH), down_EHI, kept_EK)
+    torch.testing.assert_close(found, down_EHI, rtol=1e-9, atol=1e-9)
