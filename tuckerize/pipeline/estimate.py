@@ -65,7 +65,7 @@ def _layer_work(plan: Plan, piece: LayerPiece) -> float:
         sweep = experts * 30 * 4.0 * hidden**2 * piece.sizes.ranks[Projection.GATE].hidden
         total += min(_LIKELY_SWEEPS, plan.recipe.max_sweeps) * sweep
     # Forward and backward of a batch a step.
-    batch = min(4096, settings.tokens)
+    batch = min(2048, settings.tokens)
     return total + settings.refine * batch * plan.model.routing.top_k * 3 * layer
 
 
