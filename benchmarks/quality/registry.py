@@ -26,10 +26,12 @@ NEED_SENSITIVITY = {"D2-MoE", "HEAPr"}
 
 _CALIBRATED = ("--calibration", "{calibration}", "--calibration-tokens", "{tokens}")
 
+_BOTH = ("--calibration", "{calibration}", "--calibration", "{other}", *_CALIBRATED[2:])
 _UNREFINED = (*_CALIBRATED, "--refine", "0")
 
 OURS: dict[str, tuple[str, ...]] = {
     "tuckerize": _CALIBRATED,
+    "tuckerize, both domains": _BOTH,
     "tuckerize, data-free": (),
     "unrefined": _UNREFINED,
     "unrefined, one-shot": (*_UNREFINED, "--one-shot"),

@@ -166,7 +166,11 @@ class Bench:
 
     def ours(self, method: str, keep: float) -> Row | None:
         """The command line of this project; None where it does not know the options."""
-        values = {"calibration": self.calibration_file, "tokens": self.calibration_tokens}
+        values = {
+            "calibration": self.calibration_file,
+            "other": self.calibration_file.with_name("english_calibration.txt"),
+            "tokens": self.calibration_tokens,
+        }
         options = [option.format(**values) for option in OURS[method]]
         with tempfile.TemporaryDirectory(prefix="quality-") as temporary:
             small, dense = f"{temporary}/small", f"{temporary}/dense"

@@ -13,17 +13,22 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tuckerize.calibration.compress import group_output
 from tuckerize.calibration.moments import GroupMoments
-from tuckerize.calibration.tokens import DenseGroup
+from tuckerize.calibration.tokens import DenseGroup, LayerTokens
 from tuckerize.domain import Projection
 from tuckerize.linalg.gram import eigenvalues_and_vectors
-from tuckerize.linalg.selection import Elimination, eliminate
+from tuckerize.linalg.selection import eliminate
 from tuckerize.linalg.weighted import matrix_roots
+from tuckerize.runtime.experts import Activation
 
 Array = npt.NDArray[np.float64]
 
 # Widths, as shares of all neurons, at which the spectrum of gate and up is computed.
 _WIDTH_SHARES = (1.0, 0.8, 0.6, 0.4, 0.2)
+# Core sizes, as shares of the hidden size, at which truncated inputs are tried on so many tokens.
+_MEASURED_SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
+_MEASURED_TOKENS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +84,9 @@ def profile_layer(
     layer: int,
     groups: Sequence[DenseGroup],
     moments: Sequence[GroupMoments],
+    tokens: LayerTokens,
     *,
+    activation: Activation,
     output_energy: float,
     sensitivity: float,
 ) -> LayerProfile:
@@ -89,6 +96,8 @@ def profile_layer(
         layer: Index of the layer.
         groups: Its dense experts.
         moments: Their moments.
+        tokens: The tokens that these are of.
+        activation: Between gate and up.
         output_energy: ‖y‖² of the combined output of all groups, summed over the tokens.
         sensitivity: See `LayerProfile`.
     """
@@ -99,13 +108,16 @@ def profile_layer(
     energy = max(output_energy, 1e-30)
     neurons = groups[0].shape.intermediate
     widths = sorted({max(1, round(share * neurons)) for share in _WIDTH_SHARES}, reverse=True)
-    spectra = [
-        sum(
-            _gate_up_tail(group, own, found, width)
-            for group, own, found in zip(groups, moments, eliminations, strict=True)
-        )
-        for width in widths
-    ]
+    spectra = np.stack(
+        [
+            sum(
+                _gate_up_tail(_gate_up_energy(group, own, found.kept(width)), own)
+                for group, own, found in zip(groups, moments, eliminations, strict=True)
+            )
+            for width in widths
+        ]
+    )
+    spectra *= _measured_over_first_order(groups, moments, tokens, spectra[0], activation)
     lost = sum(found.errors_H.numpy() for found in eliminations)
     full = [_full_tails(group, own) for group, own in zip(groups, moments, strict=True)]
     tails = [np.asarray(sum(parts)) / energy for parts in zip(*full, strict=True)]
@@ -114,7 +126,7 @@ def profile_layer(
         sensitivity=sensitivity,
         selection_H=np.asarray(lost)[::-1] / energy,
         widths_K=np.array(widths, dtype=np.float64),
-        gate_up_KI=np.stack(spectra) / energy,
+        gate_up_KI=spectra / energy,
         down_I=np.asarray(sum(_tail(own.output_II) for own in moments)) / energy,
         gate_up_expert_E=tails[0],
         gate_up_intermediate_H=tails[1],
@@ -124,16 +136,13 @@ def profile_layer(
     )
 
 
-def _gate_up_tail(
-    group: DenseGroup, moments: GroupMoments, elimination: Elimination, width: int
-) -> Array:
-    """Squared output error of truncating the inputs of the neurons left at a width, to 0..I.
+def _gate_up_energy(group: DenseGroup, moments: GroupMoments, kept_EK: Tensor) -> Tensor:
+    """Gram matrix (I, I) of the kept rows of gate and up, weighted by how the output moves.
 
-    The output moves with the products of gate and up by first order; see `GroupMoments`.
+    It moves with the products of gate and up by first order; see `GroupMoments`.
     """
     hidden = group.shape.hidden
     energy_II = torch.zeros((hidden, hidden), dtype=torch.float64)
-    kept_EK = elimination.kept(width)
     for projection, sensitivities in (
         (Projection.GATE, moments.gate_sensitivity_EH),
         (Projection.UP, moments.up_sensitivity_EH),
@@ -144,10 +153,54 @@ def _gate_up_tail(
             kept = kept_K.to(stack_HI.device)
             rows_KI = sensitivity_H[kept].sqrt()[:, None] * stack_HI[kept]
             energy_II += (rows_KI.T @ rows_KI).double().cpu()
-    # All experts' inputs, as if each saw the mean of them.
-    pooled_II = moments.hidden_EII.sum(0) / len(moments.hidden_EII)
-    root_II = matrix_roots(pooled_II)[0]
+    return energy_II
+
+
+def _pooled_roots(moments: GroupMoments) -> tuple[Tensor, Tensor]:
+    """Roots of the inputs' moment of all experts, as if each saw the mean of them."""
+    return matrix_roots(moments.hidden_EII.sum(0) / len(moments.hidden_EII))
+
+
+def _gate_up_tail(energy_II: Tensor, moments: GroupMoments) -> Array:
+    """Squared output error, to first order, of truncating the inputs of gate and up to 0..I."""
+    root_II = _pooled_roots(moments)[0]
     return _tail(root_II @ energy_II @ root_II)
+
+
+def _measured_over_first_order(
+    groups: Sequence[DenseGroup],
+    moments: Sequence[GroupMoments],
+    tokens: LayerTokens,
+    first_order_I: Array,
+    activation: Activation,
+) -> Array:
+    """By what the error of truncated inputs really exceeds its first order, for 0..I, shape (I+1,).
+
+    The neurons of an expert lose the same directions of their inputs, so that their errors add up;
+    with strong truncation several times. Some of the tokens go through the dense experts with
+    truncated inputs at a few core sizes; in between the ratio is interpolated.
+    """
+    hidden = groups[0].shape.hidden
+    few = tokens.part(torch.arange(0, len(tokens.x_TI), -(-len(tokens.x_TI) // _MEASURED_TOKENS)))
+    share = len(tokens.x_TI) / len(few.x_TI)
+    sizes = sorted({max(1, round(part * hidden)) for part in _MEASURED_SHARES})
+    missed = np.zeros(len(sizes))
+    for group, own in zip(groups, moments, strict=True):
+        all_EH = torch.arange(group.shape.intermediate).expand(group.shape.experts, -1)
+        root_II, inverse_II = _pooled_roots(own)
+        energy_II = root_II @ _gate_up_energy(group, own, all_EH) @ root_II
+        vectors_II = eigenvalues_and_vectors(energy_II)[1]
+        exact_TI = group_output(group.as_tensors(), group.experts, few, activation)
+        for index, size in enumerate(sizes):
+            leading_IR = vectors_II[:, :size]
+            projection_II = (inverse_II @ leading_IR) @ (leading_IR.T @ root_II)
+            cut = few._replace(x_TI=few.x_TI @ projection_II.to(few.x_TI))
+            output_TI = group_output(group.as_tensors(), group.experts, cut, activation)
+            missed[index] += share * float((output_TI - exact_TI).square().sum())
+    predicted = np.maximum(first_order_I[sizes], 1e-30 + 1e-12 * first_order_I[0])
+    ratios = np.maximum(missed / predicted, 1.0)
+    everywhere: Array = np.interp(np.arange(hidden + 1), [*sizes, hidden], [*ratios, 1.0])
+    return everywhere
 
 
 def _full_tails(group: DenseGroup, moments: GroupMoments) -> tuple[Array, Array, Array, Array]:
@@ -156,8 +209,7 @@ def _full_tails(group: DenseGroup, moments: GroupMoments) -> tuple[Array, Array,
     Of gate and up, whitened and with rows weighted as in `_gate_up_tail`; of down with its rows
     weighted by the energy of their neurons. Each mode by itself, as HOSVD bounds it.
     """
-    root_II = matrix_roots(moments.hidden_EII.sum(0) / len(moments.hidden_EII))[0]
-    root_II = root_II.to(group.stacks[Projection.GATE])
+    root_II = _pooled_roots(moments)[0].to(group.stacks[Projection.GATE])
     gate_up = [
         _mode_tails(sensitivity_EH.sqrt()[:, :, None] * group.stacks[projection] @ root_II)
         for projection, sensitivity_EH in (

@@ -33,7 +33,7 @@ from tuckerize.report import Progress
 _PROBE_WINDOWS = 4
 _SILENCED = 0.25
 # Raised whenever profiles get other contents.
-_PROFILE_VERSION = 1
+_PROFILE_VERSION = 2
 # Names of hidden states that are carried along.
 _CLEAN = "clean"
 _ERROR = "error "
@@ -176,7 +176,16 @@ def _profile_layer(
     exact_TI = dense(*seen)
     missed = (silenced(*seen) - exact_TI).square().sum()
     energy = float(dense(*tokens).square().sum())
-    cache.save(profile_layer(layer, groups, moments, output_energy=energy, sensitivity=math.nan))
+    profile = profile_layer(
+        layer,
+        groups,
+        moments,
+        tokens,
+        activation=run.activation,
+        output_energy=energy,
+        sensitivity=math.nan,
+    )
+    cache.save(profile)
     return behind_SLI, missed / exact_TI.square().sum()
 
 
