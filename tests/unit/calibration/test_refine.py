@@ -76,7 +76,7 @@ def test_steps_that_do_not_help_held_out_tokens_leave_every_bit(
 
 def test_same_steps_give_the_same_bits(group: DenseGroup, module: TuckerExperts) -> None:
     start = state_of(module)
-    results = []
+    results: list[dict[str, Tensor]] = []
     for _ in range(2):
         module.load_state_dict(start)
         torch.manual_seed(len(results))  # no other generator has a say

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tuckerize.calibration.profile import LayerProfile
+from tuckerize.calibration.profile import Array, LayerProfile
 from tuckerize.domain import MultilinearRank, StackShape, stored_parameters
 from tuckerize.errors import UsageError
 from tuckerize.linalg.hooi import is_reachable
@@ -39,10 +39,11 @@ def make_profile(
     neurons, hidden = shape.intermediate, shape.hidden
     rates = random.uniform(0.5, 8, 3) if decays is None else np.array(decays)
 
-    def tail(size: int, rate: float) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    def tail(size: int, rate: float) -> Array:
         energies = np.exp(-rate * np.arange(size) / size) * random.uniform(0.5, 1, size)
         energies = np.sort(energies)[::-1]
-        return np.append(np.cumsum(energies[::-1])[::-1], 0.0) / energies.sum()
+        curve: Array = np.append(np.cumsum(energies[::-1])[::-1], 0.0) / energies.sum()
+        return curve
 
     widths = np.array([neurons, max(1, neurons // 2)], dtype=float)
     gate_up = tail(hidden, rates[1])
