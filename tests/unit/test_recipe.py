@@ -275,3 +275,59 @@ def test_select_layers_refused_hints_at_the_layers_that_there_are() -> None:
     with pytest.raises(RecipeError) as caught:
         select_layers("4", (1, 2, 3, 5, 8))
     assert caught.value.hint == "the layers with routed experts are 1 to 8"
+
+
+def calibrated(rule: dict[str, object] | None = None, **settings: object) -> Recipe:
+    """A recipe with calibration; settings that are of the recipe itself stand there."""
+    own = {key: settings.pop(key) for key in ("engine", "joint") if key in settings}
+    calibration: dict[str, object] = {"texts": ["a.txt", "b.jsonl:0.5"], **settings}
+    rules: list[dict[str, object]] = [rule or {"keep": 0.5}]
+    value: dict[str, object] = {"rules": rules, "calibration": calibration, **own}
+    return parse_recipe(value, place="here")
+
+
+def test_calibration_has_the_documented_defaults() -> None:
+    settings = calibrated().calibration
+    assert settings is not None
+    assert settings.model_dump() == {
+        "texts": ("a.txt", "b.jsonl:0.5"),
+        "tokens": 65536,
+        "window": 512,
+        "sequential": True,
+        "shape": "auto",
+        "allocate": "error",
+        "multiple": None,
+        "refine": 300,
+    }
+    assert [settings.multiple_for(size) for size in (96, 1023, 1024, 2048)] == [8, 8, 128, 128]
+    exact = calibrated(multiple=3).calibration
+    assert exact is not None
+    assert exact.multiple_for(2048) == 3
+
+
+@pytest.mark.parametrize(
+    ("rule", "settings", "message"),
+    [
+        (None, {"texts": []}, "calibration.texts: Tuple should have at least 1 item"),
+        (None, {"tokens": 0}, "calibration.tokens: Input should be greater than or equal to 1"),
+        (None, {"window": 1}, "calibration.window: Input should be greater than or equal to 2"),
+        (None, {"multiple": 0}, "calibration.multiple: Input should be greater than or equal"),
+        (None, {"refine": -1}, "calibration.refine: Input should be greater than or equal to 0"),
+        (None, {"shape": "full"}, "calibration.shape: Input should be 'auto', 'latent' or"),
+        (None, {"allocate": "best"}, "calibration.allocate: Input should be 'error' or"),
+        (None, {"steps": 3}, "calibration.steps: Extra inputs are not permitted"),
+        (None, {"engine": "tensorly"}, "the engine tensorly is data-free: it takes no calibration"),
+        ({"tolerance": 0.1}, {}, "a tolerance is of weights, calibration is of outputs: give keep"),
+        (
+            {"keep": 0.5, "projections": ["up_proj"]},
+            {},
+            "with calibration all three projections follow one rule",
+        ),
+    ],
+)
+def test_calibration_that_cannot_be_is_refused(
+    rule: dict[str, object] | None, settings: dict[str, object], message: str
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        calibrated(rule, **settings)
+    assert message in caught.value.message

@@ -118,6 +118,8 @@ def profile_layer(
         ]
     )
     spectra *= _measured_over_first_order(groups, moments, tokens, spectra[0], activation)
+    # Interpolation between measured ratios must not make a larger core size look worse.
+    spectra = np.maximum.accumulate(spectra[:, ::-1], axis=1)[:, ::-1]
     lost = sum(found.errors_H.numpy() for found in eliminations)
     full = [_full_tails(group, own) for group, own in zip(groups, moments, strict=True)]
     tails = [np.asarray(sum(parts)) / energy for parts in zip(*full, strict=True)]
@@ -181,7 +183,7 @@ def _measured_over_first_order(
     truncated inputs at a few core sizes; in between the ratio is interpolated.
     """
     hidden = groups[0].shape.hidden
-    few = tokens.part(torch.arange(0, len(tokens.x_TI), -(-len(tokens.x_TI) // _MEASURED_TOKENS)))
+    few = tokens.part(torch.arange(0, len(tokens.x_TI), 1 + len(tokens.x_TI) // _MEASURED_TOKENS))
     share = len(tokens.x_TI) / len(few.x_TI)
     sizes = sorted({max(1, round(part * hidden)) for part in _MEASURED_SHARES})
     missed = np.zeros(len(sizes))

@@ -121,6 +121,23 @@ class TuckerManifest(_Record):
             raise ValueError(f"a stack is of a group that is not one of {self.groups}")
         return self
 
+    @model_validator(mode="after")
+    def _neurons_fit(self) -> TuckerManifest:
+        for record in self.calibrated:
+            kept = [unpack_neurons(text, self._group_shape) for text in record.kept]
+            groups = self.groups if record.neurons < self.shape.intermediate else 0
+            wanted = [(self.group_size, record.neurons)] * groups
+            if record.neurons > self.shape.intermediate or [k.shape for k in kept] != wanted:
+                raise ValueError(
+                    f"layer {record.layer} does not keep {record.neurons} neurons of every expert"
+                )
+        return self
+
+    @property
+    def _group_shape(self) -> StackShape:
+        """Sizes of one dense stack."""
+        return self.shape._replace(experts=self.group_size)
+
     @property
     def layers(self) -> tuple[int, ...]:
         """Indices of the decomposed layers."""
@@ -134,14 +151,12 @@ class TuckerManifest(_Record):
     def stack_shape(self, layer: int) -> StackShape:
         """Sizes of one stack of a layer, as many neurons as its experts keep."""
         neurons = next((r.neurons for r in self.calibrated if r.layer == layer), None)
-        return self.shape._replace(
-            experts=self.group_size, intermediate=neurons or self.shape.intermediate
-        )
+        return self._group_shape._replace(intermediate=neurons or self.shape.intermediate)
 
     def kept_neurons(self, layer: int, group: int) -> Indices | None:
         """Neurons that every expert of a group keeps, ascending, shape (E, K); None if all."""
         record = next((r for r in self.calibrated if r.layer == layer and r.kept), None)
-        return None if record is None else unpack_neurons(record.kept[group], self.shape)
+        return None if record is None else unpack_neurons(record.kept[group], self._group_shape)
 
 
 class ShardRecord(_Record):
@@ -188,11 +203,24 @@ def pack_neurons(kept_EK: Indices, neurons: int) -> str:
 
 
 def unpack_neurons(text: str, shape: StackShape) -> Indices:
-    """Kept neurons of every expert of a group, shape (E, K), from the text of a `LayerRecord`."""
+    """Kept neurons of every expert of a group, shape (E, K), from the text of a `LayerRecord`.
+
+    Args:
+        text: What `pack_neurons` gave.
+        shape: Sizes (E, H, I) of one stack of the group.
+
+    Raises:
+        ValueError: The text is not of such a group.
+    """
     bits = np.unpackbits(np.frombuffer(base64.b64decode(text), dtype=np.uint8))
-    experts = len(bits) // shape.intermediate
-    rows_EH = bits[: experts * shape.intermediate].reshape(experts, shape.intermediate)
-    return np.nonzero(rows_EH)[1].reshape(experts, -1)
+    count = shape.experts * shape.intermediate
+    if len(bits) != -(-count // 8) * 8:
+        raise ValueError(f"{len(bits)} bits are not {shape.experts} x {shape.intermediate}")
+    rows_EH = bits[:count].reshape(shape.experts, shape.intermediate)
+    widths = {int(width) for width in rows_EH.sum(1)}
+    if len(widths) != 1:
+        raise ValueError(f"experts keep different numbers of neurons: {sorted(widths)}")
+    return np.nonzero(rows_EH)[1].reshape(shape.experts, -1)
 
 
 _Manifest = TypeVar("_Manifest", TuckerManifest, ShardManifest)

@@ -48,7 +48,9 @@ def compress(
 def profile_of(group: DenseGroup, tokens: LayerTokens) -> LayerProfile:
     moments = gather_moments(group, tokens, activation=silu)
     energy = float(exact_output(group, tokens).square().sum())
-    return profile_layer(3, [group], [moments], output_energy=energy, sensitivity=2.0)
+    return profile_layer(
+        3, [group], [moments], tokens, activation=silu, output_energy=energy, sensitivity=2.0
+    )
 
 
 def expanded_output(
@@ -210,21 +212,26 @@ def test_profile_of_groups_is_of_their_common_output() -> None:
     groups = [make_group(SHAPE), make_group(SHAPE, first=3, seed=9)]
     moments: list[GroupMoments] = [gather_moments(g, tokens, activation=silu) for g in groups]
     energy = float(sum(exact_output(g, tokens) for g in groups).square().sum())  # type: ignore[union-attr]
-    both = profile_layer(1, groups, moments, output_energy=energy, sensitivity=1.0)
+    both = profile_layer(
+        1, groups, moments, tokens, activation=silu, output_energy=energy, sensitivity=1.0
+    )
     alone = [
-        profile_layer(1, [g], [m], output_energy=energy, sensitivity=1.0)
+        profile_layer(1, [g], [m], tokens, activation=silu, output_energy=energy, sensitivity=1.0)
         for g, m in zip(groups, moments, strict=True)
     ]
-    for name in ("selection_H", "gate_up_KI", "down_I"):
+    # What truncated inputs cost beyond first order is measured over all groups together.
+    for name, tolerance in (("selection_H", 1e-9), ("gate_up_KI", 0.3), ("down_I", 1e-9)):
         total = sum(getattr(profile, name) for profile in alone)
-        np.testing.assert_allclose(getattr(both, name), total, rtol=1e-9)
+        np.testing.assert_allclose(getattr(both, name), total, rtol=tolerance, atol=1e-9)
     assert both.routed_E.tolist() == [*alone[0].routed_E, *alone[1].routed_E]
 
 
 def test_layer_without_any_token_is_profiled_and_compressed() -> None:
     group, tokens = make_group(SHAPE, first=6), make_tokens(30, 8, 6)
     moments = gather_moments(group, tokens, activation=silu)
-    profile = profile_layer(1, [group], [moments], output_energy=0.0, sensitivity=0.0)
+    profile = profile_layer(
+        1, [group], [moments], tokens, activation=silu, output_energy=0.0, sensitivity=0.0
+    )
     assert np.isfinite(profile.errors(np.arange(11.0), np.arange(9.0), np.arange(9.0))).all()
     found, _ = compress(group, tokens, sizes_of(6, 5, 5))
     assert all(bool(tensor.isfinite().all()) for tensor in found.tensors().values())

@@ -4,18 +4,25 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tuckerize.checkpoint.files import write_json
 from tuckerize.checkpoint.manifest import (
     MANIFEST,
     FileRecord,
+    Indices,
+    LayerRecord,
     ShardManifest,
     ShardRecord,
     SourceRecord,
     TuckerManifest,
+    pack_neurons,
     read_shard_manifest,
     read_tucker_manifest,
+    unpack_neurons,
 )
 from tuckerize.domain import MultilinearRank, Projection, Size, StackResult, StackShape
 from tuckerize.errors import CheckpointError
@@ -161,3 +168,83 @@ def test_manifest_on_disk_is_plain_json(tmp_path: Path) -> None:
         "relative_residual": 0.25,
         "sweeps": 0,
     }
+
+
+@st.composite
+def selections(draw: st.DrawFn) -> tuple[Indices, StackShape]:
+    """Which neurons every expert of a group keeps."""
+    experts, neurons = draw(st.integers(1, 9)), draw(st.integers(1, 40))
+    width = draw(st.integers(1, neurons))
+    rows = st.permutations(range(neurons)).map(lambda order: sorted(order[:width]))
+    kept_EK = np.array([draw(rows) for _ in range(experts)], dtype=np.int64)
+    return kept_EK, StackShape(experts, neurons, 4)
+
+
+@given(selections())
+def test_kept_neurons_packed_then_unpacked_are_the_same(
+    selection: tuple[Indices, StackShape],
+) -> None:
+    kept_EK, shape = selection
+    text = pack_neurons(kept_EK, shape.intermediate)
+    np.testing.assert_array_equal(unpack_neurons(text, shape), kept_EK)
+    # In any order of the row: the stored bits have none.
+    assert pack_neurons(kept_EK[:, ::-1], shape.intermediate) == text
+
+
+def test_kept_neurons_are_bits_of_expert_after_expert_in_base64() -> None:
+    """The first in the highest bit of the first byte."""
+    assert pack_neurons(np.array([[0, 2], [1, 2]]), 3) == "rA=="  # 101 011 00
+
+
+def test_manifest_of_a_calibrated_layer_knows_its_stacks(tmp_path: Path) -> None:
+    kept = np.array([[0, 2], [1, 2], [0, 1], [0, 2]])
+    record = LayerRecord(
+        layer=3,
+        neurons=2,
+        kept=(pack_neurons(kept, 3), pack_neurons(kept[::-1], 3)),
+        output_error=0.1,
+        predicted_error=None,
+        refined=True,
+    )
+    full = LayerRecord(layer=1, neurons=3, output_error=None, predicted_error=0.0, refined=False)
+    write_json(
+        tmp_path / MANIFEST,
+        TUCKER.model_copy(update={"calibrated": (full, record)}).model_dump(mode="json"),
+    )
+    manifest = read_tucker_manifest(tmp_path)
+    assert manifest.calibrated == (full, record)
+    assert manifest.stack_shape(3) == StackShape(4, 2, 4)
+    assert manifest.stack_shape(1) == StackShape(4, 3, 4)
+    assert manifest.kept_neurons(1, 0) is None
+    for group, expected in enumerate((kept, kept[::-1])):
+        found = manifest.kept_neurons(3, group)
+        assert found is not None
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("place", "new", "message"),
+    [
+        ("calibrated.0.kept", ["r1A="], "layer 3"),
+        ("calibrated.0.kept", [], "layer 3"),
+        ("calibrated.0.kept.0", "rA", "padding"),
+        ("calibrated.0.kept.0", "/////w==", "32 bits are not 4 x 3"),
+        ("calibrated.0.kept.0", "8AA=", "experts keep different numbers of neurons: [0, 1, 3]"),
+        ("calibrated.0.neurons", 3, "layer 3"),
+        ("calibrated.0.neurons", 4, "layer 3"),
+    ],
+)
+def test_kept_neurons_that_do_not_fit_are_refused(
+    place: str, new: object, message: str, tmp_path: Path
+) -> None:
+    text = pack_neurons(np.array([[0, 2], [1, 2], [0, 1], [0, 2]]), 3)
+    record = LayerRecord(
+        layer=3,
+        neurons=2,
+        kept=(text, text),
+        output_error=None,
+        predicted_error=None,
+        refined=False,
+    )
+    manifest = TUCKER.model_copy(update={"calibrated": (record,)})
+    assert message in refusal(tmp_path, manifest, place, new)

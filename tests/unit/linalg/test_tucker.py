@@ -26,6 +26,7 @@ from tuckerize.linalg.tucker import (
     power_of_two_unit,
     relative_residual,
     squared_norm,
+    with_zero_rows,
 )
 
 SHAPE = StackShape(4, 5, 6)
@@ -159,3 +160,35 @@ def test_mode_name_of_each_mode_gives_word_and_letter() -> None:
         "intermediate mode (H)",
         "hidden mode (I)",
     ]
+
+
+KEPT = torch.tensor([[0, 3, 4], [1, 2, 4], [0, 1, 2], [2, 3, 4]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_residual_with_kept_rows_counts_the_others_as_zeros(dtype: torch.dtype) -> None:
+    slim = StackShape(4, 3, 6)
+    stack = make_stack(Kind.FLAT, SHAPE, RANK, dtype=dtype)
+    tucker = random_tucker(slim, MultilinearRank(2, 3, 4), dtype)
+    approximation = np.zeros(SHAPE)
+    for expert, kept_K in enumerate(KEPT.tolist()):
+        approximation[expert, kept_K] = naive_expansion(tucker)[expert]
+    exact = stack.double().numpy()
+    expected = np.linalg.norm(exact - approximation) / np.linalg.norm(exact)
+    assert relative_residual(stack, tucker, KEPT) == pytest.approx(expected, rel=1e-5)
+
+
+def test_residual_of_the_kept_rows_themselves_is_what_the_others_weigh() -> None:
+    stack = make_stack(Kind.FLAT, SHAPE, RANK, dtype=torch.float64)
+    rows = stack.gather(1, KEPT[:, :, None].expand(-1, -1, 6))
+    expected = math.sqrt(1 - float(rows.square().sum() / stack.square().sum()))
+    assert relative_residual(stack, TuckerFactors(rows), KEPT) == pytest.approx(expected)
+    everything = torch.arange(5).expand(4, -1)
+    assert relative_residual(stack, TuckerFactors(stack), everything) == 0
+
+
+def test_rows_stand_in_their_places_among_zeros() -> None:
+    matrix_KI = torch.arange(1.0, 7.0).reshape(2, 3)
+    expected = torch.zeros(4, 3)
+    expected[1], expected[3] = matrix_KI[0], matrix_KI[1]
+    assert torch.equal(with_zero_rows(matrix_KI, torch.tensor([1, 3]), 4), expected)

@@ -1,0 +1,546 @@
+"""decompose --calibration on a tiny model, up to what transformers loads again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from tests.running import files_of, run_here, start, succeed, torchrun
+from tests.tiny_models import add_tokenizer, make_tiny_model, write_text
+from tuckerize.calibration import run as run_module
+from tuckerize.calibration.profiling import ProfileCache
+from tuckerize.checkpoint.output import OutputFolder
+from tuckerize.domain import Projection
+from tuckerize.pipeline.opened import OpenedTucker, open_tucker
+from tuckerize.runtime.experts import ACTIVATIONS, TuckerExperts
+
+FEW = ("--calibration-tokens", "1024", "--refine", "0")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny float32 model with a tokenizer; layers 1 and 2 have routed experts."""
+    folder = tmp_path_factory.mktemp("calibrated") / "model"
+    return add_tokenizer(make_tiny_model(folder, dtype=torch.float32))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt", 9000)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Profiles of this module's tests; those with the same model and text share them."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def refined(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Tucker checkpoint of 60 %, with enough text to hold some out."""
+    out = tmp_path_factory.mktemp("refined") / "out"
+    decompose(model, text, out, "--keep", "0.6", "--multiple", "1", "--refine", "5")
+    return out
+
+
+def decompose(model: Path, text: Path, out: Path, *options: str) -> dict[str, Any]:
+    """Decompose with calibration; returns the report."""
+    common = ("--calibration", text, "--calibration-tokens", "8192", "--json")
+    output = succeed("decompose", "--model", model, "--output", out, *common, *options)
+    report: dict[str, Any] = json.loads(output)
+    return report
+
+
+def plan_of(*arguments: str | Path) -> dict[str, Any]:
+    """The plan of a dry run, without the estimate of its time."""
+    plan: dict[str, Any] = json.loads(succeed(*arguments))
+    del plan["seconds"]
+    return plan
+
+
+def manifest_of(out: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads((out / "tuckerize.json").read_text())
+    return value
+
+
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    return {
+        name: tensor
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+
+
+def routed_parameters(folder: Path) -> int:
+    return sum(t.numel() for name, t in weights_of(folder).items() if ".experts." in name)
+
+
+def stored_layer(tucker: OpenedTucker, layer: int) -> TuckerExperts:
+    groups = [tucker.read_group(layer, group) for group in range(tucker.manifest.groups)]
+    size = tucker.manifest.group_size
+    return TuckerExperts(groups, group_size=size, activation=ACTIVATIONS["silu"])
+
+
+def test_budget_is_kept_and_manifest_and_config_say_what_was_done(
+    model: Path, refined: Path
+) -> None:
+    budget = 0.6 * routed_parameters(model)
+    manifest = manifest_of(refined)
+    assert 0.99 * budget <= routed_parameters(refined) <= budget
+    assert manifest["after"]["routed_parameters"] == routed_parameters(refined)
+    assert manifest["joint"] == "gate_up"
+    assert manifest["recipe"]["calibration"]["refine"] == 5
+    assert [layer["layer"] for layer in manifest["calibrated"]] == [1, 2]
+    for layer in manifest["calibrated"]:
+        assert 0 < layer["output_error"] < 1
+        assert 0 < layer["predicted_error"] < 1
+    announced = json.loads((refined / "config.json").read_text())["quantization_config"]
+    assert announced["format_version"] == 2
+    for layer in manifest["calibrated"]:
+        (group,) = announced["modules"][f"model.layers.{layer['layer']}.mlp.experts"]
+        assert group["neurons"] == layer["neurons"]
+        assert group["gate_proj"][1] == layer["neurons"]
+        assert len(layer["kept"]) == (layer["neurons"] < 24)
+    assert not (refined / ".tuckerize").exists()
+    assert "tokenizer.json" in files_of(refined)
+
+
+def test_result_is_verified_alone_and_in_shards(refined: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(refined, out)
+    report = json.loads(succeed("verify", out, "--json"))
+    assert report["passed"]
+    assert all(0 < layer["output_error"] < 1 for layer in report["layers"])
+    assert all(layer["residual_difference"] < 1e-6 for layer in report["layers"])
+    succeed("inspect", out)
+    succeed("shard", out, "--tp", "2", "--layout", "intermediate")
+    succeed("shard", out, "--tp", "2", "--layout", "rank", "--overwrite")
+    result = torchrun(2, "-m", "tuckerize", "verify", out)
+    assert result.returncode == 0, result.stderr
+
+
+def test_reconstruction_computes_what_the_factors_do(refined: Path, tmp_path: Path) -> None:
+    dense = tmp_path / "dense"
+    succeed("reconstruct", refined, "--output", dense)
+    loaded = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    tucker = open_tucker(refined)
+    weights = weights_of(dense)
+    generator = torch.Generator().manual_seed(0)
+    x_TI = torch.randn(40, 32, generator=generator)
+    weights_Tk, experts_Tk = torch.rand(40, 8, generator=generator).topk(2, dim=1)
+    for layer in (1, 2):
+        with torch.no_grad():
+            expected_TI = loaded.model.layers[layer].mlp.experts(x_TI, experts_Tk, weights_Tk)
+        found_TI = stored_layer(tucker, layer)(x_TI, experts_Tk, weights_Tk)
+        torch.testing.assert_close(found_TI, expected_TI, rtol=1e-4, atol=1e-4)
+        kept_EK = tucker.kept(layer, 0)
+        for expert in range(8) if kept_EK is not None else ():
+            rows = {
+                projection: weights[
+                    f"model.layers.{layer}.mlp.experts.{expert}.{projection}.weight"
+                ]
+                for projection in Projection
+            }
+            rows[Projection.DOWN] = rows[Projection.DOWN].T
+            for matrix_HI in rows.values():
+                alive = matrix_HI.abs().sum(1).nonzero()[:, 0]
+                assert kept_EK is not None
+                assert torch.equal(alive, kept_EK[expert])
+    manifest = tucker.manifest
+    assert any(manifest.kept_neurons(layer, 0) is not None for layer in (1, 2))
+
+
+def test_same_command_twice_gives_the_same_bytes(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    for place in ("a", "b"):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache" / place))
+        decompose(model, text, tmp_path / place, "--keep", "0.7", "--refine", "5")
+        results.append(files_of(tmp_path / place))
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--shape", "latent"),
+        ("--shape", "neurons"),
+        ("--allocate", "uniform"),
+        ("--group-size", "4"),
+        ("--layers", "2"),
+        ("--dtype", "bfloat16"),
+    ],
+    ids=" ".join,
+)
+def test_options_of_a_budget_do_what_they_say(
+    options: tuple[str, ...], model: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    size = ("--keep", "0.7", "--multiple", "2", *FEW, *options)
+    plan = ("--calibration", text, "--dry-run", "--json", *size)
+    dry = json.loads(succeed("decompose", "--model", model, *plan))
+    report = decompose(model, text, out, *size)
+    assert dry["after"] == report["after"]
+    assert dry["predicted_damage"] == report["predicted_damage"] > 0
+    manifest = manifest_of(out)
+    layers = [2] if "--layers" in options else [1, 2]
+    assert [layer["layer"] for layer in manifest["calibrated"]] == layers
+    touched = len(layers) * 8 * 3 * 24 * 32
+    stored = manifest["after"]["routed_parameters"] - (2 - len(layers)) * 8 * 3 * 24 * 32
+    # The smallest step of neurons alone is an eighth of the smallest that may be left over.
+    assert 0.93 * 0.7 * touched <= stored <= 0.7 * touched
+    if "latent" in options:
+        assert all(layer["neurons"] == 24 and not layer["kept"] for layer in manifest["calibrated"])
+    if "neurons" in options:
+        assert all(stack["multilinear_rank"][2] == 32 for stack in manifest["stacks"])
+    if "uniform" in options:
+        announced = json.loads((out / "config.json").read_text())["quantization_config"]
+        for prefix in announced["modules"]:
+            own = sum(t.numel() for n, t in weights_of(out).items() if n.startswith(f"{prefix}."))
+            assert own <= 0.7 * 8 * 3 * 24 * 32
+    if "--group-size" in options:
+        assert all(len(layer["kept"]) in (0, 2) for layer in manifest["calibrated"])
+    assert "passed" in succeed("verify", out)
+
+
+def test_one_shot_differs_behind_the_first_compressed_layer(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    layers = []
+    for name, options in (("sequential", ()), ("one-shot", ("--one-shot",))):
+        decompose(model, text, tmp_path / name, "--rank", "full,full,20", *FEW, *options)
+        tucker = open_tucker(tmp_path / name)
+        layers.append([tucker.read_group(layer, 0) for layer in (1, 2)])
+    same = [
+        all(torch.equal(sequential[name], one_shot[name]) for name in sequential)
+        for sequential, one_shot in zip(*layers, strict=True)
+    ]
+    assert same == [True, False]
+
+
+@pytest.mark.parametrize("joint", [(), ("--joint", "gate_up")], ids=["alone", "joint"])
+@pytest.mark.parametrize("rank", ["50%,50%,50%", "full,full,60%", "6,full,full"])
+def test_core_sizes_may_be_given(
+    rank: str, joint: tuple[str, ...], model: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    report = decompose(model, text, out, "--rank", rank, *joint, *FEW)
+    assert report["predicted_damage"] is None
+    manifest = manifest_of(out)
+    assert all(layer["predicted_error"] is None for layer in manifest["calibrated"])
+    assert len({tuple(stack["multilinear_rank"]) for stack in manifest["stacks"]}) == 1
+    assert "passed" in succeed("verify", out)
+
+
+def test_recipe_may_mix_budgets_and_core_sizes(model: Path, text: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    calibration = {"texts": [str(text)], "tokens": 1024, "refine": 0, "multiple": 2}
+    rules = [{"layers": "1", "keep": 0.6}, {"layers": "2", "rank": "full,12,20"}]
+    recipe.write_text(json.dumps({"rules": rules, "calibration": calibration}))
+    out = tmp_path / "out"
+    succeed("decompose", "--model", model, "--recipe", recipe, "--output", out)
+    by_layer = {stack["layer"]: stack for stack in manifest_of(out)["stacks"]}
+    assert by_layer[2]["multilinear_rank"] == [8, 12, 20]
+    assert "passed" in succeed("verify", out)
+    succeed("shard", out, "--tp", "2")
+    succeed("reconstruct", out, "--output", tmp_path / "dense")
+
+
+def test_whole_budget_gives_the_dense_model_back(model: Path, text: Path, tmp_path: Path) -> None:
+    out, dense = tmp_path / "out", tmp_path / "dense"
+    decompose(model, text, out, "--keep", "1", "--calibration-tokens", "1024")
+    succeed("reconstruct", out, "--output", dense)
+    source, result = weights_of(model), weights_of(dense)
+    assert source.keys() == result.keys()
+    assert all(torch.equal(source[name], result[name]) for name in source)
+    assert "passed" in succeed("verify", out)
+
+
+def test_calibration_has_less_output_error_than_none(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    """On the text itself, at equal size: what all of this is for."""
+    size = ("--keep", "0.6")
+    report = decompose(model, text, tmp_path / "with", *size, "--shape", "latent", "--refine", "0")
+    succeed("decompose", "--model", model, *size, "--output", tmp_path / "without")
+    losses = []
+    tokens = torch.tensor([[int(word) for word in text.read_text().split()[:512]]])
+    exact = logits(model, tokens)
+    for name in ("with", "without"):
+        succeed("reconstruct", tmp_path / name, "--output", tmp_path / f"{name}-dense")
+        found = logits(tmp_path / f"{name}-dense", tokens)
+        losses.append(float((exact.exp() * (exact - found)).sum(-1).mean()))
+    assert routed_parameters(tmp_path / "with") <= routed_parameters(tmp_path / "without")
+    assert losses[0] < losses[1]
+    assert report["predicted_damage"] > 0
+
+
+@torch.no_grad()
+def logits(folder: Path, tokens: Tensor) -> Tensor:
+    """Logarithms of the probabilities of all next tokens."""
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    output: Tensor = loaded(tokens).logits.double().log_softmax(-1)
+    return output
+
+
+class Stop(KeyboardInterrupt):
+    """The run is interrupted here."""
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, owner: type, method: str, call: int) -> list[int]:
+    """Let a method raise in its n-th call, before it does anything; returns the calls so far."""
+    calls: list[int] = []
+    original = getattr(owner, method)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        calls.append(1)
+        if len(calls) == call:
+            raise Stop
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, method, counted)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("method", "call"),
+    [("write_record", 1), ("write_record", 2), ("save", 1), ("save", 2), ("save", 3)],
+)
+def test_run_that_is_interrupted_anywhere_ends_with_the_same_bytes(
+    method: str, call: int, model: Path, text: Path, tmp_path: Path
+) -> None:
+    options = ("--rank", "full,16,20", *FEW)
+    decompose(model, text, tmp_path / "whole", *options)
+    out = tmp_path / "out"
+    owner = OutputFolder if method == "write_record" else run_module.SavedStates
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, owner, method, call)
+        arguments = ("--model", model, "--output", out, "--calibration", text, *options)
+        assert run_here("decompose", *arguments).returncode == 130
+    assert not (out / "tuckerize.json").exists()
+    with pytest.MonkeyPatch.context() as patch:
+        layers = interrupt(patch, run_module.Calibrated, "groups", 0)
+        decompose(model, text, out, *options)
+    done = {("write_record", 2): 1, ("save", 3): 1}.get((method, call), 0)
+    assert len(layers) == 2 - done
+    assert files_of(out) == files_of(tmp_path / "whole")
+
+
+def test_killed_run_continues_and_ends_with_the_same_bytes(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    """A real kill, as soon as the first layer is noted."""
+    out = tmp_path / "out"
+    options = ("--rank", "full,16,20", "--refine", "20")
+    arguments = ("--calibration", text, "--calibration-tokens", "8192")
+    process = start("decompose", "--model", model, "--output", out, *arguments, *options)
+    record = out / ".tuckerize" / "layer-00001.json"
+    while not record.exists() and process.poll() is None:
+        time.sleep(0.005)
+    process.kill()
+    _, errors = process.communicate()
+    assert record.exists(), errors.decode()
+    assert not (out / "tuckerize.json").exists()
+    decompose(model, text, out, *options)
+    decompose(model, text, tmp_path / "whole", *options)
+    assert files_of(out) == files_of(tmp_path / "whole")
+
+
+def test_profile_is_made_once_for_all_budgets(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    plan = ("decompose", "--model", model, "--calibration", text, "--dry-run", "--json", *FEW)
+    first = json.loads(succeed(*plan, "--keep", "0.5"))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
+    assert sum(path.suffix == ".safetensors" for path in before) == 2
+    calls = interrupt(monkeypatch, run_module.Calibrated, "run_layer", 0)
+    second = json.loads(succeed(*plan, "--keep", "0.8"))
+    assert calls == []
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*")} == before
+    assert second["predicted_damage"] < first["predicted_damage"]
+    # Another text, another profile.
+    other = write_text(tmp_path / "other.txt", 2000, seed=1)
+    succeed(*plan[:3], "--calibration", other, "--dry-run", *FEW, "--keep", "0.5")
+    assert calls
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_interrupted_profile_continues_behind_the_last_layer(
+    call: int, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = ("decompose", "--model", model, "--calibration", text, "--dry-run", "--json", *FEW)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "whole"))
+    whole = plan_of(*plan, "--keep", "0.5")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, run_module.SavedStates, "save", call)
+        assert run_here(*plan, "--keep", "0.5").returncode == 130
+    with pytest.MonkeyPatch.context() as patch:
+        calls = interrupt(patch, run_module.SavedStates, "save", 0)
+        assert plan_of(*plan, "--keep", "0.5") == whole
+    assert len(calls) == 3 - (call - 1)
+    folders = [next((tmp_path / name / "tuckerize").iterdir()) for name in ("whole", "cache")]
+    assert files_of(folders[0]) == files_of(folders[1])
+
+
+def test_profile_interrupted_at_its_end_is_finished(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = ("decompose", "--model", model, "--calibration", text, "--dry-run", "--json", *FEW)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "whole"))
+    whole = plan_of(*plan, "--keep", "0.5")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.MonkeyPatch.context() as patch:
+        # Two open profiles were saved in the pass, then one of the finished.
+        interrupt(patch, ProfileCache, "save", 4)
+        assert run_here(*plan, "--keep", "0.5").returncode == 130
+    assert plan_of(*plan, "--keep", "0.5") == whole
+
+
+def test_few_tokens_of_an_expert_are_named(model: Path, text: Path, tmp_path: Path) -> None:
+    tokens = ("--calibration-tokens", "64", "--refine", "0")
+    recipe = tmp_path / "recipe.yaml"
+    settings = {"texts": [str(text)], "tokens": 64, "window": 32, "refine": 0}
+    rules = [{"rank": "full,full,20"}]
+    recipe.write_text(json.dumps({"rules": rules, "calibration": settings}))
+    out = tmp_path / "out"
+    result = run_here("decompose", "--model", model, "--recipe", recipe, "--output", out)
+    assert result.returncode == 0, result.stderr
+    assert "saw fewer than 24 tokens" in result.stderr
+    assert "note: layer 1: experts" in result.stderr
+    assert all(np.isfinite(s["relative_residual"]) for s in manifest_of(out)["stacks"])
+    assert "passed" in succeed("verify", out)
+    result = run_here(
+        "decompose", "--model", model, "--calibration", text, *tokens, "--keep", "0.5", "--dry-run"
+    )
+    assert result.returncode == 2
+    assert "64 tokens in windows of 512" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["experts.5.up_proj.weight", "gate.weight"])
+def test_nan_in_a_weight_names_the_layer(
+    name: str, model: Path, text: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "model"
+    shutil.copytree(model, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights[f"model.layers.2.mlp.{name}"][3, 4] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    options = ("--calibration", text, *FEW, "--keep", "0.7", "--output", tmp_path / "out")
+    result = run_here("decompose", "--model", broken, *options)
+    assert result.returncode == 2, result.stderr
+    assert "layer 2" in result.stderr
+    if "experts" in name:
+        assert "the stack holds nan at expert 5, intermediate 3, hidden 4" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message", "hint"),
+    [
+        (("--calibration", "nowhere.txt"), "the file nowhere.txt is missing", "check the path"),
+        (("--calibration", "EMPTY"), "empty.txt has no text", "give a file with text"),
+        (("--calibration", "TEXT:-1"), "with a positive weight", "notes.txt:0.7"),
+        (("--refine", "10"), "--refine belongs to --calibration", "--calibration FILE"),
+        (("--one-shot",), "--one-shot belongs to --calibration", "--calibration FILE"),
+        (("--calibration-tokens", "9"), "--calibration-tokens belongs to", "--calibration FILE"),
+        (("--calibration", "TEXT", "--engine", "tensorly"), "tensorly is data-free", ""),
+        (("--calibration", "TEXT", "--projections", "up_proj"), "all three projections", ""),
+        (("--calibration", "TEXT", "--layers", "0"), "names layer 0 without routed", "are 1 to 2"),
+        (("--calibration", "TEXT", "--group-size", "3"), "does not divide the 8", "1, 2, 4, 8"),
+        (("--calibration", "TEXT", "--multiple", "0"), "--multiple", "equal to 1"),
+        (("--calibration", "TEXT", "--calibration-tokens", "100"), "100 tokens in windows", ""),
+    ],
+)
+def test_bad_option_of_calibration_says_what_to_change_and_writes_nothing(
+    options: tuple[str, ...],
+    message: str,
+    hint: str,
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    cache: Path,
+) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.write_text(" \n")
+    own = [word.replace("TEXT", str(text)).replace("EMPTY", str(empty)) for word in options]
+    refused(model, tmp_path, ("--keep", "0.7", *own), message, hint, cache)
+
+
+@pytest.mark.parametrize(
+    ("options", "message", "hint"),
+    [
+        (("--tolerance", "0.1"), "a tolerance is of weights", "give keep"),
+        (
+            ("--keep", "0.01"),
+            "keep 0.01 is below what the smallest",
+            "at least 0.112, or a smaller",
+        ),
+        (("--keep", "0.01", "--shape", "latent"), "keep 0.01 is below", "at least 0.278"),
+        (("--rank", "9,24,32"), "core size 9 of the expert mode (E) is not between 1 and 8", ""),
+        (
+            ("--rank", "2,3,7", "--joint", "gate_up"),
+            "core size 7 of the hidden mode (I) is above 6",
+            "at most 6",
+        ),
+    ],
+)
+def test_bad_size_with_calibration_is_refused_before_any_work(
+    options: tuple[str, ...],
+    message: str,
+    hint: str,
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    cache: Path,
+) -> None:
+    refused(model, tmp_path, ("--calibration", str(text), *options), message, hint, cache)
+
+
+def refused(
+    model: Path, folder: Path, options: tuple[str, ...], message: str, hint: str, cache: Path
+) -> None:
+    """The command ends with exit code 2, and neither a folder nor a profile was begun."""
+    before = files_of(cache)
+    out = folder / "out"
+    result = run_here("decompose", "--model", model, *options, "--output", out)
+    assert result.returncode == 2, result.stderr
+    words = " ".join(result.stderr.split())
+    assert message in words
+    assert hint in words
+    assert "Traceback" not in result.stderr
+    assert not out.exists()
+    assert files_of(cache) == before
+
+
+def test_model_without_a_tokenizer_is_refused(
+    tiny_model: Path, text: Path, tmp_path: Path, cache: Path
+) -> None:
+    options = ("--keep", "0.7", "--calibration", str(text))
+    refused(tiny_model, tmp_path, options, "has no tokenizer", "tokenizer files", cache)
+
+
+def test_several_processes_are_refused(model: Path, text: Path, tmp_path: Path) -> None:
+    options = ("--model", model, "--keep", "0.7", "--calibration", text)
+    command = ("-m", "tuckerize", "decompose", *options, "--output", tmp_path / "out")
+    result = torchrun(2, *command)
+    assert result.returncode != 0
+    assert "--calibration runs in one process" in result.stderr
+    assert "start it without torchrun" in result.stderr
+    assert "exitcode  : 2" in result.stderr
+    assert not (tmp_path / "out").exists()
