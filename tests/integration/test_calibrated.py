@@ -192,7 +192,7 @@ def test_options_of_a_budget_do_what_they_say(
 ) -> None:
     out = tmp_path / "out"
     size = ("--keep", "0.7", "--multiple", "2", *FEW, *options)
-    plan = ("--calibration", text, "--dry-run", "--json", *size)
+    plan: tuple[str | Path, ...] = ("--calibration", text, "--dry-run", "--json", *size)
     dry = json.loads(succeed("decompose", "--model", model, *plan))
     report = decompose(model, text, out, *size)
     assert dry["after"] == report["after"]

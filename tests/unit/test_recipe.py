@@ -279,7 +279,9 @@ def test_select_layers_refused_hints_at_the_layers_that_there_are() -> None:
 
 def calibrated(rule: dict[str, object] | None = None, **settings: object) -> Recipe:
     """A recipe with calibration; settings that are of the recipe itself stand there."""
-    own = {key: settings.pop(key) for key in ("engine", "joint") if key in settings}
+    own: dict[str, object] = {
+        key: settings.pop(key) for key in ("engine", "joint") if key in settings
+    }
     calibration: dict[str, object] = {"texts": ["a.txt", "b.jsonl:0.5"], **settings}
     rules: list[dict[str, object]] = [rule or {"keep": 0.5}]
     value: dict[str, object] = {"rules": rules, "calibration": calibration, **own}
