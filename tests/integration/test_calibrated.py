@@ -19,13 +19,16 @@ from transformers import AutoModelForCausalLM
 from tests.running import files_of, run_here, start, succeed, torchrun
 from tests.tiny_models import add_tokenizer, make_tiny_model, write_text
 from tuckerize.calibration import run as run_module
+from tuckerize.calibration import tokens as tokens_module
 from tuckerize.calibration.profiling import ProfileCache
 from tuckerize.checkpoint.output import OutputFolder
 from tuckerize.domain import Projection
 from tuckerize.pipeline.opened import OpenedTucker, open_tucker
 from tuckerize.runtime.experts import ACTIVATIONS, TuckerExperts
 
-FEW = ("--calibration-tokens", "1024", "--refine", "0")
+PLAIN = ("--refine", "0")
+TOKENS = ("--calibration-tokens", "1024")
+BLOCK = 64  # held-out tokens stand in blocks of so many: 1024 tokens have one
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +49,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
+        patch.setattr(tokens_module, "_HELD_OUT_BLOCK", BLOCK)
         yield folder
 
 
@@ -59,7 +63,7 @@ def refined(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 def decompose(model: Path, text: Path, out: Path, *options: str) -> dict[str, Any]:
     """Decompose with calibration; returns the report."""
-    common = ("--calibration", text, "--calibration-tokens", "8192", "--json")
+    common = ("--calibration", text, *TOKENS, "--json")
     output = succeed("decompose", "--model", model, "--output", out, *common, *options)
     report: dict[str, Any] = json.loads(output)
     return report
@@ -191,7 +195,7 @@ def test_options_of_a_budget_do_what_they_say(
     options: tuple[str, ...], model: Path, text: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    size = ("--keep", "0.7", "--multiple", "2", *FEW, *options)
+    size = ("--keep", "0.7", "--multiple", "2", *TOKENS, *PLAIN, *options)
     plan: tuple[str | Path, ...] = ("--calibration", text, "--dry-run", "--json", *size)
     dry = json.loads(succeed("decompose", "--model", model, *plan))
     report = decompose(model, text, out, *size)
@@ -223,7 +227,7 @@ def test_one_shot_differs_behind_the_first_compressed_layer(
 ) -> None:
     layers = []
     for name, options in (("sequential", ()), ("one-shot", ("--one-shot",))):
-        decompose(model, text, tmp_path / name, "--rank", "full,full,20", *FEW, *options)
+        decompose(model, text, tmp_path / name, "--rank", "full,full,20", *PLAIN, *options)
         tucker = open_tucker(tmp_path / name)
         layers.append([tucker.read_group(layer, 0) for layer in (1, 2)])
     same = [
@@ -239,7 +243,7 @@ def test_core_sizes_may_be_given(
     rank: str, joint: tuple[str, ...], model: Path, text: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    report = decompose(model, text, out, "--rank", rank, *joint, *FEW)
+    report = decompose(model, text, out, "--rank", rank, *joint, *PLAIN)
     assert report["predicted_damage"] is None
     manifest = manifest_of(out)
     assert all(layer["predicted_error"] is None for layer in manifest["calibrated"])
@@ -263,7 +267,7 @@ def test_recipe_may_mix_budgets_and_core_sizes(model: Path, text: Path, tmp_path
 
 def test_whole_budget_gives_the_dense_model_back(model: Path, text: Path, tmp_path: Path) -> None:
     out, dense = tmp_path / "out", tmp_path / "dense"
-    decompose(model, text, out, "--keep", "1", "--calibration-tokens", "1024")
+    decompose(model, text, out, "--keep", "1")
     succeed("reconstruct", out, "--output", dense)
     source, result = weights_of(model), weights_of(dense)
     assert source.keys() == result.keys()
@@ -324,13 +328,13 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, owner: type, method: str, call: i
 def test_run_that_is_interrupted_anywhere_ends_with_the_same_bytes(
     method: str, call: int, model: Path, text: Path, tmp_path: Path
 ) -> None:
-    options = ("--rank", "full,16,20", *FEW)
+    options = ("--rank", "full,16,20", *PLAIN)
     decompose(model, text, tmp_path / "whole", *options)
     out = tmp_path / "out"
     owner = OutputFolder if method == "write_record" else run_module.SavedStates
     with pytest.MonkeyPatch.context() as patch:
         interrupt(patch, owner, method, call)
-        arguments = ("--model", model, "--output", out, "--calibration", text, *options)
+        arguments = ("--model", model, "--output", out, "--calibration", text, *TOKENS, *options)
         assert run_here("decompose", *arguments).returncode == 130
     assert not (out / "tuckerize.json").exists()
     with pytest.MonkeyPatch.context() as patch:
@@ -342,12 +346,13 @@ def test_run_that_is_interrupted_anywhere_ends_with_the_same_bytes(
 
 
 def test_killed_run_continues_and_ends_with_the_same_bytes(
-    model: Path, text: Path, tmp_path: Path
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A real kill, as soon as the first layer is noted."""
+    monkeypatch.setattr(tokens_module, "_HELD_OUT_BLOCK", 512)
     out = tmp_path / "out"
-    options = ("--rank", "full,16,20", "--refine", "20")
-    arguments = ("--calibration", text, "--calibration-tokens", "8192")
+    options = ("--rank", "full,16,20", "--refine", "20", "--calibration-tokens", "8192")
+    arguments = ("--calibration", text)
     process = start("decompose", "--model", model, "--output", out, *arguments, *options)
     record = out / ".tuckerize" / "layer-00001.json"
     while not record.exists() and process.poll() is None:
@@ -365,7 +370,17 @@ def test_profile_is_made_once_for_all_budgets(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    plan = ("decompose", "--model", model, "--calibration", text, "--dry-run", "--json", *FEW)
+    plan = (
+        "decompose",
+        "--model",
+        model,
+        "--calibration",
+        text,
+        "--dry-run",
+        "--json",
+        *TOKENS,
+        *PLAIN,
+    )
     first = json.loads(succeed(*plan, "--keep", "0.5"))
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
     assert sum(path.suffix == ".safetensors" for path in before) == 2
@@ -376,7 +391,7 @@ def test_profile_is_made_once_for_all_budgets(
     assert second["predicted_damage"] < first["predicted_damage"]
     # Another text, another profile.
     other = write_text(tmp_path / "other.txt", 2000, seed=1)
-    succeed(*plan[:3], "--calibration", other, "--dry-run", *FEW, "--keep", "0.5")
+    succeed(*plan[:3], "--calibration", other, "--dry-run", *TOKENS, *PLAIN, "--keep", "0.5")
     assert calls
 
 
@@ -384,7 +399,17 @@ def test_profile_is_made_once_for_all_budgets(
 def test_interrupted_profile_continues_behind_the_last_layer(
     call: int, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = ("decompose", "--model", model, "--calibration", text, "--dry-run", "--json", *FEW)
+    plan = (
+        "decompose",
+        "--model",
+        model,
+        "--calibration",
+        text,
+        "--dry-run",
+        "--json",
+        *TOKENS,
+        *PLAIN,
+    )
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "whole"))
     whole = plan_of(*plan, "--keep", "0.5")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -402,7 +427,17 @@ def test_interrupted_profile_continues_behind_the_last_layer(
 def test_profile_interrupted_at_its_end_is_finished(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = ("decompose", "--model", model, "--calibration", text, "--dry-run", "--json", *FEW)
+    plan = (
+        "decompose",
+        "--model",
+        model,
+        "--calibration",
+        text,
+        "--dry-run",
+        "--json",
+        *TOKENS,
+        *PLAIN,
+    )
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "whole"))
     whole = plan_of(*plan, "--keep", "0.5")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -442,7 +477,16 @@ def test_nan_in_a_weight_names_the_layer(
     weights = load_file(broken / "model.safetensors")
     weights[f"model.layers.2.mlp.{name}"][3, 4] = float("nan")
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    options = ("--calibration", text, *FEW, "--keep", "0.7", "--output", tmp_path / "out")
+    options = (
+        "--calibration",
+        text,
+        *TOKENS,
+        *PLAIN,
+        "--keep",
+        "0.7",
+        "--output",
+        tmp_path / "out",
+    )
     result = run_here("decompose", "--model", broken, *options)
     assert result.returncode == 2, result.stderr
     assert "layer 2" in result.stderr
