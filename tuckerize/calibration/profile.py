@@ -13,12 +13,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tuckerize.calibration.compress import group_output
-from tuckerize.calibration.moments import GroupMoments
+from tuckerize.calibration.moments import GroupMoments, refit_moments
 from tuckerize.calibration.tokens import DenseGroup, LayerTokens
 from tuckerize.domain import Projection
 from tuckerize.linalg.gram import eigenvalues_and_vectors
-from tuckerize.linalg.selection import eliminate
+from tuckerize.linalg.selection import eliminate, refit_down
 from tuckerize.linalg.weighted import matrix_roots
 from tuckerize.runtime.experts import Activation
 
@@ -26,9 +25,8 @@ Array = npt.NDArray[np.float64]
 
 # Widths, as shares of all neurons, at which the spectrum of gate and up is computed.
 _WIDTH_SHARES = (1.0, 0.8, 0.6, 0.4, 0.2)
-# Core sizes, as shares of the hidden size, at which truncated inputs are tried on so many tokens.
-_MEASURED_SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
-_MEASURED_TOKENS = 4096
+# Core sizes, as shares of the hidden size, at which truncated inputs are tried.
+_MEASURED_SHARES = (0.25, 0.5, 0.75)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,12 +177,10 @@ def _measured_over_first_order(
     """By what the error of truncated inputs really exceeds its first order, for 0..I, shape (I+1,).
 
     The neurons of an expert lose the same directions of their inputs, so that their errors add up;
-    with strong truncation several times. Some of the tokens go through the dense experts with
-    truncated inputs at a few core sizes; in between the ratio is interpolated.
+    refitting down takes a part of it back. Both are measured at a few core sizes; in between the
+    ratio is interpolated.
     """
     hidden = groups[0].shape.hidden
-    few = tokens.part(torch.arange(0, len(tokens.x_TI), 1 + len(tokens.x_TI) // _MEASURED_TOKENS))
-    share = len(tokens.x_TI) / len(few.x_TI)
     sizes = sorted({max(1, round(part * hidden)) for part in _MEASURED_SHARES})
     missed = np.zeros(len(sizes))
     for group, own in zip(groups, moments, strict=True):
@@ -192,17 +188,37 @@ def _measured_over_first_order(
         root_II, inverse_II = _pooled_roots(own)
         energy_II = root_II @ _gate_up_energy(group, own, all_EH) @ root_II
         vectors_II = eigenvalues_and_vectors(energy_II)[1]
-        exact_TI = group_output(group.as_tensors(), group.experts, few, activation)
         for index, size in enumerate(sizes):
             leading_IR = vectors_II[:, :size]
-            projection_II = (inverse_II @ leading_IR) @ (leading_IR.T @ root_II)
-            cut = few._replace(x_TI=few.x_TI @ projection_II.to(few.x_TI))
-            output_TI = group_output(group.as_tensors(), group.experts, cut, activation)
-            missed[index] += share * float((output_TI - exact_TI).square().sum())
+            projection_II = (root_II @ leading_IR) @ (leading_IR.T @ inverse_II)
+            missed[index] += _refitted_error(group, own, tokens, projection_II, activation)
     predicted = np.maximum(first_order_I[sizes], 1e-30 + 1e-12 * first_order_I[0])
-    ratios = np.maximum(missed / predicted, 1.0)
-    everywhere: Array = np.interp(np.arange(hidden + 1), [*sizes, hidden], [*ratios, 1.0])
+    ratios = np.maximum(missed, 0) / predicted
+    everywhere: Array = np.interp(np.arange(hidden + 1), [*sizes, hidden], [*ratios, ratios[-1]])
     return everywhere
+
+
+def _refitted_error(
+    group: DenseGroup,
+    moments: GroupMoments,
+    tokens: LayerTokens,
+    projection_II: Tensor,
+    activation: Activation,
+) -> float:
+    """Squared output error of a group with truncated gate and up, and down refitted to them."""
+    down_EHI = group.stacks[Projection.DOWN]
+    gate_up = [
+        group.stacks[p] @ projection_II.to(down_EHI) for p in (Projection.GATE, Projection.UP)
+    ]
+    now_EHH, cross_EHH = refit_moments(
+        group, tokens, lambda place: (gate_up[0][place], gate_up[1][place]), activation=activation
+    )
+    all_EH = torch.arange(group.shape.intermediate).expand(group.shape.experts, -1)
+    refitted_EHI = refit_down(now_EHH, cross_EHH, down_EHI, all_EH)
+    dense = (down_EHI * (moments.neurons_EHH @ down_EHI)).sum()
+    mixed = (refitted_EHI * (cross_EHH @ down_EHI)).sum()
+    now = (refitted_EHI * (now_EHH @ refitted_EHI)).sum()
+    return float(dense.double() - 2 * mixed.double() + now.double())
 
 
 def _full_tails(group: DenseGroup, moments: GroupMoments) -> tuple[Array, Array, Array, Array]:
