@@ -104,7 +104,7 @@ def read_windows(
     if not 2 <= window <= tokens:
         raise UsageError(
             f"{tokens} tokens in windows of {window} are not one window of at least 2 tokens",
-            hint="ask for more tokens, or for a shorter window",
+            hint="ask for at least as many tokens as a window has",
         )
     tokenize, begin = _load_tokenizer(tokenizer_folder)
     random = Random(seed)

@@ -14,6 +14,9 @@ from tuckerize.domain import CORE, Projection, StackShape
 # Every sixteenth block of so many tokens is held out: it decides, and is not fitted.
 _HELD_OUT_BLOCK = 512
 _HELD_OUT_EVERY = 16
+FEWEST_WITH_HELD_OUT = _HELD_OUT_BLOCK * (_HELD_OUT_EVERY - 1) + 1
+"""Tokens from which on some are held out."""
+
 # An expert that saw few tokens gets others of its layer as well, with this weight relative to the
 # layer's mean routing weight.
 _POOLED_WEIGHT = 0.1

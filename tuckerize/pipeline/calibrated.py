@@ -18,7 +18,7 @@ from tuckerize.calibration.refine import Refinement, refine, relative_output_err
 from tuckerize.calibration.run import Calibrated, SavedStates, experts_call
 from tuckerize.calibration.stream import StreamedModel
 from tuckerize.calibration.text import fingerprint, parse_source, read_windows
-from tuckerize.calibration.tokens import DenseGroup, LayerTokens
+from tuckerize.calibration.tokens import FEWEST_WITH_HELD_OUT, DenseGroup, LayerTokens
 from tuckerize.checkpoint.manifest import LayerRecord, pack_neurons
 from tuckerize.checkpoint.output import OutputFolder
 from tuckerize.checkpoint.reader import TORCH_DTYPES, Checkpoint
@@ -79,7 +79,13 @@ def open_calibration(source: Checkpoint, recipe: Recipe, device: torch.device) -
     model = StreamedModel.open(source, moe.family, device=device)
     group_size = recipe.group_size or moe.shape.experts
     run = Calibrated(source, moe, model, windows.tokens_SL, group_size)
-    return Calibration(run, tuple(windows.messages))
+    notes = list(windows.messages)
+    if settings.refine and windows.tokens_SL.numel() < FEWEST_WITH_HELD_OUT:
+        notes.append(
+            f"no refinement and no measured errors: fewer than {FEWEST_WITH_HELD_OUT} tokens "
+            "leave none to be held out"
+        )
+    return Calibration(run, tuple(notes))
 
 
 def draft_plan(source: Checkpoint, recipe: Recipe, calibration: Calibration) -> Plan:
@@ -108,7 +114,7 @@ def plan_calibrated(
 def compress_layers(
     plan: Plan, calibration: Calibration, output: Path, progress: Progress
 ) -> list[str]:
-    """Write the weight files of all layer pieces of a plan; returns notes for the user.
+    """Write the weight files of all layer pieces of a plan; returns notes on layers for the user.
 
     One pass over the text. Every layer is noted when its file is written, and the hidden states
     behind it are kept, so that an interrupted run continues with the next layer.
@@ -117,7 +123,7 @@ def compress_layers(
         plan: What to write.
         calibration: The model and its text.
         output: Folder that `OutputFolder.claim` took for this plan.
-        progress: Shows how far the pass is; started and closed by the caller.
+        progress: Shows how far the pass is.
     """
     settings, run = plan.recipe.calibration, calibration.run
     if settings is None:
@@ -125,8 +131,9 @@ def compress_layers(
     folder = OutputFolder(output)
     states = SavedStates(folder.work_file("hidden.safetensors"))
     pieces = {piece.layer: piece for piece in plan.layer_pieces}
-    notes = []
     start, saved = states.load(run.model.device)
+    progress.start(len(pieces))
+    progress.advance(sum(layer < start for layer in pieces), "continued")
     hidden_SLI = saved["hidden"] if saved else run.embed()
     for layer in range(start, max(pieces) + 1):
         if layer not in run.moe.layers:
@@ -137,7 +144,6 @@ def compress_layers(
             if layer in pieces:
                 tokens = run.capture(layer, hidden_SLI)
                 compressed = _compress_layer(plan, pieces[layer], run, groups, tokens)
-                notes += compressed.notes
                 record = _write(plan, pieces[layer], groups, compressed, output)
                 if settings.sequential:
                     wide = [{n: t.float() for n, t in g.items()} for g in compressed.tensors]
@@ -148,7 +154,9 @@ def compress_layers(
             folder.write_record(pieces[layer].name, record)
             progress.advance(1, pieces[layer].name)
         states.save(layer + 1, {"hidden": hidden_SLI})
-    return notes
+    progress.close()
+    records = [folder.record(piece.name) or {} for piece in pieces.values()]
+    return [note for record in records for note in record["notes"]]
 
 
 def _compress_layer(
@@ -273,6 +281,7 @@ def _write(
         "file": written.model_dump(),
         "stacks": [asdict(result) for result in results],
         "calibrated": record.model_dump(mode="json"),
+        "notes": compressed.notes,
     }
 
 

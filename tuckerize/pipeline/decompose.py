@@ -121,10 +121,7 @@ def _compress_calibrated(
     """Write the layers of a plan with calibration; returns notes for the user."""
     if calibration is None or not plan.layer_pieces:
         return []
-    progress.start(len(plan.layer_pieces))
-    notes = compress_layers(plan, calibration, output, progress)
-    progress.close()
-    return [*calibration.notes, *notes]
+    return [*calibration.notes, *compress_layers(plan, calibration, output, progress)]
 
 
 def _carry_out(
