@@ -97,7 +97,7 @@ class Calibration(_Schema):
     shape: Literal["auto", "latent", "neurons", "full"] = "auto"
     allocate: Literal["error", "uniform"] = "error"
     multiple: Annotated[int, Field(ge=1)] | None = None
-    refine: Annotated[int, Field(ge=0)] = 100
+    refine: Annotated[int, Field(ge=0)] = 300
 
     def multiple_for(self, size: int) -> int:
         """Multiple of the truncated sizes of a mode."""

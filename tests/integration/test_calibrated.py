@@ -533,7 +533,7 @@ def test_bad_option_of_calibration_says_what_to_change_and_writes_nothing(
         (
             ("--keep", "0.01"),
             "keep 0.01 is below what the smallest",
-            "at least 0.112, or a smaller",
+            "at least 0.061, or a smaller",
         ),
         (("--keep", "0.01", "--shape", "latent"), "keep 0.01 is below", "at least 0.278"),
         (("--rank", "9,24,32"), "core size 9 of the expert mode (E) is not between 1 and 8", ""),

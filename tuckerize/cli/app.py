@@ -244,7 +244,7 @@ def decompose(
     multiple: Multiple = None,
     refine: Annotated[
         int | None,
-        typer.Option(min=0, help="Gradient steps on each layer's output; 100 by default."),
+        typer.Option(min=0, help="Gradient steps on each layer's output; 300 by default."),
     ] = None,
     device: DeviceOption = Device.AUTO,
     dry_run: Annotated[
