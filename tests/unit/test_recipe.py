@@ -315,7 +315,11 @@ def test_calibration_has_the_documented_defaults() -> None:
         (None, {"window": 1}, "calibration.window: Input should be greater than or equal to 2"),
         (None, {"multiple": 0}, "calibration.multiple: Input should be greater than or equal"),
         (None, {"refine": -1}, "calibration.refine: Input should be greater than or equal to 0"),
-        (None, {"shape": "wide"}, "calibration.shape: Input should be 'auto', 'latent', 'neurons' or"),
+        (
+            None,
+            {"shape": "wide"},
+            "calibration.shape: Input should be 'auto', 'latent', 'neurons' or",
+        ),
         (None, {"allocate": "best"}, "calibration.allocate: Input should be 'error' or"),
         (None, {"steps": 3}, "calibration.steps: Extra inputs are not permitted"),
         (None, {"engine": "tensorly"}, "the engine tensorly is data-free: it takes no calibration"),
