@@ -48,7 +48,8 @@ def mobe(layers: Sequence[Layer], keep: float) -> list[Compressed]:
     Start: B_j from the SVD of a group of experts, as in the paper's code. A_e is the least-squares
     solution at every step instead of a third set of Adam's variables. Down is compressed alike or,
     where the rest can pay for it, left whole as in the paper. Tuned on the middle layer: m, f, the
-    side of the bases, and what happens to down. What rounding leaves goes to another rank of up or down.
+    side of the bases, and what happens to down. What rounding leaves goes to another rank of up
+    or down.
     """
     if keep >= 1:
         return [dense(layer) for layer in layers]
