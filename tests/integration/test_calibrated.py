@@ -116,7 +116,8 @@ def test_budget_is_kept_and_manifest_and_config_say_what_was_done(
     assert announced["format_version"] == 2
     for layer in manifest["calibrated"]:
         (group,) = announced["modules"][f"model.layers.{layer['layer']}.mlp.experts"]
-        assert group["neurons"] == layer["neurons"]
+        widths = group["neurons"]
+        assert sum(widths) == 8 * layer["neurons"] if layer["kept"] else widths == 24
         assert group["gate_proj"][1] == layer["neurons"]
         assert len(layer["kept"]) == (layer["neurons"] < 24)
     assert not (refined / ".tuckerize").exists()
@@ -132,7 +133,11 @@ def test_result_is_verified_alone_and_in_shards(refined: Path, tmp_path: Path) -
     assert all(layer["residual_difference"] < 1e-6 for layer in report["layers"])
     succeed("inspect", out)
     succeed("shard", out, "--tp", "2", "--layout", "intermediate")
-    succeed("shard", out, "--tp", "2", "--layout", "rank", "--overwrite")
+    refused_layout = run_here("shard", out, "--tp", "2", "--layout", "rank", "--overwrite")
+    assert refused_layout.returncode == 2
+    assert "layout 'rank' splits experts of equal width only" in refused_layout.stderr
+    narrow = run_here("shard", out, "--tp", "25")
+    assert "is not enough for 25" in narrow.stderr
     result = torchrun(2, "-m", "tuckerize", "verify", out)
     assert result.returncode == 0, result.stderr
 
@@ -151,8 +156,8 @@ def test_reconstruction_computes_what_the_factors_do(refined: Path, tmp_path: Pa
             expected_TI = loaded.model.layers[layer].mlp.experts(x_TI, experts_Tk, weights_Tk)
         found_TI = stored_layer(tucker, layer)(x_TI, experts_Tk, weights_Tk)
         torch.testing.assert_close(found_TI, expected_TI, rtol=1e-4, atol=1e-4)
-        kept_EK = tucker.kept(layer, 0)
-        for expert in range(8) if kept_EK is not None else ():
+        kept = tucker.kept(layer, 0)
+        for expert in range(8) if kept is not None else ():
             rows = {
                 projection: weights[
                     f"model.layers.{layer}.mlp.experts.{expert}.{projection}.weight"
@@ -162,8 +167,8 @@ def test_reconstruction_computes_what_the_factors_do(refined: Path, tmp_path: Pa
             rows[Projection.DOWN] = rows[Projection.DOWN].T
             for matrix_HI in rows.values():
                 alive = matrix_HI.abs().sum(1).nonzero()[:, 0]
-                assert kept_EK is not None
-                assert torch.equal(alive, kept_EK[expert])
+                assert kept is not None
+                assert torch.equal(alive, kept.of_expert(expert))
     manifest = tucker.manifest
     assert any(manifest.kept_neurons(layer, 0) is not None for layer in (1, 2))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from tuckerize.calibration.moments import GroupMoments, refit_moments
@@ -19,7 +18,7 @@ from tuckerize.domain import (
     StackShape,
 )
 from tuckerize.linalg.gram import leading_eigenvectors
-from tuckerize.linalg.selection import eliminate, refit_down
+from tuckerize.linalg.selection import KeptNeurons, all_neurons, eliminate, refit_down
 from tuckerize.linalg.tucker import TuckerFactors
 from tuckerize.linalg.weighted import weighted_tucker
 from tuckerize.runtime.experts import Activation, TuckerExperts, named_tensors
@@ -30,7 +29,7 @@ class LayerSizes:
     """What the stacks of one layer are compressed to.
 
     Attributes:
-        neurons: Width: neurons that every expert keeps.
+        neurons: Width: neurons that an expert keeps on average.
         ranks: Core sizes of the projections, of stacks of that width.
         joint: gate_proj and up_proj share one U_I.
     """
@@ -51,15 +50,20 @@ class CompressedGroup:
 
     Attributes:
         factors: The Tucker tensor of every projection; gate and up share the object U_I if joint.
-        kept_EK: Neurons that every expert kept, ascending, shape (E, K); None if all.
+        kept: Neurons that every expert kept; None if all.
         sizes: What it was compressed to.
         sweeps: Sweeps of weighted least squares for every projection.
     """
 
     factors: Mapping[Projection, TuckerFactors]
-    kept_EK: Tensor | None
+    kept: KeptNeurons | None
     sizes: LayerSizes
     sweeps: Mapping[Projection, int]
+
+    @property
+    def widths(self) -> tuple[int, ...] | None:
+        """Neurons of every expert; None if all."""
+        return None if self.kept is None else self.kept.widths
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by their names below the group."""
@@ -67,7 +71,9 @@ class CompressedGroup:
             name: tensor
             for coupling in self.sizes.couplings
             for projection in coupling
-            for name, tensor in named_tensors(coupling, projection, self.factors[projection])
+            for name, tensor in named_tensors(
+                coupling, projection, self.factors[projection], self.widths
+            )
         }
 
 
@@ -77,6 +83,7 @@ def compress_group(
     moments: GroupMoments,
     sizes: LayerSizes,
     *,
+    multiple: int,
     max_sweeps: int,
     activation: Activation,
 ) -> CompressedGroup:
@@ -91,6 +98,7 @@ def compress_group(
         tokens: Tokens of the layer.
         moments: What `gather_moments` gave for them.
         sizes: What to compress to.
+        multiple: What the widths of truncated experts are multiples of.
         max_sweeps: Sweeps of weighted least squares at most.
         activation: Between gate and up.
 
@@ -98,25 +106,27 @@ def compress_group(
         MultilinearRankError: A core size does not fit its stack.
         NonFiniteError: A stack holds NaN or infinity.
     """
-    kept_EK = None
-    stacks = dict(group.stacks)
+    kept = None
+    stacks, ranks = dict(group.stacks), sizes.ranks
     if sizes.neurons < group.shape.intermediate:
         down_EHI = group.stacks[Projection.DOWN]
-        kept_EK = eliminate(moments.neurons_EHH, down_EHI).kept(sizes.neurons)
-        stacks = {projection: _rows(stack, kept_EK) for projection, stack in stacks.items()}
+        kept = eliminate(moments.neurons_EHH, down_EHI).kept(sizes.neurons, multiple=multiple)
+        stacks = {projection: kept.rows(stack) for projection, stack in stacks.items()}
+        # All work is on stacks as wide as the widest expert, with rows of zeros.
+        ranks = {p: r._replace(intermediate=max(kept.widths)) for p, r in ranks.items()}
     factors: dict[Projection, TuckerFactors] = {}
     sweeps = dict.fromkeys(Projection, 0)
     for coupling in sizes.couplings[:-1]:
         found = weighted_tucker(
             [stacks[projection] for projection in coupling],
             moments.hidden_EII,
-            sizes.ranks[coupling[0]],
+            ranks[coupling[0]],
             max_sweeps=max_sweeps,
         )
         factors.update(zip(coupling, found.tensors, strict=True))
         sweeps.update(dict.fromkeys(coupling, found.sweeps))
     neurons_EKK = moments.neurons_EHH
-    if kept_EK is not None or any(
+    if kept is not None or any(
         factors[p].rank != MultilinearRank(*group.shape) for p in (Projection.GATE, Projection.UP)
     ):
         neurons_EKK, cross_EKH = refit_moments(
@@ -128,19 +138,18 @@ def compress_group(
             ),
             activation=activation,
         )
-        all_EK = torch.arange(group.shape.intermediate).expand(group.shape.experts, -1)
         stacks[Projection.DOWN] = refit_down(
             neurons_EKK,
             cross_EKH,
             group.stacks[Projection.DOWN],
-            all_EK if kept_EK is None else kept_EK,
+            kept or all_neurons(group.shape),
         )
-    down_rank = sizes.ranks[Projection.DOWN]
+    down_rank = ranks[Projection.DOWN]
     down_shape = StackShape(*stacks[Projection.DOWN].shape)
     if down_rank.truncated_modes(down_shape) == (Mode.HIDDEN,):
         so_far = {**factors, Projection.DOWN: TuckerFactors(stacks[Projection.DOWN])}
         output_II = _output_moment(
-            group, tokens, CompressedGroup(so_far, kept_EK, sizes, sweeps), activation
+            group, tokens, CompressedGroup(so_far, kept, sizes, sweeps), activation
         )
         U_I = leading_eigenvectors(output_II, down_rank.hidden)
         factors[Projection.DOWN] = TuckerFactors(stacks[Projection.DOWN] @ U_I, U_I=U_I)
@@ -148,13 +157,7 @@ def compress_group(
         factors[Projection.DOWN], sweeps[Projection.DOWN] = _weighted_down(
             stacks[Projection.DOWN], neurons_EKK, down_rank, max_sweeps
         )
-    return CompressedGroup(factors, kept_EK, sizes, sweeps)
-
-
-def _rows(stack_EHI: Tensor, kept_EK: Tensor) -> Tensor:
-    """The kept rows of every expert, shape (E, K, I)."""
-    places = kept_EK.to(stack_EHI.device)[:, :, None].expand(-1, -1, stack_EHI.shape[2])
-    return stack_EHI.gather(1, places)
+    return CompressedGroup(factors, kept, sizes, sweeps)
 
 
 def _weighted_down(

@@ -17,7 +17,7 @@ from tuckerize.calibration.moments import GroupMoments, refit_moments
 from tuckerize.calibration.tokens import DenseGroup, LayerTokens
 from tuckerize.domain import Projection
 from tuckerize.linalg.gram import eigenvalues_and_vectors
-from tuckerize.linalg.selection import eliminate, refit_down
+from tuckerize.linalg.selection import KeptNeurons, all_neurons, eliminate, refit_down
 from tuckerize.linalg.weighted import matrix_roots
 from tuckerize.runtime.experts import Activation
 
@@ -136,7 +136,7 @@ def profile_layer(
     )
 
 
-def _gate_up_energy(group: DenseGroup, moments: GroupMoments, kept_EK: Tensor) -> Tensor:
+def _gate_up_energy(group: DenseGroup, moments: GroupMoments, kept: KeptNeurons) -> Tensor:
     """Gram matrix (I, I) of the kept rows of gate and up, weighted by how the output moves.
 
     It moves with the products of gate and up by first order; see `GroupMoments`.
@@ -147,11 +147,11 @@ def _gate_up_energy(group: DenseGroup, moments: GroupMoments, kept_EK: Tensor) -
         (Projection.GATE, moments.gate_sensitivity_EH),
         (Projection.UP, moments.up_sensitivity_EH),
     ):
-        for stack_HI, sensitivity_H, kept_K in zip(
-            group.stacks[projection], sensitivities, kept_EK, strict=True
+        for expert, (stack_HI, sensitivity_H) in enumerate(
+            zip(group.stacks[projection], sensitivities, strict=True)
         ):
-            kept = kept_K.to(stack_HI.device)
-            rows_KI = sensitivity_H[kept].sqrt()[:, None] * stack_HI[kept]
+            places_K = kept.of_expert(expert).to(stack_HI.device)
+            rows_KI = sensitivity_H[places_K].sqrt()[:, None] * stack_HI[places_K]
             energy_II += (rows_KI.T @ rows_KI).double().cpu()
     return energy_II
 
@@ -184,9 +184,8 @@ def _measured_over_first_order(
     sizes = sorted({max(1, round(part * hidden)) for part in _MEASURED_SHARES})
     missed = np.zeros(len(sizes))
     for group, own in zip(groups, moments, strict=True):
-        all_EH = torch.arange(group.shape.intermediate).expand(group.shape.experts, -1)
         root_II, inverse_II = _pooled_roots(own)
-        energy_II = root_II @ _gate_up_energy(group, own, all_EH) @ root_II
+        energy_II = root_II @ _gate_up_energy(group, own, all_neurons(group.shape)) @ root_II
         vectors_II = eigenvalues_and_vectors(energy_II)[1]
         for index, size in enumerate(sizes):
             leading_IR = vectors_II[:, :size]
@@ -213,8 +212,7 @@ def _refitted_error(
     now_EHH, cross_EHH = refit_moments(
         group, tokens, lambda place: (gate_up[0][place], gate_up[1][place]), activation=activation
     )
-    all_EH = torch.arange(group.shape.intermediate).expand(group.shape.experts, -1)
-    refitted_EHI = refit_down(now_EHH, cross_EHH, down_EHI, all_EH)
+    refitted_EHI = refit_down(now_EHH, cross_EHH, down_EHI, all_neurons(group.shape))
     dense = (down_EHI * (moments.neurons_EHH @ down_EHI)).sum()
     mixed = (refitted_EHI * (cross_EHH @ down_EHI)).sum()
     now = (refitted_EHI * (now_EHH @ refitted_EHI)).sum()

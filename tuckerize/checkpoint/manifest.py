@@ -25,7 +25,7 @@ REPORT = "verify.json"
 
 SCHEMA_VERSION = 1
 
-Indices = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
 
 Count = Annotated[int, Field(ge=0)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -62,7 +62,7 @@ class LayerRecord(_Record):
 
     Attributes:
         layer: Index of the layer.
-        neurons: Width: neurons that every expert keeps.
+        neurons: Width: neurons that an expert keeps on average over its group.
         kept: For every group which neurons its experts keep: E x H bits, row by row, the first in
             the highest bit of the first byte, as base64; empty if all are kept.
         output_error: Relative output error (unitless) on calibration tokens that were held out.
@@ -126,10 +126,12 @@ class TuckerManifest(_Record):
         for record in self.calibrated:
             kept = [unpack_neurons(text, self._group_shape) for text in record.kept]
             groups = self.groups if record.neurons < self.shape.intermediate else 0
-            wanted = [(self.group_size, record.neurons)] * groups
-            if record.neurons > self.shape.intermediate or [k.shape for k in kept] != wanted:
+            wanted = [self.group_size * record.neurons] * groups
+            silent = any(not own_EH.any(axis=1).all() for own_EH in kept)
+            sums = [int(own_EH.sum()) for own_EH in kept]
+            if record.neurons > self.shape.intermediate or sums != wanted or silent:
                 raise ValueError(
-                    f"layer {record.layer} does not keep {record.neurons} neurons of every expert"
+                    f"layer {record.layer} does not keep {record.neurons} neurons an expert"
                 )
         return self
 
@@ -149,12 +151,19 @@ class TuckerManifest(_Record):
         return self.shape.experts // self.group_size
 
     def stack_shape(self, layer: int) -> StackShape:
-        """Sizes of one stack of a layer, as many neurons as its experts keep."""
+        """Sizes of one stack of a layer, as many neurons as its experts keep on average."""
         neurons = next((r.neurons for r in self.calibrated if r.layer == layer), None)
         return self._group_shape._replace(intermediate=neurons or self.shape.intermediate)
 
-    def kept_neurons(self, layer: int, group: int) -> Indices | None:
-        """Neurons that every expert of a group keeps, ascending, shape (E, K); None if all."""
+    def widths(self, layer: int, group: int) -> tuple[int, ...]:
+        """Neurons of every expert of a group."""
+        kept_EH = self.kept_neurons(layer, group)
+        if kept_EH is None:
+            return (self.shape.intermediate,) * self.group_size
+        return tuple(int(width) for width in kept_EH.sum(axis=1))
+
+    def kept_neurons(self, layer: int, group: int) -> Mask | None:
+        """Which neurons every expert of a group keeps, shape (E, H); None if all."""
         record = next((r for r in self.calibrated if r.layer == layer and r.kept), None)
         return None if record is None else unpack_neurons(record.kept[group], self._group_shape)
 
@@ -195,15 +204,13 @@ class ShardManifest(_Record):
         return [shard for shard in self.shards if shard.tp_rank == tp_rank]
 
 
-def pack_neurons(kept_EK: Indices, neurons: int) -> str:
-    """Kept neurons of every expert of a group as the text of a `LayerRecord`."""
-    bits_EH = np.zeros((len(kept_EK), neurons), dtype=bool)
-    np.put_along_axis(bits_EH, kept_EK, values=True, axis=1)
-    return base64.b64encode(np.packbits(bits_EH).tobytes()).decode()
+def pack_neurons(kept_EH: Mask) -> str:
+    """Which neurons every expert of a group keeps as the text of a `LayerRecord`."""
+    return base64.b64encode(np.packbits(kept_EH).tobytes()).decode()
 
 
-def unpack_neurons(text: str, shape: StackShape) -> Indices:
-    """Kept neurons of every expert of a group, shape (E, K), from the text of a `LayerRecord`.
+def unpack_neurons(text: str, shape: StackShape) -> Mask:
+    """Which neurons every expert of a group keeps, shape (E, H), from the text of a `LayerRecord`.
 
     Args:
         text: What `pack_neurons` gave.
@@ -216,11 +223,7 @@ def unpack_neurons(text: str, shape: StackShape) -> Indices:
     count = shape.experts * shape.intermediate
     if len(bits) != -(-count // 8) * 8:
         raise ValueError(f"{len(bits)} bits are not {shape.experts} x {shape.intermediate}")
-    rows_EH = bits[:count].reshape(shape.experts, shape.intermediate)
-    widths = {int(width) for width in rows_EH.sum(1)}
-    if len(widths) != 1:
-        raise ValueError(f"experts keep different numbers of neurons: {sorted(widths)}")
-    return np.nonzero(rows_EH)[1].reshape(shape.experts, -1)
+    return bits[:count].reshape(shape.experts, shape.intermediate).astype(bool)
 
 
 _Manifest = TypeVar("_Manifest", TuckerManifest, ShardManifest)

@@ -77,15 +77,17 @@ def split_dimension(
     Args:
         layout: The layout.
         projection: Projection that the tensor belongs to; gate_proj for a U_I shared with up_proj.
-        tensor: `core` or a factor name.
+        tensor: `core`, the name of one expert's rows of it, or a factor name.
         rank: Core sizes of the stack.
         shape: Sizes of the stack.
     """
     if tensor == Mode.INTERMEDIATE.factor_name:
         return 0
     full_rows = rank.intermediate == shape.intermediate
+    if layout == Layout.INTERMEDIATE and not full_rows:
+        return None
     if layout == Layout.INTERMEDIATE:
-        return 1 if tensor == CORE and full_rows else None
+        return {CORE: 1}.get(tensor, 0 if tensor.startswith(CORE) else None)
     if projection == Projection.DOWN:
         return 1 if tensor == CORE else None
     return {CORE: 2, Mode.HIDDEN.factor_name: 1}.get(tensor)

@@ -168,6 +168,7 @@ def _compress_layer(
 ) -> _Compressed:
     settings = plan.recipe.calibration
     steps = settings.refine if settings else 0
+    multiple = settings.multiple_for(run.moe.shape.intermediate) if settings else 1
     fit, held_out = tokens.split()
     compressed, rare = [], []
     for index, group in enumerate(groups):
@@ -181,6 +182,7 @@ def _compress_layer(
                     fit,
                     moments,
                     piece.sizes,
+                    multiple=multiple,
                     max_sweeps=plan.recipe.max_sweeps,
                     activation=run.activation,
                 )
@@ -204,7 +206,7 @@ def _compress_layer(
     dtype = TORCH_DTYPES[plan.dtype]
     stored = [
         {n: finite(t.to(dtype), plan.dtype) for n, t in own.items()}
-        for own in _orthonormal_groups(module, piece.sizes)
+        for own in _orthonormal_groups(module, compressed)
     ]
     notes = []
     if rare:
@@ -223,16 +225,18 @@ def _is_dense(sizes: LayerSizes, groups: Sequence[DenseGroup]) -> bool:
     )
 
 
-def _orthonormal_groups(module: TuckerExperts, sizes: LayerSizes) -> list[dict[str, Tensor]]:
+def _orthonormal_groups(
+    module: TuckerExperts, compressed: Sequence[CompressedGroup]
+) -> list[dict[str, Tensor]]:
     """The tensors of a layer with orthonormal columns in every factor, as the format has them."""
     groups = []
-    for group in module.groups:
+    for group, shapes in zip(module.groups, compressed, strict=True):
         tensors = {name: value.detach() for name, value in group.named_parameters()}
         own: dict[str, Tensor] = {}
-        for coupling in sizes.couplings:
+        for coupling in shapes.sizes.couplings:
             for projection in coupling:
                 factors = _orthonormal(factors_of(tensors, projection))
-                own.update(named_tensors(coupling, projection, factors))
+                own.update(named_tensors(coupling, projection, factors, shapes.widths))
         groups.append(own)
     return groups
 
@@ -264,8 +268,8 @@ def _write(
     ):
         named.update({f"{prefix}.group_{index}.{n}": t.cpu() for n, t in tensors.items()})
         results += _results(piece, index, group, own, tensors)
-        if own.kept_EK is not None:
-            kept.append(pack_neurons(own.kept_EK.cpu().numpy(), group.shape.intermediate))
+        if own.kept is not None:
+            kept.append(pack_neurons(own.kept.mask(group.shape.intermediate).numpy()))
     written = write_tensors(output / str(plan.weight_file(piece)), named)
     refinement = compressed.refinement
     error = refinement.error_after if refinement.kept else refinement.error_before
@@ -293,6 +297,7 @@ def _results(
     tensors: Mapping[str, Tensor],
 ) -> list[StackResult]:
     results = []
+    places_EK = compressed.kept and compressed.kept.places_EK
     for projection, stack in group.stacks.items():
         stored = factors_of(dict(tensors), projection)
         results.append(
@@ -300,8 +305,8 @@ def _results(
                 layer=piece.layer,
                 group=index,
                 projection=projection,
-                multilinear_rank=stored.rank,
-                relative_residual=relative_residual(stack, stored, compressed.kept_EK),
+                multilinear_rank=piece.sizes.ranks[projection],
+                relative_residual=relative_residual(stack, stored, places_EK),
                 sweeps=compressed.sweeps[projection],
             )
         )

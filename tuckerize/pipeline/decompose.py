@@ -24,6 +24,7 @@ from tuckerize.linalg.hooi import Decomposition, hooi
 from tuckerize.linalg.rank_choice import rank_for_tolerance
 from tuckerize.linalg.tensorly_engine import tensorly_tucker
 from tuckerize.linalg.tucker import relative_residual
+from tuckerize.moe.families import Family
 from tuckerize.moe.stacks import group_experts, read_stack
 from tuckerize.parallel.processes import Processes
 from tuckerize.pipeline.calibrated import Calibration, compress_layers
@@ -207,8 +208,6 @@ def _finish(plan: Plan, folder: OutputFolder, model: str) -> TuckerManifest:
     stacks.sort(key=lambda stack: (stack.layer, stack.group))
     output = folder.folder
     copy_other_files(plan.source.folder, output)
-    announced = _announce(plan, stacks, {record.layer: record.neurons for record in calibrated})
-    write_json(output / CONFIG, {**plan.source.config, "quantization_config": announced})
     opened = [WeightFile.open(output / file.name) for file in files]
     headers = {name: place.header for file in opened for name, place in file.tensors.items()}
     manifest = TuckerManifest(
@@ -230,23 +229,26 @@ def _finish(plan: Plan, folder: OutputFolder, model: str) -> TuckerManifest:
         after=measure(headers, is_routed=plan.model.is_routed),
         files=tuple(files),
     )
+    announced = _announce(plan.model.family, manifest)
+    write_json(output / CONFIG, {**plan.source.config, "quantization_config": announced})
     write_index(output, opened)
     folder.finish(manifest.model_dump(mode="json"))
     return manifest
 
 
-def _announce(plan: Plan, stacks: list[StackResult], neurons: dict[int, int]) -> dict[str, Any]:
+def _announce(family: Family, manifest: TuckerManifest) -> dict[str, Any]:
     """`quantization_config`: tells loaders which experts are factored, and their core sizes."""
     modules: dict[str, list[dict[str, Any]]] = {}
-    for stack in stacks:
-        groups = modules.setdefault(plan.model.family.experts_prefix(stack.layer), [])
+    for stack in manifest.stacks:
+        groups = modules.setdefault(family.experts_prefix(stack.layer), [])
         while len(groups) <= stack.group:
-            groups.append({"neurons": neurons.get(stack.layer, plan.model.shape.intermediate)})
+            widths = manifest.widths(stack.layer, len(groups))
+            groups.append({"neurons": widths if len(set(widths)) > 1 else widths[0]})
         groups[stack.group][stack.projection] = list(stack.multilinear_rank)
     return {
         "quant_method": "tuckerize",
         "format_version": FORMAT_VERSION,
-        "group_size": plan.group_size,
-        "joint": plan.joint,
+        "group_size": manifest.group_size,
+        "joint": manifest.joint,
         "modules": modules,
     }

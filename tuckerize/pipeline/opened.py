@@ -8,13 +8,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from tuckerize.checkpoint.files import sha256_of
 from tuckerize.checkpoint.hub import resolve_model
 from tuckerize.checkpoint.manifest import MANIFEST, TuckerManifest, read_tucker_manifest
 from tuckerize.checkpoint.reader import Checkpoint
-from tuckerize.domain import CORE, Mode, MultilinearRank, Projection, TensorHeader
+from tuckerize.domain import (
+    CORE,
+    Mode,
+    MultilinearRank,
+    Projection,
+    TensorHeader,
+    expert_core_names,
+)
 from tuckerize.errors import CheckpointError
+from tuckerize.linalg.selection import KeptNeurons, kept_neurons
 from tuckerize.linalg.tucker import TuckerFactors
 from tuckerize.moe.families import FAMILIES, Family, MoeModel, describe_moe
 from tuckerize.runtime.experts import SHARED_U_I
@@ -68,10 +77,10 @@ class OpenedTucker:
         names = [prefix + name for name in self.group_headers(layer, group)]
         return {name.removeprefix(prefix): tensor for name, tensor in self.checkpoint.read(names)}
 
-    def kept(self, layer: int, group: int) -> Tensor | None:
-        """Neurons that every expert of a group keeps, shape (E, K); None if all."""
-        kept_EK = self.manifest.kept_neurons(layer, group)
-        return None if kept_EK is None else torch.from_numpy(kept_EK)
+    def kept(self, layer: int, group: int) -> KeptNeurons | None:
+        """Neurons that every expert of a group keeps; None if all."""
+        kept_EH = self.manifest.kept_neurons(layer, group)
+        return None if kept_EH is None else kept_neurons(torch.from_numpy(kept_EH))
 
     def ranks(self, layer: int) -> list[dict[Projection, MultilinearRank]]:
         """Core sizes of the projections of every group of a layer."""
@@ -129,12 +138,22 @@ def open_source(model: str, tucker: OpenedTucker) -> OpenedSource:
     return OpenedSource(checkpoint, found)
 
 
+def _core_of(group: dict[str, Tensor], projection: Projection) -> Tensor:
+    """The core of a projection, zeros below the rows of narrower experts."""
+    own = {
+        n.removeprefix(f"{projection}."): t for n, t in group.items() if n.startswith(projection)
+    }
+    if CORE in own:
+        return own[CORE]
+    return pad_sequence([own[name] for name in expert_core_names(own)], batch_first=True)
+
+
 def factors_of(group: dict[str, Tensor], projection: Projection) -> TuckerFactors:
     """The Tucker tensor of one projection from its group's tensors."""
     hidden = Mode.HIDDEN.factor_name
     shared = None if projection == Projection.DOWN else group.get(f"{SHARED_U_I}.{hidden}")
     return TuckerFactors(
-        core=group[f"{projection}.{CORE}"],
+        core=_core_of(group, projection),
         U_E=group.get(f"{projection}.{Mode.EXPERT.factor_name}"),
         U_H=group.get(f"{projection}.{Mode.INTERMEDIATE.factor_name}"),
         U_I=group.get(f"{projection}.{hidden}", shared),

@@ -96,13 +96,13 @@ def _expand(tucker: OpenedTucker, layer: int, projection: Projection) -> dict[st
     for group in range(tucker.manifest.groups):
         factors = factors_of(tucker.read_group(layer, group), projection)
         experts = group_experts(tucker.manifest.shape, tucker.manifest.group_size, group)
-        kept_EK = tucker.kept(layer, group)
+        kept = tucker.kept(layer, group)
         for place, (expert, slice_HI) in enumerate(
             zip(experts, factors.expand_slices(wide), strict=True)
         ):
-            if kept_EK is not None:
+            if kept is not None:
                 rows = tucker.manifest.shape.intermediate
-                slice_HI = with_zero_rows(slice_HI, kept_EK[place], rows)  # noqa: PLW2901
+                slice_HI = with_zero_rows(slice_HI, kept.places_EK[place], rows)  # noqa: PLW2901
             weight = to_stack_orientation(slice_HI, projection).to(dtype)
             weights[tucker.family.weight_name(layer, expert, projection)] = weight.contiguous()
     return weights

@@ -81,7 +81,7 @@ def choose_layout(tucker: OpenedTucker, tp_size: int, layout: Layout | None) -> 
     """The layout that was asked for, or the best: the fewest bytes a process, then least traffic.
 
     Raises:
-        UsageError: Some process would own nothing.
+        UsageError: Some process would own nothing, or the layout needs experts of equal width.
     """
     if tp_size < 1:
         raise UsageError(f"--tp {tp_size} is not a number of processes", hint="use --tp 1 or more")
@@ -90,10 +90,19 @@ def choose_layout(tucker: OpenedTucker, tp_size: int, layout: Layout | None) -> 
         least = min(cost.bytes_per_process for cost in costs)
         affordable = [c for c in costs if c.bytes_per_process <= least * _BYTES_MARGIN]
         layout = Layout(min(affordable, key=lambda cost: cost.traffic_per_token).layout)
+    if layout not in _layouts(tucker):
+        raise UsageError(
+            f"layout '{layout}' splits experts of equal width only, and calibration gave these "
+            "different ones",
+            hint=f"use --layout {Layout.INTERMEDIATE}",
+        )
     smallest = min(
-        smallest_split_size(layout, ranks, tucker.manifest.stack_shape(layer))
+        min(
+            smallest_split_size(layout, ranks, tucker.manifest.stack_shape(layer)),
+            *tucker.manifest.widths(layer, group),
+        )
         for layer in tucker.manifest.layers
-        for ranks in tucker.ranks(layer)
+        for group, ranks in enumerate(tucker.ranks(layer))
     )
     if tp_size > smallest:
         raise UsageError(
@@ -104,11 +113,19 @@ def choose_layout(tucker: OpenedTucker, tp_size: int, layout: Layout | None) -> 
     return layout
 
 
+def _layouts(tucker: OpenedTucker) -> tuple[Layout, ...]:
+    """The layouts that can split the checkpoint."""
+    manifest = tucker.manifest
+    places = [(layer, group) for layer in manifest.layers for group in range(manifest.groups)]
+    equal = all(len(set(manifest.widths(*place))) == 1 for place in places)
+    return tuple(Layout) if equal else (Layout.INTERMEDIATE,)
+
+
 def layout_costs(tucker: OpenedTucker, tp_size: int) -> tuple[LayoutCost, ...]:
-    """Bytes a process and traffic a token of every layout."""
+    """Bytes a process and traffic a token of every layout that can split the checkpoint."""
     number = _number_bytes(tucker)
     costs = []
-    for layout in Layout:
+    for layout in _layouts(tucker):
         stored, sent = 0, 0.0
         for layer in tucker.manifest.layers:
             for group in range(tucker.manifest.groups):

@@ -250,7 +250,7 @@ def _residual_difference(tucker: OpenedTucker, source: OpenedSource, layer: int)
     """Largest |measured − recorded| relative residual of a layer's stacks."""
     largest = 0.0
     for group in range(tucker.manifest.groups):
-        tensors = tucker.read_group(layer, group)
+        tensors, kept = tucker.read_group(layer, group), tucker.kept(layer, group)
         for recorded in tucker.manifest.stacks:
             if (recorded.layer, recorded.group) != (layer, group):
                 continue
@@ -263,7 +263,7 @@ def _residual_difference(tucker: OpenedTucker, source: OpenedSource, layer: int)
                 dtype=TORCH_DTYPES[source.model.dtype],
             )
             measured = relative_residual(
-                stack_EHI, factors_of(tensors, recorded.projection), tucker.kept(layer, group)
+                stack_EHI, factors_of(tensors, recorded.projection), kept and kept.places_EK
             )
             largest = max(largest, abs(measured - recorded.relative_residual))
     return largest

@@ -18,7 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tuckerize.domain import CORE, Coupling, Mode, Projection, coupling_name
+from tuckerize.domain import (
+    CORE,
+    Coupling,
+    Mode,
+    Projection,
+    coupling_name,
+    expert_core_name,
+    expert_core_names,
+)
 from tuckerize.errors import CheckpointError
 from tuckerize.linalg.tucker import TuckerFactors
 from tuckerize.parallel.layouts import output_width
@@ -39,16 +47,26 @@ SHARED_U_I = "gate_up_proj"
 
 
 def named_tensors(
-    coupling: Coupling, projection: Projection, factors: TuckerFactors
+    coupling: Coupling,
+    projection: Projection,
+    factors: TuckerFactors,
+    widths: Sequence[int] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Names below the group, and values, of what is stored of one stack.
+
+    One core for all experts, or, where their widths differ, a matrix of core rows for each.
 
     Args:
         coupling: The projections that share one U_I with it.
         projection: Its projection.
         factors: Its Tucker tensor.
+        widths: Neurons of every expert; rows of the core beyond them are zero. None if all.
     """
-    yield f"{projection}.{CORE}", factors.core
+    if widths is None or len(set(widths)) == 1:
+        yield f"{projection}.{CORE}", factors.core
+    else:
+        for expert, width in enumerate(widths):
+            yield f"{projection}.{expert_core_name(expert)}", factors.core[expert, :width]
     for mode, factor in zip(Mode, factors.factors, strict=True):
         if factor is not None:
             owner = coupling_name(coupling) if mode == Mode.HIDDEN else projection
@@ -87,9 +105,12 @@ def assign(experts_Tk: Tensor, weights_Tk: Tensor, experts: range) -> Assignment
 
 
 class TuckerStack(nn.Module):
-    """Core and factors of one stack, whole or a process's slices; absent ones are None."""
+    """Core and factors of one stack, whole or a process's slices; absent ones are None.
 
-    core: Tensor | None
+    The core is a list of the experts' matrices where their widths differ.
+    """
+
+    core: Tensor | nn.ParameterList | None
     U_E: Tensor | None
     U_H: Tensor | None
     U_I: Tensor | None
@@ -97,27 +118,46 @@ class TuckerStack(nn.Module):
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
         for name in (CORE, *(mode.factor_name for mode in Mode)):
-            value = tensors.get(name)
-            parameter = None if value is None else nn.Parameter(value, requires_grad=False)
-            self.register_parameter(name, parameter)
+            self.register_parameter(name, _parameter(tensors.get(name)))
+        matrices = [tensors[name] for name in expert_core_names(tensors)]
+        if matrices:
+            del self.core  # a name is that of a parameter or of a module
+            self.core = nn.ParameterList(_parameter(matrix) for matrix in matrices)
 
     def expert_core(self, expert: int, dtype: torch.dtype) -> Tensor:
-        """C_e, shape (r_H, r_I)."""
+        """C_e, shape (r_H, r_I), or as many rows as the expert has neurons."""
         if self.core is None:
             raise CheckpointError("a stack has no core", hint="write the checkpoint again")
-        if self.U_E is None:
+        if isinstance(self.core, nn.ParameterList) or self.U_E is None:
             return self.core[expert].to(dtype)
         mixed: Tensor = torch.tensordot(self.U_E[expert].to(dtype), self.core.to(dtype), dims=1)
         return mixed
 
     def multiply(self, rows_NX: Tensor, counts: list[int], *, transposed: bool) -> Tensor:
-        """Multiply the rows of every expert by its C_e, or by C_eᵀ."""
+        """Multiply the rows of every expert by its C_e, or by C_eᵀ.
+
+        Where experts differ in width, all rows are as wide as the widest; what is beyond is zero.
+        """
         results: list[Tensor] = []
         for expert, rows in enumerate(rows_NX.split_with_sizes(counts)):
             if len(rows) or not results:
                 core_QR = self.expert_core(expert, rows.dtype)
-                results.append(rows @ (core_QR if transposed else core_QR.T))
+                if transposed:
+                    results.append(rows[:, : len(core_QR)] @ core_QR)
+                else:
+                    results.append(self._widen(rows @ core_QR.T))
         return torch.cat(results)
+
+    def _widen(self, rows_NQ: Tensor) -> Tensor:
+        """Zeros for neurons that only wider experts have."""
+        if not isinstance(self.core, nn.ParameterList):
+            return rows_NQ
+        widest = max(len(matrix) for matrix in self.core)
+        return functional.pad(rows_NQ, (0, widest - rows_NQ.shape[1]))
+
+
+def _parameter(tensor: Tensor | None) -> nn.Parameter | None:
+    return None if tensor is None else nn.Parameter(tensor, requires_grad=False)
 
 
 class TuckerGroup(nn.Module):

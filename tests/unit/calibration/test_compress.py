@@ -39,7 +39,7 @@ def compress(
 ) -> tuple[CompressedGroup, float]:
     """The compressed group, and its relative output error on the tokens."""
     moments = gather_moments(group, tokens, activation=silu)
-    found = compress_group(group, tokens, moments, sizes, max_sweeps=5, activation=silu)
+    found = compress_group(group, tokens, moments, sizes, multiple=1, max_sweeps=5, activation=silu)
     output_TI = group_output(found.tensors(), group.experts, tokens, silu)
     exact_TI = exact_output(group, tokens)
     return found, relative(output_TI - exact_TI, exact_TI)
@@ -63,8 +63,9 @@ def expanded_output(
         if expert not in experts:
             return ExpertWeights(*(torch.zeros(1, SHAPE.hidden),) * 2, torch.zeros(SHAPE.hidden, 1))
         matrices = [found.factors[p].expand_slice(place, torch.float64) for p in Projection]
-        if found.kept_EK is not None:
-            matrices = [with_zero_rows(m, found.kept_EK[place], neurons) for m in matrices]
+        if found.kept is not None:
+            places_K = found.kept.places_EK[place]
+            matrices = [with_zero_rows(m, places_K, neurons) for m in matrices]
         return ExpertWeights(matrices[0], matrices[1], matrices[2].T)
 
     return dense_output(
@@ -80,7 +81,7 @@ def expanded_output(
 def test_full_sizes_give_the_stacks_bit_for_bit(joint: bool) -> None:
     group, tokens = make_group(SHAPE), make_tokens(60, 8, 3)
     found, error = compress(group, tokens, sizes_of(10, 8, 8, joint=joint))
-    assert found.kept_EK is None
+    assert found.kept is None
     assert error < 1e-5
     for projection in Projection:
         assert found.factors[projection].factors == (None, None, None)
@@ -99,9 +100,24 @@ def test_factored_output_is_that_of_the_expanded_experts(
     expected_TI = expanded_output(found, group.experts, tokens, SHAPE.intermediate)
     assert_close(output_TI.double(), expected_TI, rtol=1e-3, atol=1e-4)
     if sizes[0] < SHAPE.intermediate:
-        assert found.kept_EK is not None
-        assert found.kept_EK.shape == (SHAPE.experts, sizes[0])
-        assert bool((found.kept_EK.diff(dim=1) > 0).all())
+        assert found.kept is not None
+        assert sum(found.kept.widths) == SHAPE.experts * sizes[0]
+        apart = f"{Projection.DOWN}.core.2" in found.tensors()
+        assert apart == (len(set(found.kept.widths)) > 1)
+
+
+def test_experts_that_matter_more_keep_more_neurons() -> None:
+    group, tokens = make_group(SHAPE), make_tokens(80, 8, 6)
+    group.stacks[Projection.DOWN][1] *= 10
+    found, error = compress(group, tokens, sizes_of(6, 5, 6))
+    assert found.kept is not None
+    assert found.kept.widths == (4, 10, 4)
+    assert found.tensors()["gate_proj.core.0"].shape == (4, 5)
+    assert found.tensors()["down_proj.core.1"].shape == (10, 6)
+    expected_TI = expanded_output(found, group.experts, tokens, SHAPE.intermediate)
+    output_TI = group_output(found.tensors(), group.experts, tokens, silu)
+    assert_close(output_TI.double(), expected_TI, rtol=1e-3, atol=1e-3)
+    assert error < 0.5
 
 
 RANKS = [
@@ -154,8 +170,9 @@ def test_repeated_neurons_are_dropped_without_loss() -> None:
     group = DenseGroup(stacks, group.experts)
     found, error = compress(group, tokens, sizes_of(5, 8, 8))
     assert error < 5e-3
-    assert found.kept_EK is not None
-    assert [sorted(n % 5 for n in row) for row in found.kept_EK.tolist()] == [list(range(5))] * 3
+    assert found.kept is not None
+    for expert in range(3):
+        assert sorted(n % 5 for n in found.kept.of_expert(expert).tolist()) == list(range(5))
     assert compress(group, tokens, sizes_of(4, 8, 8))[1] > 3e-2
 
 

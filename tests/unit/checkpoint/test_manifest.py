@@ -13,8 +13,8 @@ from tuckerize.checkpoint.files import write_json
 from tuckerize.checkpoint.manifest import (
     MANIFEST,
     FileRecord,
-    Indices,
     LayerRecord,
+    Mask,
     ShardManifest,
     ShardRecord,
     SourceRecord,
@@ -171,37 +171,33 @@ def test_manifest_on_disk_is_plain_json(tmp_path: Path) -> None:
 
 
 @st.composite
-def selections(draw: st.DrawFn) -> tuple[Indices, StackShape]:
+def selections(draw: st.DrawFn) -> tuple[Mask, StackShape]:
     """Which neurons every expert of a group keeps."""
     experts, neurons = draw(st.integers(1, 9)), draw(st.integers(1, 40))
-    width = draw(st.integers(1, neurons))
-    rows = st.permutations(range(neurons)).map(lambda order: sorted(order[:width]))
-    kept_EK = np.array([draw(rows) for _ in range(experts)], dtype=np.int64)
-    return kept_EK, StackShape(experts, neurons, 4)
+    rows = st.lists(st.booleans(), min_size=neurons, max_size=neurons)
+    kept_EH = np.array([draw(rows) for _ in range(experts)], dtype=bool)
+    return kept_EH, StackShape(experts, neurons, 4)
 
 
 @given(selections())
 def test_kept_neurons_packed_then_unpacked_are_the_same(
-    selection: tuple[Indices, StackShape],
+    selection: tuple[Mask, StackShape],
 ) -> None:
-    kept_EK, shape = selection
-    text = pack_neurons(kept_EK, shape.intermediate)
-    np.testing.assert_array_equal(unpack_neurons(text, shape), kept_EK)
-    # In any order of the row: the stored bits have none.
-    assert pack_neurons(kept_EK[:, ::-1], shape.intermediate) == text
+    kept_EH, shape = selection
+    np.testing.assert_array_equal(unpack_neurons(pack_neurons(kept_EH), shape), kept_EH)
 
 
 def test_kept_neurons_are_bits_of_expert_after_expert_in_base64() -> None:
     """The first in the highest bit of the first byte."""
-    assert pack_neurons(np.array([[0, 2], [1, 2]]), 3) == "rA=="  # 101 011 00
+    assert pack_neurons(np.array([[1, 0, 1], [0, 1, 1]], bool)) == "rA=="  # 101 011 00
 
 
 def test_manifest_of_a_calibrated_layer_knows_its_stacks(tmp_path: Path) -> None:
-    kept = np.array([[0, 2], [1, 2], [0, 1], [0, 2]])
+    kept = np.array([[1, 0, 1], [0, 1, 0], [1, 1, 1], [1, 0, 1]], dtype=bool)
     record = LayerRecord(
         layer=3,
         neurons=2,
-        kept=(pack_neurons(kept, 3), pack_neurons(kept[::-1], 3)),
+        kept=(pack_neurons(kept), pack_neurons(kept[::-1])),
         output_error=0.1,
         predicted_error=None,
         refined=True,
@@ -216,6 +212,9 @@ def test_manifest_of_a_calibrated_layer_knows_its_stacks(tmp_path: Path) -> None
     assert manifest.stack_shape(3) == StackShape(4, 2, 4)
     assert manifest.stack_shape(1) == StackShape(4, 3, 4)
     assert manifest.kept_neurons(1, 0) is None
+    assert manifest.widths(1, 0) == (3, 3, 3, 3)
+    assert manifest.widths(3, 0) == (2, 1, 3, 2)
+    assert manifest.widths(3, 1) == (2, 3, 1, 2)
     for group, expected in enumerate((kept, kept[::-1])):
         found = manifest.kept_neurons(3, group)
         assert found is not None
@@ -229,7 +228,8 @@ def test_manifest_of_a_calibrated_layer_knows_its_stacks(tmp_path: Path) -> None
         ("calibrated.0.kept", [], "layer 3"),
         ("calibrated.0.kept.0", "rA", "padding"),
         ("calibrated.0.kept.0", "/////w==", "32 bits are not 4 x 3"),
-        ("calibrated.0.kept.0", "8AA=", "experts keep different numbers of neurons: [0, 1, 3]"),
+        ("calibrated.0.kept.0", "8AA=", "layer 3 does not keep 2 neurons an expert"),
+        ("calibrated.0.kept.0", "/wA=", "layer 3"),  # the last expert keeps none
         ("calibrated.0.neurons", 3, "layer 3"),
         ("calibrated.0.neurons", 4, "layer 3"),
     ],
@@ -237,7 +237,7 @@ def test_manifest_of_a_calibrated_layer_knows_its_stacks(tmp_path: Path) -> None
 def test_kept_neurons_that_do_not_fit_are_refused(
     place: str, new: object, message: str, tmp_path: Path
 ) -> None:
-    text = pack_neurons(np.array([[0, 2], [1, 2], [0, 1], [0, 2]]), 3)
+    text = pack_neurons(np.array([[1, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 1]], dtype=bool))
     record = LayerRecord(
         layer=3,
         neurons=2,
