@@ -87,6 +87,7 @@ class Calibration(_Schema):
             lose least, a width with a truncated hidden mode, or `full`.
         allocate: `error` shares the budget out by predicted damage, `uniform` evenly over layers.
         multiple: Truncated sizes are multiples of this; by default 128, or 8 below 1024.
+        equal_widths: All experts of a layer keep equally many neurons, for kernels that need it.
         refine: Gradient steps against each layer's output; 0 for none.
     """
 
@@ -97,6 +98,7 @@ class Calibration(_Schema):
     shape: Literal["auto", "latent", "neurons", "full"] = "auto"
     allocate: Literal["error", "uniform"] = "error"
     multiple: Annotated[int, Field(ge=1)] | None = None
+    equal_widths: bool = False
     refine: Annotated[int, Field(ge=0)] = 300
 
     def multiple_for(self, size: int) -> int:

@@ -38,6 +38,7 @@ OURS: dict[str, tuple[str, ...]] = {
     "unrefined, uniform budget": (*_UNREFINED, "--allocate", "uniform"),
     "unrefined, latent only": (*_UNREFINED, "--shape", "latent"),
     "unrefined, neurons only": (*_UNREFINED, "--shape", "neurons"),
+    "unrefined, equal widths": (*_UNREFINED, "--equal-widths"),
     "unrefined, full Tucker": (*_UNREFINED, "--shape", "full"),
     "unrefined, no weighted sweeps": (*_UNREFINED, "--max-sweeps", "0"),
     "unrefined, groups of 4": (*_UNREFINED, "--group-size", "4"),

@@ -189,6 +189,7 @@ def test_same_command_twice_gives_the_same_bytes(
     [
         ("--shape", "latent"),
         ("--shape", "neurons"),
+        ("--equal-widths",),
         ("--allocate", "uniform"),
         ("--group-size", "4"),
         ("--layers", "2"),
@@ -217,6 +218,13 @@ def test_options_of_a_budget_do_what_they_say(
         assert all(layer["neurons"] == 24 and not layer["kept"] for layer in manifest["calibrated"])
     if "neurons" in options:
         assert all(stack["multilinear_rank"][2] == 32 for stack in manifest["stacks"])
+    if "--equal-widths" in options:
+        announced = json.loads((out / "config.json").read_text())["quantization_config"]
+        groups = [group for groups in announced["modules"].values() for group in groups]
+        assert all(isinstance(group["neurons"], int) for group in groups)
+        assert any(group["neurons"] < 24 for group in groups)
+        succeed("shard", out, "--tp", "2", "--layout", "rank")
+        assert torchrun(2, "-m", "tuckerize", "verify", out).returncode == 0
     if "uniform" in options:
         announced = json.loads((out / "config.json").read_text())["quantization_config"]
         for prefix in announced["modules"]:

@@ -299,6 +299,7 @@ def test_calibration_has_the_documented_defaults() -> None:
         "shape": "auto",
         "allocate": "error",
         "multiple": None,
+        "equal_widths": False,
         "refine": 300,
     }
     assert [settings.multiple_for(size) for size in (96, 1023, 1024, 2048)] == [8, 8, 128, 128]

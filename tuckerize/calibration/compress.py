@@ -32,11 +32,15 @@ class LayerSizes:
         neurons: Width: neurons that an expert keeps on average.
         ranks: Core sizes of the projections, of stacks of that width.
         joint: gate_proj and up_proj share one U_I.
+        multiple: What the experts' own widths are multiples of.
+        equal_widths: All experts are equally wide.
     """
 
     neurons: int
     ranks: Mapping[Projection, MultilinearRank]
     joint: bool
+    multiple: int = 1
+    equal_widths: bool = False
 
     @property
     def couplings(self) -> tuple[Coupling, ...]:
@@ -83,7 +87,6 @@ def compress_group(
     moments: GroupMoments,
     sizes: LayerSizes,
     *,
-    multiple: int,
     max_sweeps: int,
     activation: Activation,
 ) -> CompressedGroup:
@@ -98,7 +101,6 @@ def compress_group(
         tokens: Tokens of the layer.
         moments: What `gather_moments` gave for them.
         sizes: What to compress to.
-        multiple: What the widths of truncated experts are multiples of.
         max_sweeps: Sweeps of weighted least squares at most.
         activation: Between gate and up.
 
@@ -110,7 +112,9 @@ def compress_group(
     stacks, ranks = dict(group.stacks), sizes.ranks
     if sizes.neurons < group.shape.intermediate:
         down_EHI = group.stacks[Projection.DOWN]
-        kept = eliminate(moments.neurons_EHH, down_EHI).kept(sizes.neurons, multiple=multiple)
+        kept = eliminate(moments.neurons_EHH, down_EHI).kept(
+            sizes.neurons, multiple=sizes.multiple, equal=sizes.equal_widths
+        )
         stacks = {projection: kept.rows(stack) for projection, stack in stacks.items()}
         # All work is on stacks as wide as the widest expert, with rows of zeros.
         ranks = {p: r._replace(intermediate=max(kept.widths)) for p, r in ranks.items()}

@@ -37,7 +37,8 @@ class LayerProfile:
         layer: Index of the layer.
         sensitivity: Nats by which the model's prediction moves (Kullback-Leibler divergence a
             token) for a relative squared output error of 1, extrapolated from a small one.
-        selection_H: Error at every width 0..H, shape (H + 1,).
+        selection_H: Error at every mean width 0..H, shape (H + 1,).
+        equal_selection_H: The same if all experts are equally wide.
         widths_K: Widths of the rows of `gate_up_KI`, descending.
         gate_up_KI: Error of truncating the inputs of gate and up to 0..I, shape (K, I + 1).
         down_I: Error of truncating the combined output to 0..I, shape (I + 1,).
@@ -51,6 +52,7 @@ class LayerProfile:
     layer: int
     sensitivity: float
     selection_H: Array
+    equal_selection_H: Array
     widths_K: Array
     gate_up_KI: Array
     down_I: Array
@@ -61,7 +63,7 @@ class LayerProfile:
     routed_E: Array
 
     def errors(self, widths: Array, gate_up: Array, down: Array) -> Array:
-        """Predicted errors at widths and core sizes r_I of gate and up, and of down.
+        """Predicted errors at mean widths and core sizes r_I of gate and up, and of down.
 
         The three causes add up: what is lost to one is not correlated with the others. Returns an
         array of shape (len(widths), len(gate_up), len(down)).
@@ -119,12 +121,14 @@ def profile_layer(
     # Interpolation between measured ratios must not make a larger core size look worse.
     spectra = np.maximum.accumulate(spectra[:, ::-1], axis=1)[:, ::-1]
     lost = sum(found.errors_H.numpy() for found in eliminations)
+    equal = sum(found.equal_errors_H.numpy() for found in eliminations)
     full = [_full_tails(group, own) for group, own in zip(groups, moments, strict=True)]
     tails = [np.asarray(sum(parts)) / energy for parts in zip(*full, strict=True)]
     return LayerProfile(
         layer=layer,
         sensitivity=sensitivity,
         selection_H=np.asarray(lost)[::-1] / energy,
+        equal_selection_H=np.asarray(equal)[::-1] / energy,
         widths_K=np.array(widths, dtype=np.float64),
         gate_up_KI=spectra / energy,
         down_I=np.asarray(sum(_tail(own.output_II) for own in moments)) / energy,

@@ -33,7 +33,7 @@ from tuckerize.report import Progress
 _PROBE_WINDOWS = 4
 _SILENCED = 0.25
 # Raised whenever profiles get other contents.
-_PROFILE_VERSION = 3
+_PROFILE_VERSION = 4
 # Names of hidden states that are carried along.
 _CLEAN = "clean"
 _ERROR = "error "

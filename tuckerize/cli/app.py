@@ -101,7 +101,13 @@ Multiple = Annotated[
     int | None,
     typer.Option(min=1, help="Truncated sizes of a calibrated --keep are multiples of this."),
 ]
-
+EqualWidths = Annotated[
+    bool | None,
+    typer.Option(
+        "--equal-widths",
+        help="Experts of a layer keep equally many neurons, for kernels and layouts that need it.",
+    ),
+]
 GroupSize = Annotated[
     int | None, typer.Option(help="Experts that share a decomposition; all by default.")
 ]
@@ -157,6 +163,7 @@ def plan(
     shape: ShapeChoice = None,
     allocate: AllocateChoice = None,
     multiple: Multiple = None,
+    equal_widths: EqualWidths = None,
     group_size: GroupSize = None,
     device: DeviceOption = Device.AUTO,
     as_json: AsJson = False,
@@ -172,6 +179,7 @@ def plan(
         "shape": shape,
         "allocate": allocate,
         "multiple": multiple,
+        "equal_widths": equal_widths,
     }
     how = {"group_size": group_size, "calibration": _calibration(calibration, settings)}
     wanted = _recipe(None, {"keep": 1.0}, {}, how)
@@ -242,6 +250,7 @@ def decompose(
     shape: ShapeChoice = None,
     allocate: AllocateChoice = None,
     multiple: Multiple = None,
+    equal_widths: EqualWidths = None,
     refine: Annotated[
         int | None,
         typer.Option(min=0, help="Gradient steps on each layer's output; 300 by default."),
@@ -279,6 +288,7 @@ def decompose(
                 "shape": shape,
                 "allocate": allocate,
                 "multiple": multiple,
+                "equal_widths": equal_widths,
                 "refine": refine,
             },
         ),
@@ -516,9 +526,10 @@ def _calibration(texts: list[str] | None, settings: dict[str, Any]) -> dict[str,
         return {"texts": texts, **given}
     if given:
         names = {"tokens": "calibration-tokens", "sequential": "one-shot"}
-        option = next(iter(given))
+        first = next(iter(given))
+        option = names.get(first, first.replace("_", "-"))
         raise UsageError(
-            f"--{names.get(option, option)} belongs to --calibration, which is not given",
+            f"--{option} belongs to --calibration, which is not given",
             hint="add --calibration FILE with a text like those the model is used for",
         )
     return None

@@ -86,7 +86,7 @@ class Elimination:
     order_EH: Tensor
     costs_EH: Tensor
 
-    def kept(self, width: int, *, multiple: int = 1) -> KeptNeurons:
+    def kept(self, width: int, *, multiple: int = 1, equal: bool = False) -> KeptNeurons:
         """What is left of `width` neurons an expert on average.
 
         Each expert has its own width: those whose neurons cost more keep more.
@@ -94,8 +94,13 @@ class Elimination:
         Args:
             width: Mean width; a multiple of `multiple`.
             multiple: Every width is a multiple of this.
+            equal: All experts are equally wide.
         """
         experts, neurons = self.order_EH.shape
+        if equal:
+            gone_EM = self.order_EH[:, : neurons - width]
+            kept_EH = torch.ones((experts, neurons), dtype=torch.bool)
+            return kept_neurons(kept_EH.scatter_(1, gone_EM, value=False))
         steps = neurons // multiple
         # A neuron cannot go before those that go before it: what is asked is what the worst costs.
         worst_EH = self.costs_EH.cummax(1).values.flip(1)[:, : steps * multiple]
@@ -113,10 +118,16 @@ class Elimination:
     @property
     def errors_H(self) -> Tensor:  # noqa: N802
         """Squared output error at mean widths H, H-1, ..., 0, shape (H + 1,); never falling."""
-        experts, neurons = self.order_EH.shape
+        experts = len(self.order_EH)
         cheapest_first = self.costs_EH.cummax(1).values.flatten().argsort(stable=True)
         total = self.costs_EH.flatten()[cheapest_first].cumsum(0)
-        return torch.cat([total.new_zeros(1), total[experts - 1 :: experts]])[: neurons + 1]
+        return torch.cat([total.new_zeros(1), total[experts - 1 :: experts]])
+
+    @property
+    def equal_errors_H(self) -> Tensor:  # noqa: N802
+        """The same with experts that are equally wide."""
+        total = self.costs_EH.sum(0).cumsum(0)
+        return torch.cat([total.new_zeros(1), total])
 
 
 def eliminate(moments_EHH: Tensor, down_EHI: Tensor) -> Elimination:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -106,6 +106,7 @@ def allocate(
     multiples: tuple[int, int],
     allowed: Shape = "auto",
     how: Allocate = "error",
+    equal_widths: bool = False,
 ) -> list[Choice]:
     """Sizes of all layers within `keep` of their dense parameters.
 
@@ -123,6 +124,7 @@ def allocate(
         allowed: `latent` truncates the hidden mode only, `neurons` the width only, `full` all three
             modes of every stack; `auto` takes for each layer a width with a latent, or `full`.
         how: `uniform` gives every layer the same share.
+        equal_widths: All experts of a layer will be equally wide.
 
     Raises:
         UsageError: The budget does not pay for the smallest sizes.
@@ -131,6 +133,8 @@ def allocate(
         Shoham & Gersho 1988 (Lagrangian bit allocation).
     """
     check_keep(shape, groups=groups, keep=keep, multiples=multiples, allowed=allowed)
+    if equal_widths:
+        profiles = [replace(p, selection_H=p.equal_selection_H) for p in profiles]
     frontiers = [_frontier(p, shape, groups, multiples, allowed) for p in profiles]
     dense = _dense_parameters(shape, groups)
     if how == "uniform":

@@ -168,7 +168,6 @@ def _compress_layer(
 ) -> _Compressed:
     settings = plan.recipe.calibration
     steps = settings.refine if settings else 0
-    multiple = settings.multiple_for(run.moe.shape.intermediate) if settings else 1
     fit, held_out = tokens.split()
     compressed, rare = [], []
     for index, group in enumerate(groups):
@@ -182,7 +181,6 @@ def _compress_layer(
                     fit,
                     moments,
                     piece.sizes,
-                    multiple=multiple,
                     max_sweeps=plan.recipe.max_sweeps,
                     activation=run.activation,
                 )

@@ -108,7 +108,7 @@ class PlannedStacks(NamedTuple):
         group: Index of the group.
         coupling: The projections.
         target: What is stored.
-        shape: Sizes (E, K, I) of each stack after its neurons were selected.
+        shape: Sizes (E, K, I) of each stack, K the mean width after neurons were selected.
     """
 
     layer: int
@@ -353,7 +353,13 @@ def _layer_pieces(
         for layer, choice in zip(layers, choices, strict=True):
             ranks = dict.fromkeys(GATE_UP, choice.sizes.gate_up)
             ranks[Projection.DOWN] = choice.sizes.down
-            sizes = LayerSizes(choice.sizes.neurons, ranks, joint=True)
+            sizes = LayerSizes(
+                choice.sizes.neurons,
+                ranks,
+                joint=True,
+                multiple=_multiples(settings, shape)[0],
+                equal_widths=settings.equal_widths,
+            )
             pieces.append(LayerPiece(layer, sizes, choice.error**0.5))
         damages += [choice.damage for choice in choices]
     return sorted(pieces, key=lambda piece: piece.layer), sum(damages) if damages else None
@@ -376,6 +382,7 @@ def choose_sizes(
         multiples=_multiples(settings, shape),
         allowed=settings.shape,
         how=settings.allocate,
+        equal_widths=settings.equal_widths,
     )
 
 

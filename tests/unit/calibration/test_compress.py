@@ -27,11 +27,13 @@ from tuckerize.runtime.dense import ExpertWeights, dense_output
 SHAPE = StackShape(3, 10, 8)
 
 
-def sizes_of(neurons: int, gate_up: int, down: int, *, joint: bool = True) -> LayerSizes:
+def sizes_of(
+    neurons: int, gate_up: int, down: int, *, joint: bool = True, equal_widths: bool = False
+) -> LayerSizes:
     """Sizes as a budget gives them: the hidden mode and the width."""
     hidden = {Projection.GATE: gate_up, Projection.UP: gate_up, Projection.DOWN: down}
     ranks = {p: MultilinearRank(SHAPE.experts, neurons, size) for p, size in hidden.items()}
-    return LayerSizes(neurons, ranks, joint)
+    return LayerSizes(neurons, ranks, joint, equal_widths=equal_widths)
 
 
 def compress(
@@ -39,7 +41,7 @@ def compress(
 ) -> tuple[CompressedGroup, float]:
     """The compressed group, and its relative output error on the tokens."""
     moments = gather_moments(group, tokens, activation=silu)
-    found = compress_group(group, tokens, moments, sizes, multiple=1, max_sweeps=5, activation=silu)
+    found = compress_group(group, tokens, moments, sizes, max_sweeps=5, activation=silu)
     output_TI = group_output(found.tensors(), group.experts, tokens, silu)
     exact_TI = exact_output(group, tokens)
     return found, relative(output_TI - exact_TI, exact_TI)
@@ -219,6 +221,8 @@ def test_profile_of_down_is_exact_and_of_selection_nearly() -> None:
         # With one expert a token nothing is shared: the predicted error is the real one.
         error = compress(group, tokens, sizes_of(width, 8, 8))[1]
         assert profile.selection_H[width] == pytest.approx(error**2, rel=0.05)
+        equal = compress(group, tokens, sizes_of(width, 8, 8, equal_widths=True))[1]
+        assert profile.equal_selection_H[width] == pytest.approx(equal**2, rel=0.05)
     for size in (4, 6, 7):
         error = compress(group, tokens, sizes_of(10, size, 8))[1]
         assert 0.3 < profile.gate_up_KI[0, size] / error**2 < 3
@@ -237,7 +241,7 @@ def test_profile_of_groups_is_of_their_common_output() -> None:
         for g, m in zip(groups, moments, strict=True)
     ]
     # What truncated inputs cost beyond first order is measured over all groups together.
-    for name, tolerance in (("selection_H", 1e-9), ("gate_up_KI", 0.3), ("down_I", 1e-9)):
+    for name, tolerance in (("equal_selection_H", 1e-9), ("gate_up_KI", 0.3), ("down_I", 1e-9)):
         total = sum(getattr(profile, name) for profile in alone)
         np.testing.assert_allclose(getattr(both, name), total, rtol=tolerance, atol=1e-9)
     assert both.routed_E.tolist() == [*alone[0].routed_E, *alone[1].routed_E]

@@ -32,7 +32,7 @@ def module(group: DenseGroup) -> TuckerExperts:
     """The group compressed in closed form."""
     sizes = LayerSizes(6, dict.fromkeys(Projection, RANK), joint=True)
     moments = gather_moments(group, FIT, activation=silu)
-    found = compress_group(group, FIT, moments, sizes, multiple=1, max_sweeps=2, activation=silu)
+    found = compress_group(group, FIT, moments, sizes, max_sweeps=2, activation=silu)
     tensors = {name: tensor.clone() for name, tensor in found.tensors().items()}
     return TuckerExperts([tensors], group_size=3, activation=silu)
 

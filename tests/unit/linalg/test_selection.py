@@ -98,6 +98,10 @@ def test_errors_of_all_widths_are_those_of_the_least_squares_refit(
     assert float(found.errors_H[0]) == 0
     assert bool((found.errors_H.diff() >= 0).all())
     assert all(sorted(order) == list(range(neurons)) for order in found.order_EH.tolist())
+    for width in range(neurons + 1):
+        assert found.kept(width, equal=True).widths == (width,) * experts
+        equal = found.costs_EH[:, : neurons - width].sum()
+        assert float(found.equal_errors_H[neurons - width]) == pytest.approx(float(equal))
     for width in range(1, neurons + 1):
         kept = found.kept(width)
         assert sum(kept.widths) == experts * width
