@@ -80,6 +80,7 @@ class Calibration(_Schema):
         texts: Text or JSONL files or data sets, each `NAME` or `NAME:WEIGHT`.
         tokens: Tokens of all texts together.
         window: Tokens of one window of text.
+        random_share: Part of the tokens that are random ones, which belong to no domain.
         sequential: A layer is calibrated behind the compressed layers before it, rather than
             behind the dense ones.
         shape: What may be truncated: `latent` the hidden mode, `neurons` the width of the experts,
@@ -94,6 +95,7 @@ class Calibration(_Schema):
     texts: Annotated[tuple[str, ...], Field(min_length=1)]
     tokens: Annotated[int, Field(ge=1)] = 65536
     window: Annotated[int, Field(ge=2)] = 512
+    random_share: Annotated[float, Field(ge=0, lt=1)] = 0.25
     sequential: bool = True
     shape: Literal["auto", "latent", "neurons", "full"] = "auto"
     allocate: Literal["error", "uniform"] = "error"

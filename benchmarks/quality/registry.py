@@ -35,6 +35,7 @@ OURS: dict[str, tuple[str, ...]] = {
     "tuckerize, data-free": (),
     "unrefined": _UNREFINED,
     "unrefined, one-shot": (*_UNREFINED, "--one-shot"),
+    "unrefined, no random tokens": (*_UNREFINED, "--random-share", "0"),
     "unrefined, uniform budget": (*_UNREFINED, "--allocate", "uniform"),
     "unrefined, latent only": (*_UNREFINED, "--shape", "latent"),
     "unrefined, neurons only": (*_UNREFINED, "--shape", "neurons"),

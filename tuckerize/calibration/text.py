@@ -83,19 +83,27 @@ def parse_source(text: str) -> TextSource:
 
 
 def read_windows(
-    sources: Sequence[TextSource], tokenizer_folder: Path, *, tokens: int, window: int, seed: int
+    sources: Sequence[TextSource],
+    tokenizer_folder: Path,
+    *,
+    tokens: int,
+    window: int,
+    seed: int,
+    random_share: float = 0.0,
 ) -> Windows:
     """Windows of tokens, shared between sources by their weights and evenly spread over each.
 
     A window begins with the tokenizer's begin token, where the tokenizer adds one. A source that is
-    too short gives what it has; if all are shorter than a window, windows are shorter.
+    too short gives what it has; if all are shorter than a window, windows are shorter. The last
+    windows are of random tokens, which belong to no domain.
 
     Args:
         sources: Where the text comes from.
         tokenizer_folder: Folder of the model.
         tokens: Number of tokens in all windows together, rounded down to whole windows.
         window: Number of tokens of a window.
-        seed: Where in its part of the text each window begins.
+        seed: Where in its part of the text each window begins, and which tokens are random.
+        random_share: Part of the windows that are of random tokens, in [0, 1).
 
     Raises:
         CheckpointError: The folder has no tokenizer.
@@ -106,9 +114,10 @@ def read_windows(
             f"{tokens} tokens in windows of {window} are not one window of at least 2 tokens",
             hint="ask for at least as many tokens as a window has",
         )
-    tokenize, begin = _load_tokenizer(tokenizer_folder)
+    tokenize, begin, ordinary = _load_tokenizer(tokenizer_folder)
     random = Random(seed)
-    shares = share(tokens // window, [source.weight for source in sources])
+    randoms = int(random_share * (tokens // window))
+    shares = share(tokens // window - randoms, [source.weight for source in sources])
     streams = []
     for source, count in zip(sources, shares, strict=True):
         text = _read_text(source.name, rows=max(count, 1) * window // _TOKENS_A_ROW)
@@ -126,6 +135,7 @@ def read_windows(
         for source, own, count in zip(sources, taken, shares, strict=True)
         if len(own) * width < count * window
     ]
+    taken.append([random.choices(ordinary, k=length) for _ in range(randoms)])
     rows = [begin + row for own in taken for row in own]
     return Windows(torch.tensor(rows, dtype=torch.int64), tuple(messages))
 
@@ -154,8 +164,8 @@ def fingerprint(tokens_SL: Tensor) -> str:
     return digest.hexdigest()
 
 
-def _load_tokenizer(folder: Path) -> tuple[Tokenize, list[int]]:
-    """What turns text into tokens, and the begin token if the tokenizer adds one."""
+def _load_tokenizer(folder: Path) -> tuple[Tokenize, list[int], list[int]]:
+    """What turns text into tokens, the begin token if one is added, and all ordinary tokens."""
     from transformers import AutoTokenizer
 
     try:
@@ -174,7 +184,9 @@ def _load_tokenizer(folder: Path) -> tuple[Tokenize, list[int]]:
 
     begin = tokenizer.bos_token_id
     added = begin is not None and tokenizer("")["input_ids"][:1] == [begin]
-    return tokenize, [begin] if added else []
+    # Added tokens may lie beyond the embeddings, and special ones never stand in a text.
+    ordinary = sorted(set(range(tokenizer.vocab_size)) - set(tokenizer.all_special_ids))
+    return tokenize, [begin] if added else [], ordinary
 
 
 def _starts(length: int, size: int, count: int, random: Random) -> Iterator[int]:

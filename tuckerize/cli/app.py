@@ -89,6 +89,14 @@ Tokens = Annotated[
     int | None,
     typer.Option("--calibration-tokens", min=1, help="Tokens of all texts; 65536 by default."),
 ]
+RandomShare = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0,
+        max=0.99,
+        help="Part of the tokens that are random, against too narrow a text; 0.25 by default.",
+    ),
+]
 ShapeChoice = Annotated[
     ShapeOption | None,
     typer.Option(help="What a calibrated --keep truncates; auto chooses for every layer."),
@@ -160,6 +168,7 @@ def plan(
     ],
     calibration: Annotated[list[str], _TEXTS],
     calibration_tokens: Tokens = None,
+    random_share: RandomShare = None,
     shape: ShapeChoice = None,
     allocate: AllocateChoice = None,
     multiple: Multiple = None,
@@ -176,6 +185,7 @@ def plan(
     """
     settings = {
         "tokens": calibration_tokens,
+        "random_share": random_share,
         "shape": shape,
         "allocate": allocate,
         "multiple": multiple,
@@ -243,6 +253,7 @@ def decompose(
     ] = None,
     calibration: Annotated[list[str] | None, _TEXTS] = None,
     calibration_tokens: Tokens = None,
+    random_share: RandomShare = None,
     one_shot: Annotated[
         bool | None,
         typer.Option("--one-shot", help="Calibrate every layer behind the dense ones before it."),
@@ -284,6 +295,7 @@ def decompose(
             calibration,
             {
                 "tokens": calibration_tokens,
+                "random_share": random_share,
                 "sequential": None if one_shot is None else not one_shot,
                 "shape": shape,
                 "allocate": allocate,

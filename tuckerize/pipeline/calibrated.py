@@ -75,6 +75,7 @@ def open_calibration(source: Checkpoint, recipe: Recipe, device: torch.device) -
         tokens=settings.tokens,
         window=settings.window,
         seed=_SEED,
+        random_share=settings.random_share,
     )
     model = StreamedModel.open(source, moe.family, device=device)
     group_size = recipe.group_size or moe.shape.experts

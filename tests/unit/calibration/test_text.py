@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from tuckerize.calibration.text import (
@@ -107,6 +108,31 @@ def test_windows_are_consecutive_disjoint_and_spread(tokenizer: Path, tmp_path: 
     for part, row in enumerate(rows):
         assert 50 * part <= row[0]
         assert row[-1] < 50 * (part + 1)
+
+
+@pytest.mark.parametrize(("part", "windows"), [(0.0, 0), (0.25, 10), (0.3, 12), (0.99, 39)])
+def test_last_windows_are_of_random_tokens(
+    part: float, windows: int, tokenizer_with_begin: Path, tmp_path: Path
+) -> None:
+    def rows_of(seed: int) -> Tensor:
+        source = numbers(tmp_path / "a.txt", 500)
+        folder = tokenizer_with_begin
+        return read_windows(
+            [source], folder, tokens=400, window=10, seed=seed, random_share=part
+        ).tokens_SL
+
+    rows = rows_of(0)
+    assert rows.shape == (40, 10)
+    begin = int(rows[0, 0])
+    assert bool((rows[:, 0] == begin).all())
+    steps = (rows[:, 2:] - rows[:, 1:-1] == 1).all(dim=1)
+    assert steps.tolist() == [True] * (40 - windows) + [False] * windows
+    ordinary = rows[40 - windows :, 1:]
+    assert bool((ordinary != begin).all())
+    if windows:
+        assert len(ordinary.unique()) > 0.6 * windows * 9
+        assert torch.equal(rows, rows_of(0))
+        assert not torch.equal(rows, rows_of(1))
 
 
 def test_text_that_just_suffices_is_used_whole(tokenizer: Path, tmp_path: Path) -> None:
