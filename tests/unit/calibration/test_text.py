@@ -130,7 +130,7 @@ def test_last_windows_are_of_random_tokens(
     ordinary = rows[40 - windows :, 1:]
     assert bool((ordinary != begin).all())
     if windows:
-        assert len(ordinary.unique()) > 0.6 * windows * 9
+        assert len(set(ordinary.flatten().tolist())) > 0.6 * windows * 9
         assert torch.equal(rows, rows_of(0))
         assert not torch.equal(rows, rows_of(1))
 
