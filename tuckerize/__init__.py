@@ -1,3 +1,19 @@
-"""Makes Mixture-of-Experts checkpoints smaller by HOOI Tucker decomposition."""
+"""Makes Mixture-of-Experts checkpoints smaller by HOOI Tucker decomposition.
+
+Importing it lets transformers load Tucker checkpoints. Neither torch nor transformers is imported
+before the caller does.
+"""
+
+from types import ModuleType
+
+from wrapt import register_post_import_hook
 
 __version__ = "0.1.0"
+
+
+def _register_with_transformers(_: ModuleType) -> None:
+    """Make transformers know the format, as soon as it can be told."""
+    import tuckerize.runtime.hf  # noqa: F401
+
+
+register_post_import_hook(_register_with_transformers, "transformers.quantizers.auto")

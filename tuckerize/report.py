@@ -315,6 +315,40 @@ class ReconstructReport:
     layers: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What one checkpoint makes of a text.
+
+    Attributes:
+        folder: The checkpoint.
+        nats: Mean negative log-likelihood of a token, in nats.
+        perplexity: Its exponential.
+        size: Numbers and bytes of the checkpoint.
+        seconds: Wall time.
+    """
+
+    folder: str
+    nats: float
+    perplexity: float
+    size: Size
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluateReport:
+    """Perplexity of checkpoints on the same text.
+
+    Attributes:
+        results: The checkpoints, in the order that was asked for.
+        tokens: Tokens that each predicted.
+        notes: What the user should know about the text.
+    """
+
+    results: tuple[Evaluation, ...]
+    tokens: int
+    notes: tuple[str, ...] = ()
+
+
 def to_json(report: Any) -> dict[str, Any]:  # noqa: ANN401
     """A report as JSON values, its own derived verdict included."""
     value: dict[str, Any] = {"schema_version": SCHEMA_VERSION, **asdict(report)}

@@ -49,11 +49,13 @@ class SourceRecord(_Record):
     Attributes:
         model: What the user gave as `--model`.
         config_sha256: Hash of its config.json.
+        auto_map: The classes that its config.json names, if any.
         files: Its weight files.
     """
 
     model: str
     config_sha256: Sha256
+    auto_map: dict[str, Any] | None = None
     files: tuple[FileRecord, ...]
 
 

@@ -427,10 +427,11 @@ def verify(
     from tuckerize.parallel.processes import process_group, started_by_torchrun
     from tuckerize.pipeline.opened import open_tucker
     from tuckerize.pipeline.shardings import find_sharding
-    from tuckerize.pipeline.verify import Verification, activation_of
+    from tuckerize.pipeline.verify import Verification
     from tuckerize.pipeline.verify import verify as run
     from tuckerize.recipe import select_layers
     from tuckerize.report import to_json
+    from tuckerize.runtime.experts import activation_of
 
     with process_group(lambda local: choose_device(device.value, local_rank=local)) as (
         processes,
@@ -440,7 +441,7 @@ def verify(
         def prepare() -> tuple[Verification, tuple[int, ...]]:
             tucker = open_tucker(folder)
             chosen = select_layers(layers, tucker.manifest.layers)
-            activation_of(tucker)
+            activation_of(tucker.config)
             source = _source(model, tucker, needed=max_output_error is not None)
             sharded = started_by_torchrun()
             sharding = find_sharding(tucker, processes.size) if sharded else None
@@ -483,6 +484,67 @@ def reconstruct(
     _refuse_overlap(output, folder)
     report = run(tucker, output, overwrite=overwrite, progress=TerminalProgress())
     show(report, as_json=as_json)
+
+
+@app.command()
+@boundary
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(help="A dense model or a Tucker checkpoint: folder, id or short name.")
+    ],
+    text: Annotated[
+        list[str], typer.Option(help="As --calibration: PATH or PATH:WEIGHT; several are a mix.")
+    ],
+    against: Annotated[
+        str | None, typer.Option(help="Another of the same kind, on the same text.")
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option(min=2, help="Tokens, evenly spread over the text.")
+    ] = 65536,
+    window: Annotated[int, typer.Option(min=2, help="Tokens that are read at once.")] = 512,
+    device: DeviceOption = Device.AUTO,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the perplexity on a text, with one decoder layer in memory at a time.
+
+    Example: tuckerize evaluate OUT --text text.txt --against DeepSeek-V2-Lite
+    """
+    from tuckerize.checkpoint.hub import resolve_model
+    from tuckerize.cli.progress import TerminalProgress
+    from tuckerize.cli.tables import show
+    from tuckerize.parallel.backends import choose_device
+    from tuckerize.pipeline.evaluate import evaluate as run
+
+    report = run(
+        [resolve_model(name) for name in (against, model) if name is not None],
+        text,
+        tokens=tokens,
+        window=window,
+        device=choose_device(device.value),
+        progress=TerminalProgress(),
+    )
+    _write_notes(report.notes)
+    show(report, as_json=as_json)
+
+
+@app.command()
+@boundary
+def generate(
+    folder: TuckerFolder,
+    prompt: Annotated[str, typer.Option(help="What the model continues.")],
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 64,
+    device: DeviceOption = Device.AUTO,
+) -> None:
+    """Continue a prompt with a Tucker checkpoint, greedily; the whole model is loaded.
+
+    Example: tuckerize generate OUT --prompt "Once upon a time"
+    """
+    from tuckerize.parallel.backends import choose_device
+    from tuckerize.pipeline.opened import open_tucker
+    from tuckerize.runtime.hf import generate as run
+
+    tucker = open_tucker(folder)
+    typer.echo(run(tucker.folder, prompt, tokens=tokens, device=choose_device(device.value)))
 
 
 def _recipe(

@@ -14,6 +14,7 @@ from tuckerize.domain import Size
 from tuckerize.report import (
     CurveReport,
     DecomposeReport,
+    EvaluateReport,
     InspectReport,
     PlanReport,
     ReconstructReport,
@@ -30,6 +31,7 @@ Report = (
     | ShardReport
     | VerifyReport
     | ReconstructReport
+    | EvaluateReport
 )
 
 # Stacks of a model with many layers are summed up to this many lines.
@@ -60,6 +62,8 @@ def show(report: Report, *, as_json: bool) -> None:
             _show_verify(report)
         case ReconstructReport():
             _show_reconstruct(report)
+        case EvaluateReport():
+            _show_evaluate(report)
 
 
 def size_text(count: float) -> str:
@@ -307,6 +311,22 @@ def _show_reconstruct(report: ReconstructReport) -> None:
     _print(
         f"wrote {report.output}: {_amount(report.size.total_parameters, report.size.total_bytes)}"
     )
+
+
+def _show_evaluate(report: EvaluateReport) -> None:
+    first = report.results[0].perplexity
+    rows = [
+        (
+            one.folder,
+            size_text(one.size.total_bytes),
+            count_text(one.size.routed_parameters),
+            f"{one.perplexity:.3f}",
+            f"x {one.perplexity / first:.4f}" if len(report.results) > 1 else "",
+        )
+        for one in report.results
+    ]
+    _print(_table(("checkpoint", "all bytes", "routed parameters", "perplexity", ""), rows))
+    _print(f"on {report.tokens:,} tokens")
 
 
 def _duration(seconds: float) -> str:

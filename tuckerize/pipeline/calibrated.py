@@ -24,7 +24,7 @@ from tuckerize.checkpoint.output import OutputFolder
 from tuckerize.checkpoint.reader import TORCH_DTYPES, Checkpoint
 from tuckerize.checkpoint.writer import write_tensors
 from tuckerize.domain import StackResult
-from tuckerize.errors import CheckpointError, DecompositionError
+from tuckerize.errors import DecompositionError
 from tuckerize.linalg.tucker import TuckerFactors, relative_residual
 from tuckerize.moe.families import describe_moe
 from tuckerize.pipeline.opened import factors_of
@@ -32,7 +32,7 @@ from tuckerize.pipeline.plan import LayerPiece, Plan, make_plan
 from tuckerize.pipeline.storable import finite
 from tuckerize.recipe import Recipe
 from tuckerize.report import Progress
-from tuckerize.runtime.experts import ACTIVATIONS, TuckerExperts, named_tensors
+from tuckerize.runtime.experts import TuckerExperts, activation_of, named_tensors
 
 _SEED = 0
 
@@ -64,11 +64,7 @@ def open_calibration(source: Checkpoint, recipe: Recipe, device: torch.device) -
     if settings is None:
         raise TypeError("the recipe has no calibration")
     moe = describe_moe(source.config, source.tensors)
-    if moe.activation not in ACTIVATIONS:
-        raise CheckpointError(
-            f"hidden_act '{moe.activation}' in config.json is not known",
-            hint=f"known: {', '.join(sorted(ACTIVATIONS))}",
-        )
+    activation_of(source.config)
     windows = read_windows(
         [parse_source(text) for text in settings.texts],
         source.folder,

@@ -18,7 +18,7 @@ from tuckerize.checkpoint.other_files import copy_other_files
 from tuckerize.checkpoint.output import OutputFolder
 from tuckerize.checkpoint.reader import CONFIG, TORCH_DTYPES, WeightFile
 from tuckerize.checkpoint.writer import copy_tensors, describe_file, write_index, write_tensors
-from tuckerize.domain import StackResult, coupling_name
+from tuckerize.domain import MultilinearRank, Projection, StackResult, coupling_name
 from tuckerize.errors import DecompositionError
 from tuckerize.linalg.hooi import Decomposition, hooi
 from tuckerize.linalg.rank_choice import rank_for_tolerance
@@ -29,14 +29,13 @@ from tuckerize.moe.stacks import group_experts, read_stack
 from tuckerize.parallel.processes import Processes
 from tuckerize.pipeline.calibrated import Calibration, compress_layers
 from tuckerize.pipeline.estimate import work
+from tuckerize.pipeline.hub_files import auto_map, write_hub_files
 from tuckerize.pipeline.plan import ROUNDING, CopyPiece, LayerPiece, Plan, Target, TuckerPiece
 from tuckerize.pipeline.sizes import measure
 from tuckerize.pipeline.storable import finite
 from tuckerize.report import DecomposeReport, LayerOutcome, Progress
+from tuckerize.runtime.announced import FORMAT_VERSION, METHOD, announce_group
 from tuckerize.runtime.experts import named_tensors
-
-FORMAT_VERSION = 2
-"""Version of `quantization_config` in config.json."""
 
 _ENGINES = {"tuckerize": hooi, "tensorly": tensorly_tucker}
 
@@ -216,6 +215,7 @@ def _finish(plan: Plan, folder: OutputFolder, model: str) -> TuckerManifest:
         source=SourceRecord(
             model=model,
             config_sha256=sha256_of(plan.source.folder / CONFIG),
+            auto_map=plan.source.config.get("auto_map"),
             files=tuple(FileRecord(**record["source"]) for record in records if "source" in record),
         ),
         recipe=plan.recipe.model_dump(mode="json", exclude_none=True),
@@ -230,7 +230,9 @@ def _finish(plan: Plan, folder: OutputFolder, model: str) -> TuckerManifest:
         files=tuple(files),
     )
     announced = _announce(plan.model.family, manifest)
-    write_json(output / CONFIG, {**plan.source.config, "quantization_config": announced})
+    config = plan.source.config
+    write_json(output / CONFIG, {**auto_map(config), "quantization_config": announced})
+    write_hub_files(plan.source.folder, output, manifest, config)
     write_index(output, opened)
     folder.finish(manifest.model_dump(mode="json"))
     return manifest
@@ -238,15 +240,15 @@ def _finish(plan: Plan, folder: OutputFolder, model: str) -> TuckerManifest:
 
 def _announce(family: Family, manifest: TuckerManifest) -> dict[str, Any]:
     """`quantization_config`: tells loaders which experts are factored, and their core sizes."""
-    modules: dict[str, list[dict[str, Any]]] = {}
+    ranks: dict[tuple[int, int], dict[Projection, MultilinearRank]] = {}
     for stack in manifest.stacks:
-        groups = modules.setdefault(family.experts_prefix(stack.layer), [])
-        while len(groups) <= stack.group:
-            widths = manifest.widths(stack.layer, len(groups))
-            groups.append({"neurons": widths if len(set(widths)) > 1 else widths[0]})
-        groups[stack.group][stack.projection] = list(stack.multilinear_rank)
+        ranks.setdefault((stack.layer, stack.group), {})[stack.projection] = stack.multilinear_rank
+    modules: dict[str, list[dict[str, Any]]] = {}
+    for (layer, group), own in ranks.items():
+        groups = modules.setdefault(family.experts_prefix(layer), [])
+        groups.append(announce_group(own, manifest.widths(layer, group)))
     return {
-        "quant_method": "tuckerize",
+        "quant_method": METHOD,
         "format_version": FORMAT_VERSION,
         "group_size": manifest.group_size,
         "joint": manifest.joint,

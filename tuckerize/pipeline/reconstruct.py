@@ -17,6 +17,7 @@ from tuckerize.checkpoint.writer import copy_tensors, write_index, write_tensors
 from tuckerize.domain import Projection
 from tuckerize.linalg.tucker import with_zero_rows
 from tuckerize.moe.stacks import group_experts, to_stack_orientation
+from tuckerize.pipeline.hub_files import restore_card
 from tuckerize.pipeline.opened import OpenedTucker, factors_of
 from tuckerize.pipeline.sizes import measure
 from tuckerize.report import Progress, ReconstructReport
@@ -78,7 +79,11 @@ def reconstruct(
         progress.advance(1, f"layer {layer}, {projection}")
     progress.close()
     copy_other_files(tucker.folder, output)
-    config = {key: value for key, value in tucker.config.items() if key != "quantization_config"}
+    restore_card(output)
+    ours = ("quantization_config", "auto_map")
+    config = {key: value for key, value in tucker.config.items() if key not in ours}
+    if tucker.manifest.source.auto_map is not None:
+        config["auto_map"] = tucker.manifest.source.auto_map
     write_json(output / CONFIG, config)
     files = [WeightFile.open(path) for path in written]
     write_index(output, files)

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from tuckerize.checkpoint.reader import TORCH_DTYPES
 from tuckerize.domain import Projection
-from tuckerize.errors import CheckpointError
 from tuckerize.linalg.tucker import relative_residual
 from tuckerize.moe.routing import Routes, route
 from tuckerize.moe.stacks import group_experts, read_stack
@@ -30,7 +29,7 @@ from tuckerize.pipeline.shardings import Sharding
 from tuckerize.report import LayerVerdict, Progress, VerifyReport
 from tuckerize.runtime.dense import ExpertWeights, dense_output
 from tuckerize.runtime.exchange import Exchange, exchange_for
-from tuckerize.runtime.experts import ACTIVATIONS, Activation, TuckerExperts
+from tuckerize.runtime.experts import Activation, TuckerExperts, activation_of
 
 # float32 rounds to 6e-8; over sums of some thousand terms that grows to about 3e-6. A wrong number
 # in a slice that a token uses moves that token's output by orders of magnitude more.
@@ -92,7 +91,7 @@ def verify(
         max_output_error: Bound on the relative output error against the dense layer, if any.
         progress: Shows how far the work is.
     """
-    activation = activation_of(run.tucker)
+    activation = activation_of(run.tucker.config)
     mine = layers[run.processes.rank :: run.processes.size] if run.source else ()
     progress.start(len(layers) + len(mine))
     failures = _damaged_files(run, layers)
@@ -130,21 +129,6 @@ def verify(
             for layer in layers
         ),
     )
-
-
-def activation_of(tucker: OpenedTucker) -> Activation:
-    """The activation between gate and up.
-
-    Raises:
-        CheckpointError: It is not known.
-    """
-    name = str(tucker.config.get("hidden_act", "silu"))
-    if name not in ACTIVATIONS:
-        raise CheckpointError(
-            f"config.json has hidden_act = '{name}', which cannot be verified",
-            hint=f"known activations: {', '.join(ACTIVATIONS)}",
-        )
-    return ACTIVATIONS[name]
 
 
 def _damaged_files(run: Verification, layers: Sequence[int]) -> dict[int, list[tuple[str, bool]]]:

@@ -12,7 +12,7 @@ T tokens, k experts a token, N rows (a token with one of its experts), others as
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,24 @@ ACTIVATIONS: Mapping[str, Activation] = {
 
 SHARED_U_I = "gate_up_proj"
 """Name of the module that holds the U_I of gate and up where they share one."""
+
+
+def activation_of(config: Mapping[str, Any]) -> Activation:
+    """The activation between gate and up.
+
+    Args:
+        config: Contents of config.json.
+
+    Raises:
+        CheckpointError: It is not known.
+    """
+    name = str(config.get("hidden_act", "silu"))
+    if name not in ACTIVATIONS:
+        raise CheckpointError(
+            f"hidden_act '{name}' in config.json is not known",
+            hint=f"known: {', '.join(sorted(ACTIVATIONS))}",
+        )
+    return ACTIVATIONS[name]
 
 
 def named_tensors(
@@ -128,9 +146,12 @@ class TuckerStack(nn.Module):
         """C_e, shape (r_H, r_I), or as many rows as the expert has neurons."""
         if self.core is None:
             raise CheckpointError("a stack has no core", hint="write the checkpoint again")
-        if isinstance(self.core, nn.ParameterList) or self.U_E is None:
-            return self.core[expert].to(dtype)
-        mixed: Tensor = torch.tensordot(self.U_E[expert].to(dtype), self.core.to(dtype), dims=1)
+        if isinstance(self.core, nn.ParameterList):
+            return _own(self.core[expert]).to(dtype)
+        core = _own(self.core)
+        if self.U_E is None:
+            return core[expert].to(dtype)
+        mixed: Tensor = torch.tensordot(self.U_E[expert].to(dtype), core.to(dtype), dims=1)
         return mixed
 
     def multiply(self, rows_NX: Tensor, counts: list[int], *, transposed: bool) -> Tensor:
@@ -152,8 +173,13 @@ class TuckerStack(nn.Module):
         """Zeros for neurons that only wider experts have."""
         if not isinstance(self.core, nn.ParameterList):
             return rows_NQ
-        widest = max(len(matrix) for matrix in self.core)
+        widest = max(len(_own(matrix)) for matrix in self.core)
         return functional.pad(rows_NQ, (0, widest - rows_NQ.shape[1]))
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process owns, where a framework has split it (a DTensor)."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _parameter(tensor: Tensor | None) -> nn.Parameter | None:
@@ -244,7 +270,7 @@ class TuckerExperts(nn.Module):
                 )
                 own_NR = low_TR.index_select(0, rows.tokens)
                 middles.append(stack.multiply(own_NR, rows.counts, transposed=False))
-                factors.append(stack.U_H)
+                factors.append(None if stack.U_H is None else _own(stack.U_H))
         completed = self.exchange.gate_up(middles, [factor is not None for factor in factors])
         expanded = [
             middle if factor is None else middle @ factor.to(middle.dtype).T
@@ -261,7 +287,7 @@ class TuckerExperts(nn.Module):
         """Weighted sums over the experts of every group, each (T, r_I), in front of U_I."""
         stacks = [group.stack(Projection.DOWN) for group in self.groups]
         middles = [
-            h_NH if stack.U_H is None else h_NH @ stack.U_H.to(h_NH.dtype)
+            h_NH if stack.U_H is None else h_NH @ _own(stack.U_H).to(h_NH.dtype)
             for h_NH, stack in zip(neurons, stacks, strict=True)
         ]
         completed = self.exchange.down(middles, [stack.U_H is not None for stack in stacks])

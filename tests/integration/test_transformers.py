@@ -1,0 +1,236 @@
+"""Tucker checkpoints in transformers: the real loader, on checkpoints that the commands wrote."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from tests.running import run_here, succeed, torchrun
+from tests.tiny_models import add_tokenizer, make_tiny_model, write_text
+from tuckerize.runtime.experts import TuckerExperts
+
+IDS = torch.arange(3, 43)[None]
+
+WAYS = {
+    "hidden mode": ("--keep", "0.6"),
+    "all modes": ("--rank", "5,16,20"),
+    "groups": ("--rank", "full,16,20", "--group-size", "4"),
+    "one U_I": ("--rank", "full,full,20", "--joint", "gate_up"),
+    "one layer": ("--keep", "0.6", "--layers", "2"),
+    "calibrated": ("--keep", "0.6", "--multiple", "2", "--refine", "0"),
+    "equal widths": ("--keep", "0.6", "--multiple", "2", "--refine", "0", "--equal-widths"),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny float32 model with a tokenizer; layers 1 and 2 have routed experts."""
+    folder = tmp_path_factory.mktemp("transformers") / "model"
+    return add_tokenizer(make_tiny_model(folder, dtype=torch.float32))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt", 9000)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Profiles of this module's tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def outputs(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A Tucker checkpoint of each kind."""
+    folder = tmp_path_factory.mktemp("outputs")
+    found = {}
+    for name, options in WAYS.items():
+        found[name] = folder / name
+        extra: tuple[str | Path, ...] = ()
+        if "--refine" in options:
+            extra = ("--calibration", text, "--calibration-tokens", "2048")
+        succeed("decompose", "--model", model, *options, *extra, "--output", found[name])
+    return found
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32, **settings: object) -> PreTrainedModel:
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **settings)
+    return loaded
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> Tensor:
+    found: Tensor = model(IDS).logits.float()
+    return found
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_model_computes_what_the_reconstruction_does(
+    way: str, outputs: dict[str, Path], tmp_path: Path
+) -> None:
+    succeed("reconstruct", outputs[way], "--output", tmp_path / "dense")
+    dense, factored = load(tmp_path / "dense"), load(outputs[way])
+    assert relative(logits(factored), logits(dense)) < 1e-5
+    assert factored.num_parameters() < dense.num_parameters()
+    new = {"max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(factored.generate(IDS, **new), dense.generate(IDS, **new))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("way", ["all modes", "calibrated", "one layer"])
+def test_saved_model_is_the_same_bit_for_bit(
+    way: str, outputs: dict[str, Path], tmp_path: Path
+) -> None:
+    before = load(outputs[way])
+    before.save_pretrained(tmp_path / "again")
+    after = load(tmp_path / "again").state_dict()
+    assert after.keys() == before.state_dict().keys()
+    assert all(torch.equal(after[name], value) for name, value in before.state_dict().items())
+    announced = [
+        json.loads((folder / "config.json").read_text())["quantization_config"]
+        for folder in (outputs[way], tmp_path / "again")
+    ]
+    assert announced[0] == announced[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("way", ["all modes", "calibrated"])
+def test_other_types_are_the_same_up_to_their_rounding(
+    way: str, dtype: torch.dtype, outputs: dict[str, Path]
+) -> None:
+    exact = logits(load(outputs[way]))
+    model = load(outputs[way], dtype)
+    assert all(value.dtype == dtype for value in model.parameters())
+    assert relative(logits(model), exact) < 16 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("way", ["all modes", "calibrated", "groups"])
+def test_every_factor_is_trained(way: str, outputs: dict[str, Path]) -> None:
+    model = load(outputs[way])
+    model.train()
+    ids = torch.randint(3, 60, (1, 400), generator=torch.Generator().manual_seed(0))
+    loss = model(ids, labels=ids).loss  # tokens for every expert
+    loss.backward()
+    modules = [module for module in model.modules() if isinstance(module, TuckerExperts)]
+    assert len(modules) == 2
+    for module in modules:
+        for name, value in module.named_parameters():
+            assert value.grad is not None, name
+    parameters = [value for module in modules for value in module.parameters()]
+    torch.optim.SGD(parameters, lr=0.05).step()
+    assert model(ids, labels=ids).loss < loss
+
+
+@pytest.mark.parametrize("place", ["cpu", "auto"])
+def test_device_map_is_obeyed(place: str, outputs: dict[str, Path]) -> None:
+    model = load(outputs["calibrated"], device_map=place)
+    assert relative(logits(model), logits(load(outputs["calibrated"]))) < 1e-6
+
+
+@pytest.mark.parametrize("way", ["one layer", "calibrated"])
+def test_checkpoint_imports_what_it_needs_if_its_code_is_trusted(
+    way: str, outputs: dict[str, Path], tmp_path: Path
+) -> None:
+    """In a process that does not import tuckerize itself; saved and loaded once more."""
+    script = (
+        "import sys, torch\n"
+        "from transformers import AutoModelForCausalLM as Auto\n"
+        "assert 'tuckerize' not in sys.modules\n"
+        "model = Auto.from_pretrained(sys.argv[1], dtype=torch.float32, trust_remote_code=True)\n"
+        "torch.save(model(torch.arange(3, 43)[None]).logits.detach(), sys.argv[3])\n"
+        "model.save_pretrained(sys.argv[2])\n"
+        "again = Auto.from_pretrained(sys.argv[2], dtype=torch.float32, trust_remote_code=True)\n"
+        "pairs = zip(model.parameters(), again.parameters(), strict=True)\n"
+        "assert all(torch.equal(one, other) for one, other in pairs)\n"
+    )
+    again, result = tmp_path / "again", tmp_path / "logits.pt"
+    subprocess.run([sys.executable, "-c", script, outputs[way], again, result], check=True)
+    assert relative(torch.load(result), logits(load(outputs[way]))) < 1e-6
+
+
+def test_importing_the_package_imports_neither_torch_nor_transformers() -> None:
+    script = (
+        "import sys, tuckerize\n"
+        "assert not {'torch', 'transformers', 'numpy'} & sys.modules.keys()\n"
+        "import transformers.quantizers.auto as auto\n"
+        "assert 'tuckerize' in auto.AUTO_QUANTIZER_MAPPING\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_other_format_is_refused(outputs: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(outputs["hidden mode"], out)
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"]["format_version"] = 1
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="format_version 1, this tuckerize reads 2"):
+        load(out)
+
+
+def test_processes_of_a_plan_split_the_neurons(outputs: dict[str, Path]) -> None:
+    script = Path(__file__).parents[1] / "distributed" / "transformers_tp.py"
+    ways = ("hidden mode", "all modes", "groups", "calibrated")
+    result = torchrun(2, script, *(outputs[way] for way in ways))
+    assert result.returncode == 0, result.stderr
+
+
+def test_card_and_loader_are_written_and_the_card_of_the_source_comes_back(
+    model: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(model, source)
+    card = "---\nlicense: mit\ntags: [tiny]\n---\n# A tiny model\n"
+    (source / "README.md").write_text(card)
+    config = json.loads((source / "config.json").read_text())
+    remote = {"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.X"}
+    (source / "config.json").write_text(json.dumps({**config, "auto_map": remote}))
+    out, dense = tmp_path / "out", tmp_path / "dense"
+    succeed("decompose", "--model", source, "--keep", "0.7", "--output", out)
+    ours = (out / "README.md").read_text()
+    assert "license: mit" in ours
+    assert "- tiny\n- tuckerize\n" in ours
+    assert ours.index("import tuckerize") < ours.index("from_pretrained")
+    auto_map = json.loads((out / "config.json").read_text())["auto_map"]
+    assert auto_map == {"AutoModelForCausalLM": "tuckerize_modeling.DeepseekV2ForCausalLM"}
+    succeed("reconstruct", out, "--output", dense)
+    assert (dense / "README.md").read_text() == card
+    assert json.loads((dense / "config.json").read_text())["auto_map"] == remote
+    left = {path.name for path in dense.iterdir()}
+    assert not left & {"README.source.md", "tuckerize_modeling.py"}
+
+
+@pytest.mark.parametrize("card", ["---\nlicense: [\n---\nbroken", "no front matter", "---"])
+def test_card_of_the_source_that_cannot_be_read_stops_nothing(
+    card: str, model: Path, tmp_path: Path
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(model, source)
+    (source / "README.md").write_text(card)
+    succeed("decompose", "--model", source, "--keep", "0.7", "--output", out)
+    assert "import tuckerize" in (out / "README.md").read_text()
+    assert (out / "README.source.md").read_text() == card
+
+
+def test_generate_continues_a_prompt(outputs: dict[str, Path], model: Path) -> None:
+    found = succeed("generate", outputs["calibrated"], "--prompt", "17 11", "--tokens", "5")
+    assert found.startswith("17 11")
+    assert len(found.split()) == 7
+    refused = run_here("generate", model, "--prompt", "x")
+    assert refused.returncode != 0
+    assert "is not a finished Tucker checkpoint" in refused.stderr

@@ -1,0 +1,160 @@
+"""Perplexity of a dense or a Tucker checkpoint on a text, one decoder layer in memory at a time."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from tuckerize.calibration.run import experts_call
+from tuckerize.calibration.stream import ExpertsCall, StreamedModel
+from tuckerize.calibration.text import parse_source, read_windows
+from tuckerize.checkpoint.manifest import MANIFEST
+from tuckerize.checkpoint.reader import Checkpoint
+from tuckerize.domain import CORE, Projection
+from tuckerize.moe.families import Family, describe_moe
+from tuckerize.moe.stacks import to_stack_orientation
+from tuckerize.pipeline.opened import OpenedTucker, open_tucker
+from tuckerize.pipeline.sizes import measure
+from tuckerize.report import EvaluateReport, Evaluation, Progress
+from tuckerize.runtime.experts import Activation, TuckerExperts, activation_of
+
+_WINDOWS_AT_ONCE = 8
+_SEED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """A checkpoint that can be streamed.
+
+    Attributes:
+        checkpoint: Its tensors.
+        family: Its family.
+        experts: Experts of a layer.
+        activation: Between gate and up.
+        tucker: What is factored in it; None if nothing is.
+    """
+
+    checkpoint: Checkpoint
+    family: Family
+    experts: int
+    activation: Activation
+    tucker: OpenedTucker | None
+
+    def module(self, layer: int, device: torch.device) -> TuckerExperts:
+        """The routed experts of a layer, factored or dense, in float32."""
+        if self.tucker is not None and layer in self.tucker.manifest.layers:
+            size = self.tucker.manifest.group_size
+            groups = [
+                self.tucker.read_group(layer, group) for group in range(self.tucker.manifest.groups)
+            ]
+        else:
+            size = self.experts
+            groups = [self._dense(layer)]
+        on_device = [
+            {name: tensor.to(device, torch.float32) for name, tensor in group.items()}
+            for group in groups
+        ]
+        return TuckerExperts(on_device, group_size=size, activation=self.activation)
+
+    def _dense(self, layer: int) -> dict[str, Tensor]:
+        """Dense experts as the tensors of a group of which every mode is full."""
+        stacks = {}
+        for projection in Projection:
+            names = [self.family.weight_name(layer, e, projection) for e in range(self.experts)]
+            read = dict(self.checkpoint.read(names))
+            slices = [to_stack_orientation(read[name], projection) for name in names]
+            stacks[f"{projection}.{CORE}"] = torch.stack(slices)
+        return stacks
+
+
+def open_evaluated(folder: Path) -> Evaluated:
+    """Open a dense or a Tucker checkpoint; reads headers only.
+
+    Raises:
+        CheckpointError: It is neither, unfinished or damaged, or its family or activation is not
+            known.
+    """
+    if (folder / MANIFEST).exists():
+        tucker = open_tucker(folder)
+        experts, activation = tucker.manifest.shape.experts, activation_of(tucker.config)
+        return Evaluated(tucker.checkpoint, tucker.family, experts, activation, tucker)
+    checkpoint = Checkpoint.open(folder)
+    model = describe_moe(checkpoint.config, checkpoint.tensors)
+    activation = activation_of(checkpoint.config)
+    return Evaluated(checkpoint, model.family, model.shape.experts, activation, None)
+
+
+def evaluate(
+    folders: Sequence[Path],
+    texts: Sequence[str],
+    *,
+    tokens: int,
+    window: int,
+    device: torch.device,
+    progress: Progress,
+) -> EvaluateReport:
+    """Perplexity of checkpoints on the same windows of text.
+
+    Args:
+        folders: Checkpoints, dense or Tucker, with the tokenizer of the first.
+        texts: Sources of text, as a user types them.
+        tokens: Tokens in all windows, evenly spread over the texts.
+        window: Tokens of a window; all but its first are predicted.
+        device: Where to compute.
+        progress: Shows how far the work is.
+
+    Raises:
+        UsageError: A text cannot be read.
+        CheckpointError: A checkpoint cannot be streamed, or has another vocabulary than the first.
+    """
+    opened = [open_evaluated(folder) for folder in folders]
+    sources = [parse_source(text) for text in texts]
+    windows = read_windows(sources, folders[0], tokens=tokens, window=window, seed=_SEED)
+    models = [StreamedModel.open(own.checkpoint, own.family, device=device) for own in opened]
+    progress.start(sum(model.layers + 1 for model in models))
+    results = []
+    for folder, own, model in zip(folders, opened, models, strict=True):
+        started = time.monotonic()
+        nats = _nats(own, model, windows.tokens_SL.to(device), progress, str(folder))
+        size = measure(own.checkpoint.tensors, is_routed=_is_routed(own.family))
+        seconds = time.monotonic() - started
+        results.append(Evaluation(str(folder), nats, math.exp(nats), size, seconds))
+    progress.close()
+    count, length = windows.tokens_SL.shape
+    return EvaluateReport(tuple(results), count * (length - 1), windows.messages)
+
+
+def _is_routed(family: Family) -> Callable[[str], bool]:
+    return lambda name: family.layer_of(name) is not None
+
+
+@torch.no_grad()
+def _nats(
+    own: Evaluated, model: StreamedModel, tokens_SL: Tensor, progress: Progress, name: str
+) -> float:
+    """Mean negative log-likelihood of a token, in nats."""
+    parts = torch.split(tokens_SL, _WINDOWS_AT_ONCE)
+    with model.embedding() as embed:
+        states = [embed(part) for part in parts]
+    for layer in range(model.layers):
+        experts: ExpertsCall | None = None
+        if layer in model.moe_layers:
+            experts = experts_call(own.module(layer, model.device))
+        with model.layer(layer, experts) as run:
+            states = [run(part) for part in states]
+        progress.advance(1, f"{name}, layer {layer}")
+    total = 0.0
+    with model.head() as head:
+        for part, hidden in zip(parts, states, strict=True):
+            for tokens_L, hidden_LI in zip(part, hidden, strict=True):
+                logits_LV = head(hidden_LI[None])[0].float()
+                total += float(cross_entropy(logits_LV[:-1], tokens_L[1:], reduction="sum"))
+    progress.advance(1, f"{name}, head")
+    return total / (tokens_SL.shape[0] * (tokens_SL.shape[1] - 1))

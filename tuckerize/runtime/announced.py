@@ -1,0 +1,68 @@
+"""What config.json announces of a Tucker checkpoint (`quantization_config`), in docs/format.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tuckerize.domain import (
+    CORE,
+    GATE_UP,
+    Mode,
+    MultilinearRank,
+    Projection,
+    StackShape,
+    coupling_name,
+    expert_core_name,
+)
+
+METHOD = "tuckerize"
+"""`quant_method`: the name by which transformers and vLLM find what loads the checkpoint."""
+
+FORMAT_VERSION = 2
+"""`format_version` of what is announced."""
+
+
+def announce_group(
+    ranks: Mapping[Projection, MultilinearRank], widths: Sequence[int]
+) -> dict[str, Any]:
+    """What is announced of one group: the widths of its experts and the core sizes.
+
+    Args:
+        ranks: Core sizes of every projection.
+        widths: Neurons of every expert.
+    """
+    equal = len(set(widths)) == 1
+    sizes = {str(projection): list(rank) for projection, rank in ranks.items()}
+    return {"neurons": widths[0] if equal else list(widths), **sizes}
+
+
+def group_shapes(
+    group: Mapping[str, Any], *, experts: int, hidden: int, joint: str | None
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of one group, by their names below it.
+
+    Args:
+        group: What `announce_group` gave.
+        experts: Experts in the group.
+        hidden: Hidden size I.
+        joint: Projections that share one U_I.
+    """
+    neurons = group["neurons"]
+    widths = neurons if isinstance(neurons, Sequence) else [neurons] * experts
+    stack = StackShape(experts, sum(widths) // experts, hidden)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for projection in Projection:
+        rank = MultilinearRank(*group[projection])
+        if len(set(widths)) == 1:
+            shapes[f"{projection}.{CORE}"] = tuple(rank)
+        else:
+            shapes |= {
+                f"{projection}.{expert_core_name(expert)}": (width, rank.hidden)
+                for expert, width in enumerate(widths)
+            }
+        coupling = GATE_UP if joint and projection in GATE_UP else (projection,)
+        for mode in rank.truncated_modes(stack):
+            owner = coupling_name(coupling) if mode == Mode.HIDDEN else projection
+            shapes[f"{owner}.{mode.factor_name}"] = (stack[mode], rank[mode])
+    return shapes

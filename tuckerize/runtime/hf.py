@@ -1,0 +1,144 @@
+"""transformers: load a Tucker checkpoint as the model that it is, with factored routed experts.
+
+transformers takes a checkpoint whose config.json has a `quantization_config` through a quantizer of
+that name. Ours puts modules of factors, shaped as the configuration announces, in the place of the
+experts' before weights are loaded; transformers does the rest. `import tuckerize` registers it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from tuckerize.domain import CORE, Mode
+from tuckerize.errors import CheckpointError
+from tuckerize.runtime.announced import FORMAT_VERSION, METHOD, group_shapes
+from tuckerize.runtime.experts import TuckerExperts
+
+# transformers' tensor-parallel style of rows: the dimension before the last is split.
+_ROWS = "colwise"
+# Its style of experts modules that give partial sums.
+_PARTIAL_SUMS = "moe_tp_experts"
+
+
+@register_quantization_config(METHOD)
+class TuckerConfig(QuantizationConfigMixin):
+    """`quantization_config` of a Tucker checkpoint, see docs/format.md."""
+
+    def __init__(self, **announced: Any) -> None:  # noqa: ANN401
+        version = announced.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"the checkpoint has format_version {version!r}, this tuckerize reads "
+                f"{FORMAT_VERSION}: use the release that wrote it"
+            )
+        for name, value in announced.items():
+            setattr(self, name, value)
+        self.quant_method = METHOD  # type: ignore[assignment]  # one that transformers ships
+
+
+@register_quantizer(METHOD)
+class TuckerQuantizer(HfQuantizer):
+    """Puts factored experts in the place of dense ones."""
+
+    requires_calibration = True
+    is_trainable = True
+
+    def is_serializable(self, *_: object, **__: object) -> bool:
+        """Whether `save_pretrained` works: factors are ordinary tensors."""
+        return True
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **_: object) -> nn.Module:
+        """Replace the experts; no tensor of the model has memory yet."""
+        announced: Any = self.quantization_config
+        for path, groups in announced.modules.items():
+            dense = model.get_submodule(path)
+            model.set_submodule(path, _factored(dense, groups, announced))
+        return model
+
+    def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
+        """Tensor parallelism: every process owns some neurons of every expert.
+
+        What is behind the activation gives partial sums then, which the style that the family has
+        for the whole module adds up.
+        """
+        from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
+
+        dense = [key for key, style in plan.items() if style == _PARTIAL_SUMS]
+        for key in [k for k in plan if k.rpartition(".")[0] in dense]:
+            del plan[key]  # of parameters that the factored module does not have
+        for path, module in model.named_modules():
+            if isinstance(module, TuckerExperts):
+                names = [f"{path}.{name}" for name in _split_rows(module)]
+                plan |= {replace_layer_number_by_wildcard(name): _ROWS for name in names}
+
+
+def _split_rows(module: TuckerExperts) -> list[str]:
+    """Parameters whose rows are neurons: cores, or U_H where the intermediate mode is truncated."""
+    truncated = {
+        name.rpartition(".")[0]
+        for name, _ in module.named_parameters()
+        if name.endswith(f".{Mode.INTERMEDIATE.factor_name}")
+    }
+    return [
+        name
+        for name, _ in module.named_parameters()
+        if name.endswith(f".{Mode.INTERMEDIATE.factor_name}")
+        or (f".{CORE}" in name and name.partition(f".{CORE}")[0] not in truncated)
+    ]
+
+
+def _factored(
+    dense: Any,  # noqa: ANN401
+    groups: list[Mapping[str, Any]],
+    config: Any,  # noqa: ANN401
+) -> TuckerExperts:
+    """The factored module in the place of a dense one, without memory."""
+    like = next(dense.parameters())
+    tensors = [
+        {
+            name: torch.empty(shape, dtype=like.dtype, device=like.device)
+            for name, shape in group_shapes(
+                group, experts=config.group_size, hidden=dense.hidden_dim, joint=config.joint
+            ).items()
+        }
+        for group in groups
+    ]
+    module = TuckerExperts(tensors, group_size=config.group_size, activation=dense.act_fn)
+    return module.requires_grad_()
+
+
+def generate(folder: Path, prompt: str, *, tokens: int, device: torch.device) -> str:
+    """The prompt and its greedy continuation by a Tucker checkpoint.
+
+    Args:
+        folder: The checkpoint.
+        prompt: What is continued.
+        tokens: New tokens at most.
+        device: Where the whole model is loaded to.
+
+    Raises:
+        CheckpointError: transformers cannot load the model or its tokenizer.
+    """
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", local_files_only=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"transformers cannot load {folder}: {error}",
+            hint="check it with: tuckerize verify",
+        ) from error
+    inputs = tokenizer(prompt, return_tensors="pt").to(device)
+    output = model.to(device).generate(**inputs, max_new_tokens=tokens, do_sample=False)
+    text: str = tokenizer.decode(output[0], skip_special_tokens=True)
+    return text
