@@ -1,0 +1,103 @@
+"""`evaluate` against transformers' own forward on the same windows."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.running import run_here, succeed
+from tests.tiny_models import add_tokenizer, make_tiny_model, write_text
+from tuckerize.calibration.text import parse_source, read_windows
+
+SIZE = ("--tokens", "1024", "--window", "64")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny float32 model with a tokenizer; layers 1 and 2 have routed experts."""
+    folder = tmp_path_factory.mktemp("evaluate") / "model"
+    return add_tokenizer(make_tiny_model(folder, dtype=torch.float32))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt", 3000)
+
+
+@torch.no_grad()
+def nats_by_transformers(folder: Path, text: Path, tokenizer: Path) -> float:
+    """Mean negative log-likelihood over the windows, the whole model in memory."""
+    windows = read_windows([parse_source(str(text))], tokenizer, tokens=1024, window=64, seed=0)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    losses = [loaded(row[None], labels=row[None]).loss for row in windows.tokens_SL]
+    return float(torch.stack(losses).mean())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--keep", "0.6"),
+        ("--rank", "3,8,20", "--group-size", "4"),
+        ("--keep", "0.6", "--layers", "2"),
+    ],
+    ids=" ".join,
+)
+def test_perplexity_is_that_of_the_whole_model(
+    options: tuple[str, ...], model: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    succeed("decompose", "--model", model, *options, "--output", out)
+    found = json.loads(
+        succeed("evaluate", out, "--against", model, "--text", text, *SIZE, "--json")
+    )
+    assert found["tokens"] == 16 * 63
+    dense, factored = found["results"]
+    assert (dense["folder"], factored["folder"]) == (str(model), str(out))
+    assert dense["size"]["routed_parameters"] > factored["size"]["routed_parameters"]
+    for result, folder in ((dense, model), (factored, out)):
+        expected = nats_by_transformers(folder, text, model)
+        assert result["nats"] == pytest.approx(expected, rel=1e-5)
+        assert result["perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
+    assert dense["nats"] != pytest.approx(factored["nats"], rel=1e-4)
+
+
+def test_table_compares_with_the_other_checkpoint(model: Path, text: Path) -> None:
+    shown = succeed("evaluate", model, "--text", text, "--against", model, *SIZE)
+    assert shown.count("x 1.0000") == 2
+    assert "on 1,008 tokens" in shown
+    assert "x 1" not in succeed("evaluate", model, "--text", text, *SIZE)
+
+
+def test_short_text_is_said(model: Path, tmp_path: Path) -> None:
+    text = write_text(tmp_path / "short.txt", 200)
+    result = run_here("evaluate", model, "--text", text, *SIZE)
+    assert result.returncode == 0
+    assert "gives 192 tokens of its share of 1024" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--text", "missing.txt"), "missing.txt is missing"),
+        (("--text", "missing.txt:0"), "positive weight"),
+        ((), "--text"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(
+    options: tuple[str, ...], message: str, model: Path
+) -> None:
+    result = run_here("evaluate", model, *options)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_folder_without_a_model_is_refused(text: Path, tmp_path: Path) -> None:
+    result = run_here("evaluate", tmp_path, "--text", text)
+    assert result.returncode != 0
+    assert "config.json" in result.stderr
