@@ -1,15 +1,23 @@
-"""Tiny DeepSeek-V2 models, built and saved by transformers itself, with a tokenizer and a text."""
+"""Tiny MoE models, built and saved by transformers itself, with a tokenizer and a text."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from random import Random
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 from transformers.utils import logging
 
 WORDS = 60
@@ -72,9 +80,54 @@ def make_tiny_model(
         max_position_embeddings=64,
         initializer_range=0.1,
     )
+    return _save(DeepseekV2ForCausalLM, config, folder, dtype=dtype, seed=seed, shards=shards)
+
+
+def make_tiny_family(folder: Path, model_type: str) -> Path:
+    """Save a random float32 model of another family, with two MoE layers of 8 experts.
+
+    Args:
+        folder: Where to save it.
+        model_type: `olmoe` or `qwen3_moe`.
+    """
+    sizes: dict[str, Any] = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 8,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.1,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    architecture: Any
+    config: Any
+    if model_type == "olmoe":
+        architecture, config = OlmoeForCausalLM, OlmoeConfig(**sizes, intermediate_size=24)
+    else:
+        architecture = Qwen3MoeForCausalLM
+        config = Qwen3MoeConfig(**sizes, intermediate_size=48, moe_intermediate_size=24)
+    return _save(architecture, config, folder, dtype=torch.float32, seed=0, shards=False)
+
+
+def _save(
+    architecture: Any,  # noqa: ANN401
+    config: Any,  # noqa: ANN401
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    seed: int,
+    shards: bool,
+) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = DeepseekV2ForCausalLM(config)
+        model = architecture(config)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "norm" in name:  # ones would hide a norm that is forgotten

@@ -332,7 +332,7 @@ def test_other_families_stream_too(
         expert_weight="{expert}.{projection}.weight",
         router_weight="",
         input_norm="",
-        experts_key="",
+        experts_keys=("",),
         intermediate_key="",
         shared_key="",
         routing=DEEPSEEK.routing,

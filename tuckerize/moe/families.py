@@ -29,6 +29,7 @@ class Routing:
             best groups of experts only.
         top_k: Experts a token.
         scale: Factor on the routing weights.
+        normalize: Whether the weights of a token's experts are made to add up to 1.
         groups: Number of expert groups (`group_limited_greedy`).
         top_groups: Groups a token may use (`group_limited_greedy`).
     """
@@ -36,6 +37,7 @@ class Routing:
     method: Literal["greedy", "group_limited_greedy"]
     top_k: int
     scale: float = 1.0
+    normalize: bool = False
     groups: int = 1
     top_groups: int = 1
 
@@ -50,9 +52,9 @@ class Family:
         expert_weight: Name of one expert's projection below that prefix.
         router_weight: Weight of the router, shape (E, I).
         input_norm: Weight of the norm in front of the MoE block, shape (I,).
-        experts_key: Configuration key of the number of routed experts.
+        experts_keys: Configuration keys of the number of routed experts: the first that is there.
         intermediate_key: Configuration key of the experts' intermediate size.
-        shared_key: Configuration key of the number of shared experts.
+        shared_key: Configuration key of the number of shared experts; None where there are none.
         routing: Reads the routing from a configuration.
     """
 
@@ -61,10 +63,14 @@ class Family:
     expert_weight: str
     router_weight: str
     input_norm: str
-    experts_key: str
+    experts_keys: tuple[str, ...]
     intermediate_key: str
-    shared_key: str
+    shared_key: str | None
     routing: Callable[[Config], Routing]
+
+    def shared_experts(self, config: Config) -> int:
+        """Number of shared experts."""
+        return int(config.get(self.shared_key) or 0) if self.shared_key else 0
 
     def experts_prefix(self, layer: int) -> str:
         """Prefix of the routed experts of a layer, without the final dot."""
@@ -151,7 +157,7 @@ def describe_moe(config: Config, tensors: Mapping[str, TensorHeader]) -> MoeMode
             hint="the checkpoint may be incomplete, or saved in another layout",
         )
     shape = StackShape(
-        _positive(config, family.experts_key),
+        _positive(config, *family.experts_keys),
         _positive(config, family.intermediate_key),
         _positive(config, "hidden_size"),
     )
@@ -160,7 +166,7 @@ def describe_moe(config: Config, tensors: Mapping[str, TensorHeader]) -> MoeMode
         family=family,
         layers=layers,
         shape=shape,
-        shared_experts=int(config.get(family.shared_key) or 0),
+        shared_experts=family.shared_experts(config),
         routing=family.routing(config),
         activation=str(config.get("hidden_act", "silu")),
         dtype=tensors[first].dtype if first in tensors else "",
@@ -186,7 +192,8 @@ def _family(config: Config) -> Family:
     return FAMILIES[model_type]
 
 
-def _positive(config: Config, key: str) -> int:
+def _positive(config: Config, *keys: str) -> int:
+    key = next((key for key in keys if key in config), keys[0])
     value = config.get(key)
     if not isinstance(value, int) or value < 1:
         raise CheckpointError(
@@ -210,7 +217,7 @@ def _check_weights(model: MoeModel, tensors: Mapping[str, TensorHeader]) -> None
             raise CheckpointError(
                 f"layer {layer} has the tensor {extra[0]}, which the family "
                 f"{model.family.model_type} with {model.shape.experts} experts does not know",
-                hint="check n_routed_experts in config.json",
+                hint=f"check {' or '.join(model.family.experts_keys)} in config.json",
             )
 
 
@@ -247,7 +254,13 @@ def _deepseek_v2_routing(config: Config) -> Routing:
         routing = Routing("greedy", top_k, 1.0 if scale is None else float(scale))
     else:
         groups, top_groups = (_positive(config, key) for key in ("n_group", "topk_group"))
-        routing = Routing("group_limited_greedy", top_k, float(scale or 1.0), groups, top_groups)
+        routing = Routing(
+            "group_limited_greedy",
+            top_k,
+            float(scale or 1.0),
+            groups=groups,
+            top_groups=top_groups,
+        )
     if top_k > experts or experts % routing.groups or routing.top_groups > routing.groups:
         raise CheckpointError(
             f"config.json routes each token to {top_k} of {experts} experts in "
@@ -255,6 +268,37 @@ def _deepseek_v2_routing(config: Config) -> Routing:
             hint="check num_experts_per_tok, n_routed_experts, n_group and topk_group",
         )
     return routing
+
+
+# As their authors published them, and as transformers saves some of them.
+_EXPERTS_KEYS = ("num_experts", "num_local_experts")
+
+
+def _softmax_routing(config: Config) -> Routing:
+    """The best experts by softmax over all of them, as in Qwen3-MoE and OLMoE."""
+    experts = _positive(config, *_EXPERTS_KEYS)
+    top_k = _positive(config, "num_experts_per_tok")
+    if top_k > experts:
+        raise CheckpointError(
+            f"config.json routes each token to {top_k} of {experts} experts",
+            hint=f"check num_experts_per_tok and {' or '.join(_EXPERTS_KEYS)}",
+        )
+    return Routing("greedy", top_k, normalize=bool(config.get("norm_topk_prob", False)))
+
+
+def _llama_like(model_type: str, intermediate_key: str) -> Family:
+    """A family whose experts are named as DeepSeek's, without shared ones."""
+    return Family(
+        model_type=model_type,
+        experts="model.layers.{layer}.mlp.experts",
+        expert_weight="{expert}.{projection}.weight",
+        router_weight="model.layers.{layer}.mlp.gate.weight",
+        input_norm="model.layers.{layer}.post_attention_layernorm.weight",
+        experts_keys=_EXPERTS_KEYS,
+        intermediate_key=intermediate_key,
+        shared_key=None,
+        routing=_softmax_routing,
+    )
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -266,10 +310,12 @@ FAMILIES: Mapping[str, Family] = {
             expert_weight="{expert}.{projection}.weight",
             router_weight="model.layers.{layer}.mlp.gate.weight",
             input_norm="model.layers.{layer}.post_attention_layernorm.weight",
-            experts_key="n_routed_experts",
+            experts_keys=("n_routed_experts",),
             intermediate_key="moe_intermediate_size",
             shared_key="n_shared_experts",
             routing=_deepseek_v2_routing,
         ),
+        _llama_like("olmoe", "intermediate_size"),
+        _llama_like("qwen3_moe", "moe_intermediate_size"),
     )
 }

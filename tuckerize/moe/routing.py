@@ -18,7 +18,7 @@ class Routes(NamedTuple):
 
 
 def route(x_TI: Tensor, router_EI: Tensor, routing: Routing) -> Routes:
-    """Route tokens as DeepSeek-V2 does: softmax over all experts, then the best k.
+    """Route tokens: softmax over all experts, then the best k.
 
     Args:
         x_TI: Tokens, shape (T, I).
@@ -26,15 +26,17 @@ def route(x_TI: Tensor, router_EI: Tensor, routing: Routing) -> Routes:
         routing: Method, top-k, scale and expert groups.
 
     Returns:
-        Expert indices (int64) and float32 weights, scaled but not normalised.
+        Expert indices (int64) and float32 weights, scaled, and normalised if the family does so.
 
     Source:
-        DeepSeek-V2 2024, section 2.2; transformers' `DeepseekV2TopkRouter`.
+        DeepSeek-V2 2024, section 2.2; transformers' `DeepseekV2TopkRouter`, `Qwen3MoeTopKRouter`.
     """
     scores_TE = (x_TI.float() @ router_EI.float().T).softmax(dim=-1)
     if routing.method == "group_limited_greedy":
         scores_TE = _keep_best_groups(scores_TE, routing)
     weights_Tk, experts_Tk = scores_TE.topk(routing.top_k, dim=-1)
+    if routing.normalize:
+        weights_Tk = weights_Tk / weights_Tk.sum(dim=-1, keepdim=True)
     return Routes(experts_Tk, weights_Tk * routing.scale)
 
 

@@ -80,7 +80,7 @@ def _describe_tucker(tucker: OpenedTucker) -> InspectReport:
         layers=tuple(sorted(layer for layer in layers if layer is not None)),
         shape=manifest.shape,
         top_k=tucker.family.routing(tucker.config).top_k,
-        shared_experts=int(tucker.config.get(tucker.family.shared_key) or 0),
+        shared_experts=tucker.family.shared_experts(tucker.config),
         dtype=manifest.dtype,
         size=manifest.after,
         tucker=TuckerFacts(

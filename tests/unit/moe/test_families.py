@@ -117,7 +117,7 @@ def test_describe_moe_with_an_extra_expert_names_its_tensor() -> None:
 def test_describe_moe_of_another_family_lists_the_supported_ones(model_type: object) -> None:
     assert refusal({**CONFIG, "model_type": model_type}, tensors_of()) == (
         f"model_type '{model_type}' in config.json is not a supported MoE family",
-        "supported: deepseek_v2",
+        "supported: deepseek_v2, olmoe, qwen3_moe",
     )
 
 
@@ -161,7 +161,7 @@ def test_describe_moe_with_another_routing_is_refused() -> None:
 
 def test_routing_with_groups_reads_them() -> None:
     config = {**CONFIG, "topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1}
-    assert FAMILY.routing(config) == Routing("group_limited_greedy", 1, 1.5, 2, 1)
+    assert FAMILY.routing(config) == Routing("group_limited_greedy", 1, 1.5, groups=2, top_groups=1)
 
 
 @pytest.mark.parametrize(
