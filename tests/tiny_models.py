@@ -84,22 +84,19 @@ def make_tiny_model(
 
 
 def make_tiny_family(folder: Path, model_type: str) -> Path:
-    """Save a random float32 model of another family, with two MoE layers of 8 experts.
+    """Save a random float32 model of 8 experts a layer, with sizes that vLLM's attention has.
 
     Args:
         folder: Where to save it.
-        model_type: `olmoe` or `qwen3_moe`.
+        model_type: `olmoe`, `qwen3_moe` or `deepseek_v2`, whose first layer is dense.
     """
     sizes: dict[str, Any] = {
         "vocab_size": 64,
-        "hidden_size": 32,
+        "hidden_size": 64,
         "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "head_dim": 8,
-        "num_experts": 8,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
         "num_experts_per_tok": 2,
-        "norm_topk_prob": True,
         "max_position_embeddings": 64,
         "initializer_range": 0.1,
         "pad_token_id": 0,
@@ -108,11 +105,31 @@ def make_tiny_family(folder: Path, model_type: str) -> Path:
     }
     architecture: Any
     config: Any
+    routed: dict[str, Any] = {"num_experts": 8, "norm_topk_prob": True, "head_dim": 32}
     if model_type == "olmoe":
-        architecture, config = OlmoeForCausalLM, OlmoeConfig(**sizes, intermediate_size=24)
-    else:
+        architecture = OlmoeForCausalLM
+        config = OlmoeConfig(**sizes, **routed, intermediate_size=24)
+    elif model_type == "qwen3_moe":
         architecture = Qwen3MoeForCausalLM
-        config = Qwen3MoeConfig(**sizes, intermediate_size=48, moe_intermediate_size=24)
+        config = Qwen3MoeConfig(**sizes, **routed, intermediate_size=48, moe_intermediate_size=24)
+    else:
+        architecture = DeepseekV2ForCausalLM
+        config = DeepseekV2Config(
+            **sizes,
+            n_routed_experts=8,
+            n_shared_experts=1,
+            n_group=1,
+            topk_group=1,
+            first_k_dense_replace=1,
+            routed_scaling_factor=1.5,
+            intermediate_size=48,
+            moe_intermediate_size=24,
+            q_lora_rank=None,
+            kv_lora_rank=512,
+            qk_nope_head_dim=64,
+            qk_rope_head_dim=64,
+            v_head_dim=64,
+        )
     return _save(architecture, config, folder, dtype=torch.float32, seed=0, shards=False)
 
 

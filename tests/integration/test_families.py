@@ -34,7 +34,7 @@ def test_checkpoint_is_decomposed_sharded_verified_loaded_and_reconstructed(
 ) -> None:
     out, dense = tmp_path / "out", tmp_path / "dense"
     facts = json.loads(succeed("inspect", model, "--json"))
-    assert facts["shape"] == [8, 24, 32]
+    assert facts["shape"] == [8, 24, 64]
     assert (facts["layers"], facts["top_k"], facts["shared_experts"]) == ([0, 1], 2, 0)
     succeed("decompose", "--model", model, "--rank", "6,16,24", "--output", out)
     succeed("shard", out, "--tp", "2")
