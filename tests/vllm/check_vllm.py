@@ -15,6 +15,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ SECONDS = 400
 Tokens = list[list[int]]
 
 
+@cache
 def tokens_of(folder: Path, *options: str) -> Tokens:
     """What the engine generates with a checkpoint."""
     result = subprocess.run(
@@ -72,11 +74,13 @@ def test_small_model_is_its_reconstruction_on_any_workers(folders: dict[str, Pat
     config = json.loads((folders["small"] / "config.json").read_text())
     modules = config["quantization_config"]["modules"].values()
     assert any(isinstance(group["neurons"], list) for groups in modules for group in groups)
-    expected = tokens_of(folders["reconstructed"])
-    assert expected != tokens_of(folders["dense"])
-    assert tokens_of(folders["small"]) == expected
-    assert tokens_of(folders["small"], "--tp", "2") == expected
-    assert tokens_of(folders["small"], "--tp", "2", "--ep") == expected
+    small, reconstructed = folders["small"], folders["reconstructed"]
+    assert tokens_of(small) == tokens_of(reconstructed)
+    assert tokens_of(small) != tokens_of(folders["dense"])
+    # The engine's own results differ between numbers of workers, dense ones too.
+    expected = tokens_of(reconstructed, "--tp", "2")
+    assert tokens_of(small, "--tp", "2") == expected
+    assert tokens_of(small, "--tp", "2", "--ep") == expected
 
 
 @contextmanager
