@@ -7,6 +7,7 @@ experts' before weights are loaded; transformers does the rest. `import tuckeriz
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils.logging import disable_progress_bar
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tuckerize.domain import CORE, Mode
@@ -128,6 +130,8 @@ def generate(folder: Path, prompt: str, *, tokens: int, device: torch.device) ->
     Raises:
         CheckpointError: transformers cannot load the model or its tokenizer.
     """
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model: Any = AutoModelForCausalLM.from_pretrained(
