@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tests.running import files_of, run_here, start, succeed, torchrun
-from tests.tiny_models import add_tokenizer, make_tiny_model, write_text
+from tests.tiny_models import write_text
 from tuckerize.calibration import run as run_module
 from tuckerize.calibration import tokens as tokens_module
 from tuckerize.calibration.profiling import ProfileCache
@@ -29,18 +29,6 @@ from tuckerize.runtime.experts import ACTIVATIONS, TuckerExperts
 PLAIN = ("--refine", "0")
 TOKENS = ("--calibration-tokens", "1024")
 BLOCK = 64  # held-out tokens stand in blocks of so many: 1024 tokens have one
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny float32 model with a tokenizer; layers 1 and 2 have routed experts."""
-    folder = tmp_path_factory.mktemp("calibrated") / "model"
-    return add_tokenizer(make_tiny_model(folder, dtype=torch.float32))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "text.txt", 9000)
 
 
 @pytest.fixture(scope="module", autouse=True)

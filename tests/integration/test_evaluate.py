@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,22 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.running import run_here, succeed
-from tests.tiny_models import add_tokenizer, make_tiny_model, write_text
+from tests.tiny_models import write_text
 from tuckerize.calibration.text import parse_source, read_windows
 
 SIZE = ("--tokens", "1024", "--window", "64")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny float32 model with a tokenizer; layers 1 and 2 have routed experts."""
-    folder = tmp_path_factory.mktemp("evaluate") / "model"
-    return add_tokenizer(make_tiny_model(folder, dtype=torch.float32))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "text.txt", 3000)
 
 
 @torch.no_grad()
@@ -95,6 +84,16 @@ def test_what_cannot_be_evaluated_is_refused(
     assert result.returncode == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_model_of_another_vocabulary_is_refused(model: Path, text: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "vocab_size": 99}))
+    result = run_here("evaluate", other, "--against", model, "--text", text)
+    assert result.returncode != 0
+    assert "has a vocabulary of 99 tokens" in " ".join(result.stderr.split())
 
 
 def test_folder_without_a_model_is_refused(text: Path, tmp_path: Path) -> None:

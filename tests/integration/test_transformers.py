@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.running import run_here, succeed, torchrun
-from tests.tiny_models import add_tokenizer, make_tiny_model, write_text
 from tuckerize.runtime.experts import TuckerExperts
 
 IDS = torch.arange(3, 43)[None]
@@ -29,18 +28,6 @@ WAYS = {
     "calibrated": ("--keep", "0.6", "--multiple", "2", "--refine", "0"),
     "equal widths": ("--keep", "0.6", "--multiple", "2", "--refine", "0", "--equal-widths"),
 }
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny float32 model with a tokenizer; layers 1 and 2 have routed experts."""
-    folder = tmp_path_factory.mktemp("transformers") / "model"
-    return add_tokenizer(make_tiny_model(folder, dtype=torch.float32))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "text.txt", 9000)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -91,7 +91,8 @@ class Calibrated:
         for projection in Projection:
             stack = read_stack(
                 self.source.read,
-                self.moe,
+                self.moe.family,
+                self.moe.shape,
                 layer=layer,
                 experts=experts,
                 projection=projection,

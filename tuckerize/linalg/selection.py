@@ -207,7 +207,7 @@ def _remove(inverse_EHH: Tensor, down_EHI: Tensor, gone_EM: Tensor) -> Tensor:
     block_EMM = columns_EHM.gather(1, gone_EM[:, :, None].expand(-1, -1, gone_EM.shape[1]))
     rows_EMI = down_EHI.gather(1, gone_EM[:, :, None].expand(-1, -1, hidden))
     solved_EMI = torch.linalg.solve(block_EMM, rows_EMI)
-    lost_E: Tensor = (solved_EMI * rows_EMI).sum((1, 2)).double().clamp_min(0)
+    lost_E: Tensor = (solved_EMI * rows_EMI).sum((1, 2)).clamp_min(0)
     down_EHI -= columns_EHM @ solved_EMI
     inverse_EHH -= columns_EHM @ torch.linalg.solve(block_EMM, columns_EHM.mT)
     # Rounding must not bring a neuron back: it stands alone from now on.

@@ -87,6 +87,10 @@ class Family:
         match = re.match(rf"{re.escape(before)}(\d+){re.escape(after)}\.", name)
         return int(match[1]) if match else None
 
+    def is_routed(self, name: str) -> bool:
+        """Whether a tensor, dense or factored, belongs to routed experts."""
+        return self.layer_of(name) is not None
+
 
 @dataclass(frozen=True, slots=True)
 class MoeModel:
@@ -117,7 +121,7 @@ class MoeModel:
 
     def is_routed(self, name: str) -> bool:
         """Whether a tensor, dense or factored, belongs to routed experts."""
-        return self.family.layer_of(name) is not None
+        return self.family.is_routed(name)
 
     def layer_weight_names(self, layer: int) -> list[str]:
         """Checkpoint names of all routed weights of a layer."""

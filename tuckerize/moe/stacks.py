@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tuckerize.domain import Projection, StackShape
-from tuckerize.moe.families import MoeModel
+from tuckerize.moe.families import Family
 
 Read = Callable[[Iterable[str]], Iterator[tuple[str, Tensor]]]
 """Reads tensors by name, in any order, one at a time."""
@@ -19,7 +19,8 @@ Read = Callable[[Iterable[str]], Iterator[tuple[str, Tensor]]]
 
 def read_stack(
     read: Read,
-    model: MoeModel,
+    family: Family,
+    shape: StackShape,
     *,
     layer: int,
     experts: range,
@@ -30,16 +31,16 @@ def read_stack(
 
     Args:
         read: Reads tensors by name.
-        model: The checkpoint's MoE facts.
+        family: The checkpoint's family.
+        shape: Sizes (E, H, I) of a projection's experts in a layer.
         layer: Index of the layer.
         experts: Experts of the group.
         projection: Which matrices.
         dtype: Type of the stack; the checkpoint's own loses nothing.
     """
-    stack = torch.empty((len(experts), *model.shape[1:]), dtype=dtype)
+    stack = torch.empty((len(experts), *shape[1:]), dtype=dtype)
     places = {
-        model.family.weight_name(layer, expert, projection): place
-        for place, expert in enumerate(experts)
+        family.weight_name(layer, expert, projection): place for place, expert in enumerate(experts)
     }
     for name, weight in read(places):
         stack[places[name]] = to_stack_orientation(weight, projection)

@@ -29,7 +29,7 @@ from tuckerize.moe.stacks import group_experts, read_stack
 from tuckerize.parallel.processes import Processes
 from tuckerize.pipeline.calibrated import Calibration, compress_layers
 from tuckerize.pipeline.estimate import work
-from tuckerize.pipeline.hub_files import auto_map, write_hub_files
+from tuckerize.pipeline.hub_files import with_loader, write_hub_files
 from tuckerize.pipeline.plan import ROUNDING, CopyPiece, LayerPiece, Plan, Target, TuckerPiece
 from tuckerize.pipeline.sizes import measure
 from tuckerize.pipeline.storable import finite
@@ -177,7 +177,8 @@ def _read_stacks(plan: Plan, piece: TuckerPiece, group: int) -> list[Tensor]:
     return [
         read_stack(
             plan.source.read,
-            plan.model,
+            plan.model.family,
+            plan.model.shape,
             layer=piece.layer,
             experts=group_experts(plan.model.shape, plan.group_size, group),
             projection=projection,
@@ -231,7 +232,7 @@ def _finish(plan: Plan, folder: OutputFolder, model: str) -> TuckerManifest:
     )
     announced = _announce(plan.model.family, manifest)
     config = plan.source.config
-    write_json(output / CONFIG, {**auto_map(config), "quantization_config": announced})
+    write_json(output / CONFIG, {**with_loader(config), "quantization_config": announced})
     write_hub_files(plan.source.folder, output, manifest, config)
     write_index(output, opened)
     folder.finish(manifest.model_dump(mode="json"))

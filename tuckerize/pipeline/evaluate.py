@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +17,10 @@ from tuckerize.calibration.stream import ExpertsCall, StreamedModel
 from tuckerize.calibration.text import parse_source, read_windows
 from tuckerize.checkpoint.manifest import MANIFEST
 from tuckerize.checkpoint.reader import Checkpoint
-from tuckerize.domain import CORE, Projection
+from tuckerize.domain import CORE, Projection, StackShape
+from tuckerize.errors import CheckpointError
 from tuckerize.moe.families import Family, describe_moe
-from tuckerize.moe.stacks import to_stack_orientation
+from tuckerize.moe.stacks import read_stack
 from tuckerize.pipeline.opened import OpenedTucker, open_tucker
 from tuckerize.pipeline.sizes import measure
 from tuckerize.report import EvaluateReport, Evaluation, Progress
@@ -36,14 +37,14 @@ class Evaluated:
     Attributes:
         checkpoint: Its tensors.
         family: Its family.
-        experts: Experts of a layer.
+        shape: Sizes (E, H, I) of a projection's experts in a layer.
         activation: Between gate and up.
         tucker: What is factored in it; None if nothing is.
     """
 
     checkpoint: Checkpoint
     family: Family
-    experts: int
+    shape: StackShape
     activation: Activation
     tucker: OpenedTucker | None
 
@@ -55,7 +56,7 @@ class Evaluated:
                 self.tucker.read_group(layer, group) for group in range(self.tucker.manifest.groups)
             ]
         else:
-            size = self.experts
+            size = self.shape.experts
             groups = [self._dense(layer)]
         on_device = [
             {name: tensor.to(device, torch.float32) for name, tensor in group.items()}
@@ -65,13 +66,18 @@ class Evaluated:
 
     def _dense(self, layer: int) -> dict[str, Tensor]:
         """Dense experts as the tensors of a group of which every mode is full."""
-        stacks = {}
-        for projection in Projection:
-            names = [self.family.weight_name(layer, e, projection) for e in range(self.experts)]
-            read = dict(self.checkpoint.read(names))
-            slices = [to_stack_orientation(read[name], projection) for name in names]
-            stacks[f"{projection}.{CORE}"] = torch.stack(slices)
-        return stacks
+        return {
+            f"{projection}.{CORE}": read_stack(
+                self.checkpoint.read,
+                self.family,
+                self.shape,
+                layer=layer,
+                experts=range(self.shape.experts),
+                projection=projection,
+                dtype=torch.float32,
+            )
+            for projection in Projection
+        }
 
 
 def open_evaluated(folder: Path) -> Evaluated:
@@ -83,12 +89,12 @@ def open_evaluated(folder: Path) -> Evaluated:
     """
     if (folder / MANIFEST).exists():
         tucker = open_tucker(folder)
-        experts, activation = tucker.manifest.shape.experts, activation_of(tucker.config)
-        return Evaluated(tucker.checkpoint, tucker.family, experts, activation, tucker)
+        shape, activation = tucker.manifest.shape, activation_of(tucker.config)
+        return Evaluated(tucker.checkpoint, tucker.family, shape, activation, tucker)
     checkpoint = Checkpoint.open(folder)
     model = describe_moe(checkpoint.config, checkpoint.tensors)
     activation = activation_of(checkpoint.config)
-    return Evaluated(checkpoint, model.family, model.shape.experts, activation, None)
+    return Evaluated(checkpoint, model.family, model.shape, activation, None)
 
 
 def evaluate(
@@ -115,6 +121,12 @@ def evaluate(
         CheckpointError: A checkpoint cannot be streamed, or has another vocabulary than the first.
     """
     opened = [open_evaluated(folder) for folder in folders]
+    sizes = [own.checkpoint.config.get("vocab_size") for own in opened]
+    if len(set(sizes)) > 1:
+        raise CheckpointError(
+            f"{folders[-1]} has a vocabulary of {sizes[-1]} tokens, {folders[0]} one of {sizes[0]}",
+            hint="compare checkpoints of the same model: they read the same tokens",
+        )
     sources = [parse_source(text) for text in texts]
     windows = read_windows(sources, folders[0], tokens=tokens, window=window, seed=_SEED)
     models = [StreamedModel.open(own.checkpoint, own.family, device=device) for own in opened]
@@ -123,16 +135,12 @@ def evaluate(
     for folder, own, model in zip(folders, opened, models, strict=True):
         started = time.monotonic()
         nats = _nats(own, model, windows.tokens_SL.to(device), progress, str(folder))
-        size = measure(own.checkpoint.tensors, is_routed=_is_routed(own.family))
+        size = measure(own.checkpoint.tensors, is_routed=own.family.is_routed)
         seconds = time.monotonic() - started
         results.append(Evaluation(str(folder), nats, math.exp(nats), size, seconds))
     progress.close()
     count, length = windows.tokens_SL.shape
     return EvaluateReport(tuple(results), count * (length - 1), windows.messages)
-
-
-def _is_routed(family: Family) -> Callable[[str], bool]:
-    return lambda name: family.layer_of(name) is not None
 
 
 @torch.no_grad()

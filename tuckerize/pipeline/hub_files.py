@@ -57,7 +57,7 @@ parameters ({after:,} of {before:,}); all tensors together have {bytes_after:,} 
 """
 
 
-def auto_map(config: dict[str, Any]) -> dict[str, Any]:
+def with_loader(config: dict[str, Any]) -> dict[str, Any]:
     """A configuration whose `auto_map` names our loader, and none of the source's own classes."""
     kept = {key: value for key, value in config.items() if key != "auto_map"}
     architecture = _architecture(config)
@@ -66,7 +66,9 @@ def auto_map(config: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "auto_map": {"AutoModelForCausalLM": f"{_LOADER}.{architecture}"}}
 
 
-def write_hub_files(source: Path, output: Path, manifest: TuckerManifest, config: Any) -> None:  # noqa: ANN401
+def write_hub_files(
+    source: Path, output: Path, manifest: TuckerManifest, config: dict[str, Any]
+) -> None:
     """Write the card and the loader of a Tucker checkpoint.
 
     Args:

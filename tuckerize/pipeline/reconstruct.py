@@ -89,7 +89,7 @@ def reconstruct(
     write_index(output, files)
     folder.finish(provenance(tucker))
     headers = {name: place.header for file in files for name, place in file.tensors.items()}
-    size = measure(headers, is_routed=lambda name: tucker.family.layer_of(name) is not None)
+    size = measure(headers, is_routed=tucker.family.is_routed)
     return ReconstructReport(str(output), size, tucker.manifest.layers)
 
 

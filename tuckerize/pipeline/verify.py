@@ -240,7 +240,8 @@ def _residual_difference(tucker: OpenedTucker, source: OpenedSource, layer: int)
                 continue
             stack_EHI = read_stack(
                 source.checkpoint.read,
-                source.model,
+                source.model.family,
+                source.model.shape,
                 layer=layer,
                 experts=group_experts(source.model.shape, tucker.manifest.group_size, group),
                 projection=recorded.projection,

@@ -23,6 +23,20 @@ FORMAT_VERSION = 2
 """`format_version` of what is announced."""
 
 
+def check_format(announced: Mapping[str, Any]) -> None:
+    """Refuse what another release has announced.
+
+    Raises:
+        ValueError: The format has another version.
+    """
+    version = announced.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"the checkpoint has format_version {version!r}, this tuckerize reads "
+            f"{FORMAT_VERSION}: use the release that wrote it"
+        )
+
+
 def announce_group(
     ranks: Mapping[Projection, MultilinearRank], widths: Sequence[int]
 ) -> dict[str, Any]:
@@ -37,6 +51,12 @@ def announce_group(
     return {"neurons": widths[0] if equal else list(widths), **sizes}
 
 
+def widths_of(group: Mapping[str, Any], experts: int) -> list[int]:
+    """Neurons of every expert of a group, from what `announce_group` gave."""
+    neurons = group["neurons"]
+    return [neurons] * experts if isinstance(neurons, int) else list(neurons)
+
+
 def group_shapes(
     group: Mapping[str, Any], *, experts: int, hidden: int, joint: str | None
 ) -> dict[str, tuple[int, ...]]:
@@ -48,8 +68,7 @@ def group_shapes(
         hidden: Hidden size I.
         joint: Projections that share one U_I.
     """
-    neurons = group["neurons"]
-    widths = neurons if isinstance(neurons, Sequence) else [neurons] * experts
+    widths = widths_of(group, experts)
     stack = StackShape(experts, sum(widths) // experts, hidden)
     shapes: dict[str, tuple[int, ...]] = {}
     for projection in Projection:

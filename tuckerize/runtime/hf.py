@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tuckerize.domain import CORE, Mode
 from tuckerize.errors import CheckpointError
-from tuckerize.runtime.announced import FORMAT_VERSION, METHOD, group_shapes
+from tuckerize.runtime.announced import METHOD, check_format, group_shapes
 from tuckerize.runtime.experts import TuckerExperts
 
 # transformers' tensor-parallel style of rows: the dimension before the last is split.
@@ -36,12 +36,7 @@ class TuckerConfig(QuantizationConfigMixin):
     """`quantization_config` of a Tucker checkpoint, see docs/format.md."""
 
     def __init__(self, **announced: Any) -> None:  # noqa: ANN401
-        version = announced.get("format_version")
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"the checkpoint has format_version {version!r}, this tuckerize reads "
-                f"{FORMAT_VERSION}: use the release that wrote it"
-            )
+        check_format(announced)
         for name, value in announced.items():
             setattr(self, name, value)
         self.quant_method = METHOD  # type: ignore[assignment]  # one that transformers ships

@@ -21,7 +21,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.models.utils import WeightsMapper
 
 from tuckerize.domain import Projection
-from tuckerize.runtime.announced import FORMAT_VERSION, METHOD
+from tuckerize.runtime.announced import METHOD, check_format
 from tuckerize.runtime.experts import ACTIVATIONS, SHARED_U_I, TuckerExperts
 from tuckerize.runtime.worker import WorkerGroup
 
@@ -39,12 +39,7 @@ class TuckerConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not ins
 
     def __init__(self, announced: Mapping[str, Any]) -> None:
         super().__init__()
-        version = announced.get("format_version")
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"the checkpoint has format_version {version!r}, this tuckerize reads "
-                f"{FORMAT_VERSION}: use the release that wrote it"
-            )
+        check_format(announced)
         self.announced = announced
 
     @classmethod

@@ -22,7 +22,7 @@ from tuckerize.domain import (
     expert_core_name,
 )
 from tuckerize.parallel.layouts import Layout, part, split_dimension
-from tuckerize.runtime.announced import group_shapes
+from tuckerize.runtime.announced import group_shapes, widths_of
 from tuckerize.runtime.experts import SHARED_U_I
 
 
@@ -85,7 +85,8 @@ class WorkerGroup:
         )
         if by_expert:
             tensor = tensor[list(self.own)]
-        stack = StackShape(self.experts, self._neurons(), self.hidden)
+        neurons = sum(widths_of(self.announced, self.experts)) // self.experts
+        stack = StackShape(self.experts, neurons, self.hidden)
         dimension = split_dimension(Layout.INTERMEDIATE, projection, kind, rank, stack)
         if dimension is None:
             return tensor
@@ -95,11 +96,6 @@ class WorkerGroup:
         return group_shapes(
             self.announced, experts=self.experts, hidden=self.hidden, joint=self.joint
         )
-
-    def _neurons(self) -> int:
-        """Neurons of an expert, on average."""
-        neurons = self.announced["neurons"]
-        return neurons if isinstance(neurons, int) else sum(neurons) // self.experts
 
 
 def _expert_of(tensor: str) -> int | None:

@@ -21,7 +21,8 @@ def test_read_stack_then_back_gives_the_weights_on_disk(
     model = describe_moe(checkpoint.config, checkpoint.tensors)
     stack = read_stack(
         checkpoint.read,
-        model,
+        model.family,
+        model.shape,
         layer=2,
         experts=experts,
         projection=projection,
