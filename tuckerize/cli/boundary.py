@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Event
+from types import FrameType
 from typing import NoReturn, ParamSpec
 
 from tuckerize.errors import LeaderFailedError, TuckerizeError
@@ -31,11 +35,12 @@ def boundary(command: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(command)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            command(*args, **kwargs)
-        except TuckerizeError as error:
-            _leave(error.message, error.hint, error.exit_code)
+            with _interruptible():
+                command(*args, **kwargs)
         except KeyboardInterrupt:
             _leave("interrupted", "run the same command again: it continues", INTERRUPTED)
+        except TuckerizeError as error:
+            _leave(error.message, error.hint, error.exit_code)
         except OSError as error:
             place = f" ({error.filename})" if error.filename else ""
             _leave(
@@ -57,6 +62,33 @@ def boundary(command: Callable[P, None]) -> Callable[P, None]:
             _leave(f"this is a bug in tuckerize: {error}", "please report it", BUG)
 
     return guarded
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Whatever error Ctrl-C ends as, it is an interruption.
+
+    Python raises KeyboardInterrupt wherever it happens to be. A library in whose conversions that
+    is (torch asks storages for their length and takes any error for a no) makes another one of it.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield  # ignored (nohup), or somebody else's
+        return
+    interrupted = Event()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        interrupted.set()
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except Exception as error:
+        if interrupted.is_set():
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _leave(message: str, hint: str, code: int) -> NoReturn:
