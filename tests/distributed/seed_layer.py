@@ -24,7 +24,8 @@ from tuckerize.pipeline import verify
 from tuckerize.pipeline.opened import OpenedTucker
 from tuckerize.pipeline.shardings import Sharding
 from tuckerize.runtime.exchange import Exchange, RankExchange
-from tuckerize.runtime.experts import Assignments, TuckerExperts, TuckerStack, assign
+from tuckerize.runtime.experts import TuckerExperts, TuckerStack
+from tuckerize.runtime.grouped import Assignments, assign
 
 
 class SeedExperts(TuckerExperts):
@@ -33,14 +34,13 @@ class SeedExperts(TuckerExperts):
     def forward(self, x_TI: Tensor, experts_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
         """Routed output as that layer computes it."""
         (group,) = self.groups
-        rows = assign(experts_Tk, weights_Tk, range(self.group_size))
-        x_NI = x_TI[rows.tokens]
+        rows = assign(experts_Tk, range(self.group_size))
+        x_NI = x_TI[rows.tokens_N]
         gate_NH = self._project(x_NI, group.stack(Projection.GATE), rows, down=False)
         up_NH = self._project(x_NI, group.stack(Projection.UP), rows, down=False)
         neurons_NH = self.activation(gate_NH) * up_NH
         result_NI = self._project(neurons_NH, group.stack(Projection.DOWN), rows, down=True)
-        weighted_NI = result_NI * rows.weights.unsqueeze(1)
-        return torch.zeros_like(x_TI).index_add_(0, rows.tokens, weighted_NI)
+        return rows.sum_over_experts(result_NI, weights_Tk)
 
     def _project(
         self, x_NX: Tensor, stack: TuckerStack, rows: Assignments, *, down: bool
@@ -52,7 +52,7 @@ class SeedExperts(TuckerExperts):
         low_NR = torch.zeros(len(x_NX), near.shape[1])
         # The process's columns of the core are those that its columns of the factor belong to.
         low_NR[:, own_near] = x_NX @ near.float()[:, own_near]
-        (middle,) = all_reduce([stack.multiply(low_NR, rows.counts, transposed=down)])
+        (middle,) = all_reduce([stack.multiply(low_NR, rows, transposed=down)])
         return middle[:, own_far] @ far.float()[:, own_far].T
 
 

@@ -12,7 +12,7 @@ T tokens, k experts a token, N rows (a token with one of its experts), others as
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,13 @@ from tuckerize.errors import CheckpointError
 from tuckerize.linalg.tucker import TuckerFactors
 from tuckerize.parallel.layouts import output_width
 from tuckerize.runtime.exchange import Exchange
+from tuckerize.runtime.grouped import (
+    Assignments,
+    assign,
+    mix_and_multiply,
+    multiply,
+    multiply_one_by_one,
+)
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -91,37 +98,6 @@ def named_tensors(
             yield f"{owner}.{mode.factor_name}", factor
 
 
-class Assignments(NamedTuple):
-    """The rows of one group: tokens with their experts, sorted by expert.
-
-    Attributes:
-        tokens: Token of every row, shape (N,).
-        weights: Routing weight of every row, shape (N,).
-        counts: Rows of every expert of the group.
-    """
-
-    tokens: Tensor
-    weights: Tensor
-    counts: list[int]
-
-
-def assign(experts_Tk: Tensor, weights_Tk: Tensor, experts: range) -> Assignments:
-    """Sort the tokens that are routed to a group's experts by expert.
-
-    Works on the host, so that no device meets a shape that depends on data.
-    """
-    flat = experts_Tk.flatten().cpu()
-    order = torch.argsort(flat, stable=True)
-    order = order[(flat[order] >= experts.start) & (flat[order] < experts.stop)]
-    counts = torch.bincount(flat[order] - experts.start, minlength=len(experts))
-    rows = order.to(weights_Tk.device)
-    return Assignments(
-        tokens=torch.div(rows, experts_Tk.shape[1], rounding_mode="floor"),
-        weights=weights_Tk.flatten()[rows],
-        counts=counts.tolist(),
-    )
-
-
 class TuckerStack(nn.Module):
     """Core and factors of one stack, whole or a process's slices; absent ones are None.
 
@@ -142,39 +118,25 @@ class TuckerStack(nn.Module):
             del self.core  # a name is that of a parameter or of a module
             self.core = nn.ParameterList(_parameter(matrix) for matrix in matrices)
 
-    def expert_core(self, expert: int, dtype: torch.dtype) -> Tensor:
-        """C_e, shape (r_H, r_I), or as many rows as the expert has neurons."""
-        if self.core is None:
-            raise CheckpointError("a stack has no core", hint="write the checkpoint again")
-        if isinstance(self.core, nn.ParameterList):
-            return _own(self.core[expert]).to(dtype)
-        core = _own(self.core)
-        if self.U_E is None:
-            return core[expert].to(dtype)
-        mixed: Tensor = torch.tensordot(self.U_E[expert].to(dtype), core.to(dtype), dims=1)
-        return mixed
-
-    def multiply(self, rows_NX: Tensor, counts: list[int], *, transposed: bool) -> Tensor:
-        """Multiply the rows of every expert by its C_e, or by C_eᵀ.
+    def multiply(self, rows_NX: Tensor, assigned: Assignments, *, transposed: bool) -> Tensor:
+        """Multiply every row by the C_e of its expert, or by C_eᵀ.
 
         Where experts differ in width, all rows are as wide as the widest; what is beyond is zero.
         """
-        results: list[Tensor] = []
-        for expert, rows in enumerate(rows_NX.split_with_sizes(counts)):
-            if len(rows) or not results:
-                core_QR = self.expert_core(expert, rows.dtype)
-                if transposed:
-                    results.append(rows[:, : len(core_QR)] @ core_QR)
-                else:
-                    results.append(self._widen(rows @ core_QR.T))
-        return torch.cat(results)
+        if self.core is None:
+            raise CheckpointError("a stack has no core", hint="write the checkpoint again")
 
-    def _widen(self, rows_NQ: Tensor) -> Tensor:
-        """Zeros for neurons that only wider experts have."""
-        if not isinstance(self.core, nn.ParameterList):
-            return rows_NQ
-        widest = max(len(_own(matrix)) for matrix in self.core)
-        return functional.pad(rows_NQ, (0, widest - rows_NQ.shape[1]))
+        def oriented(core: Tensor) -> Tensor:
+            own = _own(core).to(rows_NX.dtype)
+            return own if transposed else own.mT
+
+        if isinstance(self.core, nn.ParameterList):
+            matrices = [oriented(matrix) for matrix in self.core]
+            return multiply_one_by_one(rows_NX, matrices, assigned)
+        if self.U_E is None:
+            return multiply(rows_NX, oriented(self.core), assigned)
+        U_E = _own(self.U_E).to(rows_NX.dtype)
+        return mix_and_multiply(rows_NX, U_E, oriented(self.core), assigned)
 
 
 def _own(tensor: Tensor) -> Tensor:
@@ -252,11 +214,11 @@ class TuckerExperts(nn.Module):
             weights_Tk: Their weights, shape (T, k).
         """
         assigned = [
-            assign(experts_Tk, weights_Tk, range(start, start + self.group_size))
+            assign(experts_Tk, range(start, start + self.group_size))
             for start in range(0, len(self.groups) * self.group_size, self.group_size)
         ]
         neurons = self._gate_up(x_TI, assigned)
-        outputs = self._down(neurons, assigned, tokens=len(x_TI))
+        outputs = self._down(neurons, assigned, weights_Tk)
         return self._complete(outputs, hidden=x_TI.shape[1])
 
     def _gate_up(self, x_TI: Tensor, assigned: list[Assignments]) -> list[Tensor]:
@@ -268,8 +230,8 @@ class TuckerExperts(nn.Module):
                 low_TR = (
                     self.exchange.own_hidden(x_TI) if U_I is None else x_TI @ U_I.to(x_TI.dtype)
                 )
-                own_NR = low_TR.index_select(0, rows.tokens)
-                middles.append(stack.multiply(own_NR, rows.counts, transposed=False))
+                own_NR = low_TR.index_select(0, rows.tokens_N)
+                middles.append(stack.multiply(own_NR, rows, transposed=False))
                 factors.append(None if stack.U_H is None else _own(stack.U_H))
         completed = self.exchange.gate_up(middles, [factor is not None for factor in factors])
         expanded = [
@@ -282,7 +244,7 @@ class TuckerExperts(nn.Module):
         ]
 
     def _down(
-        self, neurons: list[Tensor], assigned: list[Assignments], *, tokens: int
+        self, neurons: list[Tensor], assigned: list[Assignments], weights_Tk: Tensor
     ) -> list[Tensor]:
         """Weighted sums over the experts of every group, each (T, r_I), in front of U_I."""
         stacks = [group.stack(Projection.DOWN) for group in self.groups]
@@ -291,13 +253,10 @@ class TuckerExperts(nn.Module):
             for h_NH, stack in zip(neurons, stacks, strict=True)
         ]
         completed = self.exchange.down(middles, [stack.U_H is not None for stack in stacks])
-        sums = []
-        for middle, stack, rows in zip(completed, stacks, assigned, strict=True):
-            result_NR = stack.multiply(middle, rows.counts, transposed=True)
-            total_TR = result_NR.new_zeros((tokens, result_NR.shape[1]))
-            weighted = result_NR * rows.weights.to(result_NR.dtype).unsqueeze(1)
-            sums.append(total_TR.index_add_(0, rows.tokens, weighted))
-        return sums
+        return [
+            rows.sum_over_experts(stack.multiply(middle, rows, transposed=True), weights_Tk)
+            for middle, stack, rows in zip(completed, stacks, assigned, strict=True)
+        ]
 
     def _complete(self, outputs: list[Tensor], *, hidden: int) -> Tensor:
         """Sum over the processes in the smaller space, the r_I of all groups or I, and expand."""

@@ -14,7 +14,8 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Exper
 from tuckerize.domain import Projection
 from tuckerize.errors import CheckpointError
 from tuckerize.runtime.dense import ExpertWeights, dense_output
-from tuckerize.runtime.experts import ACTIVATIONS, TuckerExperts, TuckerStack, assign
+from tuckerize.runtime.experts import ACTIVATIONS, TuckerExperts, TuckerStack
+from tuckerize.runtime.grouped import assign
 
 E, H, I = 4, 6, 10  # noqa: E741 the sizes of a group's stacks
 FULL = (E, H, I)
@@ -185,17 +186,10 @@ def test_experts_have_the_state_dict_of_the_names_on_disk() -> None:
 
 
 def test_stack_without_a_core_is_refused() -> None:
+    stack = TuckerStack({"U_H": torch.zeros(2, 1)})
+    rows = assign(torch.zeros(1, 1, dtype=torch.int64), range(1))
     with pytest.raises(CheckpointError, match="a stack has no core"):
-        TuckerStack({"U_H": torch.zeros(2, 1)}).expert_core(0, torch.float32)
-
-
-def test_assign_of_a_group_sorts_its_rows_by_expert() -> None:
-    experts = torch.tensor([[3, 0], [2, 3], [1, 2]])
-    weights = torch.tensor([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]])
-    rows = assign(experts, weights, range(2, 4))
-    assert rows.counts == [2, 2]
-    assert rows.tokens.tolist() == [1, 2, 0, 1]
-    torch.testing.assert_close(rows.weights, torch.tensor([0.3, 0.6, 0.1, 0.4]))
+        stack.multiply(torch.zeros(1, 1), rows, transposed=False)
 
 
 def test_dense_output_reads_each_expert_that_has_tokens_once() -> None:
