@@ -24,6 +24,8 @@ _RIDGE = 1e-4
 _REFIT_RIDGE = 1e-3
 # An elimination is done in this many rounds at most, each removing the cheapest few at once.
 _MOST_ROUNDS = 256
+# After so many rounds the rows of what is gone are dropped: until then they are only zero.
+_ROUNDS_A_COPY = 8
 # An expert keeps at least this share of the mean width: another text may ask more of it.
 _LEAST_SHARE = 0.25
 
@@ -139,30 +141,41 @@ def eliminate(moments_EHH: Tensor, down_EHI: Tensor) -> Elimination:
 
     Source:
         The optimal brain surgeon (Hassibi & Stork 1993) for whole columns, as Kurtic et al. 2023
-        (ZipLM), with the neurons of all experts eliminated side by side.
+        (ZipLM).
     """
-    experts, neurons, _ = down_EHI.shape
-    inverse_EHH = _inverse(in_float64(moments_EHH))
-    down_EHI = in_float64(down_EHI).clone()
-    device = down_EHI.device
-    gone_EH = torch.zeros((experts, neurons), dtype=torch.bool, device=device)
+    # One expert after another: its two matrices are all that is changed, thousands of times.
+    results = [
+        _eliminate_of_expert(moment_HH, down_HI)
+        for moment_HH, down_HI in zip(moments_EHH, down_EHI, strict=True)
+    ]
+    return Elimination(*(torch.stack(parts) for parts in zip(*results, strict=True)))
+
+
+def _eliminate_of_expert(moment_HH: Tensor, down_HI: Tensor) -> tuple[Tensor, Tensor]:
+    """Order of one expert's neurons, and what each costs."""
+    inverse_HH = _inverse(in_float64(moment_HH))
+    down_HI = in_float64(down_HI).clone()
+    neurons = len(down_HI)
+    left_H = torch.arange(neurons, device=down_HI.device)
+    gone_H = torch.zeros_like(left_H, dtype=torch.bool)
     order: list[Tensor] = []
     costs: list[Tensor] = []
     count = -(-neurons // _MOST_ROUNDS)
     for first in range(0, neurons, count):
+        if first % (count * _ROUNDS_A_COPY) == 0:
+            inverse_HH, down_HI = inverse_HH[~gone_H][:, ~gone_H], down_HI[~gone_H]
+            left_H, gone_H = left_H[~gone_H], gone_H[~gone_H]
         take = min(count, neurons - first)
-        diagonal_EH = inverse_EHH.diagonal(dim1=1, dim2=2).clamp_min(
-            torch.finfo(torch.float64).tiny
-        )
-        costs_EH = down_EHI.square().sum(2) / diagonal_EH
-        costs_EH.masked_fill_(gone_EH, torch.inf)
-        cheapest_EM = costs_EH.topk(take, dim=1, largest=False, sorted=True).indices
-        lost_E = _remove(inverse_EHH, down_EHI, cheapest_EM)
-        gone_EH.scatter_(1, cheapest_EM, value=True)
-        order.append(cheapest_EM)
+        diagonal_H = inverse_HH.diagonal().clamp_min(torch.finfo(inverse_HH.dtype).tiny)
+        costs_H = torch.linalg.vector_norm(down_HI, dim=1).square() / diagonal_H
+        costs_H.masked_fill_(gone_H, torch.inf)
+        cheapest_M = costs_H.topk(take, largest=False, sorted=True).indices
+        lost = _remove(inverse_HH, down_HI, cheapest_M)
+        gone_H[cheapest_M] = True
+        order.append(left_H[cheapest_M])
         # Within a round the cost is spread evenly.
-        costs.append((lost_E / take)[:, None].expand(-1, take))
-    return Elimination(torch.cat(order, dim=1).cpu(), torch.cat(costs, dim=1).cpu())
+        costs.append((lost / take).expand(take))
+    return torch.cat(order).cpu(), torch.cat(costs).cpu()
 
 
 def refit_down(
@@ -191,30 +204,26 @@ def refit_down(
     return pad_sequence(result, batch_first=True).to(down_EHI)
 
 
-def _inverse(moments_EHH: Tensor) -> Tensor:
-    """Inverses of the moments with their ridge."""
-    mean_E = moments_EHH.diagonal(dim1=1, dim2=2).mean(1)
-    ridge_E = torch.where(mean_E > 0, _RIDGE * mean_E, torch.ones_like(mean_E))
-    identity = torch.eye(moments_EHH.shape[1], dtype=moments_EHH.dtype, device=moments_EHH.device)
-    inverse: Tensor = torch.linalg.inv(moments_EHH + ridge_E[:, None, None] * identity)
+def _inverse(moment_HH: Tensor) -> Tensor:
+    """Inverse of a moment with its ridge."""
+    mean = float(moment_HH.diagonal().mean())
+    ridge = _RIDGE * mean if mean > 0 else 1.0
+    identity = torch.eye(len(moment_HH), dtype=moment_HH.dtype, device=moment_HH.device)
+    inverse: Tensor = torch.linalg.inv(moment_HH + ridge * identity)
     return inverse
 
 
-def _remove(inverse_EHH: Tensor, down_EHI: Tensor, gone_EM: Tensor) -> Tensor:
-    """Remove neurons of every expert, compensate in place; returns each expert's squared error."""
-    hidden, neurons = down_EHI.shape[2], inverse_EHH.shape[1]
-    columns_EHM = inverse_EHH.gather(2, gone_EM[:, None, :].expand(-1, neurons, -1))
-    block_EMM = columns_EHM.gather(1, gone_EM[:, :, None].expand(-1, -1, gone_EM.shape[1]))
-    rows_EMI = down_EHI.gather(1, gone_EM[:, :, None].expand(-1, -1, hidden))
-    solved_EMI = torch.linalg.solve(block_EMM, rows_EMI)
-    lost_E: Tensor = (solved_EMI * rows_EMI).sum((1, 2)).clamp_min(0)
-    down_EHI -= columns_EHM @ solved_EMI
-    inverse_EHH -= columns_EHM @ torch.linalg.solve(block_EMM, columns_EHM.mT)
+def _remove(inverse_HH: Tensor, down_HI: Tensor, gone_M: Tensor) -> Tensor:
+    """Remove neurons of an expert, compensate in place; returns the squared error."""
+    columns_HM = inverse_HH[:, gone_M]
+    block_MM, rows_MI = columns_HM[gone_M], down_HI[gone_M]
+    solved_MI = torch.linalg.solve(block_MM, rows_MI)
+    lost: Tensor = (solved_MI * rows_MI).sum().clamp_min(0)
+    down_HI.addmm_(columns_HM, solved_MI, alpha=-1)
+    inverse_HH.addmm_(columns_HM, torch.linalg.solve(block_MM, columns_HM.T), alpha=-1)
     # Rounding must not bring a neuron back: it stands alone from now on.
-    places = gone_EM[:, :, None]
-    down_EHI.scatter_(1, places.expand(-1, -1, hidden), 0.0)
-    inverse_EHH.scatter_(1, places.expand(-1, -1, neurons), 0.0)
-    inverse_EHH.scatter_(2, gone_EM[:, None, :].expand(-1, neurons, -1), 0.0)
-    ones = torch.ones_like(gone_EM, dtype=inverse_EHH.dtype)
-    inverse_EHH.diagonal(dim1=1, dim2=2).scatter_(1, gone_EM, ones)
-    return lost_E
+    down_HI[gone_M] = 0.0
+    inverse_HH[gone_M] = 0.0
+    inverse_HH[:, gone_M] = 0.0
+    inverse_HH[gone_M, gone_M] = 1.0
+    return lost
