@@ -225,13 +225,12 @@ class TuckerExperts(nn.Module):
         """Activated neurons of every group, each (N, H) or the process's own columns of it."""
         middles, factors = [], []
         for group, rows in zip(self.groups, assigned, strict=True):
+            low_NR, used = None, None
             for projection in (Projection.GATE, Projection.UP):
                 stack, U_I = group.stack(projection), group.hidden_factor(projection)
-                low_TR = (
-                    self.exchange.own_hidden(x_TI) if U_I is None else x_TI @ U_I.to(x_TI.dtype)
-                )
-                own_NR = low_TR.index_select(0, rows.tokens_N)
-                middles.append(stack.multiply(own_NR, rows, transposed=False))
+                if low_NR is None or U_I is not used:
+                    low_NR, used = self._low_rows(x_TI, U_I, rows), U_I
+                middles.append(stack.multiply(low_NR, rows, transposed=False))
                 factors.append(None if stack.U_H is None else _own(stack.U_H))
         completed = self.exchange.gate_up(middles, [factor is not None for factor in factors])
         expanded = [
@@ -242,6 +241,11 @@ class TuckerExperts(nn.Module):
             self.activation(gate) * up
             for gate, up in zip(expanded[0::2], expanded[1::2], strict=True)
         ]
+
+    def _low_rows(self, x_TI: Tensor, U_I: Tensor | None, rows: Assignments) -> Tensor:
+        """What the cores of gate or up work on: U_Iᵀ x of every row's token, shape (N, r_I)."""
+        low_TR = self.exchange.own_hidden(x_TI) if U_I is None else x_TI @ U_I.to(x_TI.dtype)
+        return low_TR.index_select(0, rows.tokens_N)
 
     def _down(
         self, neurons: list[Tensor], assigned: list[Assignments], weights_Tk: Tensor
