@@ -1,0 +1,288 @@
+"""Tokens a second of Tucker experts against transformers' dense ones, a layer and a whole model.
+
+    python -m benchmarks.forward --threads 2 --write
+
+Real sizes of DeepSeek-V2-Lite (64 experts of 1408 x 2048, top 6), random weights: what a product
+takes does not depend on them. All contestants alternate in one process, the least of some runs
+counts, and a ratio is that of tokens a second to the fastest dense implementation's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+from transformers.cache_utils import DynamicCache
+
+import tuckerize
+from tuckerize.domain import Projection
+from tuckerize.runtime.announced import group_shapes
+from tuckerize.runtime.experts import ACTIVATIONS, TuckerExperts
+
+RESULTS = Path(__file__).parent / "results" / "forward.json"
+EXPERTS, INTERMEDIATE, HIDDEN, TOP_K = 64, 1408, 2048, 6
+DENSE = ("eager", "batched_mm", "grouped_mm")
+# Gathers the weights of every token's experts: for more tokens than this it is out of the question.
+BATCHED_TOKENS = 32
+KEEPS = (0.75, 0.5)
+BATCHES = (1, 8, 32)
+PROMPT = 128
+
+Call = Callable[[], object]
+
+
+class Shape(NamedTuple):
+    """What is left of a layer: neurons of every expert, and r_I (HIDDEN if there is no factor)."""
+
+    neurons: int
+    rank: int
+
+    @property
+    def parameters(self) -> int:
+        """Stored numbers: cores, the U_I of gate and up, and that of down."""
+        factors = 0 if self.rank == HIDDEN else 2 * HIDDEN * self.rank
+        return 3 * EXPERTS * self.neurons * self.rank + factors
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement.
+
+    Attributes:
+        what: `layer` or `model`.
+        phase: `decode` (one token a sequence) or `prefill`.
+        batch: Sequences.
+        method: A dense implementation, or a shape and its keep.
+        keep: Kept share of the routed parameters.
+        tokens_per_second: Of the best run.
+        ratio: To the fastest dense implementation in the same run.
+    """
+
+    what: str
+    phase: str
+    batch: int
+    method: str
+    keep: float
+    tokens_per_second: float
+    ratio: float
+
+
+def shapes(keep: float) -> dict[str, Shape]:
+    """Three ways to spend a budget: factors alone, neurons alone, half of its logarithm on each."""
+    return {
+        "latent": Shape(INTERMEDIATE, _rank(keep, INTERMEDIATE)),
+        "neurons": Shape(_eights(keep * INTERMEDIATE), HIDDEN),
+        "both": Shape(
+            _eights(math.sqrt(keep) * INTERMEDIATE),
+            _rank(keep, _eights(math.sqrt(keep) * INTERMEDIATE)),
+        ),
+    }
+
+
+def _rank(keep: float, neurons: int) -> int:
+    budget = keep * 3 * EXPERTS * INTERMEDIATE * HIDDEN
+    return _eights(budget / (3 * EXPERTS * neurons + 2 * HIDDEN))
+
+
+def _eights(size: float) -> int:
+    return int(size) // 8 * 8
+
+
+def tucker_experts(shape: Shape, dtype: torch.dtype) -> TuckerExperts:
+    """A layer of a shape, gate and up with one U_I."""
+    rank = [EXPERTS, shape.neurons, shape.rank]
+    announced = {"neurons": shape.neurons} | {str(projection): rank for projection in Projection}
+    tensors = {
+        name: torch.empty(sizes, dtype=dtype).normal_(std=0.02)
+        for name, sizes in group_shapes(
+            announced, experts=EXPERTS, hidden=HIDDEN, joint="gate_up"
+        ).items()
+    }
+    return TuckerExperts([tensors], group_size=EXPERTS, activation=ACTIVATIONS["silu"])
+
+
+def dense_model(layers: int, dtype: torch.dtype) -> Any:  # noqa: ANN401
+    """A DeepSeek-V2 of the real width with few layers, all of them of experts."""
+    config = DeepseekV2Config(
+        vocab_size=2048,
+        hidden_size=HIDDEN,
+        moe_intermediate_size=INTERMEDIATE,
+        n_routed_experts=EXPERTS,
+        n_shared_experts=2,
+        num_experts_per_tok=TOP_K,
+        num_hidden_layers=layers,
+        first_k_dense_replace=0,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        q_lora_rank=None,
+        kv_lora_rank=512,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        topk_method="greedy",
+    )
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    model: Any = DeepseekV2ForCausalLM(config)
+    torch.set_default_dtype(default)
+    return model
+
+
+def best_seconds(calls: Mapping[str, Call], runs: int) -> dict[str, float]:
+    """Least seconds of every call, all of them in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(runs):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: min(own) for name, own in seconds.items()}
+
+
+class Contest:
+    """The dense experts of a layer, and Tucker ones of every shape and keep, in its place."""
+
+    def __init__(self, dtype: torch.dtype, layers: int) -> None:
+        self.model = dense_model(layers, dtype)
+        self.dense = [layer.mlp.experts for layer in self.model.model.layers]
+        self.keeps = dict.fromkeys(DENSE, 1.0)
+        self.tucker: dict[str, list[TuckerExperts]] = {}
+        for keep in KEEPS:
+            for name, shape in shapes(keep).items():
+                method = f"{name} {keep:g}"
+                self.tucker[method] = [tucker_experts(shape, dtype) for _ in range(layers)]
+                self.keeps[method] = shape.parameters / (3 * EXPERTS * INTERMEDIATE * HIDDEN)
+
+    def choose(self, method: str) -> None:
+        """Put a method's experts into every layer."""
+        if method in DENSE:
+            self.model.config._experts_implementation = method
+        experts: list[nn.Module] = self.dense if method in DENSE else [*self.tucker[method]]
+        for layer, own in zip(self.model.model.layers, experts, strict=True):
+            layer.mlp.experts = own
+
+    def layer_calls(self, tokens: int, dtype: torch.dtype) -> dict[str, Call]:
+        """Every method's first layer on so many tokens."""
+        x_TI = torch.randn(tokens, HIDDEN).to(dtype)
+        weights_Tk, experts_Tk = torch.rand(tokens, EXPERTS).softmax(1).topk(TOP_K)
+
+        def call(method: str) -> Call:
+            def run() -> Tensor:
+                self.choose(method)
+                output: Tensor = self.model.model.layers[0].mlp.experts(
+                    x_TI, experts_Tk, weights_Tk.to(dtype)
+                )
+                return output
+
+            return run
+
+        return {method: call(method) for method in self._methods(tokens)}
+
+    def prefill_calls(self, batch: int) -> dict[str, Call]:
+        """The whole model on prompts."""
+        tokens = torch.randint(0, 2048, (batch, PROMPT))
+
+        def call(method: str) -> Call:
+            def run() -> object:
+                self.choose(method)
+                return self.model(tokens, use_cache=False, logits_to_keep=1)
+
+            return run
+
+        return {method: call(method) for method in self._methods(batch * PROMPT)}
+
+    def decode_calls(self, batch: int) -> dict[str, Call]:
+        """The whole model on one more token a sequence, behind a prompt."""
+        cache = DynamicCache(config=self.model.config)
+        self.choose("grouped_mm")
+        self.model(torch.randint(0, 2048, (batch, PROMPT)), past_key_values=cache)
+        tokens = torch.randint(0, 2048, (batch, 1))
+
+        def call(method: str) -> Call:
+            def run() -> None:
+                self.choose(method)
+                self.model(tokens, past_key_values=cache)
+                cache.crop(-1)
+
+            return run
+
+        return {method: call(method) for method in self._methods(batch)}
+
+    def _methods(self, tokens: int) -> list[str]:
+        return [m for m in self.keeps if m != "batched_mm" or tokens <= BATCHED_TOKENS]
+
+    def rows(self, runs: int, dtype: torch.dtype) -> Iterator[Row]:
+        """Measure everything."""
+        for batch in BATCHES:
+            prompts = batch * PROMPT
+            yield from self._rows("layer", "decode", batch, self.layer_calls(batch, dtype), runs)
+            yield from self._rows("layer", "prefill", batch, self.layer_calls(prompts, dtype), runs)
+            yield from self._rows("model", "decode", batch, self.decode_calls(batch), runs)
+            yield from self._rows("model", "prefill", batch, self.prefill_calls(batch), runs)
+
+    def _rows(
+        self, what: str, phase: str, batch: int, calls: Mapping[str, Call], runs: int
+    ) -> Iterator[Row]:
+        seconds = best_seconds(calls, runs)
+        dense = min(seconds[method] for method in DENSE if method in seconds)
+        tokens = batch * (PROMPT if phase == "prefill" else 1)
+        for method, own in seconds.items():
+            keep = round(self.keeps[method], 4)
+            yield Row(what, phase, batch, method, keep, tokens / own, dense / own)
+
+
+def _shown(rows: Iterable[Row]) -> Iterator[Row]:
+    """The same rows, printed as they come."""
+    print(f"{'':6} {'phase':8} {'batch':>5} {'method':14} {'keep':>5} {'tokens/s':>9} {'ratio':>6}")
+    for row in rows:
+        print(
+            f"{row.what:6} {row.phase:8} {row.batch:5} {row.method:14} {row.keep:5.3f} "
+            f"{row.tokens_per_second:9.1f} {row.ratio:6.2f}",
+            flush=True,
+        )
+        yield row
+
+
+def main() -> None:
+    """Measure, print, and write the results if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=1, help="layers of the whole model")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    dtype = getattr(torch, options.dtype)
+    with torch.inference_mode():
+        rows = list(_shown(Contest(dtype, options.layers).rows(options.runs, dtype)))
+    if options.write:
+        about = {
+            "torch": torch.__version__,
+            "tuckerize": tuckerize.__version__,
+            "machine": platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": options.threads,
+            "dtype": options.dtype,
+            "layers": options.layers,
+        }
+        rounded = [asdict(row) | {"ratio": round(row.ratio, 3)} for row in rows]
+        RESULTS.write_text(json.dumps(about | {"rows": rounded}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
