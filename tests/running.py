@@ -20,7 +20,8 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
 
 
-def _run(*words: str | Path) -> subprocess.CompletedProcess[str]:
+def run_module(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a module: `tests.npu.scripts.linalg_cases`, say."""
     return subprocess.run(
         [sys.executable, "-m", *map(str, words)],
         capture_output=True,
@@ -33,7 +34,7 @@ def _run(*words: str | Path) -> subprocess.CompletedProcess[str]:
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run `tuckerize` with arguments."""
-    return _run("tuckerize", *arguments)
+    return run_module("tuckerize", *arguments)
 
 
 def run_here(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -52,7 +53,7 @@ def succeed(*arguments: str | Path) -> str:
 def torchrun(processes: int, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run a module or script under torchrun: `-m tuckerize verify OUT`, or `script.py ...`."""
     options = ("--standalone", "--nproc-per-node", str(processes))
-    return _run("torch.distributed.run", *options, *arguments)
+    return run_module("torch.distributed.run", *options, *arguments)
 
 
 def start(*arguments: str | Path) -> subprocess.Popen[bytes]:
