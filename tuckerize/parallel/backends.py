@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 
 from tuckerize.errors import ParallelError
+from tuckerize.parallel.npu import import_torch_npu
 
 DeviceChoice = Literal["auto", "npu", "cuda", "cpu"]
 
@@ -28,7 +27,7 @@ def choose_device(choice: DeviceChoice, *, local_rank: int = 0) -> torch.device:
         ParallelError: The device is not there, or has fewer units than processes on this host.
     """
     if choice == "npu":
-        _import_torch_npu()
+        import_torch_npu()
     found = torch.accelerator.current_accelerator(check_available=True)
     available = "cpu" if found is None else found.type
     kind = available if choice == "auto" else choice
@@ -54,18 +53,3 @@ def backend_for(device: torch.device) -> str:
     lookup = getattr(dist, "get_default_backend_for_device", None)
     name = _BACKENDS[device.type] if lookup is None else str(lookup(device.type))
     return name if device.type == "cpu" else f"cpu:gloo,{device.type}:{name}"
-
-
-def _import_torch_npu() -> None:
-    if importlib.util.find_spec("torch_npu") is None:
-        raise ParallelError(
-            "device 'npu' needs the package torch_npu, which is not installed",
-            hint="pip install 'tuckerize[npu]' beside the same minor version of torch",
-        )
-    try:
-        importlib.import_module("torch_npu")
-    except Exception as error:
-        raise ParallelError(
-            f"torch_npu cannot be loaded: {error}",
-            hint="source CANN's set_env.sh first, and match torch_npu to torch",
-        ) from error
