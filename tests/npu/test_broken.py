@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -33,8 +34,15 @@ def test_command_says_it_in_a_sentence_with_three_remedies(tmp_path: Path) -> No
     assert result.stderr == MESSAGE + ONE_MORE
 
 
-def test_command_that_does_not_need_torch_works() -> None:
-    assert run("--version").returncode == 0
+def test_doctor_works_without_torch() -> None:
+    result = run("doctor", "--json")
+    assert (result.returncode, result.stderr) == (1, "")
+    report = json.loads(result.stdout)
+    assert report["device"] is None
+    assert report["problems"][-1] == {
+        "message": MESSAGE.partition("\n")[0].removeprefix("error: "),
+        "hint": (MESSAGE + ONE_MORE).partition("hint: ")[2].strip(),
+    }
 
 
 def test_command_without_autoload_works_where_transformers_is_not_needed(

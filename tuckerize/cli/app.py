@@ -547,6 +547,22 @@ def generate(
     typer.echo(run(tucker.folder, prompt, tokens=tokens, device=choose_device(device.value)))
 
 
+@app.command()
+@boundary
+def doctor(as_json: AsJson = False) -> None:
+    """Show device, versions and variables, and what is wrong with them; exits 0 or 1.
+
+    Example: tuckerize doctor
+    """
+    from tuckerize.cli.tables import show
+    from tuckerize.pipeline.doctor import examine
+
+    report = examine()
+    show(report, as_json=as_json)
+    if not report.passed:
+        raise SystemExit(NO)
+
+
 def _recipe(
     file: str | None, sizes: dict[str, Any], where: dict[str, Any], how: dict[str, Any]
 ) -> Recipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
 import torch
@@ -14,6 +15,9 @@ DeviceChoice = Literal["auto", "npu", "cuda", "cpu"]
 
 # torch before 2.8 has no table of default backends.
 _BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
+
+# Names of the Atlas training series, which the A2 series' (Ascend910B1 and on) only resemble.
+_FIRST_NPUS = frozenset(f"Ascend910{kind}" for kind in ("A", "B", "ProA", "ProB", "PremiumA"))
 
 
 def choose_device(choice: DeviceChoice, *, local_rank: int = 0) -> torch.device:
@@ -53,3 +57,28 @@ def backend_for(device: torch.device) -> str:
     lookup = getattr(dist, "get_default_backend_for_device", None)
     name = _BACKENDS[device.type] if lookup is None else str(lookup(device.type))
     return name if device.type == "cpu" else f"cpu:gloo,{device.type}:{name}"
+
+
+def float32_products(device: torch.device) -> str:
+    """In what a device multiplies float32 matrices: float32, tf32, hf32 or float16.
+
+    Source:
+        torch_npu's `allow_hf32`; CANN on the Atlas training series (Ascend 910A).
+    """
+    if device.type == "cuda":
+        return "float32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    if device.type == "npu":
+        npu = torch.get_device_module(device)
+        if npu.get_device_name(device.index) in _FIRST_NPUS:
+            return "float16"
+        return "hf32" if npu.matmul.allow_hf32 else "float32"
+    return "float32"
+
+
+def free_memory(device: torch.device) -> tuple[int, int]:
+    """Free and total bytes of a device, or of the host."""
+    if device.type != "cpu":
+        free, total = torch.get_device_module(device).mem_get_info(device.index)
+        return int(free), int(total)
+    page = os.sysconf("SC_PAGE_SIZE")
+    return page * os.sysconf("SC_AVPHYS_PAGES"), page * os.sysconf("SC_PHYS_PAGES")

@@ -39,8 +39,8 @@ def set_device(index: int) -> None:
 
 
 def get_device_name(index: int | None = None) -> str:
-    """Name of a device, of the form that real ones have."""
-    return "Ascend910B-standin"
+    """Name of a device, one that real ones have."""
+    return "Ascend910B3"
 
 
 def mem_get_info(index: int | None = None) -> tuple[int, int]:
