@@ -18,6 +18,9 @@ class Progress(Protocol):
     def start(self, total: float) -> None:
         """Begin work of a total amount."""
 
+    def stage(self, name: str) -> None:
+        """A part of the work begins."""
+
     def advance(self, amount: float, note: str) -> None:
         """Some of it is done; the note says what."""
 
@@ -29,6 +32,9 @@ class SilentProgress:
     """Shows nothing."""
 
     def start(self, total: float) -> None:
+        """Do nothing."""
+
+    def stage(self, name: str) -> None:
         """Do nothing."""
 
     def advance(self, amount: float, note: str) -> None:
