@@ -12,6 +12,7 @@ import os
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from tuckerize.errors import ParallelError
 
@@ -21,7 +22,7 @@ _TORCH_SAYS = f"Failed to load the backend extension: {PACKAGE}"
 _AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 
 
-def import_torch_npu() -> None:
+def import_torch_npu() -> Any:  # noqa: ANN401
     """Import torch_npu, which makes torch know the device `npu` and the backend `hccl`.
 
     Raises:
@@ -33,7 +34,7 @@ def import_torch_npu() -> None:
             hint="pip install 'tuckerize[npu]' beside the same minor version of torch",
         )
     with explained():
-        importlib.import_module(PACKAGE)
+        return importlib.import_module(PACKAGE)
 
 
 @contextmanager

@@ -20,6 +20,15 @@ from torch.utils.backend_registration import (
 
 from . import npu
 from .building import load_device
+from .fused import COMMUNICATORS, npu_moe_distribute_combine_v2, npu_moe_distribute_dispatch_v2
+
+__all__ = [
+    "calls",
+    "npu_fusion_attention",
+    "npu_moe_distribute_combine_v2",
+    "npu_moe_distribute_dispatch_v2",
+    "region",
+]
 
 __version__ = torch.__version__.partition("+")[0]
 
@@ -28,7 +37,9 @@ _device = load_device()
 
 def _create_hccl(store: Store, rank: int, size: int, timeout: Any) -> Any:  # noqa: ANN401
     gloo = ProcessGroupGloo(store, rank, size, timeout)
-    return _device.Hccl(gloo, f"standin-{id(gloo):x}")
+    name = f"standin-{len(COMMUNICATORS)}"
+    COMMUNICATORS[name] = gloo
+    return _device.Hccl(gloo, name)
 
 
 def _install() -> None:

@@ -383,46 +383,48 @@ class Hccl : public c10d::Backend {
   const std::string getBackendName() const override {
     return "hccl";
   }
-  std::string comm_name(int) const {
+  // Who asks for the name hands the communicator to fused operators, beside which none may use it.
+  std::string comm_name(int) {
+    fused_ = true;
     return name_;
   }
   WorkPtr broadcast(Tensors& tensors, const c10d::BroadcastOptions& options) override {
-    auto own = host(tensors);
-    return gloo_->broadcast(own, options);
+    auto mine = own(tensors);
+    return gloo_->broadcast(mine, options);
   }
   WorkPtr allreduce(Tensors& tensors, const c10d::AllreduceOptions& options) override {
     check_reducible(tensors[0]);
-    auto own = host(tensors);
-    return gloo_->allreduce(own, options);
+    auto mine = own(tensors);
+    return gloo_->allreduce(mine, options);
   }
   WorkPtr reduce(Tensors& tensors, const c10d::ReduceOptions& options) override {
     check_reducible(tensors[0]);
-    auto own = host(tensors);
-    return gloo_->reduce(own, options);
+    auto mine = own(tensors);
+    return gloo_->reduce(mine, options);
   }
   WorkPtr allgather(
       std::vector<Tensors>& to, Tensors& from, const c10d::AllgatherOptions& options) override {
-    auto own_to = host(to);
-    auto own_from = host(from);
-    return gloo_->allgather(own_to, own_from, options);
+    auto mine_to = own(to);
+    auto mine_from = own(from);
+    return gloo_->allgather(mine_to, mine_from, options);
   }
   WorkPtr _allgather_base(
       at::Tensor& to, at::Tensor& from, const c10d::AllgatherOptions& options) override {
-    auto own_to = host(to), own_from = host(from);
-    return gloo_->_allgather_base(own_to, own_from, options);
+    auto mine_to = own(to), mine_from = own(from);
+    return gloo_->_allgather_base(mine_to, mine_from, options);
   }
   WorkPtr reduce_scatter(
       Tensors& to, std::vector<Tensors>& from, const c10d::ReduceScatterOptions& options) override {
     check_reducible(to[0]);
-    auto own_to = host(to);
-    auto own_from = host(from);
-    return gloo_->reduce_scatter(own_to, own_from, options);
+    auto mine_to = own(to);
+    auto mine_from = own(from);
+    return gloo_->reduce_scatter(mine_to, mine_from, options);
   }
   WorkPtr _reduce_scatter_base(
       at::Tensor& to, at::Tensor& from, const c10d::ReduceScatterOptions& options) override {
     check_reducible(to);
-    auto own_to = host(to), own_from = host(from);
-    return gloo_->_reduce_scatter_base(own_to, own_from, options);
+    auto mine_to = own(to), mine_from = own(from);
+    return gloo_->_reduce_scatter_base(mine_to, mine_from, options);
   }
   WorkPtr alltoall_base(
       at::Tensor& to,
@@ -430,16 +432,16 @@ class Hccl : public c10d::Backend {
       std::vector<int64_t>& to_sizes,
       std::vector<int64_t>& from_sizes,
       const c10d::AllToAllOptions& options) override {
-    auto own_to = host(to), own_from = host(from);
-    return gloo_->alltoall_base(own_to, own_from, to_sizes, from_sizes, options);
+    auto mine_to = own(to), mine_from = own(from);
+    return gloo_->alltoall_base(mine_to, mine_from, to_sizes, from_sizes, options);
   }
   WorkPtr send(Tensors& tensors, int to, int tag) override {
-    auto own = host(tensors);
-    return gloo_->send(own, to, tag);
+    auto mine = own(tensors);
+    return gloo_->send(mine, to, tag);
   }
   WorkPtr recv(Tensors& tensors, int from, int tag) override {
-    auto own = host(tensors);
-    return gloo_->recv(own, from, tag);
+    auto mine = own(tensors);
+    return gloo_->recv(mine, from, tag);
   }
   WorkPtr barrier(const c10d::BarrierOptions& options) override {
     auto own = options;
@@ -448,8 +450,14 @@ class Hccl : public c10d::Backend {
   }
 
  private:
+  template <class T>
+  T own(const T& tensors) const {
+    TORCH_CHECK(!fused_, "HCCL: communicator ", name_, " belongs to the fused operators");
+    return host(tensors);
+  }
   c10::intrusive_ptr<c10d::Backend> gloo_;
   std::string name_;
+  bool fused_ = false;
 };
 
 }  // namespace
