@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,35 @@ def torchrun(processes: int, *arguments: str | Path) -> subprocess.CompletedProc
     """Run a module or script under torchrun: `-m tuckerize verify OUT`, or `script.py ...`."""
     options = ("--standalone", "--nproc-per-node", str(processes))
     return run_module("torch.distributed.run", *options, *arguments)
+
+
+def torchrun_on_two_nodes(
+    folders: tuple[Path, Path], *arguments: str | Path
+) -> list[subprocess.CompletedProcess[str]]:
+    """Run a module under two torchruns that find each other, each with a folder to work in."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        options = ("--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", port)
+        agents = [
+            subprocess.Popen(
+                [sys.executable, "-m", "torch.distributed.run", *options, "--node-rank", str(rank),
+                 *map(str, arguments)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=_environment(),
+                cwd=folder,
+            )
+            for rank, folder in enumerate(folders)
+        ]  # fmt: skip
+        outputs = [agent.communicate(timeout=SECONDS) for agent in agents]
+        if "EADDRINUSE" not in outputs[0][1]:  # somebody took the port in between
+            return [
+                subprocess.CompletedProcess(agent.args, agent.returncode, *output)
+                for agent, output in zip(agents, outputs, strict=True)
+            ]
 
 
 def start(*arguments: str | Path) -> subprocess.Popen[bytes]:

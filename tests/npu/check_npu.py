@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.running import run, run_module, succeed, torchrun
+from tests.running import run, run_module, succeed, torchrun, torchrun_on_two_nodes
 from tests.tiny_models import add_tokenizer, make_tiny_family, make_tiny_model, write_text
 
 pytestmark = pytest.mark.usefixtures("npu")
@@ -74,6 +74,19 @@ def test_verify_on_devices(layout: str, processes: int, tiny_model: Path, tmp_pa
     report = json.loads(result.stdout)
     assert (report["passed"], report["device"], report["layout"]) == (True, "npu", layout)
     assert "warm-up, in which the device compiles its kernels" in result.stderr
+
+
+def test_decompose_and_verify_on_two_nodes(tiny_model: Path, tmp_path: Path) -> None:
+    nodes = (tmp_path, tmp_path)
+    size = ("--rank", "6,18,26", "--output", "out")
+    decompose = ("-m", "tuckerize", "decompose", "--model", tiny_model, *size, *ON_NPU)
+    both = torchrun_on_two_nodes(nodes, *decompose)
+    assert [result.returncode for result in both] == [0, 0], both[0].stderr + both[1].stderr
+    succeed("shard", tmp_path / "out", "--tp", "2", "--layout", "rank")
+    both = torchrun_on_two_nodes(nodes, "-m", "tuckerize", "verify", "out", *ON_NPU)
+    assert [result.returncode for result in both] == [0, 0], both[0].stderr + both[1].stderr
+    assert "passed: out (tp 2, rank, npu" in both[0].stdout
+    assert both[1].stdout == ""
 
 
 def test_more_processes_than_devices_are_refused(

@@ -349,7 +349,11 @@ def decompose(
                 draft = draft_plan(checkpoint, wanted, opened)
             if output is not None and not dry_run:
                 _refuse_overlap(output, source)
-                OutputFolder(output).claim(draft.fingerprint(), overwrite=overwrite)
+                folder = OutputFolder(output)
+                if processes.is_leader:
+                    folder.claim(draft.fingerprint(), overwrite=overwrite)
+                else:
+                    folder.join(draft.fingerprint())
             if opened is None:
                 return draft, None
             return plan_calibrated(checkpoint, wanted, opened, TerminalProgress()), opened

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -14,7 +16,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
-from tuckerize.errors import LeaderFailedError, ParallelError
+from tuckerize.errors import LeaderFailedError, ParallelError, TuckerizeError
 from tuckerize.parallel.backends import backend_for, let_hccl_wait
 
 T = TypeVar("T")
@@ -62,6 +64,7 @@ class Processes:
 
         Raises:
             LeaderFailedError: On the other processes, when process 0 failed.
+            ParallelError: On another process, when the work failed there only.
         """
         if self.store is None:
             return work()
@@ -69,7 +72,14 @@ class Processes:
             self.store.wait([_STARTED], self.timeout)
             if self.store.get(_STARTED) != b"ok":
                 raise LeaderFailedError
-            return work()
+            try:
+                return work()
+            except TuckerizeError as error:
+                raise ParallelError(
+                    f"on {socket.gethostname()}, in {Path.cwd()}: {error.message}",
+                    hint="process 0 sees it otherwise: models, outputs and shards must be on "
+                    "storage that all nodes see under the same path",
+                ) from error
         try:
             result = work()
         except BaseException:
