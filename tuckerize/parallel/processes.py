@@ -21,7 +21,7 @@ from tuckerize.parallel.backends import backend_for, let_hccl_wait
 
 T = TypeVar("T")
 
-# A stack of a large model can take an hour on a slow host; HCCL waits for 2 hours at most.
+# A stack of a large model can take an hour on a slow host. HCCL connects for 2 hours at most.
 _TIMEOUT = timedelta(hours=24)
 _TIMEOUT_ON_NPU = timedelta(hours=2)
 
