@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tuckerize.errors import ParallelError
 from tuckerize.parallel.npu import import_torch_npu
 
 _MIB = 2**20
@@ -47,7 +48,6 @@ _LIMITS = {
     ("A3", "hierarchy"): _Limits(_A3_HIDDEN, 256, 16, *_A3_EP),
 }
 _MOST_EXPERTS = 1024
-_MOST_EXPERTS_OF_A3 = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +127,6 @@ def fused_checks(use: FusedUse) -> list[Check]:
         _at_most("routed experts", use.experts, _MOST_EXPERTS),
         Check("experts", str(use.experts), f"a multiple of {use.ep_size}", rest == 0),
     ]
-    if use.product == "A3":
-        checks.append(
-            _at_most("experts of all processes", local * use.ep_size, _MOST_EXPERTS_OF_A3)
-        )
     needed = -(-_buffer_bytes(use, local) // _MIB)
     checks.append(
         Check("HCCL_BUFFSIZE", str(use.buffer), f"{needed} or more", use.buffer >= needed)
@@ -205,7 +201,17 @@ class FusedPair:
 
     @classmethod
     def create(cls, use: FusedUse, ranks: list[int]) -> FusedPair:
-        """Make the communicator; every process of the run calls it, also those outside of it."""
+        """Make the communicator; every process of the run calls it, also those outside of it.
+
+        Raises:
+            ParallelError: A documented constraint is not met.
+        """
+        unmet = [str(check) for check in fused_checks(use) if not check.met]
+        if unmet:
+            raise ParallelError(
+                f"the fused dispatch and combine cannot be used: {'; '.join(unmet)}",
+                hint="use the plain collectives",
+            )
         group: Any = dist.new_group(ranks)
         ep_rank = dist.get_rank(group)
         name = group._get_backend(torch.device("npu")).get_hccl_comm_name(ep_rank)
@@ -245,13 +251,15 @@ class FusedPair:
         """Arguments of both operators."""
         # An A3 takes its own communicator as that of a TP group of one, as vllm-ascend passes it.
         tp = {"group_tp": self.group, "tp_world_size": 1, "tp_rank_id": 0}
+        # The empty name is fullmesh_v1, also for releases that know no other.
+        algorithm = "" if self.use.algorithm == "fullmesh_v1" else self.use.algorithm
         return {
             "group_ep": self.group,
             "ep_world_size": self.use.ep_size,
             "ep_rank_id": self.ep_rank,
             "moe_expert_num": self.use.experts,
             "global_bs": self.use.tokens * self.use.ep_size,
-            "comm_alg": self.use.algorithm,
+            "comm_alg": algorithm,
             **(tp if self.use.product == "A3" else {}),
         }
 

@@ -16,7 +16,7 @@ from tuckerize.parallel.backends import choose_device
 from tuckerize.parallel.fused import FusedPair, FusedUse
 from tuckerize.parallel.processes import process_group
 
-EXPERTS, HIDDEN, TOP_K, MOST_TOKENS = 8, 32, 3, 7
+EXPERTS, HIDDEN, TOP_K, MOST_TOKENS = 8, 1024, 3, 7
 
 
 def naive_sum(x_TI: Tensor, experts_Tk: Tensor, weights_Tk: Tensor, matrices: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from tuckerize.parallel.fused import FusedUse, fused_checks, grouped_matmul_checks
+from tuckerize.errors import ParallelError
+from tuckerize.parallel.fused import FusedPair, FusedUse, fused_checks, grouped_matmul_checks
 
 # DeepSeek-V2-Lite on a node of 8.
 A2 = FusedUse("A2", "fullmesh", tokens=64, hidden=2048, top_k=6, experts=64, ep_size=8)
@@ -166,3 +167,12 @@ def test_grouped_matmul_checks(changed: dict[str, Any], messages: list[str]) -> 
     use = {"product": "A2", "experts": 8, "inner": 2048, "outer": 1408, "dtype": torch.bfloat16}
     checks = grouped_matmul_checks(**{**use, **changed})
     assert [str(check) for check in checks if not check.met] == messages
+
+
+def test_fused_pair_that_may_not_be_used_is_refused_with_what_is_not_met() -> None:
+    with pytest.raises(ParallelError) as caught:
+        FusedPair.create(replace(A3, hidden=512, top_k=17), [0, 1])
+    assert caught.value.message == (
+        "the fused dispatch and combine cannot be used: hidden size is 512, allowed 1024 to 8192; "
+        "experts a token is 17, allowed 1 to 16"
+    )
