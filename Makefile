@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 VLLM_VENV ?= .venv-vllm
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test check format full-width test-vllm clean help
+.PHONY: demo test check format full-width test-npu test-vllm clean help
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -37,7 +37,7 @@ check: $(VENV)/.installed-dev  ## Format, lint, types, architecture
 test: check  ## Everything: check, then unit, property, integration and distributed tests
 	$(BIN)/python -m pytest
 	@echo "heavy checks are separate: make full-width (a checkpoint of DeepSeek-V2-Lite's width)," \
-		"make test-vllm (the real vLLM engine)"
+		"make test-npu (more on a stand-in for an NPU), make test-vllm (the real vLLM engine)"
 
 format: $(VENV)/.installed-dev  ## Format the code
 	$(BIN)/ruff format .
@@ -45,6 +45,9 @@ format: $(VENV)/.installed-dev  ## Format the code
 
 full-width: $(VENV)/.installed  ## Time and memory at DeepSeek-V2-Lite's width (8 GB of disk, minutes)
 	$(BIN)/python benchmarks/full_width.py --write
+
+test-npu: $(VENV)/.installed-dev  ## More of the program on a stand-in for an NPU (a C++ compiler)
+	$(BIN)/python -m pytest tests/npu tests/npu/check_npu.py -rs
 
 # torchvision and its like do not match the CPU's torch; vLLM does without them.
 $(VLLM_VENV)/.installed: pyproject.toml
@@ -59,4 +62,4 @@ test-vllm: $(VLLM_VENV)/.installed  ## The real vLLM engine on CPU, in an enviro
 		-o addopts= -o filterwarnings=default -o timeout=3000 --import-mode=importlib
 
 clean:  ## Remove what the targets made
-	rm -rf $(VENV) $(VLLM_VENV) demo-output
+	rm -rf $(VENV) $(VLLM_VENV) build demo-output

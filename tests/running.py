@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,8 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
 
 
-def _run(*words: str | Path) -> subprocess.CompletedProcess[str]:
+def run_module(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a module: `tests.npu.scripts.linalg_cases`, say."""
     return subprocess.run(
         [sys.executable, "-m", *map(str, words)],
         capture_output=True,
@@ -33,7 +35,7 @@ def _run(*words: str | Path) -> subprocess.CompletedProcess[str]:
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run `tuckerize` with arguments."""
-    return _run("tuckerize", *arguments)
+    return run_module("tuckerize", *arguments)
 
 
 def run_here(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -52,7 +54,36 @@ def succeed(*arguments: str | Path) -> str:
 def torchrun(processes: int, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run a module or script under torchrun: `-m tuckerize verify OUT`, or `script.py ...`."""
     options = ("--standalone", "--nproc-per-node", str(processes))
-    return _run("torch.distributed.run", *options, *arguments)
+    return run_module("torch.distributed.run", *options, *arguments)
+
+
+def torchrun_on_two_nodes(
+    folders: tuple[Path, Path], *arguments: str | Path
+) -> list[subprocess.CompletedProcess[str]]:
+    """Run a module under two torchruns that find each other, each with a folder to work in."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        options = ("--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", port)
+        agents = [
+            subprocess.Popen(
+                [sys.executable, "-m", "torch.distributed.run", *options, "--node-rank", str(rank),
+                 *map(str, arguments)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=_environment(),
+                cwd=folder,
+            )
+            for rank, folder in enumerate(folders)
+        ]  # fmt: skip
+        outputs = [agent.communicate(timeout=SECONDS) for agent in agents]
+        if "EADDRINUSE" not in outputs[0][1]:  # somebody took the port in between
+            return [
+                subprocess.CompletedProcess(agent.args, agent.returncode, *output)
+                for agent, output in zip(agents, outputs, strict=True)
+            ]
 
 
 def start(*arguments: str | Path) -> subprocess.Popen[bytes]:

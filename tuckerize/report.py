@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -17,6 +18,9 @@ class Progress(Protocol):
     def start(self, total: float) -> None:
         """Begin work of a total amount."""
 
+    def stage(self, name: str) -> None:
+        """A part of the work begins."""
+
     def advance(self, amount: float, note: str) -> None:
         """Some of it is done; the note says what."""
 
@@ -28,6 +32,9 @@ class SilentProgress:
     """Shows nothing."""
 
     def start(self, total: float) -> None:
+        """Do nothing."""
+
+    def stage(self, name: str) -> None:
         """Do nothing."""
 
     def advance(self, amount: float, note: str) -> None:
@@ -349,10 +356,85 @@ class EvaluateReport:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that is wrong with a machine.
+
+    Attributes:
+        message: What it is.
+        hint: What to change.
+    """
+
+    message: str
+    hint: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceFacts:
+    """The device that torch finds.
+
+    Attributes:
+        kind: Its type: npu, cuda or cpu.
+        count: How many there are.
+        name: Name of the first.
+        backend: Collective backends of a run on them.
+        float32_products: In what they multiply float32 matrices.
+        free_bytes: Free memory of the first, or of the host.
+        total_bytes: All of it.
+    """
+
+    kind: str
+    count: int
+    name: str
+    backend: str
+    float32_products: str
+    free_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """An environment variable that changes what runs.
+
+    Attributes:
+        name: Its name.
+        value: What it is set to, or None.
+        default: What holds where it is not set.
+    """
+
+    name: str
+    value: str | None
+    default: str
+
+
+@dataclass(frozen=True, slots=True)
+class DoctorReport:
+    """What a machine is like, and what is wrong with it.
+
+    Attributes:
+        versions: Versions by package, CANN's among them; None for what is not there.
+        cann_expected: The CANN that the installed torch_npu is for; None if that is not known.
+        device: The device; None if torch cannot be imported.
+        variables: Variables of the device and its collectives.
+        problems: What is wrong.
+    """
+
+    versions: Mapping[str, str | None]
+    cann_expected: str | None
+    device: DeviceFacts | None
+    variables: tuple[Variable, ...]
+    problems: tuple[Problem, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+
 def to_json(report: Any) -> dict[str, Any]:  # noqa: ANN401
     """A report as JSON values, its own derived verdict included."""
     value: dict[str, Any] = {"schema_version": SCHEMA_VERSION, **asdict(report)}
-    if isinstance(report, VerifyReport):
+    if isinstance(report, VerifyReport | DoctorReport):
         value["passed"] = report.passed
     return {key: _finite(item) for key, item in value.items()}
 

@@ -46,6 +46,8 @@ def test_verify_untouched_shards_passes(processes: int, tucker: Path) -> None:
         assert 0 < layer["sharding_error"] < 1e-5
         assert 0 < layer["output_error"] < 1.5
         assert layer["residual_difference"] < 1e-6
+    stages = [line.partition(" s: ")[2] for line in result.stderr.splitlines() if " s: " in line]
+    assert stages[:3] == ["files: sizes and hashes", "layer 1: reference", "layer 1: shards"]
 
 
 def test_verify_alone_passes_and_says_it_is_unsharded(tucker: Path) -> None:
@@ -131,6 +133,24 @@ def test_verify_published_sharding_bug_planted_in_the_layer_fails(bug: str, tuck
     report = report_of(tucker, 2)
     for layer in report["layers"]:
         assert layer["sharding_error"] > 0.1
+
+
+def test_verify_with_a_killed_process_ends_and_says_that_it_was_killed(tucker: Path) -> None:
+    script = Path(__file__).parent / "lost_process.py"
+    result = torchrun(2, script, "killed", "verify", tucker)
+    assert result.returncode != 0
+    assert "Signal 9 (SIGKILL)" in result.stderr
+    assert "bug in tuckerize" not in result.stderr
+
+
+def test_verify_with_a_process_that_hangs_ends_after_the_time_out(tucker: Path) -> None:
+    script = Path(__file__).parent / "lost_process.py"
+    result = torchrun(2, script, "hangs", "verify", tucker, "--collective-timeout", "5")
+    assert result.returncode != 0
+    assert "error: the other processes have not answered for 0:00:05" in result.stderr
+    assert (
+        "hint: find the one that hangs, or wait longer with --collective-timeout" in result.stderr
+    )
 
 
 def test_shard_again_without_overwrite_is_refused_and_keeps_the_files(tucker: Path) -> None:

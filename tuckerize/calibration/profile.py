@@ -156,7 +156,7 @@ def _gate_up_energy(group: DenseGroup, moments: GroupMoments, kept: KeptNeurons)
         ):
             places_K = kept.of_expert(expert).to(stack_HI.device)
             rows_KI = sensitivity_H[places_K].sqrt()[:, None] * stack_HI[places_K]
-            energy_II += (rows_KI.T @ rows_KI).double().cpu()
+            energy_II += (rows_KI.T @ rows_KI).cpu().double()
     return energy_II
 
 
@@ -220,7 +220,7 @@ def _refitted_error(
     dense = (down_EHI * (moments.neurons_EHH @ down_EHI)).sum()
     mixed = (refitted_EHI * (cross_EHH @ down_EHI)).sum()
     now = (refitted_EHI * (now_EHH @ refitted_EHI)).sum()
-    return float(dense.double() - 2 * mixed.double() + now.double())
+    return float(dense) - 2 * float(mixed) + float(now)
 
 
 def _full_tails(group: DenseGroup, moments: GroupMoments) -> tuple[Array, Array, Array, Array]:
@@ -254,6 +254,6 @@ def _mode_tails(stack_EHI: Tensor) -> tuple[Array, Array]:
 
 def _tail(moment_NN: Tensor) -> Array:
     """Energy outside of the leading n eigenvectors, for n = 0..N."""
-    values = eigenvalues_and_vectors(moment_NN.double().cpu())[0]
+    values = eigenvalues_and_vectors(moment_NN.cpu().double())[0]
     tail: Array = values.flip(0).cumsum(0).flip(0).numpy()
     return np.append(tail, 0.0)

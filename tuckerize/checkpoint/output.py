@@ -46,13 +46,13 @@ class OutputFolder:
             raise OutputError(f"{folder} is a file", hint="choose another --output")
         if not any(folder.iterdir()):
             return
-        work = self._work / _PLAN
-        if not work.exists() and not (folder / self.manifest_name).exists():
+        claimed = (self._work / _PLAN).exists()
+        if not claimed and not (folder / self.manifest_name).exists():
             raise OutputError(
                 f"{folder} is not empty and was not written by tuckerize",
                 hint="choose an empty or new folder; --overwrite does not remove foreign files",
             )
-        if overwrite or (work.exists() and read_json_object(work) == _plain(plan)):
+        if overwrite or self._is_claimed(plan):
             return
         state = (
             "a finished result"
@@ -71,14 +71,27 @@ class OutputFolder:
             OutputError: As `check`.
         """
         self.check(plan, overwrite=overwrite)
-        claim = self._work / _PLAN
-        if claim.exists() and read_json_object(claim) == _plain(plan):
+        if self._is_claimed(plan):
             return
+        claim = self._work / _PLAN
         self._work.mkdir(parents=True, exist_ok=True)
         # Until the old result is gone, this is an unfinished run of no plan.
         write_json(claim, {})
         self._remove_result()
         write_json(claim, _plain(plan))
+
+    def join(self, plan: object) -> None:
+        """Take part in writing a folder that another process has claimed for the plan.
+
+        Raises:
+            OutputError: It is not claimed, so it is not the same folder.
+        """
+        if not self._is_claimed(plan):
+            raise OutputError(f"{self.folder} is not the folder that process 0 has claimed")
+
+    def _is_claimed(self, plan: object) -> bool:
+        claim = self._work / _PLAN
+        return claim.exists() and read_json_object(claim) == _plain(plan)
 
     @property
     def _work(self) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -121,6 +122,12 @@ GroupSize = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")]
+CollectiveTimeout = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Seconds that a process waits for the others; 7200 on npu, else 86400."
+    ),
+]
 DeviceOption = Annotated[Device, typer.Option(help="Where products run.")]
 TuckerFolder = Annotated[Path, typer.Argument(help="A Tucker checkpoint, made by decompose.")]
 
@@ -267,6 +274,7 @@ def decompose(
         typer.Option(min=0, help="Gradient steps on each layer's output; 300 by default."),
     ] = None,
     device: DeviceOption = Device.AUTO,
+    collective_timeout: CollectiveTimeout = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -326,10 +334,9 @@ def decompose(
     from tuckerize.pipeline.describe import describe_plan
     from tuckerize.pipeline.plan import Plan, make_plan
 
-    with process_group(lambda local: choose_device(device.value, local_rank=local)) as (
-        processes,
-        own_device,
-    ):
+    with process_group(
+        lambda local: choose_device(device.value, local_rank=local), _seconds(collective_timeout)
+    ) as (processes, own_device):
         _refuse_calibration_of_several(wanted, processes.size)
 
         def prepare() -> tuple[Plan, Calibration | None]:
@@ -342,7 +349,11 @@ def decompose(
                 draft = draft_plan(checkpoint, wanted, opened)
             if output is not None and not dry_run:
                 _refuse_overlap(output, source)
-                OutputFolder(output).claim(draft.fingerprint(), overwrite=overwrite)
+                folder = OutputFolder(output)
+                if processes.is_leader:
+                    folder.claim(draft.fingerprint(), overwrite=overwrite)
+                else:
+                    folder.join(draft.fingerprint())
             if opened is None:
                 return draft, None
             return plan_calibrated(checkpoint, wanted, opened, TerminalProgress()), opened
@@ -411,6 +422,7 @@ def verify(
         float | None, typer.Option(help="Fail above this relative output error; needs the source.")
     ] = None,
     device: DeviceOption = Device.AUTO,
+    collective_timeout: CollectiveTimeout = None,
     as_json: AsJson = False,
 ) -> None:
     """Verify a Tucker checkpoint and, under torchrun, its shards; exits 0 or 1.
@@ -433,10 +445,9 @@ def verify(
     from tuckerize.report import to_json
     from tuckerize.runtime.experts import activation_of
 
-    with process_group(lambda local: choose_device(device.value, local_rank=local)) as (
-        processes,
-        own_device,
-    ):
+    with process_group(
+        lambda local: choose_device(device.value, local_rank=local), _seconds(collective_timeout)
+    ) as (processes, own_device):
 
         def prepare() -> tuple[Verification, tuple[int, ...]]:
             tucker = open_tucker(folder)
@@ -547,6 +558,22 @@ def generate(
     typer.echo(run(tucker.folder, prompt, tokens=tokens, device=choose_device(device.value)))
 
 
+@app.command()
+@boundary
+def doctor(as_json: AsJson = False) -> None:
+    """Show device, versions and variables, and what is wrong with them; exits 0 or 1.
+
+    Example: tuckerize doctor
+    """
+    from tuckerize.cli.tables import show
+    from tuckerize.pipeline.doctor import examine
+
+    report = examine()
+    show(report, as_json=as_json)
+    if not report.passed:
+        raise SystemExit(NO)
+
+
 def _recipe(
     file: str | None, sizes: dict[str, Any], where: dict[str, Any], how: dict[str, Any]
 ) -> Recipe:
@@ -577,6 +604,10 @@ def _recipe(
         rule["projections"] = [part.strip() for part in str(rule["projections"]).split(",")]
     settings = {name: value for name, value in how.items() if value is not None}
     return parse_recipe({"rules": [rule], **settings}, place="the options")
+
+
+def _seconds(count: int | None) -> timedelta | None:
+    return None if count is None else timedelta(seconds=count)
 
 
 def _write_notes(notes: tuple[str, ...]) -> None:

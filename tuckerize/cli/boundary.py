@@ -18,6 +18,7 @@ from types import FrameType
 from typing import NoReturn, ParamSpec
 
 from tuckerize.errors import LeaderFailedError, TuckerizeError
+from tuckerize.parallel.npu import explained
 
 P = ParamSpec("P")
 
@@ -26,8 +27,6 @@ USER_ERROR = 2
 BUG = 70
 INTERRUPTED = 130
 
-_BROKEN_NPU = "Failed to load the backend extension: torch_npu"
-
 
 def boundary(command: Callable[P, None]) -> Callable[P, None]:
     """Wrap a command: its errors are printed, and the process exits with their code."""
@@ -35,7 +34,7 @@ def boundary(command: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(command)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            with _interruptible():
+            with _interruptible(), explained():
                 command(*args, **kwargs)
         except KeyboardInterrupt:
             _leave("interrupted", "run the same command again: it continues", INTERRUPTED)
@@ -51,13 +50,6 @@ def boundary(command: Callable[P, None]) -> Callable[P, None]:
         except LeaderFailedError:
             sys.exit(USER_ERROR)
         except Exception as error:  # noqa: BLE001 this is the one place that may
-            if _BROKEN_NPU in str(error):
-                _leave(
-                    "torch_npu is installed but cannot be loaded, which breaks torch itself",
-                    "source CANN's set_env.sh, or set TORCH_DEVICE_BACKEND_AUTOLOAD=0, "
-                    "or uninstall torch_npu",
-                    USER_ERROR,
-                )
             traceback.print_exc()
             _leave(f"this is a bug in tuckerize: {error}", "please report it", BUG)
 

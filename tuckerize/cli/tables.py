@@ -14,6 +14,7 @@ from tuckerize.domain import Size
 from tuckerize.report import (
     CurveReport,
     DecomposeReport,
+    DoctorReport,
     EvaluateReport,
     InspectReport,
     PlanReport,
@@ -32,6 +33,7 @@ Report = (
     | VerifyReport
     | ReconstructReport
     | EvaluateReport
+    | DoctorReport
 )
 
 # Stacks of a model with many layers are summed up to this many lines.
@@ -40,7 +42,7 @@ _MOST_ROWS = 100
 _BAR = 24
 
 
-def show(report: Report, *, as_json: bool) -> None:
+def show(report: Report, *, as_json: bool) -> None:  # noqa: C901 one case a report
     """Print a report to stdout, as tables or as JSON."""
     if as_json:
         Console(soft_wrap=True, highlight=False, markup=False, emoji=False).print(
@@ -64,6 +66,8 @@ def show(report: Report, *, as_json: bool) -> None:
             _show_reconstruct(report)
         case EvaluateReport():
             _show_evaluate(report)
+        case DoctorReport():
+            _show_doctor(report)
 
 
 def size_text(count: float) -> str:
@@ -327,6 +331,27 @@ def _show_evaluate(report: EvaluateReport) -> None:
     ]
     _print(_table(("checkpoint", "all bytes", "routed parameters", "perplexity", ""), rows))
     _print(f"on {report.tokens:,} tokens")
+
+
+def _show_doctor(report: DoctorReport) -> None:
+    rows = [(name, version or "not found") for name, version in report.versions.items()]
+    if report.versions["torch_npu"]:
+        rows.append(("CANN of this torch_npu", report.cann_expected or "not in our table"))
+    if report.device is not None:
+        device = report.device
+        free, total = size_text(device.free_bytes), size_text(device.total_bytes)
+        rows += [
+            ("device", f"{device.count} x {device.kind} ({device.name})"),
+            ("free memory", f"{free} of {total}"),
+            ("collectives", device.backend),
+            ("float32 products", device.float32_products),
+        ]
+    rows += [(v.name, v.value or f"not set: {v.default}") for v in report.variables]
+    _print(_table(("", ""), rows, text_columns=2))
+    for problem in report.problems:
+        _print(f"wrong: {problem.message}", f"   do: {problem.hint}")
+    if report.passed:
+        _print("nothing is wrong")
 
 
 def _duration(seconds: float) -> str:

@@ -22,6 +22,7 @@ from tuckerize.linalg.tucker import (
     TuckerFactors,
     largest_magnitude,
     mode_name,
+    on_multiplier,
     power_of_two_unit,
     scaled_slice,
     squared_norm,
@@ -43,8 +44,8 @@ class Decomposition:
     """What HOOI found.
 
     Attributes:
-        tensors: One Tucker tensor a stack, in the work dtype (float32 or float64); coupled stacks
-            share the object U_I.
+        tensors: One Tucker tensor a stack, in the work dtype (float32, or float64, which an NPU's
+            stacks get on the host); coupled stacks share the object U_I.
         projected_residuals: Relative projected residual (unitless) of all stacks together, after
             the ST-HOSVD start and after every sweep.
     """
@@ -275,13 +276,8 @@ def _best_start(
 
 
 def _blocks(stacks: Sequence[Tensor], dtype: torch.dtype) -> list[_Block]:
-    # An NPU has no float64 products: such a stack is worked on by the host.
-    on_host = dtype == torch.float64
     unit = power_of_two_unit(*stacks)
-    return [
-        _Block(stack.cpu() if on_host and stack.device.type == "npu" else stack, dtype, unit)
-        for stack in stacks
-    ]
+    return [_Block(on_multiplier(stack, dtype), dtype, unit) for stack in stacks]
 
 
 def _iterate(

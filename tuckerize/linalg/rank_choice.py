@@ -12,7 +12,7 @@ from torch import Tensor
 from tuckerize.domain import Mode, MultilinearRank, StackShape, stored_parameters
 from tuckerize.linalg.gram import add_gram, eigenvalues_and_vectors
 from tuckerize.linalg.hooi import check_finite, is_reachable
-from tuckerize.linalg.tucker import power_of_two_unit, scaled_slice, squared_norm
+from tuckerize.linalg.tucker import on_multiplier, power_of_two_unit, scaled_slice, squared_norm
 
 # float32 Gram matrices resolve relative residuals down to about 3e-4; below 1e-2 take float64.
 _FLOAT32_TOLERANCE_FLOOR = 1e-2
@@ -46,6 +46,7 @@ def rank_for_tolerance(stacks: Sequence[Tensor], tolerance: float) -> Multilinea
     dtype = torch.float32 if tolerance >= _FLOAT32_TOLERANCE_FLOOR else torch.float64
     if any(stack.dtype == torch.float64 for stack in stacks):
         dtype = torch.float64
+    stacks = [on_multiplier(stack, dtype) for stack in stacks]
     unit = power_of_two_unit(*stacks)
     share = tolerance**2 - _ROUNDINGS * torch.finfo(dtype).eps
     allowance = share * min(_squared_norm(stack, dtype, unit) for stack in stacks)
@@ -79,7 +80,7 @@ def _gram(stacks: Sequence[Tensor], mode: Mode, dtype: torch.dtype, unit: float)
 
 def _discarded(gram_NN: Tensor) -> list[float]:
     """Discarded energy for every core size 1..N; 0 for N."""
-    values = eigenvalues_and_vectors(gram_NN)[0].double().cpu()
+    values = eigenvalues_and_vectors(gram_NN)[0].cpu().double()
     tail: list[float] = values.flip(0).cumsum(0).flip(0).tolist()
     return [*tail[1:], 0.0]
 

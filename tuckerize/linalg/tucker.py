@@ -56,7 +56,9 @@ class TuckerFactors:
             )
         )
 
-    def to(self, dtype: torch.dtype | None = None, device: str | None = None) -> TuckerFactors:
+    def to(
+        self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> TuckerFactors:
         """The same Tucker tensor, rounded to `dtype`, on `device`."""
         return TuckerFactors(
             self.core.to(device=device, dtype=dtype),
@@ -119,11 +121,10 @@ def relative_residual(
         Kolda & Bader 2009, section 4.1. Not ‖X‖² − ‖core‖², which cancels for small residuals.
     """
     if stack_EHI.dtype == torch.float64:
-        # A float64 magnitude can be outside the range of float32. No NPU holds such a stack.
+        # A float64 magnitude can be outside the range of float32.
         return _residual(stack_EHI, tucker, kept_EK, torch.float64)
     residual = _residual(stack_EHI, tucker, kept_EK, torch.float32)
-    wants_float64 = residual < _FLOAT32_DIFFERENCE_FLOOR and stack_EHI.dtype == torch.float32
-    if wants_float64 and stack_EHI.device.type != "npu":
+    if residual < _FLOAT32_DIFFERENCE_FLOOR and stack_EHI.dtype == torch.float32:
         residual = _residual(stack_EHI, tucker, kept_EK, torch.float64)
     return residual
 
@@ -131,6 +132,8 @@ def relative_residual(
 def _residual(
     stack_EHI: Tensor, tucker: TuckerFactors, kept_EK: Tensor | None, dtype: torch.dtype
 ) -> float:
+    stack_EHI = on_multiplier(stack_EHI.to(tucker.core.device), dtype)
+    tucker = tucker.to(device=stack_EHI.device)
     unit = power_of_two_unit(stack_EHI)
     missed = total = 0.0
     for expert, (slice_HI, expanded_HI) in enumerate(
@@ -160,15 +163,32 @@ def with_zero_rows(matrix_KI: Tensor, kept_K: Tensor, rows: int) -> Tensor:
 
 
 def squared_norm(tensor: Tensor) -> float:
-    """Sum of squares, accumulated in float64 where the device has it."""
-    if tensor.device.type == "npu":
-        tensor = tensor.cpu()
+    """Sum of squares, accumulated in float64."""
+    tensor = on_multiplier(tensor, torch.float64)
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
 
 
+def on_multiplier(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor on its device, or on the host where that multiplies no such numbers.
+
+    An NPU has no float64: it refuses products and sums, and its `.double()` gives float32.
+    """
+    return tensor.cpu() if dtype == torch.float64 and tensor.device.type == "npu" else tensor
+
+
 def in_float64(tensor: Tensor) -> Tensor:
-    """The tensor in float64, on the host where its device has none (an NPU)."""
-    return (tensor.cpu() if tensor.device.type == "npu" else tensor).double()
+    """The tensor in float64, on the host where its device has none."""
+    return on_multiplier(tensor, torch.float64).double()
+
+
+def orthonormalised(matrix_NR: Tensor) -> tuple[Tensor, Tensor]:
+    """An orthonormal basis Q (N, R) of the columns, and the R (R, R) with Q R = the matrix.
+
+    Runs on the host, where every platform has LAPACK, and returns tensors on the device of the
+    argument.
+    """
+    basis_NR, mixing_RR = torch.linalg.qr(matrix_NR.cpu())
+    return basis_NR.to(matrix_NR.device), mixing_RR.to(matrix_NR.device)
 
 
 def power_of_two_unit(*stacks: Tensor) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor
 from tuckerize.domain import MultilinearRank, StackShape
 from tuckerize.linalg.gram import eigenvalues_and_vectors
 from tuckerize.linalg.hooi import check_rank, hooi
-from tuckerize.linalg.tucker import TuckerFactors, in_float64, power_of_two_unit
+from tuckerize.linalg.tucker import TuckerFactors, in_float64, orthonormalised, power_of_two_unit
 
 EIGENVALUE_FLOOR = 1e-6
 """Eigenvalues of a second moment below this share of the largest are raised to it."""
@@ -51,7 +51,7 @@ def matrix_roots(moment_NN: Tensor) -> tuple[Tensor, Tensor]:
 
     A zero moment counts as the identity: without data all directions are alike.
     """
-    values, vectors = eigenvalues_and_vectors(moment_NN.double().cpu())
+    values, vectors = eigenvalues_and_vectors(moment_NN.cpu().double())
     if values[0] <= 0:
         identity = torch.eye(len(moment_NN), dtype=torch.float64)
         return identity, identity
@@ -107,15 +107,13 @@ def weighted_tucker(
     if unit != 1.0:
         stacks = [stack * unit for stack in stacks]
     pooled_II = moments_EII.sum(0)
-    root_II, inverse_II = (root.to(stacks[0].device) for root in matrix_roots(pooled_II))
+    root_II, inverse_II = (root.to(stacks[0]) for root in matrix_roots(pooled_II))
     # HOOI goes over to float64 where it finds next to no residual.
-    start = [
-        t.to(dtype) for t in hooi([stack @ root_II.to(dtype) for stack in stacks], rank).tensors
-    ]
+    whitened = hooi([stack @ root_II for stack in stacks], rank)
+    start = [factors.to(dtype, stacks[0].device) for factors in whitened.tensors]
     if rank.hidden == shape.hidden:
         tensors = [
-            TuckerFactors(factors.core @ inverse_II.to(dtype), factors.U_E, factors.U_H)
-            for factors in start
+            TuckerFactors(factors.core @ inverse_II, factors.U_E, factors.U_H) for factors in start
         ]
         shared = None
     else:
@@ -123,7 +121,7 @@ def weighted_tucker(
         whitened_IR = start[0].U_I
         if whitened_IR is None:
             raise TypeError("a truncated mode has a factor")
-        shared, mixing_RR = torch.linalg.qr(inverse_II.to(dtype) @ whitened_IR)
+        shared, mixing_RR = orthonormalised(inverse_II @ whitened_IR)
         tensors = [
             TuckerFactors(factors.core @ mixing_RR.T, factors.U_E, factors.U_H, shared)
             for factors in start
@@ -177,7 +175,7 @@ class _Problem:
             updated.append(_update_stack(factors, target_EHR, small_ERR))
         if U_I is None:
             return updated
-        shared_IR, mixing_RR = torch.linalg.qr(self._hidden_factor(updated, U_I))
+        shared_IR, mixing_RR = orthonormalised(self._hidden_factor(updated, U_I))
         return [
             TuckerFactors(factors.core @ mixing_RR.T, factors.U_E, factors.U_H, shared_IR)
             for factors in updated
@@ -217,13 +215,13 @@ def _update_stack(factors: TuckerFactors, target_EHR: Tensor, small_ERR: Tensor)
         core_PQR = _solve(small_ERR, projected_EQR.mT).mT
     else:
         core_PQR = _shared_cores(U_E, core_PQR, projected_EQR, small_ERR)
-        U_E, mixing_PP = torch.linalg.qr(_expert_factor(core_PQR, projected_EQR, small_ERR))
+        U_E, mixing_PP = orthonormalised(_expert_factor(core_PQR, projected_EQR, small_ERR))
         core_PQR = torch.tensordot(mixing_PP, core_PQR, dims=1)
     if U_H is not None:
         cores_EQR = _expert_cores(TuckerFactors(core_PQR, U_E))
         right_HQ = torch.einsum("ehr,eqr->hq", target_EHR, cores_EQR)
         gram_QQ = torch.einsum("eqr,ers,ets->qt", cores_EQR, small_ERR, cores_EQR)
-        U_H, mixing_QQ = torch.linalg.qr(_least_squares(gram_QQ, right_HQ.T).T)
+        U_H, mixing_QQ = orthonormalised(_least_squares(gram_QQ, right_HQ.T).T)
         core_PQR = mixing_QQ @ core_PQR
     return TuckerFactors(core_PQR, U_E, U_H, factors.U_I)
 
@@ -262,7 +260,7 @@ def _expert_factor(core_PQR: Tensor, projected_EQR: Tensor, small_ERR: Tensor) -
 
 def _least_squares(gram_NN: Tensor, right_NK: Tensor) -> Tensor:
     """Solve a small, possibly singular normal equation in float64 on the host."""
-    solution: Tensor = torch.linalg.lstsq(gram_NN.double().cpu(), right_NK.double().cpu()).solution
+    solution: Tensor = torch.linalg.lstsq(gram_NN.cpu().double(), right_NK.cpu().double()).solution
     return solution.to(right_NK)
 
 

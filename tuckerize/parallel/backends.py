@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
+import os
+from datetime import timedelta
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 
 from tuckerize.errors import ParallelError
+from tuckerize.parallel.npu import import_torch_npu
 
 DeviceChoice = Literal["auto", "npu", "cuda", "cpu"]
 
 # torch before 2.8 has no table of default backends.
 _BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
+
+# Names of the Atlas training series, which the A2 series' (Ascend910B1 and on) only resemble.
+_FIRST_NPUS = frozenset(f"Ascend910{kind}" for kind in ("A", "B", "ProA", "ProB", "PremiumA"))
 
 
 def choose_device(choice: DeviceChoice, *, local_rank: int = 0) -> torch.device:
@@ -28,7 +32,7 @@ def choose_device(choice: DeviceChoice, *, local_rank: int = 0) -> torch.device:
         ParallelError: The device is not there, or has fewer units than processes on this host.
     """
     if choice == "npu":
-        _import_torch_npu()
+        import_torch_npu()
     found = torch.accelerator.current_accelerator(check_available=True)
     available = "cpu" if found is None else found.type
     kind = available if choice == "auto" else choice
@@ -56,16 +60,39 @@ def backend_for(device: torch.device) -> str:
     return name if device.type == "cpu" else f"cpu:gloo,{device.type}:{name}"
 
 
-def _import_torch_npu() -> None:
-    if importlib.util.find_spec("torch_npu") is None:
-        raise ParallelError(
-            "device 'npu' needs the package torch_npu, which is not installed",
-            hint="pip install 'tuckerize[npu]' beside the same minor version of torch",
-        )
-    try:
-        importlib.import_module("torch_npu")
-    except Exception as error:
-        raise ParallelError(
-            f"torch_npu cannot be loaded: {error}",
-            hint="source CANN's set_env.sh first, and match torch_npu to torch",
-        ) from error
+def let_hccl_wait(timeout: timedelta) -> None:
+    """Set how long HCCL waits on the devices, which torch's own time-out does not change.
+
+    Before the first communicator, and only where the environment does not say it already.
+
+    Source:
+        CANN 8.5: HCCL_CONNECT_TIMEOUT is 120 to 7200 s, HCCL_EXEC_TIMEOUT 1836 s by default.
+    """
+    seconds = int(timeout.total_seconds())
+    os.environ.setdefault("HCCL_CONNECT_TIMEOUT", str(min(max(seconds, 120), 7200)))
+    os.environ.setdefault("HCCL_EXEC_TIMEOUT", str(seconds))
+
+
+def float32_products(device: torch.device) -> str:
+    """In what a device multiplies float32 matrices: float32, tf32, hf32 or float16.
+
+    Source:
+        torch_npu's `allow_hf32`; CANN on the Atlas training series (Ascend 910A).
+    """
+    if device.type == "cuda":
+        return "float32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    if device.type == "npu":
+        npu = torch.get_device_module(device)
+        if npu.get_device_name(device.index) in _FIRST_NPUS:
+            return "float16"
+        return "hf32" if npu.matmul.allow_hf32 else "float32"
+    return "float32"
+
+
+def free_memory(device: torch.device) -> tuple[int, int]:
+    """Free and total bytes of a device, or of the host."""
+    if device.type != "cpu":
+        free, total = torch.get_device_module(device).mem_get_info(device.index)
+        return int(free), int(total)
+    page = os.sysconf("SC_PAGE_SIZE")
+    return page * os.sysconf("SC_AVPHYS_PAGES"), page * os.sysconf("SC_PHYS_PAGES")

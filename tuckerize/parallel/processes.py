@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -14,13 +16,18 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
-from tuckerize.errors import LeaderFailedError
-from tuckerize.parallel.backends import backend_for
+from tuckerize.errors import LeaderFailedError, ParallelError, TuckerizeError
+from tuckerize.parallel.backends import backend_for, let_hccl_wait
 
 T = TypeVar("T")
 
-# A stack of a large model can take an hour on a slow host.
-TIMEOUT = timedelta(hours=24)
+# A stack of a large model can take an hour on a slow host. HCCL connects for 2 hours at most.
+_TIMEOUT = timedelta(hours=24)
+_TIMEOUT_ON_NPU = timedelta(hours=2)
+
+# Words of gloo, the store and HCCL.
+_LOST = ("closed by peer", "reset by peer", "Broken pipe", "Connection was likely closed")
+_LATE = ("Timed out", "timed out", "timeout after", "Socket Timeout", "107020")
 
 _STARTED = "tuckerize/started"
 _NEXT = "tuckerize/next"
@@ -36,6 +43,7 @@ class Processes:
         local_rank: Index among the processes of this host.
         local_size: Number of processes of this host.
         store: Key-value store that all share; None when alone.
+        timeout: How long one waits for the others.
     """
 
     rank: int = 0
@@ -43,6 +51,7 @@ class Processes:
     local_rank: int = 0
     local_size: int = 1
     store: Store | None = None
+    timeout: timedelta = _TIMEOUT
     _taken: int = 0
 
     @property
@@ -55,14 +64,22 @@ class Processes:
 
         Raises:
             LeaderFailedError: On the other processes, when process 0 failed.
+            ParallelError: On another process, when the work failed there only.
         """
         if self.store is None:
             return work()
         if not self.is_leader:
-            self.store.wait([_STARTED], TIMEOUT)
+            self.store.wait([_STARTED], self.timeout)
             if self.store.get(_STARTED) != b"ok":
                 raise LeaderFailedError
-            return work()
+            try:
+                return work()
+            except TuckerizeError as error:
+                raise ParallelError(
+                    f"on {socket.gethostname()}, in {Path.cwd()}: {error.message}",
+                    hint="process 0 sees it otherwise: models, outputs and shards must be on "
+                    "storage that all nodes see under the same path",
+                ) from error
         try:
             result = work()
         except BaseException:
@@ -124,15 +141,19 @@ def started_by_torchrun() -> bool:
 
 @contextmanager
 def process_group(
-    choose: Callable[[int], torch.device],
+    choose: Callable[[int], torch.device], timeout: timedelta | None = None
 ) -> Iterator[tuple[Processes, torch.device]]:
     """Join the processes of the run and leave them at the end.
 
     Args:
         choose: Chooses this process's device from its index on the host.
+        timeout: How long one waits for the others; by default 2 hours on NPUs, else 24.
 
     Yields:
         The processes, and this process's device.
+
+    Raises:
+        ParallelError: Another process has ended, or has not answered for that long.
     """
     if not started_by_torchrun():
         yield Processes(), choose(0)
@@ -140,13 +161,36 @@ def process_group(
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     device = choose(local_rank)
-    store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
-    dist.init_process_group(
-        backend_for(device), store=store, rank=rank, world_size=size, timeout=TIMEOUT
-    )
-    # Otherwise every process of a host takes all of its cores, or, under torchrun, only one.
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+    if timeout is None:
+        timeout = _TIMEOUT_ON_NPU if device.type == "npu" else _TIMEOUT
+    if device.type == "npu":
+        let_hccl_wait(timeout)
+    with _losses_explained(timeout):
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
+        dist.init_process_group(
+            backend_for(device), store=store, rank=rank, world_size=size, timeout=timeout
+        )
+        # Otherwise every process of a host takes all of its cores, or, under torchrun, only one.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+        try:
+            yield Processes(rank, size, local_rank, local_size, store, timeout), device
+        finally:
+            dist.destroy_process_group()
+
+
+@contextmanager
+def _losses_explained(timeout: timedelta) -> Iterator[None]:
+    """Raise ParallelError in the place of what a library says when another process is lost."""
     try:
-        yield Processes(rank, size, local_rank, local_size, store), device
-    finally:
-        dist.destroy_process_group()
+        yield
+    except RuntimeError as error:
+        if any(words in str(error) for words in _LOST):
+            raise ParallelError(
+                "another process of the run has ended", hint="its own message says why"
+            ) from error
+        if any(words in str(error) for words in _LATE):
+            raise ParallelError(
+                f"the other processes have not answered for {timeout}",
+                hint="find the one that hangs, or wait longer with --collective-timeout",
+            ) from error
+        raise

@@ -25,7 +25,7 @@ from tuckerize.checkpoint.reader import TORCH_DTYPES, Checkpoint
 from tuckerize.checkpoint.writer import write_tensors
 from tuckerize.domain import StackResult
 from tuckerize.errors import DecompositionError
-from tuckerize.linalg.tucker import TuckerFactors, relative_residual
+from tuckerize.linalg.tucker import TuckerFactors, orthonormalised, relative_residual
 from tuckerize.moe.families import describe_moe
 from tuckerize.pipeline.opened import factors_of
 from tuckerize.pipeline.plan import LayerPiece, Plan, make_plan
@@ -241,7 +241,7 @@ def _orthonormal(factors: TuckerFactors) -> TuckerFactors:
     core, factor_of = factors.core, list(factors.factors)
     for mode, factor in enumerate(factor_of):
         if factor is not None:
-            factor_of[mode], mixing = torch.linalg.qr(factor)
+            factor_of[mode], mixing = orthonormalised(factor)
             core = torch.tensordot(mixing, core.movedim(mode, 0), dims=1).movedim(0, mode)
     return TuckerFactors(core.contiguous(), *factor_of)
 

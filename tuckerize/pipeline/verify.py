@@ -94,18 +94,25 @@ def verify(
     activation = activation_of(run.tucker.config)
     mine = layers[run.processes.rank :: run.processes.size] if run.source else ()
     progress.start(len(layers) + len(mine))
+    progress.stage("files: sizes and hashes")
     failures = _damaged_files(run, layers)
     sharding_errors, cases = {}, {}
     for layer in layers:
+        progress.stage(f"layer {layer}: reference")
         case = _case_of_leader(run, layer, activation)
         if layer in mine:
             cases[layer] = case
         unreadable = any(not readable for _, readable in failures[layer])
+        if layer == layers[0] and not unreadable and run.device.type != "cpu":
+            progress.stage(f"layer {layer}: warm-up, in which the device compiles its kernels")
+            _sharding_error(run, layer, case, activation)
+        progress.stage(f"layer {layer}: shards")
         error = math.inf if unreadable else _sharding_error(run, layer, case, activation)
         sharding_errors[layer] = max(run.processes.gather(error), key=_nan_last)
         progress.advance(1, f"layer {layer}: shards")
     found = {}
     for layer, case in cases.items():
+        progress.stage(f"layer {layer}: source")
         found[layer] = _against_source(run, layer, case, activation)
         progress.advance(1, f"layer {layer}: source")
     against = {la: result for own in run.processes.gather(found) for la, result in own.items()}

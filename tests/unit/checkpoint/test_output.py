@@ -140,3 +140,20 @@ def test_folder_with_another_manifest_name_is_finished_by_that_name(tmp_path: Pa
         output.claim(PLAN, overwrite=False)
     with pytest.raises(OutputError, match="was not written by tuckerize"):
         OutputFolder(tmp_path / "out").claim(PLAN, overwrite=True)
+
+
+@pytest.mark.parametrize("state", ["absent", "empty", "foreign", "finished"])
+def test_join_of_a_folder_that_is_not_claimed_is_refused_and_changes_nothing(
+    tmp_path: Path, state: str
+) -> None:
+    output = make(state, tmp_path / "out")
+    before = contents(tmp_path)
+    with pytest.raises(OutputError, match="is not the folder that process 0 has claimed"):
+        output.join(PLAN)
+    assert contents(tmp_path) == before
+
+
+def test_join_of_a_claimed_folder_takes_part(tmp_path: Path) -> None:
+    make("unfinished", tmp_path / "out").join(PLAN)
+    with pytest.raises(OutputError):
+        OutputFolder(tmp_path / "out").join({"another": "plan"})

@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 import tuckerize
 from tuckerize.cli.app import app
 
-COMMANDS = ("inspect", "decompose", "shard", "verify", "reconstruct")
+COMMANDS = ("inspect", "decompose", "shard", "verify", "reconstruct", "doctor")
 
 
 def run(*arguments: str | Path) -> Result:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._C._distributed_c10d import HashStore
 
-from tuckerize.errors import LeaderFailedError, UsageError
+from tuckerize.errors import LeaderFailedError, ParallelError, UsageError
 from tuckerize.parallel.processes import (
     Processes,
     process_group,
@@ -52,6 +52,14 @@ def test_leader_first_failing_on_the_leader_keeps_the_others_quiet() -> None:
         Processes(0, 2, store=store).leader_first(fail)
     with pytest.raises(LeaderFailedError):
         Processes(1, 2, store=store).leader_first(fail)
+
+
+def test_leader_first_failing_on_another_process_only_speaks_of_storage() -> None:
+    store = HashStore()
+    assert Processes(0, 2, store=store).leader_first(lambda: "a") == "a"
+    with pytest.raises(ParallelError, match=r"^on .*: wrong$") as caught:
+        Processes(1, 2, store=store).leader_first(fail)
+    assert "storage that all nodes see under the same path" in caught.value.hint
 
 
 def test_leader_first_succeeding_lets_the_others_work() -> None:
