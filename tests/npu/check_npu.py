@@ -135,7 +135,6 @@ def test_fused_pair_gives_the_naive_sum(processes: int) -> None:
     assert "belongs to the fused operators" in found["refused"]
 
 
-@pytest.mark.xfail(reason="the rows of an expert are counted on the host", strict=True)
 def test_forward_does_not_wait_for_the_host() -> None:
     result = run_module("tests.npu.scripts.strict_forward")
     assert result.returncode == 0, result.stderr

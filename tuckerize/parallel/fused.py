@@ -157,6 +157,33 @@ def grouped_matmul_checks(
     ]
 
 
+def has_grouped_matmul(experts: int, inner: int, outer: int, dtype: torch.dtype) -> bool:
+    """Whether `grouped_matmul` may be used on A2 and A3, whose constraints are the same."""
+    checks = grouped_matmul_checks("A2", experts=experts, inner=inner, outer=outer, dtype=dtype)
+    return all(check.met for check in checks)
+
+
+def grouped_matmul(rows_NX: Tensor, matrices_EXY: Tensor, counts_E: Tensor) -> Tensor:
+    """Rows that are sorted by expert, times their experts' matrices, shape (N, Y); no gradient.
+
+    Args:
+        rows_NX: Rows, shape (N, X); products of those beyond the sum of the counts mean nothing.
+        matrices_EXY: A matrix for each expert, shape (E, X, Y).
+        counts_E: Rows of every expert (int64), on the device.
+    """
+    product_NY: Tensor
+    # One tensor of rows and one of products; rows are in groups, whose sizes are given.
+    (product_NY,) = import_torch_npu().npu_grouped_matmul(
+        [rows_NX],
+        [matrices_EXY],
+        group_list=counts_E,
+        split_item=3,
+        group_type=0,
+        group_list_type=1,
+    )
+    return product_NY
+
+
 _SENT = (torch.float16, torch.bfloat16)
 
 

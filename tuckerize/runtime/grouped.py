@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tuckerize.parallel.fused import grouped_matmul, has_grouped_matmul
+
 # Rows and columns of the matrices must be whole blocks of so many bytes, and as far apart.
 _ALIGNMENT = 16
 # The first generation of CUDA devices with the product.
@@ -100,13 +102,15 @@ def multiply(rows_NX: Tensor, matrices_EXY: Tensor, assigned: Assignments) -> Te
         matrices_EXY: A matrix for each expert of the group, shape (E, X, Y), in the rows' dtype.
         assigned: Which expert each row belongs to.
     """
-    if rows_NX.device.type == "npu" and not torch.is_grad_enabled():
-        return _multiply_on_npu(rows_NX, matrices_EXY, assigned)
-    if not _has_grouped_product(matrices_EXY):
+    if not _has_grouped_product(rows_NX, matrices_EXY):
         return multiply_one_by_one(rows_NX, list(matrices_EXY), assigned)
-    ends_E = assigned.counts_E.cumsum(0, dtype=torch.int32)
     own_NX = assigned.own_rows(rows_NX.contiguous())
-    return assigned.own_rows(functional.grouped_mm(own_NX, matrices_EXY, offs=ends_E))
+    if own_NX.device.type == "npu":
+        product_NY = grouped_matmul(own_NX, matrices_EXY, assigned.counts_E)
+    else:
+        ends_E = assigned.counts_E.cumsum(0, dtype=torch.int32)
+        product_NY = functional.grouped_mm(own_NX, matrices_EXY, offs=ends_E)
+    return assigned.own_rows(product_NY)
 
 
 def multiply_one_by_one(
@@ -152,9 +156,14 @@ def mix_and_multiply(
     return torch.bmm(mixed_PNX, matrices_PXY).sum(0)
 
 
-def _has_grouped_product(matrices_EXY: Tensor) -> bool:
-    """Whether torch multiplies groups of rows by such matrices on their device."""
+def _has_grouped_product(rows_NX: Tensor, matrices_EXY: Tensor) -> bool:
+    """Whether groups of such rows can be multiplied by such matrices on their device."""
     device, dtype = matrices_EXY.device, matrices_EXY.dtype
+    if device.type == "npu":
+        experts, inner, outer = matrices_EXY.shape
+        trained = rows_NX.requires_grad or matrices_EXY.requires_grad
+        has_gradient = torch.is_grad_enabled() and trained
+        return not has_gradient and has_grouped_matmul(experts, inner, outer, dtype)
     if not hasattr(functional, "grouped_mm"):  # torch before 2.10
         return False
     if dtype not in {torch.bfloat16, torch.float16, torch.float32}:
@@ -166,21 +175,3 @@ def _has_grouped_product(matrices_EXY: Tensor) -> bool:
         capability = torch.get_device_module(device).get_device_capability(device)
         return bool(capability >= _CUDA_CAPABILITY)
     return device.type == "cpu"
-
-
-def _multiply_on_npu(rows_NX: Tensor, matrices_EXY: Tensor, assigned: Assignments) -> Tensor:
-    """The NPU's own grouped product, which has no gradient.
-
-    Source:
-        torch_npu's documentation of npu_grouped_matmul: one tensor of rows (split_item 3), rows in
-        groups (group_type 0), whose ends are given (group_list_type 0).
-    """
-    (product_NY,) = torch.ops.npu.npu_grouped_matmul(
-        [rows_NX.contiguous()],
-        [matrices_EXY],
-        group_list=assigned.counts_E.cumsum(0),
-        split_item=3,
-        group_type=0,
-        group_list_type=0,
-    )
-    return assigned.own_rows(product_NY)

@@ -21,10 +21,12 @@ from torch.utils.backend_registration import (
 from . import npu
 from .building import load_device
 from .fused import COMMUNICATORS, npu_moe_distribute_combine_v2, npu_moe_distribute_dispatch_v2
+from .grouped import npu_grouped_matmul
 
 __all__ = [
     "calls",
     "npu_fusion_attention",
+    "npu_grouped_matmul",
     "npu_moe_distribute_combine_v2",
     "npu_moe_distribute_dispatch_v2",
     "region",

@@ -468,7 +468,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("device_count", [] { return static_cast<int>(device_count()); });
   m.def("current_device", [] { return static_cast<int>(current); });
   m.def("set_device", [](int index) { hooks.setCurrentDevice(static_cast<DeviceIndex>(index)); });
-  m.def("mark", [](bool value) { marked = value; });
+  m.def("mark", [](bool value) { return marked.exchange(value); });
   m.def("calls", [] { return calls; });
   m.def("synchronisations", [] { return synchronisations; });
   m.def("forget", [] {
