@@ -56,7 +56,7 @@ def test_verify_alone_passes_and_says_it_is_unsharded(tucker: Path) -> None:
 def test_verify_other_world_size_gives_the_commands(tucker: Path) -> None:
     result = torchrun(3, *VERIFY, tucker)
     assert result.returncode != 0
-    assert f"error: {tucker} has no shards for 3 processes, only for 2, 4" in result.stderr
+    assert f"error: {tucker} has no shards for 3 processes, only tp2, tp4" in result.stderr
     assert f"torchrun --nproc-per-node 4 -m tuckerize verify {tucker}" in result.stderr
     assert f"tuckerize shard {tucker} --tp 3" in result.stderr
 

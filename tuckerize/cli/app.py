@@ -371,25 +371,26 @@ def decompose(
 def shard(
     folder: TuckerFolder,
     tp: Annotated[int, typer.Option(help="Number of tensor-parallel processes.")],
+    ep: Annotated[int, typer.Option(help="Number of expert-parallel processes.")] = 1,
     layout: Annotated[
         LayoutOption, typer.Option(help="How tensors are split; auto compares bytes and traffic.")
     ] = LayoutOption.AUTO,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Cut a Tucker checkpoint into one file per layer, group and process, in OUT/tpN/.
+    """Cut a Tucker checkpoint into one file per layer, group and process, in OUT/tpN[-epM]/.
 
     Example: tuckerize shard OUT --tp 4
     """
     from tuckerize.cli.progress import TerminalProgress
     from tuckerize.cli.tables import show
-    from tuckerize.parallel.layouts import Layout
+    from tuckerize.parallel.layouts import Layout, Parallelism
     from tuckerize.pipeline.opened import open_tucker
     from tuckerize.pipeline.shard import shard as run
 
     report = run(
         open_tucker(folder),
-        tp_size=tp,
+        mesh=Parallelism(tp, ep),
         layout=None if layout == LayoutOption.AUTO else Layout(layout.value),
         overwrite=overwrite,
         progress=TerminalProgress(),
@@ -410,10 +411,19 @@ def verify(
     max_output_error: Annotated[
         float | None, typer.Option(help="Fail above this relative output error; needs the source.")
     ] = None,
+    tp: Annotated[int | None, typer.Option(help="Tensor-parallel processes.")] = None,
+    ep: Annotated[int | None, typer.Option(help="Expert-parallel processes.")] = None,
+    cp: Annotated[int, typer.Option(help="Context-parallel processes.")] = 1,
+    sequence_parallel: Annotated[
+        bool,
+        typer.Option("--sequence-parallel", help="Each tensor-parallel process has own tokens."),
+    ] = False,
     device: DeviceOption = Device.AUTO,
     as_json: AsJson = False,
 ) -> None:
     """Verify a Tucker checkpoint and, under torchrun, its shards; exits 0 or 1.
+
+    Without --tp and --ep, it takes the shards that fit the number of processes.
 
     Writes the report to verify.json beside what was verified.
 
@@ -443,9 +453,12 @@ def verify(
             chosen = select_layers(layers, tucker.manifest.layers)
             activation_of(tucker.config)
             source = _source(model, tucker, needed=max_output_error is not None)
-            sharded = started_by_torchrun()
-            sharding = find_sharding(tucker, processes.size) if sharded else None
-            run_of = Verification(tucker, sharding, source, processes, own_device, tokens)
+            sharding = None
+            if started_by_torchrun():
+                sharding = find_sharding(tucker, processes.size, tp=tp, ep=ep, cp=cp)
+            run_of = Verification(
+                tucker, sharding, source, processes, own_device, tokens, sequence_parallel
+            )
             return run_of, chosen
 
         verification, chosen = processes.leader_first(prepare)
