@@ -411,12 +411,15 @@ def verify(
     max_output_error: Annotated[
         float | None, typer.Option(help="Fail above this relative output error; needs the source.")
     ] = None,
-    tp: Annotated[int | None, typer.Option(help="Tensor-parallel processes.")] = None,
-    ep: Annotated[int | None, typer.Option(help="Expert-parallel processes.")] = None,
-    cp: Annotated[int, typer.Option(help="Context-parallel processes.")] = 1,
+    tp: Annotated[int | None, typer.Option(min=1, help="Tensor-parallel processes.")] = None,
+    ep: Annotated[int | None, typer.Option(min=1, help="Expert-parallel processes.")] = None,
+    cp: Annotated[int, typer.Option(min=1, help="Context-parallel processes.")] = 1,
     sequence_parallel: Annotated[
         bool,
         typer.Option("--sequence-parallel", help="Each tensor-parallel process has own tokens."),
+    ] = False,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Give the same report bit for bit every time.")
     ] = False,
     device: DeviceOption = Device.AUTO,
     as_json: AsJson = False,
@@ -434,6 +437,7 @@ def verify(
     from tuckerize.cli.progress import TerminalProgress
     from tuckerize.cli.tables import show
     from tuckerize.parallel.backends import choose_device
+    from tuckerize.parallel.determinism import make_deterministic
     from tuckerize.parallel.processes import process_group, started_by_torchrun
     from tuckerize.pipeline.opened import open_tucker
     from tuckerize.pipeline.shardings import find_sharding
@@ -443,6 +447,8 @@ def verify(
     from tuckerize.report import to_json
     from tuckerize.runtime.experts import activation_of
 
+    if deterministic:
+        make_deterministic()
     with process_group(lambda local: choose_device(device.value, local_rank=local)) as (
         processes,
         own_device,
@@ -456,6 +462,12 @@ def verify(
             sharding = None
             if started_by_torchrun():
                 sharding = find_sharding(tucker, processes.size, tp=tp, ep=ep, cp=cp)
+            elif tp or ep or cp > 1 or sequence_parallel:
+                raise UsageError(
+                    "a mesh needs processes, and this is one that torchrun did not start",
+                    hint=f"run: torchrun --nproc-per-node {(tp or 1) * (ep or 1) * cp} "
+                    f"-m tuckerize verify {folder} ...",
+                )
             run_of = Verification(
                 tucker, sharding, source, processes, own_device, tokens, sequence_parallel
             )
