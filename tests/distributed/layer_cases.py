@@ -2,8 +2,8 @@
 
 Usage: layer_cases.py TPxEPxCP ... Every process cuts its own slices from the same seeded factors,
 runs the layer on its own tokens and back, and compares outputs, gradients and counted traffic with
-what automatic differentiation of the dense experts, and the prediction, give. Prints the largest
-relative errors of all processes as JSON on process 0.
+what automatic differentiation of the dense experts, and the prediction, give. Prints every case
+with the largest relative errors of all processes as JSON on process 0.
 """
 
 from __future__ import annotations
@@ -277,7 +277,7 @@ def main() -> None:
     """Run every case on every mesh and print the largest errors of all processes for each."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    found: dict[str, list[float]] = {}
+    found = []
     for argument in sys.argv[1:]:
         tp, ep, cp = map(int, argument.split("x"))
         mesh = make_mesh("cpu", tp=tp, ep=ep, cp=cp)
@@ -286,7 +286,17 @@ def main() -> None:
             position = Position.on(mesh, sequence_parallel=case.sequence_parallel)
             errors = torch.tensor(errors_of(case, position), dtype=torch.float64)
             dist.all_reduce(errors, dist.ReduceOp.MAX)
-            found[f"{argument}: {case}"] = errors.tolist()
+            output, gradients, traffic = errors.tolist()
+            found.append(
+                {
+                    "mesh": argument,
+                    "layout": case.layout,
+                    "sequence_parallel": case.sequence_parallel,
+                    "all_to_all": case.all_to_all,
+                    "case": str(case),
+                    "errors": {"output": output, "gradients": gradients, "traffic": traffic},
+                }
+            )
     if dist.get_rank() == 0:
         sys.stdout.write(json.dumps(found))
         sys.stdout.flush()

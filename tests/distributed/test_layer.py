@@ -22,7 +22,7 @@ def test_layer_on_any_mesh_equals_dense_experts_in_output_gradients_and_traffic(
 ) -> None:
     result = torchrun(processes, SCRIPT, *meshes)
     assert result.returncode == 0, result.stderr
-    errors = json.loads(result.stdout)
-    assert {case.partition(":")[0] for case in errors} == set(meshes)
-    assert len(errors) > 40 * len(meshes)
-    assert {case: found for case, found in errors.items() if not max(found) < 1e-12} == {}
+    cases = json.loads(result.stdout)
+    assert {case["mesh"] for case in cases} == set(meshes)
+    assert len(cases) > 40 * len(meshes)
+    assert [case for case in cases if not max(case["errors"].values()) < 1e-12] == []
