@@ -12,7 +12,6 @@ from tuckerize.checkpoint.manifest import (
     MANIFEST,
     ShardManifest,
     ShardRecord,
-    read_shard_manifest,
     sharding_name,
 )
 from tuckerize.checkpoint.reader import WeightFile
@@ -20,7 +19,7 @@ from tuckerize.errors import CheckpointError, ParallelError
 from tuckerize.parallel.layouts import Parallelism
 from tuckerize.parallel.mesh import Position, check_world
 from tuckerize.pipeline.opened import OpenedTucker
-from tuckerize.runtime.sharded import shard_command, sharding_folder
+from tuckerize.runtime.sharded import open_shards
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,15 +105,7 @@ def find_sharding(
         ep = ep or max(1, processes // ((tp or 1) * cp))
         mesh = Parallelism(tp or max(1, processes // (ep * cp)), ep, cp)
         check_world(processes, mesh)
-    folder = sharding_folder(tucker.folder, tp=mesh.tp, ep=mesh.ep)
-    manifest = read_shard_manifest(folder)
-    if manifest.tucker_manifest_sha256 != tucker.manifest_sha256:
-        cut = shard_command(tucker.folder, tp=mesh.tp, ep=mesh.ep)
-        raise CheckpointError(
-            f"{folder} was cut from another version of {tucker.folder}",
-            hint=f"run: {cut} --overwrite",
-        )
-    return Sharding(folder, manifest, cp)
+    return Sharding(*open_shards(tucker.folder, tp=mesh.tp, ep=mesh.ep), cp)
 
 
 def _fitting(tucker: OpenedTucker, processes: int, cp: int) -> Parallelism:
@@ -125,17 +116,17 @@ def _fitting(tucker: OpenedTucker, processes: int, cp: int) -> Parallelism:
     if without_ep or len(fitting) == 1:
         return replace((without_ep or fitting)[0], cp=cp)
     run = [
-        f"torchrun --nproc-per-node {mesh.tp * mesh.ep} -m tuckerize verify {tucker.folder} "
-        f"--tp {mesh.tp} --ep {mesh.ep}"
+        f"torchrun --nproc-per-node {mesh.tp * mesh.ep * cp} -m tuckerize verify {tucker.folder} "
+        f"--tp {mesh.tp} --ep {mesh.ep} --cp {cp}"
         for mesh in fitting or present
     ]
+    cut = f"tuckerize shard {tucker.folder} --tp {max(1, processes // cp)}"
     names = [sharding_name(tp=mesh.tp, ep=mesh.ep) for mesh in present]
     only = f", only {', '.join(names)}" if names else ""
     what = "several shardings" if fitting else "no shards"
     raise ParallelError(
         f"{tucker.folder} has {what} for {processes} processes{only}",
-        hint="run one of:\n  "
-        + "\n  ".join([*run, shard_command(tucker.folder, tp=max(1, processes // cp), ep=1)]),
+        hint="run one of:\n  " + "\n  ".join([*run, cut]),
     )
 
 

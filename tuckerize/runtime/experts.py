@@ -317,14 +317,11 @@ class TuckerExperts(nn.Module):
     def _complete(self, outputs: Sequence[Tensor], ways: Sequence[WayBack]) -> Tensor:
         """Bring the outputs back, as they are or expanded, whatever is less."""
         factors = [group.hidden_factor(Projection.DOWN) for group in self.groups]
-        if self.exchange.low_output:
-            for way in ways:
-                outputs = way(outputs)
-            return _expand(outputs, factors)
-        expanded: Sequence[Tensor] = [_expand(outputs, factors)]
+        low = self.exchange.low_output
+        outputs = outputs if low else [_expand(outputs, factors)]
         for way in ways:
-            expanded = way(expanded)
-        return expanded[0]
+            outputs = way(outputs)
+        return _expand(outputs, factors) if low else outputs[0]
 
 
 def _expand(outputs: Sequence[Tensor], factors: list[Tensor | None]) -> Tensor:

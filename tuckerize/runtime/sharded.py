@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from tuckerize.checkpoint.files import read_json_object
+from tuckerize.checkpoint.files import read_json_object, sha256_of
 from tuckerize.checkpoint.manifest import (
     MANIFEST,
+    ShardManifest,
     TuckerManifest,
     read_shard_manifest,
     read_tucker_manifest,
@@ -28,7 +29,6 @@ from tuckerize.parallel.layouts import (
     Travel,
     cut_of,
     experts_are_split,
-    part,
     travel,
 )
 from tuckerize.parallel.mesh import AXES, Position
@@ -89,21 +89,28 @@ class ShardedExperts(TuckerExperts):
             CheckpointError: The shards, or the checkpoint, are not usable.
         """
         position = Position.on(mesh, sequence_parallel=sequence_parallel)
-        manifest = read_tucker_manifest(Path(folder))
+        tp, ep = position.tp, position.ep
+        tucker = Path(folder)
+        manifest = read_tucker_manifest(tucker)
         if layer not in manifest.layers:
             raise CheckpointError(
-                f"layer {layer} of {folder} is not decomposed",
+                f"layer {layer} of {tucker} is not decomposed",
                 hint=f"decomposed layers: {', '.join(map(str, manifest.layers))}",
             )
-        shards = sharding_folder(Path(folder), tp=position.tp.size, ep=position.ep.size)
+        place, shards = open_shards(tucker, tp=tp.size, ep=ep.size)
         sizes = layer_sizes(manifest, layer)
+        first = sizes.experts // ep.size * ep.rank if experts_are_split(sizes, ep.size) else 0
         prefix = FAMILIES[manifest.family].experts_prefix(layer)
         return cls(
-            read_shards(shards, prefix, layer, position, sizes),
-            layout=Layout(read_shard_manifest(shards).layout),
+            [
+                _read_shard(place / shard.file.name, f"{prefix}.group_{shard.group}.", first)
+                for shard in shards.owned_by(tp_rank=tp.rank, ep_rank=ep.rank)
+                if shard.layer == layer
+            ],
+            layout=Layout(shards.layout),
             sizes=sizes,
             position=position,
-            activation=activation_of(read_json_object(Path(folder) / CONFIG)),
+            activation=activation_of(read_json_object(tucker / CONFIG)),
         )
 
     def sum_gradients(self) -> None:
@@ -127,48 +134,26 @@ class ShardedExperts(TuckerExperts):
                     parameter.grad = total
 
 
-def sharding_folder(tucker: Path, *, tp: int, ep: int) -> Path:
-    """Folder of the shards of a Tucker checkpoint for a mesh.
+def open_shards(tucker: Path, *, tp: int, ep: int) -> tuple[Path, ShardManifest]:
+    """Folder and manifest of the shards of a Tucker checkpoint for a mesh.
 
     Raises:
         ParallelError: There are none; the hint gives the command.
+        CheckpointError: They were cut from another version of the checkpoint.
     """
     folder = tucker / sharding_name(tp=tp, ep=ep)
+    command = f"tuckerize shard {tucker} --tp {tp}" + (f" --ep {ep}" if ep > 1 else "")
     if not (folder / MANIFEST).exists():
         raise ParallelError(
-            f"{tucker} has no shards for tp x ep = {tp} x {ep}",
-            hint=f"run: {shard_command(tucker, tp=tp, ep=ep)}",
+            f"{tucker} has no shards for tp x ep = {tp} x {ep}", hint=f"run: {command}"
         )
-    return folder
-
-
-def shard_command(tucker: Path, *, tp: int, ep: int) -> str:
-    """The command that writes the shards of a Tucker checkpoint for a mesh."""
-    return f"tuckerize shard {tucker} --tp {tp}" + (f" --ep {ep}" if ep > 1 else "")
-
-
-def read_shards(
-    folder: Path, prefix: str, layer: int, position: Position, sizes: LayerSizes
-) -> list[dict[str, Tensor]]:
-    """A process's slices of a layer: for each of its groups the tensors by their names below it.
-
-    Args:
-        folder: The shards.
-        prefix: What names in the layer begin with.
-        layer: Index of the layer.
-        position: The process.
-        sizes: Sizes of the layer.
-    """
-    ep = position.ep
-    first = part(sizes.experts, ep.size, ep.rank).start if experts_are_split(sizes, ep.size) else 0
-    groups = []
-    for shard in read_shard_manifest(folder).owned_by(tp_rank=position.tp.rank, ep_rank=ep.rank):
-        if shard.layer == layer:
-            names = WeightFile.open(folder / shard.file.name).tensors
-            tensors = read_tensors(folder / shard.file.name, names)
-            start = f"{prefix}.group_{shard.group}."
-            groups.append({_local(n.removeprefix(start), first): t for n, t in tensors})
-    return groups
+    manifest = read_shard_manifest(folder)
+    if manifest.tucker_manifest_sha256 != sha256_of(tucker / MANIFEST):
+        raise CheckpointError(
+            f"{folder} was cut from another version of {tucker}",
+            hint=f"run: {command} --overwrite",
+        )
+    return folder, manifest
 
 
 def layer_sizes(manifest: TuckerManifest, layer: int) -> LayerSizes:
@@ -177,11 +162,15 @@ def layer_sizes(manifest: TuckerManifest, layer: int) -> LayerSizes:
     return LayerSizes(manifest.ranks(layer), manifest.stack_shape(layer), joint=joint)
 
 
-def _local(name: str, first: int) -> str:
-    """The name of a tensor where experts are counted from the first of the process."""
-    owner, _, tensor = name.partition(".")
-    expert = expert_of(tensor)
-    return name if expert is None else f"{owner}.{expert_core_name(expert - first)}"
+def _read_shard(path: Path, prefix: str, first: int) -> dict[str, Tensor]:
+    """Tensors by their names behind a prefix; experts are counted from the first."""
+    found = {}
+    for name, tensor in read_tensors(path, WeightFile.open(path).tensors):
+        owner, _, kind = name.removeprefix(prefix).partition(".")
+        expert = expert_of(kind)
+        local = kind if expert is None else expert_core_name(expert - first)
+        found[f"{owner}.{local}"] = tensor
+    return found
 
 
 def _axes_to_sum(
