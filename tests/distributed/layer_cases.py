@@ -93,6 +93,8 @@ def cases(mesh: Parallelism) -> Iterator[Case]:
     tucker = replace(latent, layout=Layout.RANK, rank=MultilinearRank(6, 11, 9))
     widths = replace(latent, widths=(16, 12, 20, 16, 13, 19, 15, 17))
     table = [*layers(SHAPES if mesh.cp == 1 else SHAPES[:1]), widths]
+    if mesh.tp == 1:  # layouts are the same then
+        table = [case for case in table if case.layout == Layout.INTERMEDIATE]
     yield from table
     if mesh.tp > 1:
         yield from (replace(case, sequence_parallel=True) for case in table if case.joint)

@@ -24,5 +24,5 @@ def test_layer_on_any_mesh_equals_dense_experts_in_output_gradients_and_traffic(
     assert result.returncode == 0, result.stderr
     cases = json.loads(result.stdout)
     assert {case["mesh"] for case in cases} == set(meshes)
-    assert len(cases) > 40 * len(meshes)
+    assert len(cases) > 30 * len(meshes)
     assert [case for case in cases if not max(case["errors"].values()) < 1e-12] == []
