@@ -19,6 +19,10 @@ AXES = ("cp", "ep", "tp")
 """Axes of the mesh; the ranks of the last are neighbours."""
 
 
+# https://docs.pytorch.org/docs/stable/distributed.html#backends; hccl: Ascend's API table.
+_WITH_ALL_TO_ALL = {"gloo", "mpi", "nccl", "hccl", "xccl"}
+
+
 class Axis(NamedTuple):
     """The processes along one axis of the mesh, seen from one of them.
 
@@ -39,10 +43,6 @@ class Axis(NamedTuple):
             return True
         backends = str(dist.get_backend(self.group)).split(",")  # cpu:gloo,npu:hccl
         return {name.rpartition(":")[2] for name in backends} <= _WITH_ALL_TO_ALL
-
-
-# https://docs.pytorch.org/docs/stable/distributed.html#backends; hccl: Ascend's API table.
-_WITH_ALL_TO_ALL = {"gloo", "mpi", "nccl", "hccl", "xccl"}
 
 
 def make_mesh(device_type: str, *, tp: int, ep: int = 1, cp: int = 1) -> DeviceMesh:

@@ -199,8 +199,8 @@ class SendToExperts(Step):
         own_Tk = _own_experts(experts_Tk, self.axis, self.experts)
 
         def back(outputs: Matrices) -> Matrices:
-            def sum_of(packed_TX: Tensor) -> Tensor:
-                returned_NX = exchange_rows(packed_TX, received, sent, self.axis)
+            def sum_of(packed_NX: Tensor) -> Tensor:
+                returned_NX = exchange_rows(packed_NX, received, sent, self.axis)
                 total_TX = returned_NX.new_zeros((len(owners_Tk), returned_NX.shape[1]))
                 return total_TX.index_add(0, rows, returned_NX)
 
