@@ -21,6 +21,12 @@ def expert_core_name(expert: int) -> str:
     return f"{CORE}.{expert}"
 
 
+def expert_of(tensor: str) -> int | None:
+    """The expert whose rows of a core a tensor holds, from its name; None if all experts'."""
+    kind, _, expert = tensor.partition(".")
+    return int(expert) if kind == CORE and expert else None
+
+
 def expert_core_names(present: Container[str]) -> list[str]:
     """Names of the experts' rows of a core, in order, as far as present; none of a whole core."""
     names = map(expert_core_name, itertools.count())

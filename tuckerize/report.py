@@ -80,14 +80,14 @@ class TuckerFacts:
         layers: Indices of the decomposed layers.
         before: Size of the source.
         largest_residual: Largest relative residual of a stack.
-        shardings: Numbers of processes that it is sharded for.
+        shardings: Folders of its shards: `tp4`, `tp2-ep2`.
     """
 
     source: str
     layers: tuple[int, ...]
     before: Size
     largest_residual: float
-    shardings: tuple[int, ...]
+    shardings: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,16 +238,18 @@ class ShardReport:
 
     Attributes:
         folder: Where the shards are.
-        tp_size: Number of processes.
+        tp_size: Tensor-parallel processes.
+        ep_size: Expert-parallel processes.
         layout: The layout that was written.
         costs: Every layout's costs.
-        dense_traffic_per_token: The same traffic of the dense model under Megatron's TP.
+        dense_traffic_per_token: The same traffic of the dense model, split as Megatron does.
         uneven: Tensors of which the first processes own one row or column more than the last.
         files: Number of files.
     """
 
     folder: str
     tp_size: int
+    ep_size: int
     layout: str
     costs: tuple[LayoutCost, ...]
     dense_traffic_per_token: float
@@ -280,26 +282,53 @@ class LayerVerdict:
 
 
 @dataclass(frozen=True, slots=True)
+class CollectiveTraffic:
+    """What one kind of collective moved, in bytes that a process sends for one of its tokens.
+
+    All are averages over processes and tokens, of float32 numbers, through all verified layers.
+
+    Attributes:
+        kind: The kind.
+        counted: What was counted.
+        predicted: What the layout predicts.
+        dense: What the dense model would move, split as Megatron does on the same mesh.
+    """
+
+    kind: str
+    counted: float
+    predicted: float
+    dense: float
+
+
+@dataclass(frozen=True, slots=True)
 class VerifyReport:
     """What a verification found.
 
     Attributes:
         folder: The Tucker checkpoint.
-        tp_size: Number of processes, each with its own shards.
+        tp_size: Tensor-parallel processes.
+        ep_size: Expert-parallel processes.
+        cp_size: Context-parallel processes.
+        sequence_parallel: Whether each of the tensor-parallel processes had its own tokens.
         layout: Layout of the shards, or `unsharded`.
         device: Type of the device.
         tokens: Number of tokens.
         tolerance: Bound on the sharding error.
         layers: Every verified layer.
+        traffic: What every kind of collective moved.
     """
 
     folder: str
     tp_size: int
+    ep_size: int
+    cp_size: int
+    sequence_parallel: bool
     layout: str
     device: str
     tokens: int
     tolerance: float
     layers: tuple[LayerVerdict, ...]
+    traffic: tuple[CollectiveTraffic, ...]
 
     @property
     def passed(self) -> bool:

@@ -1,7 +1,9 @@
-"""Under torchrun: sharded layers against dense experts in float64, for a table of cases.
+"""Under torchrun: sharded layers and their gradients against dense experts in float64.
 
-Every process cuts its own slices from the same seeded factors, runs the layer, and compares its
-output with the dense experts that the factors stand for. Prints the errors as JSON on process 0.
+Usage: layer_cases.py TPxEPxCP ... Every process cuts its own slices from the same seeded factors,
+runs the layer on its own tokens and back, and compares outputs, gradients and counted traffic with
+what automatic differentiation of the dense experts, and the prediction, give. Prints every case
+with the largest relative errors of all processes as JSON on process 0.
 """
 
 from __future__ import annotations
@@ -9,146 +11,296 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad, silu
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tuckerize.domain import CORE, Mode, MultilinearRank, Projection, StackShape
-from tuckerize.linalg.tucker import TuckerFactors
-from tuckerize.parallel.layouts import Layout, part, split_dimension
-from tuckerize.runtime.dense import ExpertWeights, dense_output
-from tuckerize.runtime.exchange import exchange_for
-from tuckerize.runtime.experts import ACTIVATIONS, SHARED_U_I, TuckerExperts
+from tuckerize.domain import (
+    CORE,
+    Mode,
+    MultilinearRank,
+    Projection,
+    StackShape,
+    expert_core_name,
+    expert_of,
+)
+from tuckerize.parallel import mesh as meshes
+from tuckerize.parallel.collectives import counted
+from tuckerize.parallel.layouts import (
+    Collective,
+    LayerSizes,
+    Layout,
+    Parallelism,
+    cut_of,
+    layer_traffic,
+    owners_of,
+    part,
+)
+from tuckerize.parallel.mesh import Position, make_mesh, own_tokens, padded_count
+from tuckerize.pipeline.traffic import load_of
+from tuckerize.runtime.experts import SHARED_U_I
+from tuckerize.runtime.sharded import ShardedExperts
 
-EXPERTS, TOP_K = 6, 2
+EXPERTS, TOP_K = 8, 3
 
 
 @dataclass(frozen=True)
 class Case:
-    """One sharded layer."""
+    """One sharded layer, and what goes through it."""
 
     layout: Layout
     rank: MultilinearRank
     shape: StackShape
     joint: bool
-    tokens: int
+    tokens: int = 9
+    routes: str = "random"
+    widths: tuple[int, ...] | None = None
+    sequence_parallel: bool = False
+    all_to_all: bool = True
 
     @property
-    def groups(self) -> int:
-        """Groups of experts."""
-        return EXPERTS // self.shape.experts
+    def sizes(self) -> LayerSizes:
+        """What decides how the layer is split."""
+        ranks = dict.fromkeys(Projection, self.rank)
+        return LayerSizes([ranks] * (EXPERTS // self.shape.experts), self.shape, self.joint)
 
 
-def cases() -> list[Case]:
+SHAPES = (StackShape(8, 17, 23), StackShape(2, 16, 20))
+
+
+def layers(shapes: Sequence[StackShape]) -> Iterator[Case]:
     """Every layout with every combination of truncated modes, even and uneven sizes."""
-    found = []
-    for layout, group_size, joint in itertools.product(Layout, (6, 3), (False, True)):
-        for sizes in ((16, 20), (17, 23)):
-            shape = StackShape(group_size, *sizes)
-            for keep in itertools.product((True, False), repeat=3):
-                short = (group_size - 1, sizes[0] - 5, sizes[1] - 6)
-                chosen = (n if full else r for n, r, full in zip(shape, short, keep, strict=True))
-                rank = MultilinearRank(*chosen)
-                found.append(Case(layout, rank, shape, joint, tokens=9))
-    found.append(Case(Layout.RANK, MultilinearRank(6, 11, 14), StackShape(6, 16, 20), True, 1))
-    found.append(
-        Case(Layout.INTERMEDIATE, MultilinearRank(6, 16, 14), StackShape(6, 16, 20), True, 0)
-    )
-    return found
+    for layout, shape, joint in itertools.product(Layout, shapes, (False, True)):
+        # Below half of I even the tokens of gate and up without a joint U_I are narrower.
+        short = (shape.experts - 1, shape.intermediate - 5, shape.hidden // 2 - 1 + 4 * joint)
+        for keep in itertools.product((True, False), repeat=3):
+            chosen = (n if full else r for n, r, full in zip(shape, short, keep, strict=True))
+            if not (joint and keep[Mode.HIDDEN]):
+                yield Case(layout, MultilinearRank(*chosen), shape, joint)
+
+
+def cases(mesh: Parallelism) -> Iterator[Case]:
+    """Every layer, on every way that its tokens can go."""
+    shape = StackShape(8, 16, 20)
+    latent = Case(Layout.INTERMEDIATE, MultilinearRank(8, 16, 9), shape, joint=True)
+    tucker = replace(latent, layout=Layout.RANK, rank=MultilinearRank(6, 11, 9))
+    widths = replace(latent, widths=(16, 12, 20, 16, 13, 19, 15, 17))
+    table = [*layers(SHAPES if mesh.cp == 1 else SHAPES[:1]), widths]
+    if mesh.tp == 1:  # layouts are the same then
+        table = [case for case in table if case.layout == Layout.INTERMEDIATE]
+    yield from table
+    if mesh.tp > 1:
+        yield from (replace(case, sequence_parallel=True) for case in table if case.joint)
+    for case in (latent, tucker):
+        for tokens in (0, 1):
+            yield replace(case, tokens=tokens)
+        yield replace(case, routes="one expert")
+        if mesh.ep > 1:
+            yield replace(case, all_to_all=False)
+            yield replace(case, all_to_all=False, tokens=1)
+            yield replace(case, all_to_all=False, sequence_parallel=mesh.tp > 1)
 
 
 def make_group(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
     """Random tensors of one group, by their names below it."""
+
+    def random(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator, dtype=torch.float64) / 4
+
     tensors = {}
     for projection in Projection:
-        tensors[f"{projection}.{CORE}"] = torch.randn(tuple(case.rank), generator=generator)
+        if case.widths is None:
+            tensors[f"{projection}.{CORE}"] = random(*case.rank)
+        else:
+            for expert, width in enumerate(case.widths):
+                name = f"{projection}.{expert_core_name(expert)}"
+                tensors[name] = random(width, case.rank.hidden)
         for mode in case.rank.truncated_modes(case.shape):
             owner: str = projection
             if mode == Mode.HIDDEN and case.joint and projection != Projection.DOWN:
                 owner = SHARED_U_I
-            size = (case.shape[mode], case.rank[mode])
-            tensors[f"{owner}.{mode.factor_name}"] = torch.randn(size, generator=generator) / 4
+            tensors[f"{owner}.{mode.factor_name}"] = random(case.shape[mode], case.rank[mode])
     return tensors
 
 
-def factors(case: Case, group: dict[str, Tensor], projection: Projection) -> TuckerFactors:
-    """The Tucker tensor of one projection."""
+def expand(case: Case, group: dict[str, Tensor], projection: Projection) -> Tensor:
+    """The dense stack of one projection, zeros beyond the neurons of narrower experts."""
     shared = case.joint and projection != Projection.DOWN
-    owner = SHARED_U_I if shared else projection
-    return TuckerFactors(
-        group[f"{projection}.core"],
-        group.get(f"{projection}.U_E"),
-        group.get(f"{projection}.U_H"),
-        group.get(f"{owner}.U_I"),
-    )
+    if case.widths is None:
+        core = group[f"{projection}.{CORE}"]
+    else:
+        matrices = [group[f"{projection}.{expert_core_name(e)}"] for e in range(EXPERTS)]
+        core = torch.stack([pad(m, (0, 0, 0, max(case.widths) - len(m))) for m in matrices])
+    for letters, name in (
+        ("abc,xa->xbc", f"{projection}.U_E"),
+        ("abc,xb->axc", f"{projection}.U_H"),
+        ("abc,xc->abx", f"{SHARED_U_I if shared else projection}.U_I"),
+    ):
+        if name in group:
+            core = torch.einsum(letters, core, group[name])
+    return core
+
+
+def dense(case: Case, groups: list[dict[str, Tensor]], x_TI: Tensor, shares_TE: Tensor) -> Tensor:
+    """Output of the dense experts, each computed on every token."""
+    gate, up, down = (torch.cat([expand(case, g, p) for g in groups]) for p in Projection)
+    gate_TEH, up_TEH = (torch.einsum("ti,ehi->teh", x_TI, stack) for stack in (gate, up))
+    return torch.einsum("teh,ehi,te->ti", silu(gate_TEH) * up_TEH, down, shares_TE)
 
 
 def own_slices(
-    case: Case, group: dict[str, Tensor], tp_size: int, tp_rank: int
-) -> dict[str, Tensor]:
-    """One process's slices of a group."""
-    slices = {}
-    for name, tensor in group.items():
-        owner, _, kind = name.partition(".")
-        projection = Projection.GATE if owner == SHARED_U_I else Projection(owner)
-        dimension = split_dimension(case.layout, projection, kind, case.rank, case.shape)
-        if dimension is not None:
-            tensor = tensor.narrow(dimension, *part(tensor.shape[dimension], tp_size, tp_rank))  # noqa: PLW2901
-        slices[name] = tensor
-    return slices
+    case: Case, groups: list[dict[str, Tensor]], position: Position
+) -> list[dict[str, Tensor]]:
+    """One process's slices of its groups."""
+    tp, ep = position.tp, position.ep
+    found = []
+    for index, group in enumerate(groups):
+        owners = owners_of(index, groups=len(groups), ep=ep.size)
+        if ep.rank not in owners:
+            continue
+        own = part(case.shape.experts, len(owners), owners.index(ep.rank))
+        slices = {}
+        for name, tensor in group.items():
+            owner, _, kind = name.partition(".")
+            expert = expert_of(kind)
+            if expert is not None and not own.start <= expert < own.stop:
+                continue
+            cut = cut_of(case.layout, case.sizes, index, name, ep=ep.size)
+            if cut.tp is not None:
+                tensor = tensor.narrow(cut.tp, *part(tensor.shape[cut.tp], tp.size, tp.rank))  # noqa: PLW2901
+            if cut.ep is not None:
+                tensor = tensor.narrow(cut.ep, *own)  # noqa: PLW2901
+            local = kind if expert is None else expert_core_name(expert - own.start)
+            slices[f"{owner}.{local}"] = tensor
+        found.append(slices)
+    return found
 
 
-def error_of(case: Case) -> float:
-    """Relative error of this process's output."""
+def make_tokens(case: Case, mesh: Parallelism) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens, their experts and weights, and what their outputs count in the loss."""
+    generator = torch.Generator().manual_seed(1)
+    count = case.tokens
+    if mesh.cp > 1 or case.sequence_parallel or not case.all_to_all:
+        count = padded_count(count, mesh)
+    x_TI = torch.randn(count, case.shape.hidden, generator=generator, dtype=torch.float64)
+    scores_TE = torch.rand(count, EXPERTS, generator=generator, dtype=torch.float64)
+    weights_Tk, experts_Tk = scores_TE.topk(TOP_K, dim=1)
+    if case.routes == "one expert":
+        weights_Tk, experts_Tk = weights_Tk[:, :1], torch.full((count, 1), 2)
+    probe_TI = torch.randn(x_TI.shape, generator=generator, dtype=torch.float64)
+    return x_TI, experts_Tk, weights_Tk, probe_TI
+
+
+def error(found: Tensor | None, expected: Tensor | None) -> float:
+    """Relative error; what has no gradient has a gradient of zero."""
+    if expected is None or expected.norm() == 0:
+        return 0.0 if found is None else float(found.norm())
+    if found is None or found.shape != expected.shape:
+        return float("inf")
+    return float((found - expected).norm() / expected.norm())
+
+
+def errors_of(case: Case, position: Position) -> tuple[float, float, float]:
+    """Relative errors of this process's output, gradients, and of the traffic of all."""
+    mesh = position.parallelism
+    x_TI, experts_Tk, weights_Tk, probe_TI = make_tokens(case, mesh)
     generator = torch.Generator().manual_seed(0)
-    groups = [make_group(case, generator) for _ in range(case.groups)]
-    x_TI = torch.randn(case.tokens, case.shape.hidden, generator=generator)
-    scores = torch.rand(case.tokens, EXPERTS, generator=generator)
-    weights_Tk, experts_Tk = scores.topk(TOP_K, dim=1)
-    tp_size, tp_rank = dist.get_world_size(), dist.get_rank()
-    layer = TuckerExperts(
-        [own_slices(case, group, tp_size, tp_rank) for group in groups],
-        group_size=case.shape.experts,
-        activation=ACTIVATIONS["silu"],
-        exchange=exchange_for(case.layout, tp_size=tp_size, tp_rank=tp_rank),
-    )
-    output_TI = layer(x_TI, experts_Tk, weights_Tk)
+    groups = [make_group(case, generator) for _ in case.sizes.ranks]
 
-    def expert_weights(expert: int) -> ExpertWeights:
-        group, place = divmod(expert, case.shape.experts)
-        gate, up, down = (
-            factors(case, groups[group], projection).expand_slice(place, torch.float64)
-            for projection in Projection
-        )
-        return ExpertWeights(gate, up, down.T)
+    leaves = [x_TI, weights_Tk, *(tensor for group in groups for tensor in group.values())]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    shares_TE = torch.zeros(len(x_TI), EXPERTS, dtype=torch.float64)
+    expected_TI = dense(case, groups, x_TI, shares_TE.scatter_add(1, experts_Tk, weights_Tk))
+    (expected_TI * probe_TI).sum().backward()  # type: ignore[no-untyped-call]
 
-    expected_TI = dense_output(
-        x_TI.double(),
-        experts_Tk,
-        weights_Tk,
-        expert_weights=expert_weights,
-        activation=ACTIVATIONS["silu"],
+    own_T = own_tokens(len(x_TI), position)
+    layer = ShardedExperts(
+        [{n: t.detach() for n, t in g.items()} for g in own_slices(case, groups, position)],
+        layout=case.layout,
+        sizes=case.sizes,
+        position=position,
+        activation=silu,
+    ).requires_grad_()
+    own_x, own_weights = (t.detach()[own_T].requires_grad_() for t in (x_TI, weights_Tk))
+    with counted() as moved:
+        output_TI = layer(own_x, experts_Tk[own_T], own_weights)
+        sent = dict(moved)
+    (output_TI * probe_TI[own_T]).sum().backward()
+    layer.sum_gradients()
+
+    gradients = [{n: t.grad for n, t in g.items() if t.grad is not None} for g in groups]
+    expected = {
+        f"group_{index}.{name}": gradient
+        for index, group in enumerate(own_slices(case, gradients, position))
+        for name, gradient in group.items()
+    }
+    found = {name: parameter.grad for name, parameter in layer.named_parameters()}
+    assert x_TI.grad is not None
+    assert weights_Tk.grad is not None
+    worst = [error(found[name], gradient) for name, gradient in expected.items()]
+    worst += [error(own_x.grad, x_TI.grad[own_T])]
+    worst += [error(own_weights.grad, weights_Tk.grad[own_T])]
+    return (
+        error(output_TI.detach(), expected_TI.detach()[own_T]),
+        max(worst) if len(found) >= len(expected) else float("inf"),
+        traffic_error(case, position, experts_Tk, sent),
     )
-    assert output_TI.shape == expected_TI.shape
-    if case.tokens == 0:
-        return 0.0
-    return float((output_TI.double() - expected_TI).norm() / expected_TI.norm())
+
+
+def traffic_error(
+    case: Case, position: Position, experts_Tk: Tensor, sent: dict[Collective, float]
+) -> float:
+    """Largest relative difference of the counted from the predicted bytes of a collective."""
+    mesh = position.parallelism
+    total = torch.tensor([sent[kind] for kind in Collective], dtype=torch.float64)
+    dist.all_reduce(total)
+    if not len(experts_Tk):
+        return float(total.abs().max())
+    # A process has 1 / (ep cp) of the tokens, and there are tp ep cp processes.
+    counted_bytes = (total / (len(experts_Tk) * mesh.tp)).tolist()
+    load = load_of(experts_Tk, case.sizes, mesh)
+    predicted = layer_traffic(case.layout, case.sizes, mesh, load, number_bytes=8)
+    differences = [
+        abs(found - predicted[kind]) / max(1.0, predicted[kind])
+        for kind, found in zip(Collective, counted_bytes, strict=True)
+    ]
+    return float(max(differences))
 
 
 def main() -> None:
-    """Run every case and print the largest error of all processes for each."""
+    """Run every case on every mesh and print the largest errors of all processes for each."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    errors = torch.tensor([error_of(case) for case in cases()], dtype=torch.float64)
-    dist.all_reduce(errors, dist.ReduceOp.MAX)
+    found = []
+    for argument in sys.argv[1:]:
+        tp, ep, cp = map(int, argument.split("x"))
+        mesh = make_mesh("cpu", tp=tp, ep=ep, cp=cp)
+        for case in cases(Parallelism(tp, ep, cp)):
+            vars(meshes)["_WITH_ALL_TO_ALL"] = {"gloo"} if case.all_to_all else set()
+            position = Position.on(mesh, sequence_parallel=case.sequence_parallel)
+            errors = torch.tensor(errors_of(case, position), dtype=torch.float64)
+            dist.all_reduce(errors, dist.ReduceOp.MAX)
+            output, gradients, traffic = errors.tolist()
+            found.append(
+                {
+                    "mesh": argument,
+                    "layout": case.layout,
+                    "sequence_parallel": case.sequence_parallel,
+                    "all_to_all": case.all_to_all,
+                    "case": str(case),
+                    "errors": {"output": output, "gradients": gradients, "traffic": traffic},
+                }
+            )
     if dist.get_rank() == 0:
-        names = [str(case) for case in cases()]
-        sys.stdout.write(json.dumps(dict(zip(names, errors.tolist(), strict=True))))
+        sys.stdout.write(json.dumps(found))
         sys.stdout.flush()
     dist.destroy_process_group()
 

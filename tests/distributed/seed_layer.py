@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -20,16 +21,31 @@ from tuckerize.cli import main
 from tuckerize.domain import Projection
 from tuckerize.parallel.collectives import all_reduce
 from tuckerize.parallel.layouts import part
+from tuckerize.parallel.mesh import Axis, axis_of
 from tuckerize.pipeline import verify
-from tuckerize.pipeline.opened import OpenedTucker
-from tuckerize.pipeline.shardings import Sharding
-from tuckerize.runtime.exchange import Exchange, RankExchange
-from tuckerize.runtime.experts import TuckerExperts, TuckerStack
+from tuckerize.pipeline.opened import open_tucker
+from tuckerize.runtime import exchange
+from tuckerize.runtime.exchange import RankExchange, Share, Tokens, WayBack
+from tuckerize.runtime.experts import ACTIVATIONS, TuckerExperts, TuckerStack
 from tuckerize.runtime.grouped import Assignments, assign
 
 
 class SeedExperts(TuckerExperts):
     """The published layer, for one group: whole cores, factors cut by columns, one all-reduce."""
+
+    @classmethod
+    def from_shards(
+        cls, folder: str | Path, layer: int, mesh: DeviceMesh, *, sequence_parallel: bool
+    ) -> SeedExperts:
+        """The published layer loads whole factors and cuts them itself."""
+        del sequence_parallel
+        tucker = open_tucker(Path(folder))
+        return cls(
+            [tucker.read_group(layer, 0)],
+            group_size=tucker.manifest.group_size,
+            activation=ACTIVATIONS["silu"],
+            exchange=RankExchange(tp=axis_of(mesh, "tp")),
+        )
 
     def forward(self, x_TI: Tensor, experts_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
         """Routed output as that layer computes it."""
@@ -48,44 +64,35 @@ class SeedExperts(TuckerExperts):
         if stack.U_H is None or stack.U_I is None or not isinstance(self.exchange, RankExchange):
             raise TypeError("the planted bug needs both factors and the rank layout")
         near, far = (stack.U_H, stack.U_I) if down else (stack.U_I, stack.U_H)
-        own_near, own_far = (_own_columns(factor, self.exchange) for factor in (near, far))
+        tp = self.exchange.tp
+        own_near, own_far = (_own_columns(factor, tp) for factor in (near, far))
         low_NR = torch.zeros(len(x_NX), near.shape[1])
         # The process's columns of the core are those that its columns of the factor belong to.
         low_NR[:, own_near] = x_NX @ near.float()[:, own_near]
-        (middle,) = all_reduce([stack.multiply(low_NR, rows, transposed=down)])
+        (middle,) = all_reduce([stack.multiply(low_NR, rows, transposed=down)], tp)
         return middle[:, own_far] @ far.float()[:, own_far].T
 
 
-class NoLastSum(RankExchange):
+class NoLastSum(Share):
     """Our layer without the last all-reduce."""
 
-    def output(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    def send(self, tokens: Tokens) -> tuple[Tokens, WayBack]:
         """Keep the partial sums."""
-        return outputs
+        return tokens, _keep
 
 
-def _own_columns(factor: Tensor, exchange: RankExchange) -> slice:
-    own = part(factor.shape[1], exchange.tp_size, exchange.tp_rank)
+def _keep(outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    return outputs
+
+
+def _own_columns(factor: Tensor, tp: Axis) -> slice:
+    own = part(factor.shape[1], tp.size, tp.rank)
     return slice(own.start, own.stop)
-
-
-def _whole_layer(
-    self: Sharding, tucker: OpenedTucker, layer: int, tp_rank: int
-) -> list[dict[str, Tensor]]:
-    """The published layer loads whole factors and cuts them itself."""
-    del self, tp_rank
-    return [tucker.read_group(layer, 0)]
-
-
-def _without_last_sum(layout: object, *, tp_size: int, tp_rank: int) -> Exchange:
-    del layout
-    return NoLastSum(tp_size, tp_rank)
 
 
 if __name__ == "__main__":
     if sys.argv.pop(1) == "columns":
-        vars(verify)["TuckerExperts"] = SeedExperts
-        Sharding.read_layer = _whole_layer  # type: ignore[method-assign]
+        vars(verify)["ShardedExperts"] = SeedExperts
     else:
-        vars(verify)["exchange_for"] = _without_last_sum
+        vars(exchange)["Share"] = NoLastSum
     main()

@@ -257,9 +257,8 @@ def test_damaged_shard_manifest_is_read_or_refused_with_a_checkpoint_error(value
             assert str(folder) in refusal.message
         else:
             manifest = read_shard_manifest(folder)
-            owned = [
-                s for rank in {s.tp_rank for s in manifest.shards} for s in manifest.owned_by(rank)
-            ]
+            places = {(s.tp_rank, s.ep_rank) for s in manifest.shards}
+            owned = [s for tp, ep in places for s in manifest.owned_by(tp_rank=tp, ep_rank=ep)]
             assert len(owned) == len(manifest.shards)
             assert [shard for shard in owned if "/" in shard.file.name] == []
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +11,11 @@ from hypothesis import strategies as st
 
 from tuckerize.domain import MultilinearRank, Projection, StackShape
 from tuckerize.parallel.layouts import (
+    Collective,
+    LayerSizes,
     Layout,
+    Parallelism,
+    even_load,
     layer_traffic,
     part,
     smallest_split_size,
@@ -62,20 +68,41 @@ def test_traffic_equals_a_count_of_the_collectives(
     chosen: dict[Projection, MultilinearRank], groups: int, top_k: int
 ) -> None:
     gate, up, down = (chosen[projection] for projection in Projection)
-    last = min(groups * down.hidden, SHAPE.hidden)
-    all_reduce, reduce_scatter = float(last), 0.0
+    # Of a payload 4 processes send 2 x 3/4 in an all-reduce, 3/4 in a reduce-scatter.
+    all_reduce, reduce_scatter = float(min(groups * down.hidden, SHAPE.hidden)), 0.0
     for rank in (gate, up):
         if rank.intermediate < SHAPE.intermediate:
             all_reduce += top_k * rank.intermediate
         else:
             reduce_scatter += top_k * rank.intermediate
     if down.intermediate < SHAPE.intermediate:
-        reduce_scatter += top_k * down.intermediate
-    traffic = layer_traffic(Layout.RANK, [chosen] * groups, SHAPE, top_k=top_k)
-    assert traffic.all_reduce == pytest.approx(all_reduce)
-    assert traffic.reduce_scatter == pytest.approx(reduce_scatter)
-    megatron = layer_traffic(Layout.INTERMEDIATE, [chosen] * groups, SHAPE, top_k=top_k)
-    assert tuple(megatron) == (last, 0)
-    sent = [traffic.sent_numbers(tp_size) for tp_size in range(1, 9)]
-    assert sent[0] == 0
-    assert sent == sorted(sent)
+        reduce_scatter += top_k * -(-down.intermediate // 4) * 4
+    sizes = LayerSizes([chosen] * groups, SHAPE, joint=False)
+    load = even_load(top_k, experts=sizes.experts, groups=groups, ep=1)
+    mesh = Parallelism(tp=4)
+    moved = layer_traffic(Layout.RANK, sizes, mesh, load, number_bytes=2)
+    assert moved[Collective.ALL_REDUCE] == pytest.approx(all_reduce * 3)
+    assert moved[Collective.REDUCE_SCATTER] == pytest.approx(reduce_scatter * 1.5)
+    megatron = layer_traffic(Layout.INTERMEDIATE, sizes, mesh, load, number_bytes=2)
+    assert sum(megatron.values()) == 3 * min(groups * down.hidden, SHAPE.hidden)
+    alone = layer_traffic(Layout.RANK, sizes, Parallelism(), load, number_bytes=2)
+    assert sum(alone.values()) == 0
+
+
+@given(by_projection, st.sampled_from((1, 4)), st.booleans(), st.booleans())
+def test_tokens_never_travel_as_more_numbers_than_they_have(
+    chosen: dict[Projection, MultilinearRank], groups: int, joint: bool, rank: bool
+) -> None:
+    layout = Layout.RANK if rank else Layout.INTERMEDIATE
+    if joint:
+        chosen = {**chosen, Projection.UP: chosen[Projection.GATE]}
+    sizes = LayerSizes([chosen] * groups, SHAPE, joint)
+    dense = LayerSizes([dict.fromkeys(Projection, MultilinearRank(*SHAPE))], SHAPE, joint=False)
+    for ep in (1, 4):
+        mesh = Parallelism(ep=ep)
+        load = even_load(2, experts=8, groups=groups, ep=ep)
+        moved = layer_traffic(layout, sizes, mesh, load, number_bytes=2)
+        most = layer_traffic(
+            Layout.INTERMEDIATE, dense, mesh, replace(load, rows=[2]), number_bytes=2
+        )
+        assert sum(moved.values()) <= sum(most.values())

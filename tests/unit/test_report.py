@@ -11,7 +11,7 @@ from tuckerize.report import DecomposeReport, LayerVerdict, VerifyReport, to_jso
 
 def verify_report(sharding_error: float, *failures: str) -> VerifyReport:
     verdict = LayerVerdict(1, sharding_error, None, 0.5, math.nan, failures)
-    return VerifyReport("out", 2, "rank", "cpu", 8, 1e-5, (verdict,))
+    return VerifyReport("out", 2, 1, 1, False, "rank", "cpu", 8, 1e-5, (verdict,), ())
 
 
 @pytest.mark.parametrize(

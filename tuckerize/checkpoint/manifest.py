@@ -14,7 +14,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tuckerize.checkpoint.files import check_plain_name, read_json_object
-from tuckerize.domain import Size, StackResult, StackShape
+from tuckerize.domain import MultilinearRank, Projection, Size, StackResult, StackShape
 from tuckerize.errors import CheckpointError
 
 MANIFEST = "tuckerize.json"
@@ -152,6 +152,14 @@ class TuckerManifest(_Record):
         """Groups in a layer."""
         return self.shape.experts // self.group_size
 
+    def ranks(self, layer: int) -> list[dict[Projection, MultilinearRank]]:
+        """Core sizes of the projections of every group of a layer."""
+        groups: list[dict[Projection, MultilinearRank]] = [{} for _ in range(self.groups)]
+        for stack in self.stacks:
+            if stack.layer == layer:
+                groups[stack.group][stack.projection] = stack.multilinear_rank
+        return groups
+
     def stack_shape(self, layer: int) -> StackShape:
         """Sizes of one stack of a layer, as many neurons as its experts keep on average."""
         neurons = next((r.neurons for r in self.calibrated if r.layer == layer), None)
@@ -176,6 +184,7 @@ class ShardRecord(_Record):
     layer: Count
     group: Count
     tp_rank: Count
+    ep_rank: Count = 0
     file: FileRecord
 
 
@@ -186,7 +195,8 @@ class ShardManifest(_Record):
         schema_version: Version of this file.
         tuckerize_version: Version of the program that wrote it.
         layout: How tensors are split.
-        tp_size: Number of processes.
+        tp_size: Tensor-parallel processes.
+        ep_size: Expert-parallel processes.
         tucker_manifest_sha256: Hash of the manifest of the Tucker checkpoint.
         uneven: Tensors with a size that `tp_size` does not divide: the first processes own one row
             or column more than the last. Nothing is dropped and no zeros are stored.
@@ -197,13 +207,20 @@ class ShardManifest(_Record):
     tuckerize_version: str
     layout: Literal["intermediate", "rank"]
     tp_size: Annotated[int, Field(ge=1)]
+    ep_size: Annotated[int, Field(ge=1)] = 1
     tucker_manifest_sha256: Sha256
     uneven: tuple[str, ...]
     shards: tuple[ShardRecord, ...]
 
-    def owned_by(self, tp_rank: int) -> list[ShardRecord]:
+    def owned_by(self, *, tp_rank: int, ep_rank: int) -> list[ShardRecord]:
         """The shards of one process."""
-        return [shard for shard in self.shards if shard.tp_rank == tp_rank]
+        place = (tp_rank, ep_rank)
+        return [shard for shard in self.shards if (shard.tp_rank, shard.ep_rank) == place]
+
+
+def sharding_name(*, tp: int, ep: int) -> str:
+    """Name of the folder of a sharding: `tp4`, or `tp2-ep2`."""
+    return f"tp{tp}-ep{ep}" if ep > 1 else f"tp{tp}"
 
 
 def pack_neurons(kept_EH: Mask) -> str:

@@ -382,25 +382,26 @@ def decompose(
 def shard(
     folder: TuckerFolder,
     tp: Annotated[int, typer.Option(help="Number of tensor-parallel processes.")],
+    ep: Annotated[int, typer.Option(help="Number of expert-parallel processes.")] = 1,
     layout: Annotated[
         LayoutOption, typer.Option(help="How tensors are split; auto compares bytes and traffic.")
     ] = LayoutOption.AUTO,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Cut a Tucker checkpoint into one file per layer, group and process, in OUT/tpN/.
+    """Cut a Tucker checkpoint into one file per layer, group and process, in OUT/tpN[-epM]/.
 
     Example: tuckerize shard OUT --tp 4
     """
     from tuckerize.cli.progress import TerminalProgress
     from tuckerize.cli.tables import show
-    from tuckerize.parallel.layouts import Layout
+    from tuckerize.parallel.layouts import Layout, Parallelism
     from tuckerize.pipeline.opened import open_tucker
     from tuckerize.pipeline.shard import shard as run
 
     report = run(
         open_tucker(folder),
-        tp_size=tp,
+        mesh=Parallelism(tp, ep),
         layout=None if layout == LayoutOption.AUTO else Layout(layout.value),
         overwrite=overwrite,
         progress=TerminalProgress(),
@@ -421,11 +422,23 @@ def verify(
     max_output_error: Annotated[
         float | None, typer.Option(help="Fail above this relative output error; needs the source.")
     ] = None,
+    tp: Annotated[int | None, typer.Option(min=1, help="Tensor-parallel processes.")] = None,
+    ep: Annotated[int | None, typer.Option(min=1, help="Expert-parallel processes.")] = None,
+    cp: Annotated[int, typer.Option(min=1, help="Context-parallel processes.")] = 1,
+    sequence_parallel: Annotated[
+        bool,
+        typer.Option("--sequence-parallel", help="Each tensor-parallel process has own tokens."),
+    ] = False,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Give the same report bit for bit every time.")
+    ] = False,
     device: DeviceOption = Device.AUTO,
     collective_timeout: CollectiveTimeout = None,
     as_json: AsJson = False,
 ) -> None:
     """Verify a Tucker checkpoint and, under torchrun, its shards; exits 0 or 1.
+
+    Without --tp and --ep, it takes the shards that fit the number of processes.
 
     Writes the report to verify.json beside what was verified.
 
@@ -436,6 +449,7 @@ def verify(
     from tuckerize.cli.progress import TerminalProgress
     from tuckerize.cli.tables import show
     from tuckerize.parallel.backends import choose_device
+    from tuckerize.parallel.determinism import make_deterministic
     from tuckerize.parallel.processes import process_group, started_by_torchrun
     from tuckerize.pipeline.opened import open_tucker
     from tuckerize.pipeline.shardings import find_sharding
@@ -445,6 +459,8 @@ def verify(
     from tuckerize.report import to_json
     from tuckerize.runtime.experts import activation_of
 
+    if deterministic:
+        make_deterministic()
     with process_group(
         lambda local: choose_device(device.value, local_rank=local), _seconds(collective_timeout)
     ) as (processes, own_device):
@@ -454,9 +470,18 @@ def verify(
             chosen = select_layers(layers, tucker.manifest.layers)
             activation_of(tucker.config)
             source = _source(model, tucker, needed=max_output_error is not None)
-            sharded = started_by_torchrun()
-            sharding = find_sharding(tucker, processes.size) if sharded else None
-            run_of = Verification(tucker, sharding, source, processes, own_device, tokens)
+            sharding = None
+            if started_by_torchrun():
+                sharding = find_sharding(tucker, processes.size, tp=tp, ep=ep, cp=cp)
+            elif tp or ep or cp > 1 or sequence_parallel:
+                raise UsageError(
+                    "a mesh needs processes, and this is one that torchrun did not start",
+                    hint=f"run: torchrun --nproc-per-node {(tp or 1) * (ep or 1) * cp} "
+                    f"-m tuckerize verify {folder} ...",
+                )
+            run_of = Verification(
+                tucker, sharding, source, processes, own_device, tokens, sequence_parallel
+            )
             return run_of, chosen
 
         verification, chosen = processes.leader_first(prepare)

@@ -146,7 +146,7 @@ def _show_inspect(report: InspectReport) -> None:
             ("decomposed layers", ", ".join(map(str, facts.layers))),
             ("kept", f"{kept:.2%} of the routed parameters"),
             ("largest residual", f"{facts.largest_residual:.4f} (relative, of a stack's weights)"),
-            ("sharded for", ", ".join(f"tp {n}" for n in facts.shardings) or "nothing yet"),
+            ("sharded for", ", ".join(facts.shardings) or "nothing yet"),
         ]
     _print(_table(("", ""), rows, text_columns=2))
 
@@ -272,7 +272,7 @@ def _show_shard(report: ShardReport) -> None:
         )
         for cost in report.costs
     ]
-    rows.append(("dense, Megatron TP", "", size_text(report.dense_traffic_per_token)))
+    rows.append(("dense, as Megatron splits it", "", size_text(report.dense_traffic_per_token)))
     _print(_table(("layout", "bytes per process", "sent per token and process"), rows))
     if report.uneven:
         _print(
@@ -306,9 +306,26 @@ def _show_verify(report: VerifyReport) -> None:
     for layer in report.layers:
         for failure in layer.failures:
             _print(f"layer {layer.layer}: {failure}")
-    what = "unsharded" if report.layout == "unsharded" else f"tp {report.tp_size}, {report.layout}"
+    _show_traffic(report)
+    what = "unsharded" if report.layout == "unsharded" else f"{_mesh(report)}, {report.layout}"
     verdict = "passed" if report.passed else "FAILED"
     _print(f"{verdict}: {report.folder} ({what}, {report.device}, {report.tokens} tokens a layer)")
+
+
+def _mesh(report: VerifyReport) -> str:
+    sizes = {"tp": report.tp_size, "ep": report.ep_size, "cp": report.cp_size}
+    words = [f"{axis} {size}" for axis, size in sizes.items() if size > 1 or axis == "tp"]
+    return ", ".join(words + ["sequence parallel"] * report.sequence_parallel)
+
+
+def _show_traffic(report: VerifyReport) -> None:
+    rows = [
+        (one.kind, *(f"{value:,.1f}" for value in (one.counted, one.predicted, one.dense)))
+        for one in report.traffic
+    ]
+    if rows:
+        header = ("bytes sent per token and process", "counted", "predicted", "dense, Megatron")
+        _print(_table(header, rows))
 
 
 def _show_reconstruct(report: ReconstructReport) -> None:

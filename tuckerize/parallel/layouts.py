@@ -11,15 +11,29 @@ U_H by rows; only U_E and the U_I of down are replicated. One all-reduce of T·k
 completes gate and up before the activation (a reduce-scatter where H is not truncated), one
 reduce-scatter of T·k·r_H completes the middle of down (none where H is not truncated), and one
 all-reduce ends the layer.
+
+Over an expert-parallel axis a process owns whole groups, or, where a layer is one group, the rows
+of U_E or core that belong to its experts. U_H and U_I, and the core where there is a U_E, are on
+all processes then, so that tokens can travel as what U_I makes of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-from tuckerize.domain import CORE, Mode, MultilinearRank, Projection, StackShape
+from tuckerize.domain import (
+    CORE,
+    GATE_UP,
+    Mode,
+    MultilinearRank,
+    Projection,
+    StackShape,
+    coupling_name,
+)
 
 
 class Layout(StrEnum):
@@ -41,22 +55,106 @@ class Part(NamedTuple):
         return self.start + self.length
 
 
-class Traffic(NamedTuple):
-    """Numbers that a layer hands to each kind of collective for one token."""
+class Collective(StrEnum):
+    """A kind of collective."""
 
-    all_reduce: float
-    reduce_scatter: float
+    ALL_REDUCE = "all_reduce"
+    REDUCE_SCATTER = "reduce_scatter"
+    ALL_GATHER = "all_gather"
+    ALL_TO_ALL = "all_to_all"
 
-    def sent_numbers(self, tp_size: int) -> float:
-        """Numbers that each process sends, with ring algorithms.
 
-        Source:
-            Thakur et al. 2005: an all-reduce sends 2(n-1)/n of its payload, a reduce-scatter half.
-        """
-        return (2 * self.all_reduce + self.reduce_scatter) * (tp_size - 1) / tp_size
+Traffic = Mapping[Collective, float]
+"""Bytes that a process sends on average for each of its tokens, by kind, with ring algorithms."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parallelism:
+    """Sizes of a mesh, and how tokens travel on it.
+
+    Attributes:
+        tp: Tensor-parallel processes.
+        ep: Expert-parallel ones.
+        cp: Context-parallel ones.
+        sequence_parallel: Whether each of the tp processes has its own tokens.
+        all_to_all: Whether tokens are sent to the processes that own their experts only, or to all.
+    """
+
+    tp: int = 1
+    ep: int = 1
+    cp: int = 1
+    sequence_parallel: bool = False
+    all_to_all: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Where the experts of tokens are, on average over tokens.
+
+    Attributes:
+        top_k: Experts a token.
+        rows: How many of them are in each group.
+        copies: Expert-parallel processes, other than its own, that a token has experts on.
+    """
+
+    top_k: int
+    rows: Sequence[float]
+    copies: float = 0.0
+
+
+class Travel(NamedTuple):
+    """Whether tokens and outputs move as numbers of the hidden core sizes rather than of I."""
+
+    low_input: bool
+    low_output: bool
 
 
 RankByProjection = Mapping[Projection, MultilinearRank]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSizes:
+    """What decides how a layer is split.
+
+    Attributes:
+        ranks: Core sizes of the projections of every group.
+        shape: Sizes of one stack.
+        joint: Whether gate and up share one U_I.
+    """
+
+    ranks: Sequence[RankByProjection]
+    shape: StackShape
+    joint: bool
+
+    @property
+    def experts(self) -> int:
+        """Experts of the layer."""
+        return len(self.ranks) * self.shape.experts
+
+    @property
+    def input_ranks(self) -> list[int]:
+        """Numbers of what each U_I of gate and up makes of a token; without, it stays itself."""
+        found = []
+        for ranks in self.ranks:
+            gate, up = ranks[Projection.GATE].hidden, ranks[Projection.UP].hidden
+            found += [gate] if self.joint or gate == up == self.shape.hidden else [gate, up]
+        return found
+
+    @property
+    def output_ranks(self) -> list[int]:
+        """Numbers of a token that go into the U_I of down of every group."""
+        return [ranks[Projection.DOWN].hidden for ranks in self.ranks]
+
+
+class Cut(NamedTuple):
+    """Dimensions of a stored tensor that are split over tp and over ep; None if replicated."""
+
+    tp: int | None
+    ep: int | None
+
+
+INDEX_BYTES = 8
+"""Bytes of the number of an expert, as it travels with a token."""
 
 
 def part(size: int, tp_size: int, tp_rank: int) -> Part:
@@ -93,6 +191,46 @@ def split_dimension(
     return {CORE: 2, Mode.HIDDEN.factor_name: 1}.get(tensor)
 
 
+def cut_of(layout: Layout, sizes: LayerSizes, group: int, name: str, *, ep: int) -> Cut:
+    """How a stored tensor is split.
+
+    A matrix of one expert's core rows belongs to the owner of the expert.
+
+    Args:
+        layout: The layout.
+        sizes: Sizes of the layer.
+        group: The tensor's group.
+        name: Its name below the group: `gate_proj.core`.
+        ep: Expert-parallel processes.
+    """
+    owner, _, tensor = name.partition(".")
+    projection = Projection.GATE if owner == coupling_name(GATE_UP) else Projection(owner)
+    rank = sizes.ranks[group][projection]
+    full = rank.expert == sizes.shape.experts
+    by_expert = tensor == Mode.EXPERT.factor_name or (tensor == CORE and full)
+    return Cut(
+        tp=split_dimension(layout, projection, tensor, rank, sizes.shape),
+        ep=0 if by_expert and experts_are_split(sizes, ep) else None,
+    )
+
+
+def experts_are_split(sizes: LayerSizes, ep: int) -> bool:
+    """Whether expert-parallel processes own experts of one group, rather than whole groups."""
+    return ep > 1 and len(sizes.ranks) == 1
+
+
+def owners_of(group: int, *, groups: int, ep: int) -> range:
+    """The expert-parallel processes that own a group, or share its experts.
+
+    >>> owners_of(3, groups=4, ep=2), owners_of(0, groups=1, ep=2)
+    (range(1, 2), range(0, 2))
+    """
+    if groups == 1:
+        return range(ep)
+    owner = group // (groups // ep)
+    return range(owner, owner + 1)
+
+
 def smallest_split_size(layout: Layout, ranks: RankByProjection, shape: StackShape) -> int:
     """The smallest size that the layout splits: with more processes some would own nothing."""
     sizes = [shape.intermediate]
@@ -102,36 +240,75 @@ def smallest_split_size(layout: Layout, ranks: RankByProjection, shape: StackSha
     return min(sizes)
 
 
-def output_width(hidden_ranks: list[int], hidden: int) -> int:
-    """Numbers a token that the last all-reduce moves: core sizes of all groups, or I if fewer."""
-    return min(sum(hidden_ranks), hidden)
+def even_load(top_k: int, *, experts: int, groups: int, ep: int) -> Load:
+    """The load of a router that takes any `top_k` experts of a layer equally often.
+
+    >>> even_load(2, experts=4, groups=1, ep=2)
+    Load(top_k=2, rows=[2.0], copies=0.8333333333333334)
+    """
+    absent = math.comb(experts - experts // ep, top_k) / math.comb(experts, top_k)
+    return Load(top_k, [top_k / groups] * groups, (ep - 1) * (1 - absent))
+
+
+def travel(layout: Layout, sizes: LayerSizes, mesh: Parallelism) -> Travel:
+    """How a layer's tokens and outputs travel: with fewer numbers, where every process can."""
+    if mesh.ep > 1 and not experts_are_split(sizes, mesh.ep):
+        return Travel(low_input=False, low_output=False)
+    width_in = sum(sizes.input_ranks) / (mesh.tp if layout == Layout.RANK else 1)
+    width_out = sum(sizes.output_ranks)
+    return Travel(width_in < sizes.shape.hidden, width_out <= sizes.shape.hidden)
 
 
 def layer_traffic(
-    layout: Layout, groups: Sequence[RankByProjection], shape: StackShape, *, top_k: int
+    layout: Layout, sizes: LayerSizes, mesh: Parallelism, load: Load, *, number_bytes: int
 ) -> Traffic:
-    """What a layer's collectives move for one token.
+    """What a layer's collectives move.
 
     Args:
         layout: The layout.
-        groups: Core sizes of the projections of every group.
-        shape: Sizes of one stack.
-        top_k: Experts a token.
+        sizes: Sizes of the layer.
+        mesh: The mesh.
+        load: Where the experts of tokens are.
+        number_bytes: Bytes of one number of the tokens.
+
+    Source:
+        Thakur et al. 2005: of a payload n processes send (n-1)/n each in a reduce-scatter, as much
+        in an all-gather, and twice that in an all-reduce.
     """
-    last = output_width([ranks[Projection.DOWN].hidden for ranks in groups], shape.hidden)
-    if layout == Layout.INTERMEDIATE:
-        return Traffic(last, 0.0)
-    all_reduce = reduce_scatter = 0.0
-    for ranks in groups:
+    low = travel(layout, sizes, mesh)
+    token = sum(sizes.input_ranks) if low.low_input else sizes.shape.hidden
+    output = sum(sizes.output_ranks) if low.low_output else sizes.shape.hidden
+    output *= number_bytes
+    routes = load.top_k * (number_bytes + INDEX_BYTES)
+    share = (mesh.tp - 1) / mesh.tp
+    moved = dict.fromkeys(Collective, 0.0)
+    if mesh.sequence_parallel:
+        whole = sizes.shape.hidden if layout == Layout.RANK else token
+        moved[Collective.ALL_GATHER] += share * (whole * number_bytes + routes)
+        moved[Collective.REDUCE_SCATTER] += share * output
+    else:
+        moved[Collective.ALL_REDUCE] += share * 2 * output
+    sent = token * number_bytes / (mesh.tp if layout == Layout.RANK and low.low_input else 1)
+    if mesh.all_to_all:
+        moved[Collective.ALL_TO_ALL] += load.copies * (sent + routes + output)
+    else:
+        moved[Collective.ALL_GATHER] += (mesh.ep - 1) * (sent + routes)
+        moved[Collective.REDUCE_SCATTER] += (mesh.ep - 1) * output
+    if layout == Layout.RANK:
+        for kind, numbers in _middles(sizes, mesh.tp, load):
+            rounds = 2 if kind == Collective.ALL_REDUCE else 1
+            moved[kind] += share * rounds * numbers * number_bytes
+    return moved
+
+
+def _middles(sizes: LayerSizes, tp: int, load: Load) -> Iterator[tuple[Collective, float]]:
+    """The collectives of the rank layout inside a layer: kind, and numbers for one token."""
+    for ranks, rows in zip(sizes.ranks, load.rows, strict=True):
         for projection in Projection:
-            rows = ranks[projection].intermediate
-            truncated = rows < shape.intermediate
-            # On average an equal share of a token's experts lies in each group.
-            numbers = rows * top_k / len(groups)
-            if projection == Projection.DOWN:
-                reduce_scatter += numbers * truncated
-            elif truncated:
-                all_reduce += numbers
-            else:
-                reduce_scatter += numbers
-    return Traffic(all_reduce + last, reduce_scatter)
+            neurons = ranks[projection].intermediate
+            truncated = neurons < sizes.shape.intermediate
+            if projection != Projection.DOWN and truncated:
+                yield Collective.ALL_REDUCE, rows * neurons
+            elif projection != Projection.DOWN or truncated:
+                # What is scattered has equal sizes.
+                yield Collective.REDUCE_SCATTER, rows * -(-neurons // tp) * tp

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tuckerize.checkpoint.manifest import MANIFEST
+from tuckerize.checkpoint.manifest import MANIFEST, sharding_name
 from tuckerize.checkpoint.reader import Checkpoint
 from tuckerize.domain import Size, coupling_name
 from tuckerize.moe.families import describe_moe
@@ -88,6 +88,8 @@ def _describe_tucker(tucker: OpenedTucker) -> InspectReport:
             layers=manifest.layers,
             before=manifest.before,
             largest_residual=max(stack.relative_residual for stack in manifest.stacks),
-            shardings=available_shardings(tucker.folder),
+            shardings=tuple(
+                sharding_name(tp=mesh.tp, ep=mesh.ep) for mesh in available_shardings(tucker.folder)
+            ),
         ),
     )

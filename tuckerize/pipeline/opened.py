@@ -17,7 +17,6 @@ from tuckerize.checkpoint.reader import Checkpoint
 from tuckerize.domain import (
     CORE,
     Mode,
-    MultilinearRank,
     Projection,
     TensorHeader,
     expert_core_names,
@@ -81,14 +80,6 @@ class OpenedTucker:
         """Neurons that every expert of a group keeps; None if all."""
         kept_EH = self.manifest.kept_neurons(layer, group)
         return None if kept_EH is None else kept_neurons(torch.from_numpy(kept_EH))
-
-    def ranks(self, layer: int) -> list[dict[Projection, MultilinearRank]]:
-        """Core sizes of the projections of every group of a layer."""
-        groups: list[dict[Projection, MultilinearRank]] = [{} for _ in range(self.manifest.groups)]
-        for stack in self.manifest.stacks:
-            if stack.layer == layer:
-                groups[stack.group][stack.projection] = stack.multilinear_rank
-        return groups
 
 
 def open_tucker(folder: Path) -> OpenedTucker:

@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 import tuckerize
-from tuckerize.checkpoint.manifest import ShardManifest, ShardRecord
+from tuckerize.checkpoint.manifest import (
+    ShardManifest,
+    ShardRecord,
+    TuckerManifest,
+    sharding_name,
+)
 from tuckerize.checkpoint.output import OutputFolder
 from tuckerize.checkpoint.writer import write_tensors
-from tuckerize.domain import MultilinearRank, Projection, TensorHeader
+from tuckerize.domain import MultilinearRank, Projection, TensorHeader, expert_of
 from tuckerize.errors import UsageError
 from tuckerize.parallel.layouts import (
+    Cut,
+    LayerSizes,
     Layout,
-    Traffic,
+    Parallelism,
+    Part,
+    cut_of,
+    even_load,
     layer_traffic,
+    owners_of,
     part,
     smallest_split_size,
-    split_dimension,
 )
 from tuckerize.pipeline.opened import OpenedTucker
 from tuckerize.report import LayoutCost, Progress, ShardReport
-from tuckerize.runtime.experts import SHARED_U_I
+from tuckerize.runtime.sharded import layer_sizes
 
 # What torch.distributed.checkpoint.hf_storage looks for in a safetensors header.
 DCP_VERSION = "1.0"
@@ -35,58 +45,75 @@ _BYTES_MARGIN = 1.1
 
 @dataclass(frozen=True, slots=True)
 class _Slices:
-    """How the tensors of one group are split."""
+    """How the tensors of one group are split over the processes of a mesh.
 
-    dimensions: Mapping[str, int | None]
+    Attributes:
+        headers: The tensors.
+        cuts: Their dimensions that are split.
+        tp: Tensor-parallel processes.
+        owners: Expert-parallel processes that share the group.
+        experts: Experts of the group.
+    """
+
     headers: Mapping[str, TensorHeader]
+    cuts: Mapping[str, Cut]
+    tp: int
+    owners: range
+    experts: int
 
-    def offsets(self, name: str, tp_size: int, tp_rank: int) -> list[int]:
-        """First index of a process's slice in every dimension."""
-        offsets = [0] * len(self.headers[name].shape)
-        dimension = self.dimensions[name]
-        if dimension is not None:
-            size = self.headers[name].shape[dimension]
-            offsets[dimension] = part(size, tp_size, tp_rank).start
-        return offsets
-
-    def own(self, name: str, tensor: Tensor, tp_size: int, tp_rank: int) -> Tensor:
-        """A process's slice of a tensor."""
-        dimension = self.dimensions[name]
-        if dimension is None:
-            return tensor
-        return tensor.narrow(dimension, *part(tensor.shape[dimension], tp_size, tp_rank))
-
-    def bytes_of_largest(self, tp_size: int) -> int:
-        """Bytes that process 0, which owns the most, holds."""
-        total = 0
+    def parts(self, ep_rank: int, tp_rank: int) -> dict[str, list[Part]]:
+        """What a process owns of every dimension of the tensors that it owns something of."""
+        found = {}
+        place = self.owners.index(ep_rank)
+        own = part(self.experts, len(self.owners), place)
         for name, header in self.headers.items():
-            dimension = self.dimensions[name]
-            if dimension is None:
-                total += header.bytes
-            else:
-                size = header.shape[dimension]
-                total += header.bytes // size * part(size, tp_size, 0).length
-        return total
+            expert = expert_of(name.partition(".")[2])
+            if expert is None or own.start <= expert < own.stop:
+                parts = [Part(0, size) for size in header.shape]
+                tp, ep = self.cuts[name]
+                if tp is not None:
+                    parts[tp] = part(header.shape[tp], self.tp, tp_rank)
+                if ep is not None:
+                    parts[ep] = part(header.shape[ep], len(self.owners), place)
+                found[name] = parts
+        return found
 
-    def uneven(self, tp_size: int) -> list[str]:
+    def bytes_of(self, ep_rank: int) -> int:
+        """Bytes of the largest process of an expert-parallel rank, its first."""
+        if ep_rank not in self.owners:
+            return 0
+        return sum(
+            self.headers[name].bytes
+            // self.headers[name].parameters
+            * math.prod(part.length for part in parts)
+            for name, parts in self.parts(ep_rank, 0).items()
+        )
+
+    @property
+    def uneven(self) -> list[str]:
         """Tensors with a size that the processes do not divide."""
         return [
             name
-            for name, dimension in self.dimensions.items()
-            if dimension is not None and self.headers[name].shape[dimension] % tp_size
+            for name, cut in self.cuts.items()
+            if cut.tp is not None and self.headers[name].shape[cut.tp] % self.tp
         ]
 
 
-def choose_layout(tucker: OpenedTucker, tp_size: int, layout: Layout | None) -> Layout:
+def choose_layout(tucker: OpenedTucker, mesh: Parallelism, layout: Layout | None) -> Layout:
     """The layout that was asked for, or the best: the fewest bytes a process, then least traffic.
 
     Raises:
-        UsageError: Some process would own nothing, or the layout needs experts of equal width.
+        UsageError: Some process would own nothing, experts do not divide, or the layout needs
+            experts of equal width.
     """
-    if tp_size < 1:
-        raise UsageError(f"--tp {tp_size} is not a number of processes", hint="use --tp 1 or more")
+    for option, size in (("--tp", mesh.tp), ("--ep", mesh.ep)):
+        if size < 1:
+            raise UsageError(
+                f"{option} {size} is not a number of processes", hint=f"use {option} 1 or more"
+            )
+    _check_experts_divide(tucker, mesh.ep)
     if layout is None:
-        costs = layout_costs(tucker, tp_size)
+        costs = layout_costs(tucker, mesh)
         least = min(cost.bytes_per_process for cost in costs)
         affordable = [c for c in costs if c.bytes_per_process <= least * _BYTES_MARGIN]
         layout = Layout(min(affordable, key=lambda cost: cost.traffic_per_token).layout)
@@ -102,15 +129,27 @@ def choose_layout(tucker: OpenedTucker, tp_size: int, layout: Layout | None) -> 
             *tucker.manifest.widths(layer, group),
         )
         for layer in tucker.manifest.layers
-        for group, ranks in enumerate(tucker.ranks(layer))
+        for group, ranks in enumerate(tucker.manifest.ranks(layer))
     )
-    if tp_size > smallest:
+    if mesh.tp > smallest:
         raise UsageError(
-            f"layout '{layout}' splits a size of {smallest}, which is not enough for {tp_size} "
+            f"layout '{layout}' splits a size of {smallest}, which is not enough for {mesh.tp} "
             "processes",
             hint=f"use --tp {smallest} or less, or another layout",
         )
     return layout
+
+
+def _check_experts_divide(tucker: OpenedTucker, ep: int) -> None:
+    """Refuse expert-parallel processes that would own unequally many experts, as Megatron does."""
+    groups = tucker.manifest.groups
+    count, what = (groups, "groups") if groups > 1 else (tucker.manifest.shape.experts, "experts")
+    if count % ep:
+        fitting = ", ".join(str(size) for size in range(1, count + 1) if count % size == 0)
+        raise UsageError(
+            f"--ep {ep} does not divide the {count} {what} of a layer",
+            hint=f"--ep can be {fitting}",
+        )
 
 
 def _layouts(tucker: OpenedTucker) -> tuple[Layout, ...]:
@@ -121,54 +160,50 @@ def _layouts(tucker: OpenedTucker) -> tuple[Layout, ...]:
     return tuple(Layout) if equal else (Layout.INTERMEDIATE,)
 
 
-def layout_costs(tucker: OpenedTucker, tp_size: int) -> tuple[LayoutCost, ...]:
+def layout_costs(tucker: OpenedTucker, mesh: Parallelism) -> tuple[LayoutCost, ...]:
     """Bytes a process and traffic a token of every layout that can split the checkpoint."""
-    number = _number_bytes(tucker)
     costs = []
     for layout in _layouts(tucker):
-        stored, sent = 0, 0.0
-        for layer in tucker.manifest.layers:
-            for group in range(tucker.manifest.groups):
-                stored += _slices(tucker, layer, group, layout).bytes_of_largest(tp_size)
-            traffic = layer_traffic(
-                layout,
-                tucker.ranks(layer),
-                tucker.manifest.stack_shape(layer),
-                top_k=_top_k(tucker),
-            )
-            sent += traffic.sent_numbers(tp_size) * number
-        costs.append(LayoutCost(layout, stored, sent))
+        slices = [
+            _slices(tucker, layer, group, layout, mesh)
+            for layer in tucker.manifest.layers
+            for group in range(tucker.manifest.groups)
+        ]
+        stored = max(sum(s.bytes_of(ep_rank) for s in slices) for ep_rank in range(mesh.ep))
+        sizes = [layer_sizes(tucker.manifest, layer) for layer in tucker.manifest.layers]
+        costs.append(LayoutCost(layout, stored, _traffic(tucker, layout, sizes, mesh)))
     return tuple(costs)
 
 
 def shard(
     tucker: OpenedTucker,
     *,
-    tp_size: int,
+    mesh: Parallelism,
     layout: Layout | None,
     overwrite: bool,
     progress: Progress,
 ) -> ShardReport:
-    """Write the shards of one tensor-parallel mesh to `tp<size>/` in the checkpoint's folder.
+    """Write the shards of one mesh to a folder in the checkpoint's: `tp4/`, `tp2-ep2/`.
 
     Args:
         tucker: The Tucker checkpoint.
-        tp_size: Number of processes.
+        mesh: The processes.
         layout: How tensors are split; None chooses.
         overwrite: Replace a sharding of the same mesh.
         progress: Shows how far the work is.
 
     Raises:
-        UsageError: The mesh is too large for a split size.
+        UsageError: The mesh is too large for a split size, or does not divide the experts.
         OutputError: The mesh is sharded already.
     """
-    chosen = choose_layout(tucker, tp_size, layout)
-    folder = OutputFolder(tucker.folder / f"tp{tp_size}")
+    chosen = choose_layout(tucker, mesh, layout)
+    folder = OutputFolder(tucker.folder / sharding_name(tp=mesh.tp, ep=mesh.ep))
     folder.claim(
         {
             "tuckerize_version": tuckerize.__version__,
             "tucker_manifest_sha256": tucker.manifest_sha256,
-            "tp_size": tp_size,
+            "tp_size": mesh.tp,
+            "ep_size": mesh.ep,
             "layout": chosen,
         },
         overwrite=overwrite,
@@ -180,32 +215,40 @@ def shard(
         piece = f"layer-{layer:05d}-group-{group:04d}"
         record = folder.record(piece)
         if record is None:
-            record = {"shards": _write_group(tucker, layer, group, chosen, folder, tp_size)}
+            record = {"shards": _write_group(tucker, layer, group, chosen, folder, mesh)}
             folder.write_record(piece, record)
         shards += [ShardRecord.model_validate(entry) for entry in record["shards"]]
         prefix = tucker.group_prefix(layer, group)
-        uneven += [prefix + n for n in _slices(tucker, layer, group, chosen).uneven(tp_size)]
+        uneven += [prefix + n for n in _slices(tucker, layer, group, chosen, mesh).uneven]
         progress.advance(1, piece)
     progress.close()
     manifest = ShardManifest(
         tuckerize_version=tuckerize.__version__,
         layout=chosen.value,
-        tp_size=tp_size,
+        tp_size=mesh.tp,
+        ep_size=mesh.ep,
         tucker_manifest_sha256=tucker.manifest_sha256,
         uneven=tuple(uneven),
         shards=tuple(shards),
     )
     folder.finish(manifest.model_dump(mode="json"))
-    dense = Traffic(float(tucker.manifest.shape.hidden), 0.0).sent_numbers(tp_size)
+    dense = [dense_sizes(tucker.manifest)] * len(tucker.manifest.layers)
     return ShardReport(
         folder=str(folder.folder),
-        tp_size=tp_size,
+        tp_size=mesh.tp,
+        ep_size=mesh.ep,
         layout=chosen,
-        costs=layout_costs(tucker, tp_size),
-        dense_traffic_per_token=dense * _number_bytes(tucker) * len(tucker.manifest.layers),
+        costs=layout_costs(tucker, mesh),
+        dense_traffic_per_token=_traffic(tucker, Layout.INTERMEDIATE, dense, mesh),
         uneven=tuple(uneven),
         files=len(shards),
     )
+
+
+def dense_sizes(manifest: TuckerManifest) -> LayerSizes:
+    """A layer of the dense model, which Megatron splits as the `intermediate` layout does."""
+    ranks = dict.fromkeys(Projection, MultilinearRank(*manifest.shape))
+    return LayerSizes([ranks], manifest.shape, joint=False)
 
 
 def _write_group(
@@ -214,53 +257,72 @@ def _write_group(
     group: int,
     layout: Layout,
     folder: OutputFolder,
-    tp_size: int,
+    mesh: Parallelism,
 ) -> list[object]:
-    """Write the files of one group, one a process; returns their records."""
-    slices = _slices(tucker, layer, group, layout)
+    """Write the files of one group, one for each process that owns some of it; their records."""
+    slices = _slices(tucker, layer, group, layout, mesh)
     tensors = tucker.read_group(layer, group)
     prefix = tucker.group_prefix(layer, group)
     records: list[object] = []
-    for tp_rank in range(tp_size):
-        name = f"layer-{layer:05d}-group-{group:04d}-rank-{tp_rank:05d}-of-{tp_size:05d}"
+    for ep_rank, tp_rank in itertools.product(slices.owners, range(mesh.tp)):
+        rank, size = ep_rank * mesh.tp + tp_rank, mesh.ep * mesh.tp
+        name = f"layer-{layer:05d}-group-{group:04d}-rank-{rank:05d}-of-{size:05d}"
+        parts = slices.parts(ep_rank, tp_rank)
         sharding = {
-            prefix + tensor: {"saved_offsets": slices.offsets(tensor, tp_size, tp_rank)}
-            for tensor in tensors
+            prefix + tensor: {"saved_offsets": [part.start for part in own]}
+            for tensor, own in parts.items()
         }
         file = write_tensors(
             folder.folder / f"{name}.safetensors",
-            {prefix + n: slices.own(n, t, tp_size, tp_rank) for n, t in tensors.items()},
+            {
+                prefix + tensor: tensors[tensor][tuple(slice(p.start, p.stop) for p in own)]
+                for tensor, own in parts.items()
+            },
             {
                 "DCP_VERSION": DCP_VERSION,
                 "DCP_SHARDING_INFO": json.dumps(sharding),
                 "layout": layout,
                 "tp_rank": str(tp_rank),
-                "tp_size": str(tp_size),
+                "tp_size": str(mesh.tp),
+                "ep_rank": str(ep_rank),
+                "ep_size": str(mesh.ep),
             },
         )
-        record = ShardRecord(layer=layer, group=group, tp_rank=tp_rank, file=file)
+        record = ShardRecord(layer=layer, group=group, tp_rank=tp_rank, ep_rank=ep_rank, file=file)
         records.append(record.model_dump(mode="json"))
     return records
 
 
-def _slices(tucker: OpenedTucker, layer: int, group: int, layout: Layout) -> _Slices:
+def _slices(
+    tucker: OpenedTucker, layer: int, group: int, layout: Layout, mesh: Parallelism
+) -> _Slices:
+    sizes = layer_sizes(tucker.manifest, layer)
     headers = tucker.group_headers(layer, group)
-    ranks: dict[Projection, MultilinearRank] = tucker.ranks(layer)[group]
-    dimensions = {}
-    for name in headers:
-        owner, _, tensor = name.partition(".")
-        projection = Projection.GATE if owner == SHARED_U_I else Projection(owner)
-        dimensions[name] = split_dimension(
-            layout, projection, tensor, ranks[projection], tucker.manifest.stack_shape(layer)
-        )
-    return _Slices(dimensions, headers)
+    return _Slices(
+        headers,
+        {name: cut_of(layout, sizes, group, name, ep=mesh.ep) for name in headers},
+        mesh.tp,
+        owners_of(group, groups=len(sizes.ranks), ep=mesh.ep),
+        sizes.shape.experts,
+    )
 
 
-def _number_bytes(tucker: OpenedTucker) -> int:
-    """Bytes of one activation: it has the type of the weights."""
+def _traffic(
+    tucker: OpenedTucker, layout: Layout, layers: Sequence[LayerSizes], mesh: Parallelism
+) -> float:
+    """Bytes that a process sends for a token that an even router sends through layers."""
     header = next(iter(tucker.group_headers(tucker.manifest.layers[0], 0).values()))
-    return header.bytes // header.parameters
-
-
-def _top_k(tucker: OpenedTucker) -> int:
-    return tucker.family.routing(tucker.config).top_k
+    number_bytes = header.bytes // header.parameters  # activations have the type of the weights
+    top_k = tucker.family.routing(tucker.config).top_k
+    return math.fsum(
+        sum(
+            layer_traffic(
+                layout,
+                sizes,
+                mesh,
+                even_load(top_k, experts=sizes.experts, groups=len(sizes.ranks), ep=mesh.ep),
+                number_bytes=number_bytes,
+            ).values()
+        )
+        for sizes in layers
+    )

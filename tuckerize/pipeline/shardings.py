@@ -1,18 +1,25 @@
-"""The shardings of a Tucker checkpoint on disk: find the one that fits, check and read it."""
+"""The shardings of a Tucker checkpoint on disk: find the one that fits, and check it."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import Tensor
-
 from tuckerize.checkpoint.files import sha256_of
-from tuckerize.checkpoint.manifest import MANIFEST, ShardManifest, ShardRecord, read_shard_manifest
-from tuckerize.checkpoint.reader import WeightFile, read_tensors
+from tuckerize.checkpoint.manifest import (
+    MANIFEST,
+    ShardManifest,
+    ShardRecord,
+    sharding_name,
+)
+from tuckerize.checkpoint.reader import WeightFile
 from tuckerize.errors import CheckpointError, ParallelError
+from tuckerize.parallel.layouts import Parallelism
+from tuckerize.parallel.mesh import Position, check_world
 from tuckerize.pipeline.opened import OpenedTucker
+from tuckerize.runtime.sharded import open_shards
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,26 +44,23 @@ class Sharding:
     Attributes:
         folder: Where the files are.
         manifest: What they are.
+        cp: Context-parallel processes that have the same ones.
     """
 
     folder: Path
     manifest: ShardManifest
+    cp: int = 1
 
-    def damage(self, tp_rank: int, layers: Collection[int]) -> list[Damage]:
+    @property
+    def mesh(self) -> Parallelism:
+        """The mesh."""
+        return Parallelism(self.manifest.tp_size, self.manifest.ep_size, self.cp)
+
+    def damage(self, position: Position, layers: Collection[int]) -> list[Damage]:
         """Files of one process that are missing or changed since they were written."""
-        owned = (s for s in self.manifest.owned_by(tp_rank) if s.layer in layers)
+        place = {"tp_rank": position.tp.rank, "ep_rank": position.ep.rank}
+        owned = (s for s in self.manifest.owned_by(**place) if s.layer in layers)
         return [damage for shard in owned if (damage := self._damage(shard)) is not None]
-
-    def read_layer(self, tucker: OpenedTucker, layer: int, tp_rank: int) -> list[dict[str, Tensor]]:
-        """One process's slices of a layer: for every group its tensors by their names below it."""
-        groups = []
-        for shard in self.manifest.owned_by(tp_rank):
-            if shard.layer == layer:
-                prefix = tucker.group_prefix(layer, shard.group)
-                names = WeightFile.open(self.folder / shard.file.name).tensors
-                tensors = read_tensors(self.folder / shard.file.name, names)
-                groups.append({name.removeprefix(prefix): tensor for name, tensor in tensors})
-        return groups
 
     def _damage(self, shard: ShardRecord) -> Damage | None:
         path = self.folder / shard.file.name
@@ -70,41 +74,60 @@ class Sharding:
         return Damage(shard.layer, message, readable=_opens(path))
 
 
-def available_shardings(folder: Path) -> tuple[int, ...]:
-    """Numbers of processes that a Tucker checkpoint has finished shards for."""
-    sizes: Iterator[str] = (
-        path.parent.name.removeprefix("tp") for path in folder.glob(f"tp*/{MANIFEST}")
-    )
-    return tuple(sorted(int(size) for size in sizes if size.isdigit()))
+def available_shardings(folder: Path) -> tuple[Parallelism, ...]:
+    """Meshes that a Tucker checkpoint has finished shards for."""
+    names = (path.parent.name for path in folder.glob(f"tp*/{MANIFEST}"))
+    found = (re.fullmatch(r"tp(\d+)(?:-ep(\d+))?", name) for name in names)
+    sizes = sorted((int(match[1]), int(match[2] or 1)) for match in found if match)
+    return tuple(Parallelism(tp, ep) for tp, ep in sizes)
 
 
-def find_sharding(tucker: OpenedTucker, world_size: int) -> Sharding:
+def find_sharding(
+    tucker: OpenedTucker, processes: int, *, tp: int | None, ep: int | None, cp: int
+) -> Sharding:
     """The sharding for a number of processes.
 
+    Args:
+        tucker: The Tucker checkpoint.
+        processes: Number of processes.
+        tp: Tensor-parallel ones; None takes the sharding that fits.
+        ep: Expert-parallel ones, likewise.
+        cp: Context-parallel ones, which have the same shards.
+
     Raises:
-        ParallelError: There is none; the hint gives the commands that help.
+        ParallelError: There is none, or the sizes do not fit the processes; the hint gives what
+            does.
         CheckpointError: It was cut from another version of the checkpoint.
     """
+    if tp is None and ep is None:
+        mesh = _fitting(tucker, processes, cp)
+    else:
+        ep = ep or max(1, processes // ((tp or 1) * cp))
+        mesh = Parallelism(tp or max(1, processes // (ep * cp)), ep, cp)
+        check_world(processes, mesh)
+    return Sharding(*open_shards(tucker.folder, tp=mesh.tp, ep=mesh.ep), cp)
+
+
+def _fitting(tucker: OpenedTucker, processes: int, cp: int) -> Parallelism:
+    """The mesh of the sharding without expert parallelism, or of the only one that fits."""
     present = available_shardings(tucker.folder)
-    cut = f"tuckerize shard {tucker.folder} --tp {world_size}"
-    if world_size not in present:
-        run = (
-            f"torchrun --nproc-per-node {size} -m tuckerize verify {tucker.folder}"
-            for size in present
-        )
-        only = f", only for {', '.join(map(str, present))}" if present else ""
-        raise ParallelError(
-            f"{tucker.folder} has no shards for {world_size} processes{only}",
-            hint="run one of:\n  " + "\n  ".join([*run, cut]),
-        )
-    folder = tucker.folder / f"tp{world_size}"
-    manifest = read_shard_manifest(folder)
-    if manifest.tucker_manifest_sha256 != tucker.manifest_sha256:
-        raise CheckpointError(
-            f"{folder} was cut from another version of {tucker.folder}",
-            hint=f"run: {cut} --overwrite",
-        )
-    return Sharding(folder, manifest)
+    fitting = [mesh for mesh in present if mesh.tp * mesh.ep * cp == processes]
+    without_ep = [mesh for mesh in fitting if mesh.ep == 1]
+    if without_ep or len(fitting) == 1:
+        return replace((without_ep or fitting)[0], cp=cp)
+    run = [
+        f"torchrun --nproc-per-node {mesh.tp * mesh.ep * cp} -m tuckerize verify {tucker.folder} "
+        f"--tp {mesh.tp} --ep {mesh.ep} --cp {cp}"
+        for mesh in fitting or present
+    ]
+    cut = f"tuckerize shard {tucker.folder} --tp {max(1, processes // cp)}"
+    names = [sharding_name(tp=mesh.tp, ep=mesh.ep) for mesh in present]
+    only = f", only {', '.join(names)}" if names else ""
+    what = "several shardings" if fitting else "no shards"
+    raise ParallelError(
+        f"{tucker.folder} has {what} for {processes} processes{only}",
+        hint="run one of:\n  " + "\n  ".join([*run, cut]),
+    )
 
 
 def _opens(path: Path) -> bool:

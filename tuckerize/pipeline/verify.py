@@ -2,9 +2,9 @@
 
 Process 0 makes tokens for a layer, routes them with the model's own router, and computes the
 unsharded Tucker layer on the host in float64, from expert weights that it expands one by one. Every
-process loads its own shards, computes the layer on its device in float32 together with the others,
-and compares what it got. With the source at hand the Tucker layer is also compared with the dense
-one, and its weights with what decompose recorded.
+process loads its own shards, computes its tokens on its device in float32 together with the others,
+and compares what it got; what the collectives move is counted. With the source at hand the Tucker
+layer is also compared with the dense one, and its weights with what decompose recorded.
 """
 
 from __future__ import annotations
@@ -16,20 +16,26 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn import functional
 
 from tuckerize.checkpoint.reader import TORCH_DTYPES
 from tuckerize.domain import Projection
 from tuckerize.linalg.tucker import relative_residual
 from tuckerize.moe.routing import Routes, route
 from tuckerize.moe.stacks import group_experts, read_stack
-from tuckerize.parallel.layouts import Layout
+from tuckerize.parallel.collectives import counted
+from tuckerize.parallel.layouts import Layout, Traffic, layer_traffic
+from tuckerize.parallel.mesh import Position, make_mesh, own_tokens, padded_count
 from tuckerize.parallel.processes import Processes
 from tuckerize.pipeline.opened import OpenedSource, OpenedTucker, factors_of
+from tuckerize.pipeline.shard import dense_sizes
 from tuckerize.pipeline.shardings import Sharding
+from tuckerize.pipeline.traffic import LayerMoved, compare, load_of
 from tuckerize.report import LayerVerdict, Progress, VerifyReport
 from tuckerize.runtime.dense import ExpertWeights, dense_output
-from tuckerize.runtime.exchange import Exchange, exchange_for
 from tuckerize.runtime.experts import Activation, TuckerExperts, activation_of
+from tuckerize.runtime.sharded import ShardedExperts, layer_sizes
 
 # float32 rounds to 6e-8; over sums of some thousand terms that grows to about 3e-6. A wrong number
 # in a slice that a token uses moves that token's output by orders of magnitude more.
@@ -46,6 +52,11 @@ class _Case(NamedTuple):
     x_TI: Tensor
     routes: Routes
     reference_TI: Tensor
+
+    def of(self, own_T: Tensor | slice) -> _Case:
+        """Some of the tokens."""
+        routes = Routes(self.routes.experts[own_T], self.routes.weights[own_T])
+        return _Case(self.x_TI[own_T], routes, self.reference_TI[own_T])
 
 
 class _AgainstSource(NamedTuple):
@@ -66,6 +77,7 @@ class Verification:
         processes: The processes of the run.
         device: This process's device.
         tokens: Number of tokens for each layer.
+        sequence_parallel: Whether each of the tensor-parallel processes has its own tokens.
     """
 
     tucker: OpenedTucker
@@ -74,6 +86,7 @@ class Verification:
     processes: Processes
     device: torch.device
     tokens: int
+    sequence_parallel: bool = False
 
 
 def verify(
@@ -92,34 +105,45 @@ def verify(
         progress: Shows how far the work is.
     """
     activation = activation_of(run.tucker.config)
+    mesh, position = _mesh(run)
+    tokens = padded_count(run.tokens, position.parallelism)
+    own_T = own_tokens(tokens, position)
     mine = layers[run.processes.rank :: run.processes.size] if run.source else ()
     progress.start(len(layers) + len(mine))
     progress.stage("files: sizes and hashes")
-    failures = _damaged_files(run, layers)
-    sharding_errors, cases = {}, {}
+    failures = _damaged_files(run, layers, position)
+    sharding_errors, cases, moved = {}, {}, []
     for layer in layers:
         progress.stage(f"layer {layer}: reference")
-        case = _case_of_leader(run, layer, activation)
+        case = _case_of_leader(run, layer, activation, tokens)
         if layer in mine:
             cases[layer] = case
-        unreadable = any(not readable for _, readable in failures[layer])
-        if layer == layers[0] and not unreadable and run.device.type != "cpu":
-            progress.stage(f"layer {layer}: warm-up, in which the device compiles its kernels")
-            _sharding_error(run, layer, case, activation)
-        progress.stage(f"layer {layer}: shards")
-        error = math.inf if unreadable else _sharding_error(run, layer, case, activation)
+        error = math.inf
+        if all(readable for _, readable in failures[layer]):
+            progress.stage(f"layer {layer}: load")
+            experts = _load(run, layer, mesh, activation).to(run.device)
+            if layer == layers[0] and run.device.type != "cpu":
+                progress.stage(f"layer {layer}: warm-up, in which the device compiles its kernels")
+                _sharding_error(experts, case.of(own_T), run.device)
+            progress.stage(f"layer {layer}: shards")
+            with counted() as sent:
+                error = _sharding_error(experts, case.of(own_T), run.device)
+            moved.append(LayerMoved(sent, *_predicted(run, layer, case, position)))
         sharding_errors[layer] = max(run.processes.gather(error), key=_nan_last)
         progress.advance(1, f"layer {layer}: shards")
     found = {}
     for layer, case in cases.items():
         progress.stage(f"layer {layer}: source")
-        found[layer] = _against_source(run, layer, case, activation)
+        found[layer] = _against_source(run, layer, case.of(slice(run.tokens)), activation)
         progress.advance(1, f"layer {layer}: source")
     against = {la: result for own in run.processes.gather(found) for la, result in own.items()}
     progress.close()
     return VerifyReport(
         folder=str(run.tucker.folder),
-        tp_size=run.processes.size,
+        tp_size=position.tp.size,
+        ep_size=position.ep.size,
+        cp_size=position.cp.size,
+        sequence_parallel=run.sequence_parallel,
         layout=run.sharding.manifest.layout if run.sharding else "unsharded",
         device=run.device.type,
         tokens=run.tokens,
@@ -135,59 +159,91 @@ def verify(
             )
             for layer in layers
         ),
+        traffic=compare(moved, run.processes, tokens // (position.ep.size * position.cp.size)),
     )
 
 
-def _damaged_files(run: Verification, layers: Sequence[int]) -> dict[int, list[tuple[str, bool]]]:
+def _mesh(run: Verification) -> tuple[DeviceMesh | None, Position]:
+    """The mesh of the shards, and this process on it."""
+    if run.sharding is None:
+        return None, Position()
+    sizes = run.sharding.mesh
+    mesh = make_mesh(run.device.type, tp=sizes.tp, ep=sizes.ep, cp=sizes.cp)
+    return mesh, Position.on(mesh, sequence_parallel=run.sequence_parallel)
+
+
+def _load(
+    run: Verification, layer: int, mesh: DeviceMesh | None, activation: Activation
+) -> TuckerExperts:
+    """This process's shards of a layer, or all of it."""
+    if mesh is not None:
+        return ShardedExperts.from_shards(
+            run.tucker.folder, layer, mesh, sequence_parallel=run.sequence_parallel
+        )
+    groups = _read_groups(run.tucker, layer)
+    size = run.tucker.manifest.group_size
+    return TuckerExperts(groups, group_size=size, activation=activation)
+
+
+def _damaged_files(
+    run: Verification, layers: Sequence[int], position: Position
+) -> dict[int, list[tuple[str, bool]]]:
     """What is wrong with shard files of all processes, and whether they can be read, by layer."""
-    own = run.sharding.damage(run.processes.rank, layers) if run.sharding else []
+    reads = run.sharding is not None and position.cp.rank == 0
+    own = run.sharding.damage(position, layers) if run.sharding and reads else []
     found: dict[int, list[tuple[str, bool]]] = {layer: [] for layer in layers}
     for damage in (d for part in run.processes.gather(own) for d in part):
         found[damage.layer].append((damage.message, damage.readable))
     return found
 
 
-def _case_of_leader(run: Verification, layer: int, activation: Activation) -> _Case:
+def _case_of_leader(run: Verification, layer: int, activation: Activation, tokens: int) -> _Case:
     """What process 0 made for a layer, on every process."""
     case = None
     if run.processes.is_leader:
         with run.processes.while_others_wait():
-            case = _case(run, layer, activation)
+            case = _case(run, layer, activation, tokens)
     return run.processes.broadcast(case)
 
 
-def _sharding_error(run: Verification, layer: int, case: _Case, activation: Activation) -> float:
+def _sharding_error(experts: TuckerExperts, case: _Case, device: torch.device) -> float:
     """Largest relative difference of a token's output on this process from the unsharded one."""
-    if run.sharding is None:
-        groups, exchange = _read_groups(run.tucker, layer), Exchange()
-    else:
-        size, rank = run.processes.size, run.processes.rank
-        groups = run.sharding.read_layer(run.tucker, layer, rank)
-        layout = Layout(run.sharding.manifest.layout)
-        exchange = exchange_for(layout, tp_size=size, tp_rank=rank)
-    experts = TuckerExperts(
-        groups,
-        group_size=run.tucker.manifest.group_size,
-        activation=activation,
-        exchange=exchange,
-    ).to(run.device)
     output_TI = experts(
-        case.x_TI.to(run.device),
-        case.routes.experts.to(run.device),
-        case.routes.weights.to(run.device),
+        case.x_TI.to(device), case.routes.experts.to(device), case.routes.weights.to(device)
     )
     difference_T = (output_TI.cpu().double() - case.reference_TI).norm(dim=1)
     scale_T = case.reference_TI.norm(dim=1)
     return float((difference_T / scale_T.clamp_min(torch.finfo(torch.float32).tiny)).max())
 
 
-def _case(run: Verification, layer: int, activation: Activation) -> _Case:
-    """Tokens of a layer as its norm would scale them, routed by its router, and their output."""
+def _predicted(
+    run: Verification, layer: int, case: _Case, position: Position
+) -> tuple[Traffic, Traffic]:
+    """What the tokens of a layer should move, and would move in the dense model."""
+    if run.sharding is None:
+        return {}, {}
+    sizes, mesh = layer_sizes(run.tucker.manifest, layer), position.parallelism
+    load = load_of(case.routes.experts, sizes, mesh)
+    number_bytes = case.x_TI.element_size()
+    layout = Layout(run.sharding.manifest.layout)
+    dense = dense_sizes(run.tucker.manifest)
+    return (
+        layer_traffic(layout, sizes, mesh, load, number_bytes=number_bytes),
+        layer_traffic(Layout.INTERMEDIATE, dense, mesh, load, number_bytes=number_bytes),
+    )
+
+
+def _case(run: Verification, layer: int, activation: Activation, tokens: int) -> _Case:
+    """Tokens of a layer as its norm would scale them, routed by its router, and their output.
+
+    They are followed by as many zeros as the mesh needs.
+    """
     tucker = run.tucker
     weights = run.source.checkpoint if run.source else tucker.checkpoint
     generator = torch.Generator().manual_seed(_SEED + layer)
     x_TI = torch.randn(run.tokens, tucker.manifest.shape.hidden, generator=generator)
     x_TI *= weights.read_one(tucker.family.input_norm.format(layer=layer)).float()
+    x_TI = functional.pad(x_TI, (0, 0, 0, tokens - run.tokens))
     router_EI = weights.read_one(tucker.family.router_weight.format(layer=layer))
     routes = route(x_TI, router_EI, tucker.family.routing(tucker.config))
     groups = _read_groups(tucker, layer)

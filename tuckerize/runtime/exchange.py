@@ -1,23 +1,76 @@
-"""What the processes of a layout exchange between the steps of a layer."""
+"""What the processes of a mesh exchange in front of, between and behind the steps of a layer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
+from torch.nn import functional
 
-from tuckerize.parallel.collectives import all_reduce, reduce_scatter_columns
-from tuckerize.parallel.layouts import Layout, part
+from tuckerize.parallel.collectives import (
+    all_reduce,
+    exchange_counts,
+    exchange_rows,
+    gather_rows,
+    largest_count,
+    reduce_scatter_columns,
+    scatter_rows,
+    spread,
+)
+from tuckerize.parallel.layouts import Layout, Travel, part
+from tuckerize.parallel.mesh import Axis, Position
 
 Matrices = Sequence[Tensor]
 
+NO_EXPERT = -1
+"""Stands for an expert that another process has."""
 
+
+class Tokens(NamedTuple):
+    """Tokens on their way to their experts.
+
+    Attributes:
+        vectors: What is known of them, matrices with a row for each, of one dtype.
+        experts_Tk: Their experts, shape (T, k).
+        weights_Tk: The weights of these, shape (T, k).
+    """
+
+    vectors: Matrices
+    experts_Tk: Tensor
+    weights_Tk: Tensor
+
+
+WayBack = Callable[[Matrices], Matrices]
+"""Brings what was computed of tokens to where they came from, summed over the processes."""
+
+
+class Step(Protocol):
+    """One exchange of tokens over one axis of the mesh."""
+
+    def send(self, tokens: Tokens) -> tuple[Tokens, WayBack]:
+        """Exchange tokens; all processes do it together."""
+
+
+@dataclass(frozen=True)
 class Exchange:
     """A process that owns everything and exchanges nothing; layouts override what they need.
 
     `truncated` says of each matrix whether its columns are the r_H core sizes of a truncated
     intermediate mode, in front of or behind a U_H, or the H neurons themselves.
+
+    Attributes:
+        early: Exchanges of the tokens themselves.
+        late: Exchanges of what U_I makes of them.
+        low_output: Whether outputs go back before the U_I of down expands them.
     """
+
+    early: Sequence[Step] = ()
+    late: Sequence[Step] = ()
+    low_output: bool = True
 
     def own_hidden(self, x_TI: Tensor) -> Tensor:
         """The part of the tokens that the process's cores of gate and up work on without U_I."""
@@ -31,52 +84,193 @@ class Exchange:
         """Complete what the core of down works on."""
         return middles
 
-    def output(self, outputs: Matrices) -> Matrices:
-        """Complete the outputs."""
-        return outputs
 
-
-class IntermediateExchange(Exchange):
-    """Megatron's layout: behind the activation everything is linear in a process's own neurons."""
-
-    def output(self, outputs: Matrices) -> Matrices:
-        """Sum over the processes."""
-        return all_reduce(outputs)
-
-
+@dataclass(frozen=True, kw_only=True)
 class RankExchange(Exchange):
     """The rank layout: cores are split, so what they and the U_H of down give are partial sums."""
 
-    def __init__(self, tp_size: int, tp_rank: int) -> None:
-        self.tp_size = tp_size
-        self.tp_rank = tp_rank
+    tp: Axis
 
     def own_hidden(self, x_TI: Tensor) -> Tensor:
         """The columns that the process's slice of the cores belongs to."""
-        own = part(x_TI.shape[1], self.tp_size, self.tp_rank)
+        own = part(x_TI.shape[1], self.tp.size, self.tp.rank)
         return x_TI[:, own.start : own.stop]
 
     def gate_up(self, middles: Matrices, truncated: Sequence[bool]) -> Matrices:
         """Sum: to all core sizes where U_H follows, to the process's own neurons where not."""
-        return _by_kind(middles, truncated, all_reduce, self._reduce_scatter)
+        return _by_kind(middles, truncated, self._sum, self._reduce_scatter)
 
     def down(self, middles: Matrices, truncated: Sequence[bool]) -> Matrices:
         """Sum to the process's own core rows; without U_H its neurons are these rows already."""
         return _by_kind(middles, truncated, self._reduce_scatter, lambda matrices: matrices)
 
-    def output(self, outputs: Matrices) -> Matrices:
-        """Sum over the processes."""
-        return all_reduce(outputs)
+    def _sum(self, matrices: Matrices) -> Matrices:
+        # Each process goes on with its own rows of U_H.
+        return spread(all_reduce(matrices, self.tp), self.tp)
 
     def _reduce_scatter(self, matrices: Matrices) -> Matrices:
-        return reduce_scatter_columns(matrices, self.tp_size, self.tp_rank)
+        return reduce_scatter_columns(matrices, self.tp)
 
 
-def exchange_for(layout: Layout, *, tp_size: int, tp_rank: int) -> Exchange:
-    """The exchange of a layout for one process."""
-    if layout == Layout.INTERMEDIATE:
-        return IntermediateExchange()
-    return RankExchange(tp_size, tp_rank)
+@dataclass(frozen=True)
+class Share(Step):
+    """Tokens are on all processes of an axis, each computes a part, and all get the sums."""
+
+    axis: Axis
+
+    def send(self, tokens: Tokens) -> tuple[Tokens, WayBack]:
+        """Nothing moves but gradients."""
+        *vectors, weights_Tk = spread([*tokens.vectors, tokens.weights_Tk], self.axis)
+        return Tokens(vectors, tokens.experts_Tk, weights_Tk), partial(all_reduce, axis=self.axis)
+
+
+@dataclass(frozen=True)
+class Gather(Step):
+    """Each process of an axis has as many tokens, and all get them; sequence parallelism."""
+
+    axis: Axis
+
+    def send(self, tokens: Tokens) -> tuple[Tokens, WayBack]:
+        """Gather the tokens of all; the way back scatters sums."""
+        packed, unpack = _pack(tokens)
+        gathered = gather_rows(packed, self.axis)
+        experts_Tk = gather_rows(tokens.experts_Tk, self.axis)
+
+        def back(outputs: Matrices) -> Matrices:
+            return _as_one(outputs, partial(scatter_rows, axis=self.axis))
+
+        return unpack(gathered, experts_Tk), back
+
+
+@dataclass(frozen=True)
+class GatherToExperts(Step):
+    """Expert parallelism without an exchange of rows: every process gets all tokens of its axis.
+
+    Attributes:
+        axis: The processes.
+        experts: How many experts each has.
+    """
+
+    axis: Axis
+    experts: int
+
+    def send(self, tokens: Tokens) -> tuple[Tokens, WayBack]:
+        """Gather as many rows of each as the largest has; those that are no tokens have none."""
+        count = len(tokens.experts_Tk)
+        rows = largest_count(count, self.axis, tokens.experts_Tk.device) - count
+        padded = Tokens(
+            [functional.pad(vectors, (0, 0, 0, rows)) for vectors in tokens.vectors],
+            functional.pad(tokens.experts_Tk, (0, 0, 0, rows), value=NO_EXPERT),
+            functional.pad(tokens.weights_Tk, (0, 0, 0, rows)),
+        )
+        gathered, way = Gather(self.axis).send(padded)
+        own_Tk = _own_experts(gathered.experts_Tk, self.axis, self.experts)
+
+        def back(outputs: Matrices) -> Matrices:
+            return [output[:count] for output in way(outputs)]
+
+        return gathered._replace(experts_Tk=own_Tk), back
+
+
+@dataclass(frozen=True)
+class SendToExperts(Step):
+    """Expert parallelism: a token goes once to every process of an axis that has experts of it.
+
+    Attributes:
+        axis: The processes.
+        experts: How many experts each has.
+    """
+
+    axis: Axis
+    experts: int
+
+    def send(self, tokens: Tokens) -> tuple[Tokens, WayBack]:
+        """Exchange rows, after their numbers; sorts on the host, like `assign`."""
+        device = tokens.experts_Tk.device
+        owners_Tk = tokens.experts_Tk.cpu().div(self.experts, rounding_mode="floor")
+        goes_PT = (owners_Tk == torch.arange(self.axis.size).view(-1, 1, 1)).any(2)
+        rows = goes_PT.nonzero()[:, 1].to(device)
+        sent: list[int] = goes_PT.sum(1).tolist()
+        received = exchange_counts(sent, self.axis, device)
+        packed, unpack = _pack(tokens)
+        arrived = exchange_rows(packed.index_select(0, rows), sent, received, self.axis)
+        chosen_Nk = tokens.experts_Tk.index_select(0, rows)
+        experts_Tk = exchange_rows(chosen_Nk, sent, received, self.axis)
+        own_Tk = _own_experts(experts_Tk, self.axis, self.experts)
+
+        def back(outputs: Matrices) -> Matrices:
+            def sum_of(packed_NX: Tensor) -> Tensor:
+                returned_NX = exchange_rows(packed_NX, received, sent, self.axis)
+                total_TX = returned_NX.new_zeros((len(owners_Tk), returned_NX.shape[1]))
+                return total_TX.index_add(0, rows, returned_NX)
+
+            return _as_one(outputs, sum_of)
+
+        return unpack(arrived, own_Tk), back
+
+
+def send_all(steps: Sequence[Step], tokens: Tokens) -> tuple[Tokens, list[WayBack]]:
+    """Exchange tokens step by step.
+
+    Returns:
+        The tokens that arrive, and the ways back in the order in which they are gone.
+    """
+    ways: list[WayBack] = []
+    for step in steps:
+        tokens = tokens._replace(weights_Tk=tokens.weights_Tk.to(tokens.vectors[0].dtype))
+        tokens, way = step.send(tokens)
+        ways.insert(0, way)
+    return tokens, ways
+
+
+def exchange_for(layout: Layout, position: Position, low: Travel, *, experts: int) -> Exchange:
+    """The exchange of a layout for one process.
+
+    Args:
+        layout: The layout.
+        position: The process.
+        low: How tokens and outputs travel.
+        experts: Experts of a layer that each expert-parallel process has.
+    """
+    tp, ep = position.tp, position.ep
+    share = Gather(tp) if position.sequence_parallel else Share(tp)
+    send = SendToExperts(ep, experts) if ep.has_all_to_all else GatherToExperts(ep, experts)
+    over_tp: Sequence[Step] = [share] if tp.size > 1 else []
+    over_ep: Sequence[Step] = [send] if ep.size > 1 else []
+    if not low.low_input:
+        exchange = Exchange([*over_tp, *over_ep], [], low.low_output)
+    elif layout == Layout.RANK and tp.size > 1:
+        # Only here is U_I cut.
+        exchange = Exchange(over_tp, over_ep, low.low_output)
+    else:
+        exchange = Exchange([], [*over_tp, *over_ep], low.low_output)
+    if layout == Layout.INTERMEDIATE or tp.size == 1:
+        return exchange
+    return RankExchange(exchange.early, exchange.late, exchange.low_output, tp=tp)
+
+
+def _pack(tokens: Tokens) -> tuple[Tensor, Callable[[Tensor, Tensor], Tokens]]:
+    """Vectors and weights of tokens as one matrix, and what makes tokens of such a matrix."""
+    matrices = [*tokens.vectors, tokens.weights_Tk]
+    widths = [matrix.shape[1] for matrix in matrices]
+
+    def unpack(packed: Tensor, experts_Tk: Tensor) -> Tokens:
+        *vectors, weights_Tk = packed.split_with_sizes(widths, 1)
+        return Tokens(vectors, experts_Tk, weights_Tk)
+
+    return torch.cat(matrices, 1), unpack
+
+
+def _as_one(matrices: Matrices, change: Callable[[Tensor], Tensor]) -> Matrices:
+    """Change the rows of several matrices as those of one."""
+    widths = [matrix.shape[1] for matrix in matrices]
+    return change(torch.cat(list(matrices), 1)).split_with_sizes(widths, 1)
+
+
+def _own_experts(experts_Tk: Tensor, axis: Axis, experts: int) -> Tensor:
+    """Experts counted from the first that the process has."""
+    local_Tk = experts_Tk - axis.rank * experts
+    return local_Tk.masked_fill((local_Tk < 0) | (local_Tk >= experts), NO_EXPERT)
 
 
 def _by_kind(

@@ -29,8 +29,7 @@ from tuckerize.domain import (
 )
 from tuckerize.errors import CheckpointError
 from tuckerize.linalg.tucker import TuckerFactors
-from tuckerize.parallel.layouts import output_width
-from tuckerize.runtime.exchange import Exchange
+from tuckerize.runtime.exchange import Exchange, Tokens, WayBack, send_all
 from tuckerize.runtime.grouped import (
     Assignments,
     assign,
@@ -206,30 +205,47 @@ class TuckerExperts(nn.Module):
         self.exchange = exchange or Exchange()
 
     def forward(self, x_TI: Tensor, experts_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
-        """Routed output of tokens, shape (T, I), the same on every process.
+        """Routed output of this process's tokens, shape (T, I).
 
         Args:
             x_TI: Tokens, shape (T, I).
             experts_Tk: Experts of every token, shape (T, k).
             weights_Tk: Their weights, shape (T, k).
         """
+        tokens = Tokens([x_TI], experts_Tk, weights_Tk)
+        tokens, ways_early = send_all(self.exchange.early, tokens)
+        low = self._low(tokens.vectors[0])
+        tokens, ways_late = send_all(self.exchange.late, tokens._replace(vectors=[*low.values()]))
+        low = dict(zip(low, tokens.vectors, strict=True))
         assigned = [
-            assign(experts_Tk, range(start, start + self.group_size))
+            assign(tokens.experts_Tk, range(start, start + self.group_size))
             for start in range(0, len(self.groups) * self.group_size, self.group_size)
         ]
-        neurons = self._gate_up(x_TI, assigned)
-        outputs = self._down(neurons, assigned, weights_Tk)
-        return self._complete(outputs, hidden=x_TI.shape[1])
+        neurons = self._gate_up(low, assigned)
+        outputs = self._down(neurons, assigned, tokens.weights_Tk)
+        return self._complete(outputs, [*ways_late, *ways_early])
 
-    def _gate_up(self, x_TI: Tensor, assigned: list[Assignments]) -> list[Tensor]:
+    def _low(self, x_TI: Tensor) -> dict[Tensor | None, Tensor]:
+        """What every U_I of gate and up makes of the tokens; without one, the tokens themselves."""
+        factors = {
+            group.hidden_factor(projection): None
+            for group in self.groups
+            for projection in (Projection.GATE, Projection.UP)
+        }
+        return {
+            U_I: self.exchange.own_hidden(x_TI) if U_I is None else x_TI @ U_I.to(x_TI.dtype)
+            for U_I in factors
+        }
+
+    def _gate_up(
+        self, low: Mapping[Tensor | None, Tensor], assigned: list[Assignments]
+    ) -> list[Tensor]:
         """Activated neurons of every group, each (N, H) or the process's own columns of it."""
         middles, factors = [], []
         for group, rows in zip(self.groups, assigned, strict=True):
-            low_NR, used = None, None
             for projection in (Projection.GATE, Projection.UP):
-                stack, U_I = group.stack(projection), group.hidden_factor(projection)
-                if low_NR is None or U_I is not used:
-                    low_NR, used = self._low_rows(x_TI, U_I, rows), U_I
+                stack, low_TR = group.stack(projection), low[group.hidden_factor(projection)]
+                low_NR = low_TR.index_select(0, rows.tokens_N)
                 middles.append(stack.multiply(low_NR, rows, transposed=False))
                 factors.append(None if stack.U_H is None else _own(stack.U_H))
         completed = self.exchange.gate_up(middles, [factor is not None for factor in factors])
@@ -241,11 +257,6 @@ class TuckerExperts(nn.Module):
             self.activation(gate) * up
             for gate, up in zip(expanded[0::2], expanded[1::2], strict=True)
         ]
-
-    def _low_rows(self, x_TI: Tensor, U_I: Tensor | None, rows: Assignments) -> Tensor:
-        """What the cores of gate or up work on: U_Iᵀ x of every row's token, shape (N, r_I)."""
-        low_TR = self.exchange.own_hidden(x_TI) if U_I is None else x_TI @ U_I.to(x_TI.dtype)
-        return low_TR.index_select(0, rows.tokens_N)
 
     def _down(
         self, neurons: list[Tensor], assigned: list[Assignments], weights_Tk: Tensor
@@ -262,13 +273,14 @@ class TuckerExperts(nn.Module):
             for middle, stack, rows in zip(completed, stacks, assigned, strict=True)
         ]
 
-    def _complete(self, outputs: list[Tensor], *, hidden: int) -> Tensor:
-        """Sum over the processes in the smaller space, the r_I of all groups or I, and expand."""
+    def _complete(self, outputs: Sequence[Tensor], ways: Sequence[WayBack]) -> Tensor:
+        """Bring the outputs back, as they are or expanded, whatever is less."""
         factors = [group.hidden_factor(Projection.DOWN) for group in self.groups]
-        widths = [output.shape[1] for output in outputs]
-        if output_width(widths, hidden) == sum(widths):
-            return _expand(self.exchange.output(outputs), factors)
-        return self.exchange.output([_expand(outputs, factors)])[0]
+        low = self.exchange.low_output
+        outputs = outputs if low else [_expand(outputs, factors)]
+        for way in ways:
+            outputs = way(outputs)
+        return _expand(outputs, factors) if low else outputs[0]
 
 
 def _expand(outputs: Sequence[Tensor], factors: list[Tensor | None]) -> Tensor:

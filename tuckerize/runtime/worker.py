@@ -20,6 +20,7 @@ from tuckerize.domain import (
     Projection,
     StackShape,
     expert_core_name,
+    expert_of,
 )
 from tuckerize.parallel.layouts import Layout, part, split_dimension
 from tuckerize.runtime.announced import group_shapes, widths_of
@@ -64,13 +65,13 @@ class WorkerGroup:
 
     def owns(self, name: str) -> bool:
         """Whether the worker owns a part of a tensor."""
-        expert = _expert_of(name.partition(".")[2])
+        expert = expert_of(name.partition(".")[2])
         return expert is None or expert in self.own
 
     def own_name(self, name: str) -> str:
         """The worker's name of a tensor that it owns a part of: experts are counted anew."""
         owner, _, tensor = name.partition(".")
-        expert = _expert_of(tensor)
+        expert = expert_of(tensor)
         if expert is None:
             return name
         return f"{owner}.{expert_core_name(list(self.own).index(expert))}"
@@ -96,9 +97,3 @@ class WorkerGroup:
         return group_shapes(
             self.announced, experts=self.experts, hidden=self.hidden, joint=self.joint
         )
-
-
-def _expert_of(tensor: str) -> int | None:
-    """The expert that a matrix of core rows belongs to."""
-    kind, _, expert = tensor.partition(".")
-    return int(expert) if kind == CORE and expert else None

@@ -85,7 +85,17 @@ def test_shard_manifest_written_then_read_is_the_same(tmp_path: Path) -> None:
     write_json(tmp_path / MANIFEST, SHARDS.model_dump(mode="json"))
     manifest = read_shard_manifest(tmp_path)
     assert manifest == SHARDS
-    assert manifest.owned_by(1) == [SHARDS.shards[1]]
+    assert manifest.owned_by(tp_rank=1, ep_rank=0) == [SHARDS.shards[1]]
+    assert manifest.owned_by(tp_rank=1, ep_rank=1) == []
+
+
+def test_shard_manifest_without_expert_parallelism_is_of_one_process(tmp_path: Path) -> None:
+    value = SHARDS.model_dump(mode="json")
+    del value["ep_size"]
+    for shard in value["shards"]:
+        del shard["ep_rank"]
+    write_json(tmp_path / MANIFEST, value)
+    assert read_shard_manifest(tmp_path) == SHARDS
 
 
 @pytest.mark.parametrize("version", [0, 2, "1", None, 1.5])

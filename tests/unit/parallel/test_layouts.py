@@ -1,14 +1,22 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from tuckerize.domain import MultilinearRank, Projection, StackShape
 from tuckerize.parallel.layouts import (
+    INDEX_BYTES,
+    Collective,
+    LayerSizes,
     Layout,
-    Traffic,
+    Load,
+    Parallelism,
+    cut_of,
+    even_load,
     layer_traffic,
-    output_width,
+    owners_of,
     part,
     smallest_split_size,
     split_dimension,
@@ -66,40 +74,124 @@ def test_smallest_split_size_counts_the_ranks_that_a_layout_splits() -> None:
     assert smallest_split_size(Layout.RANK, {**ranks, DOWN: FULL}, SHAPE) == 9
 
 
-def test_output_width_is_never_above_the_hidden_size() -> None:
-    assert output_width([10, 10], 32) == 20
-    assert output_width([10, 10, 10, 10], 32) == 32
+def sizes_of(rank: MultilinearRank, *, groups: int = 1, joint: bool = False) -> LayerSizes:
+    return LayerSizes([dict.fromkeys(Projection, rank)] * groups, SHAPE, joint)
 
 
-def same(rank: MultilinearRank) -> dict[Projection, MultilinearRank]:
-    return dict.fromkeys(Projection, rank)
+def bytes_of(
+    layout: Layout, sizes: LayerSizes, mesh: Parallelism, *, top_k: int = 3, copies: float = 0.0
+) -> dict[Collective, float]:
+    """Bytes of collectives that move something, with numbers of one byte."""
+    load = Load(top_k, [top_k / len(sizes.ranks)] * len(sizes.ranks), copies)
+    moved = layer_traffic(layout, sizes, mesh, load, number_bytes=1)
+    return {kind: sent for kind, sent in moved.items() if sent}
+
+
+TP4 = Parallelism(tp=4)
 
 
 def test_traffic_of_the_intermediate_layout_is_one_all_reduce_of_the_last_rank() -> None:
-    # r = 10 numbers a token, against I = 32 of the dense model.
-    traffic = layer_traffic(Layout.INTERMEDIATE, [same(LATENT)], SHAPE, top_k=3)
-    assert traffic == Traffic(10, 0)
-    assert layer_traffic(Layout.INTERMEDIATE, [same(FULL)], SHAPE, top_k=3) == Traffic(32, 0)
+    # Four processes send 2 * 3/4 of r = 10 numbers a token, against I = 32 of the dense model.
+    assert bytes_of(Layout.INTERMEDIATE, sizes_of(LATENT), TP4) == {Collective.ALL_REDUCE: 15}
+    assert bytes_of(Layout.INTERMEDIATE, sizes_of(FULL), TP4) == {Collective.ALL_REDUCE: 48}
+    # The r_I of four groups are more than I.
+    four = sizes_of(LATENT, groups=4)
+    assert bytes_of(Layout.INTERMEDIATE, four, TP4) == {Collective.ALL_REDUCE: 48}
 
 
 def test_traffic_of_the_rank_layout_is_that_of_its_three_collectives() -> None:
     # k = 3: all-reduce of k x 2 r_H = 72 and of r_I = 10, reduce-scatter of k x r_H = 36.
-    traffic = layer_traffic(Layout.RANK, [same(TRUNCATED)], SHAPE, top_k=3)
-    assert traffic == Traffic(72 + 10, 36)
+    assert bytes_of(Layout.RANK, sizes_of(TRUNCATED), TP4) == {
+        Collective.ALL_REDUCE: (72 + 10) * 1.5,
+        Collective.REDUCE_SCATTER: 36 * 0.75,
+    }
 
 
 def test_traffic_of_the_rank_layout_without_truncated_neurons_scatters_gate_and_up() -> None:
     # No U_H: gate and up give k x 2 H = 144 numbers to a reduce-scatter, down needs none.
-    traffic = layer_traffic(Layout.RANK, [same(LATENT)], SHAPE, top_k=3)
-    assert traffic == Traffic(10, 144)
+    assert bytes_of(Layout.RANK, sizes_of(LATENT), TP4) == {
+        Collective.ALL_REDUCE: 15,
+        Collective.REDUCE_SCATTER: 144 * 0.75,
+    }
+
+
+def test_traffic_of_the_rank_layout_counts_the_zeros_that_make_shares_equal() -> None:
+    # r_H = 12 over 5 processes: shares of 3, so 15 numbers for each of k = 3 experts.
+    moved = bytes_of(Layout.RANK, sizes_of(TRUNCATED), Parallelism(tp=5))
+    assert moved[Collective.REDUCE_SCATTER] == pytest.approx(45 * 0.8)
 
 
 def test_traffic_of_several_groups_shares_the_experts_of_a_token() -> None:
-    traffic = layer_traffic(Layout.RANK, [same(TRUNCATED)] * 2, SHAPE, top_k=3)
-    assert traffic == Traffic(72 + 20, 36)
+    assert bytes_of(Layout.RANK, sizes_of(TRUNCATED, groups=2), TP4) == {
+        Collective.ALL_REDUCE: (72 + 20) * 1.5,
+        Collective.REDUCE_SCATTER: 36 * 0.75,
+    }
 
 
-def test_sent_numbers_of_ring_algorithms_for_four_processes() -> None:
-    # An all-reduce of n numbers sends 2 n 3/4, a reduce-scatter n 3/4.
-    assert Traffic(100, 40).sent_numbers(4) == 150 + 30
-    assert Traffic(100, 40).sent_numbers(1) == 0
+def test_traffic_of_sequence_parallel_processes_is_a_gather_and_a_scatter() -> None:
+    mesh = Parallelism(tp=4, sequence_parallel=True)
+    routes = 3 * (1 + INDEX_BYTES)
+    assert bytes_of(Layout.INTERMEDIATE, sizes_of(LATENT, joint=True), mesh) == {
+        Collective.ALL_GATHER: (10 + routes) * 0.75,
+        Collective.REDUCE_SCATTER: 7.5,
+    }
+    # The rank layout cuts U_I, so that all need the whole token.
+    whole = bytes_of(Layout.RANK, sizes_of(LATENT, joint=True), mesh)
+    assert whole[Collective.ALL_GATHER] == (32 + routes) * 0.75
+
+
+def test_traffic_of_expert_parallel_processes_goes_in_core_sizes_where_they_share_factors() -> None:
+    mesh, routes = Parallelism(ep=2), 3 * (1 + INDEX_BYTES)
+
+    def sent(sizes: LayerSizes) -> float:
+        return bytes_of(Layout.INTERMEDIATE, sizes, mesh, copies=0.5)[Collective.ALL_TO_ALL]
+
+    assert sent(sizes_of(LATENT, joint=True)) == (10 + routes + 10) / 2
+    assert sent(sizes_of(LATENT)) == (20 + routes + 10) / 2
+    assert sent(sizes_of(FULL)) == (32 + routes + 32) / 2
+    # Whole groups own their factors.
+    assert sent(sizes_of(LATENT, groups=2)) == (32 + routes + 32) / 2
+
+
+def test_traffic_without_all_to_all_brings_every_token_to_all() -> None:
+    mesh, routes = Parallelism(ep=4, all_to_all=False), 3 * (1 + INDEX_BYTES)
+    assert bytes_of(Layout.INTERMEDIATE, sizes_of(LATENT, joint=True), mesh) == {
+        Collective.ALL_GATHER: 3 * (10 + routes),
+        Collective.REDUCE_SCATTER: 30,
+    }
+
+
+def test_even_load_is_that_of_all_choices_of_experts() -> None:
+    choices = list(itertools.combinations(range(8), 3))
+    # Of a token on process 0 of 4, each with 2 experts.
+    copies = [len({expert // 2 for expert in chosen} - {0}) for chosen in choices]
+    load = even_load(3, experts=8, groups=2, ep=4)
+    assert load.copies == pytest.approx(sum(copies) / len(choices))
+    assert load.rows == [1.5, 1.5]
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "groups", "dimension"),
+    [
+        ("gate_proj.core", LATENT, 1, 0),
+        ("gate_proj.core", TRUNCATED, 1, None),
+        ("gate_proj.U_E", TRUNCATED, 1, 0),
+        ("gate_proj.U_H", TRUNCATED, 1, None),
+        ("gate_up_proj.U_I", LATENT, 1, None),
+        ("gate_proj.core", LATENT, 2, None),
+        ("gate_proj.U_E", TRUNCATED, 2, None),
+    ],
+)
+def test_cut_of_splits_experts_of_one_group_over_processes_and_leaves_whole_groups(
+    name: str, rank: MultilinearRank, groups: int, dimension: int | None
+) -> None:
+    sizes = sizes_of(rank, groups=groups)
+    assert cut_of(Layout.INTERMEDIATE, sizes, 0, name, ep=2).ep == dimension
+    assert cut_of(Layout.INTERMEDIATE, sizes, 0, name, ep=1).ep is None
+
+
+def test_owners_of_groups_are_equally_many_in_order() -> None:
+    assert [owners_of(group, groups=4, ep=2) for group in range(4)] == [
+        range(1), range(1), range(1, 2), range(1, 2),
+    ]  # fmt: skip
+    assert owners_of(0, groups=1, ep=4) == range(4)

@@ -1,0 +1,162 @@
+"""The device mesh of a run, with axes cp, ep and tp, and the tokens of each of its positions.
+
+Tokens are split over cp and ep, experts over ep, and what an expert is made of over tp.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from tuckerize.errors import ParallelError
+from tuckerize.parallel.layouts import Parallelism, part
+
+AXES = ("cp", "ep", "tp")
+"""Axes of the mesh; the ranks of the last are neighbours."""
+
+
+# https://docs.pytorch.org/docs/stable/distributed.html#backends; hccl: Ascend's API table.
+_WITH_ALL_TO_ALL = {"gloo", "mpi", "nccl", "hccl", "xccl"}
+
+
+class Axis(NamedTuple):
+    """The processes along one axis of the mesh, seen from one of them.
+
+    Attributes:
+        size: How many they are.
+        rank: Which this one is.
+        group: Their process group; None where there is one process only.
+    """
+
+    size: int = 1
+    rank: int = 0
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def has_all_to_all(self) -> bool:
+        """Whether the backend of the group exchanges rows."""
+        if self.group is None:
+            return True
+        backends = str(dist.get_backend(self.group)).split(",")  # cpu:gloo,npu:hccl
+        return {name.rpartition(":")[2] for name in backends} <= _WITH_ALL_TO_ALL
+
+
+def make_mesh(device_type: str, *, tp: int, ep: int = 1, cp: int = 1) -> DeviceMesh:
+    """The mesh of all processes of the run.
+
+    Args:
+        device_type: Type of the devices: `cpu`, `npu`, `cuda`.
+        tp: Tensor-parallel processes.
+        ep: Expert-parallel ones.
+        cp: Context-parallel ones.
+
+    Raises:
+        ParallelError: The processes have not met, or are not tp x ep x cp.
+    """
+    _check_processes_have_met()
+    check_world(dist.get_world_size(), Parallelism(tp, ep, cp))
+    return init_device_mesh(device_type, (cp, ep, tp), mesh_dim_names=AXES)
+
+
+def check_world(processes: int, mesh: Parallelism) -> None:
+    """Check that the sizes of a mesh fit the number of processes.
+
+    Raises:
+        ParallelError: They do not; the hint gives sizes that do.
+    """
+    sizes = (mesh.tp, mesh.ep, mesh.cp)
+    if min(sizes) >= 1 and math.prod(sizes) == processes:
+        return
+    tp, ep, cp = (max(1, size) for size in sizes)
+    candidates = [
+        (processes // (ep * cp), ep, cp),
+        (tp, processes // (tp * cp), cp),
+        (tp, ep, processes // (tp * ep)),
+        (processes, 1, 1),
+    ]
+    fitting = (
+        "--tp {} --ep {} --cp {}".format(*candidate)
+        for candidate in dict.fromkeys(candidates)
+        if math.prod(candidate) == processes
+    )
+    raise ParallelError(
+        f"{processes} processes are not tp x ep x cp = {mesh.tp} x {mesh.ep} x {mesh.cp}",
+        hint="sizes that fit: " + "; ".join(fitting),
+    )
+
+
+def axis_of(mesh: DeviceMesh, name: str) -> Axis:
+    """One axis of a mesh; of one process if the mesh has no such axis."""
+    if name not in (mesh.mesh_dim_names or ()):
+        return Axis()
+    group = mesh.get_group(name)
+    return Axis(group.size(), mesh.get_local_rank(name), group)
+
+
+class Position(NamedTuple):
+    """Where a process is on the mesh."""
+
+    tp: Axis = Axis()
+    ep: Axis = Axis()
+    cp: Axis = Axis()
+    sequence_parallel: bool = False
+
+    @classmethod
+    def on(cls, mesh: DeviceMesh, *, sequence_parallel: bool = False) -> Position:
+        """The position of this process; a mesh may lack axes of one process."""
+        _check_processes_have_met()
+        tp, ep, cp = (axis_of(mesh, name) for name in ("tp", "ep", "cp"))
+        return cls(tp, ep, cp, sequence_parallel)
+
+    @property
+    def parallelism(self) -> Parallelism:
+        """The sizes of the mesh, and how tokens travel on it."""
+        return Parallelism(
+            self.tp.size,
+            self.ep.size,
+            self.cp.size,
+            sequence_parallel=self.sequence_parallel,
+            all_to_all=self.ep.has_all_to_all,
+        )
+
+
+def padded_count(tokens: int, mesh: Parallelism) -> int:
+    """The next number of tokens that divides over the positions of a mesh.
+
+    Source:
+        Megatron-LM, megatron/core/models/multimodal/context_parallel.py, `get_padding`: a sequence
+        is padded to a multiple of 2 cp, of tp with sequence parallelism, of 2 cp tp with both.
+    """
+    multiple = mesh.ep * (2 * mesh.cp if mesh.cp > 1 else 1)
+    multiple *= mesh.tp if mesh.sequence_parallel else 1
+    return -(-tokens // multiple) * multiple
+
+
+def own_tokens(tokens: int, position: Position) -> torch.Tensor:
+    """Indices of the tokens that a process has, of as many as `padded_count` gives.
+
+    A sequence is cut into 2 cp chunks of which position r has numbers r and 2 cp - 1 - r, so that
+    causal attention is the same work everywhere; the positions of ep have equal parts of these.
+
+    Source:
+        Megatron-LM, megatron/core/utils.py, `get_batch_on_this_cp_rank`.
+    """
+    own = torch.arange(tokens)
+    if position.cp.size > 1:
+        chunks = own.chunk(2 * position.cp.size)
+        own = torch.cat([chunks[position.cp.rank], chunks[-1 - position.cp.rank]])
+    for axis in (position.ep, position.tp if position.sequence_parallel else Axis()):
+        own = own.narrow(0, *part(len(own), axis.size, axis.rank))
+    return own
+
+
+def _check_processes_have_met() -> None:
+    if not dist.is_initialized():
+        raise ParallelError(
+            "sharded layers need a process group, and there is none yet",
+            hint="start with torchrun, and call torch.distributed.init_process_group first",
+        )

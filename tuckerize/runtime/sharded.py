@@ -1,0 +1,192 @@
+"""The routed experts of one layer, of which this process has its shards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from tuckerize.checkpoint.files import read_json_object, sha256_of
+from tuckerize.checkpoint.manifest import (
+    MANIFEST,
+    ShardManifest,
+    TuckerManifest,
+    read_shard_manifest,
+    read_tucker_manifest,
+    sharding_name,
+)
+from tuckerize.checkpoint.reader import CONFIG, WeightFile, read_tensors
+from tuckerize.domain import Mode, Projection, expert_core_name, expert_of
+from tuckerize.errors import CheckpointError, ParallelError
+from tuckerize.moe.families import FAMILIES
+from tuckerize.parallel.collectives import all_reduce
+from tuckerize.parallel.layouts import (
+    LayerSizes,
+    Layout,
+    Travel,
+    cut_of,
+    experts_are_split,
+    travel,
+)
+from tuckerize.parallel.mesh import AXES, Position
+from tuckerize.runtime.exchange import exchange_for
+from tuckerize.runtime.experts import Activation, TuckerExperts, activation_of
+
+
+class ShardedExperts(TuckerExperts):
+    """The routed experts of one layer, computed by all processes of a mesh together.
+
+    Args:
+        groups: This process's slices of its groups, by their names below the group; experts with a
+            core of their own are counted from its first.
+        layout: How the tensors were split.
+        sizes: Sizes of the whole layer.
+        position: This process.
+        activation: Between gate and up.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Mapping[str, Tensor]],
+        *,
+        layout: Layout,
+        sizes: LayerSizes,
+        position: Position,
+        activation: Activation,
+    ) -> None:
+        ep = position.ep.size
+        split = experts_are_split(sizes, ep)
+        low = travel(layout, sizes, position.parallelism)
+        super().__init__(
+            groups,
+            group_size=sizes.shape.experts // (ep if split else 1),
+            activation=activation,
+            exchange=exchange_for(layout, position, low, experts=sizes.experts // ep),
+        )
+        self.position = position
+        self._summed = {
+            name: _axes_to_sum(name, layout, sizes, low, position)
+            for name, _ in self.named_parameters()
+        }
+
+    @classmethod
+    def from_shards(
+        cls, folder: str | Path, layer: int, mesh: DeviceMesh, *, sequence_parallel: bool = False
+    ) -> ShardedExperts:
+        """Load this process's shards of one layer; on the host, in the dtype of the checkpoint.
+
+        Args:
+            folder: A Tucker checkpoint that is sharded for the mesh.
+            layer: Index of the layer.
+            mesh: Device mesh with axes of the names `tp`, `ep` and `cp`, or some of them.
+            sequence_parallel: Whether each of the tp processes has its own tokens, equally many.
+
+        Raises:
+            ParallelError: The processes have not met, or there are no shards for the mesh.
+            CheckpointError: The shards, or the checkpoint, are not usable.
+        """
+        position = Position.on(mesh, sequence_parallel=sequence_parallel)
+        tp, ep = position.tp, position.ep
+        tucker = Path(folder)
+        manifest = read_tucker_manifest(tucker)
+        if layer not in manifest.layers:
+            raise CheckpointError(
+                f"layer {layer} of {tucker} is not decomposed",
+                hint=f"decomposed layers: {', '.join(map(str, manifest.layers))}",
+            )
+        place, shards = open_shards(tucker, tp=tp.size, ep=ep.size)
+        sizes = layer_sizes(manifest, layer)
+        first = sizes.experts // ep.size * ep.rank if experts_are_split(sizes, ep.size) else 0
+        prefix = FAMILIES[manifest.family].experts_prefix(layer)
+        return cls(
+            [
+                _read_shard(place / shard.file.name, f"{prefix}.group_{shard.group}.", first)
+                for shard in shards.owned_by(tp_rank=tp.rank, ep_rank=ep.rank)
+                if shard.layer == layer
+            ],
+            layout=Layout(shards.layout),
+            sizes=sizes,
+            position=position,
+            activation=activation_of(read_json_object(tucker / CONFIG)),
+        )
+
+    def sum_gradients(self) -> None:
+        """Complete the gradients of tensors that several processes have.
+
+        To be called after `backward` and before the step of an optimizer, by all processes. What
+        `backward` leaves is of the tokens and the neurons of one process. The loss is the sum of
+        those of all positions of cp and ep, and of tp with sequence parallelism.
+        """
+        for name in AXES:
+            shared = [
+                parameter
+                for key, parameter in self.named_parameters()
+                if parameter.requires_grad and name in self._summed[key]
+            ]
+            if shared:
+                # An expert without tokens has no gradient here, and may have one elsewhere.
+                own = [torch.zeros_like(p) if p.grad is None else p.grad for p in shared]
+                sums = all_reduce(own, getattr(self.position, name))
+                for parameter, total in zip(shared, sums, strict=True):
+                    parameter.grad = total
+
+
+def open_shards(tucker: Path, *, tp: int, ep: int) -> tuple[Path, ShardManifest]:
+    """Folder and manifest of the shards of a Tucker checkpoint for a mesh.
+
+    Raises:
+        ParallelError: There are none; the hint gives the command.
+        CheckpointError: They were cut from another version of the checkpoint.
+    """
+    folder = tucker / sharding_name(tp=tp, ep=ep)
+    command = f"tuckerize shard {tucker} --tp {tp}" + (f" --ep {ep}" if ep > 1 else "")
+    if not (folder / MANIFEST).exists():
+        raise ParallelError(
+            f"{tucker} has no shards for tp x ep = {tp} x {ep}", hint=f"run: {command}"
+        )
+    manifest = read_shard_manifest(folder)
+    if manifest.tucker_manifest_sha256 != sha256_of(tucker / MANIFEST):
+        raise CheckpointError(
+            f"{folder} was cut from another version of {tucker}",
+            hint=f"run: {command} --overwrite",
+        )
+    return folder, manifest
+
+
+def layer_sizes(manifest: TuckerManifest, layer: int) -> LayerSizes:
+    """What decides how a layer of a Tucker checkpoint is split."""
+    joint = manifest.joint is not None
+    return LayerSizes(manifest.ranks(layer), manifest.stack_shape(layer), joint=joint)
+
+
+def _read_shard(path: Path, prefix: str, first: int) -> dict[str, Tensor]:
+    """Tensors by their names behind a prefix; experts are counted from the first."""
+    found = {}
+    for name, tensor in read_tensors(path, WeightFile.open(path).tensors):
+        owner, _, kind = name.removeprefix(prefix).partition(".")
+        expert = expert_of(kind)
+        local = kind if expert is None else expert_core_name(expert - first)
+        found[f"{owner}.{local}"] = tensor
+    return found
+
+
+def _axes_to_sum(
+    name: str, layout: Layout, sizes: LayerSizes, low: Travel, position: Position
+) -> set[str]:
+    """The axes along which processes have parts of a parameter's gradient."""
+    group, _, below = name.partition(".")
+    owner, _, tensor = below.partition(".")
+    cut = cut_of(layout, sizes, int(group.removeprefix("group_")), below, ep=position.ep.size)
+    # What lies outside of the exchange over tp meets the same tokens on all of its processes.
+    outside = tensor == Mode.HIDDEN.factor_name and not position.sequence_parallel
+    outside &= low.low_output if owner == Projection.DOWN else low.low_input
+    split = experts_are_split(sizes, position.ep.size)
+    parts = {
+        "tp": cut.tp is None and not outside,
+        "ep": split and cut.ep is None and expert_of(tensor) is None,
+        "cp": True,
+    }
+    return {axis for axis in AXES if parts[axis] and getattr(position, axis).size > 1}
