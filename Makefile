@@ -8,7 +8,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 VLLM_VENV ?= .venv-vllm
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test check format full-width test-vllm clean help
+# The releases that a Tucker checkpoint is loaded with; the newest is the one of our own set-up.
+TRANSFORMERS ?= 5.14.1 5.16.1 5.19.0 $(shell sed -n 's/^transformers==//p' constraints.txt)
+TRANSFORMERS_VENVS := $(TRANSFORMERS:%=$(VENV)-transformers-%)
+
+.PHONY: demo test check format full-width test-transformers test-vllm clean help
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -46,6 +50,16 @@ format: $(VENV)/.installed-dev  ## Format the code
 full-width: $(VENV)/.installed  ## Time and memory at DeepSeek-V2-Lite's width (8 GB of disk, minutes)
 	$(BIN)/python benchmarks/full_width.py --write
 
+$(VENV)-transformers-%/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install --quiet --editable '.[dev]' \
+		$$(grep ^torch== constraints.txt) transformers==$*
+	touch $@
+
+test-transformers: $(TRANSFORMERS_VENVS:%=%/.installed)  ## Each supported transformers, in an environment of its own
+	set -e; for venv in $(TRANSFORMERS_VENVS); do $$venv/bin/python -m pytest -W default \
+		tests/integration/test_transformers.py tests/integration/test_families.py; done
+
 # torchvision and its like do not match the CPU's torch; vLLM does without them.
 $(VLLM_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VLLM_VENV)
@@ -59,4 +73,4 @@ test-vllm: $(VLLM_VENV)/.installed  ## The real vLLM engine on CPU, in an enviro
 		-o addopts= -o filterwarnings=default -o timeout=3000 --import-mode=importlib
 
 clean:  ## Remove what the targets made
-	rm -rf $(VENV) $(VLLM_VENV) demo-output
+	rm -rf $(VENV) $(VLLM_VENV) $(TRANSFORMERS_VENVS) demo-output
