@@ -1,6 +1,6 @@
 """Run checkpoints in vLLM, one after another; prints what each gives as a line of JSON.
 
-python tests/vllm/engine.py FOLDER... [--tp 2] [--ep] [--dtype bfloat16]
+python tests/vllm/engine.py FOLDER... [--tp 2] [--ep] [--dtype bfloat16] [--ascend main]
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ VOCABULARY = 64
 
 os.environ.update(
     HF_HUB_OFFLINE="1",
+    TORCHDYNAMO_DISABLE="1",  # compiling takes longer than all the rest
     VLLM_ALLOW_INSECURE_SERIALIZATION="1",  # `tensor_bytes` is sent to the workers
     VLLM_CPU_KVCACHE_SPACE="1",
     VLLM_ENABLE_V1_MULTIPROCESSING="0",  # workers of one process are this process
@@ -32,6 +33,16 @@ def tensor_bytes(model: nn.Module) -> int:
     tensors = [*model.parameters(), *model.buffers()]
     storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}
     return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+
+
+def kernels(model: nn.Module) -> list[str]:
+    """What computes the MoE layers: our method, ours on the engine's kernel, or the engine's."""
+    methods = [getattr(module, "quant_method", None) for module in model.modules()]
+    return [
+        "kernel" if getattr(method, "kernel", None) else type(method).__name__
+        for method in methods
+        if "MoE" in type(method).__name__
+    ]
 
 
 def describe(engine: Any) -> dict[str, Any]:  # noqa: ANN401
@@ -54,6 +65,7 @@ def describe(engine: Any) -> dict[str, Any]:  # noqa: ANN401
             for output in outputs
         ],
         "bytes": engine.apply_model(tensor_bytes),
+        "kernels": engine.apply_model(kernels),
     }
 
 
@@ -64,6 +76,7 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--ep", action="store_true")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--ascend", choices=["main", "v0.26.0rc"], default=None)
     options = parser.parse_args()
     if options.tp > 1:  # the workers share the cores of one NUMA node
         cores = len(os.sched_getaffinity(0))
@@ -72,6 +85,10 @@ def main() -> None:
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    if options.ascend:
+        from tests.vllm.ascend import install
+
+        install(options.ascend)
     for folder in options.folders:
         engine = LLM(
             folder,
