@@ -74,6 +74,8 @@ class TuckerFacts:
         before: Size of the source.
         largest_residual: Largest relative residual of a stack.
         shardings: Numbers of processes that it is sharded for.
+        carries_loader: Whether transformers may load it with `trust_remote_code=True` as well as
+            after `import tuckerize`.
     """
 
     source: str
@@ -81,6 +83,7 @@ class TuckerFacts:
     before: Size
     largest_residual: float
     shardings: tuple[int, ...]
+    carries_loader: bool
 
 
 @dataclass(frozen=True, slots=True)
