@@ -53,7 +53,7 @@ class AscendUnquantizedFusedMoEMethod(UnquantizedFusedMoEMethod):  # type: ignor
 
 
 def select_experts(hidden_states: Tensor, router_logits: Tensor, **_: object) -> Any:
-    """Weights and experts of every token; `hand_over` has wrapped those that vLLM chose."""
+    """Weights and experts of every token: vLLM's, which `_forward_026` hands over."""
     assert len(hidden_states) == len(router_logits[0])
     return router_logits
 
@@ -61,14 +61,14 @@ def select_experts(hidden_states: Tensor, router_logits: Tensor, **_: object) ->
 def install(release: str) -> None:
     """Make vLLM's layers behave as vllm-ascend's; `release` is `main` or `v0.26.0rc`."""
     holder = "routed_experts" if release == "main" else "fused_moe"
-    for name, members in {
-        holder: [AscendUnquantizedFusedMoEMethod],
-        "moe_comm_method": [FusedExpertsResult],
-        "experts_selector": [select_experts],
-    }.items():
+    members: dict[str, Any] = {
+        holder: AscendUnquantizedFusedMoEMethod,
+        "moe_comm_method": FusedExpertsResult,
+        "experts_selector": select_experts,
+    }
+    for name, member in members.items():
         module = ModuleType(f"{PLACE}.{name}")
-        for member in members:
-            setattr(module, member.__name__, member)
+        setattr(module, member.__name__, member)
         sys.modules[module.__name__] = module
     for parent in ("vllm_ascend", "vllm_ascend.ops", PLACE):
         sys.modules[parent] = ModuleType(parent)
