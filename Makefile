@@ -6,9 +6,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 VLLM_VENV ?= .venv-vllm
+LM_EVAL_VENV ?= .venv-lm-eval
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test check format full-width test-npu test-vllm clean help
+# The releases that a Tucker checkpoint is loaded with; the newest is the one of our own set-up.
+TRANSFORMERS ?= 5.14.1 5.16.1 5.19.0 $(shell sed -n 's/^transformers==//p' constraints.txt)
+TRANSFORMERS_VENVS := $(TRANSFORMERS:%=$(VENV)-transformers-%)
+
+.PHONY: demo test check format full-width test-npu test-transformers test-vllm test-lm-eval clean help
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -37,7 +42,8 @@ check: $(VENV)/.installed-dev  ## Format, lint, types, architecture
 test: check  ## Everything: check, then unit, property, integration and distributed tests
 	$(BIN)/python -m pytest
 	@echo "heavy checks are separate: make full-width (a checkpoint of DeepSeek-V2-Lite's width)," \
-		"make test-npu (more on a stand-in for an NPU), make test-vllm (the real vLLM engine)"
+		"make test-npu (more on a stand-in for an NPU), make test-vllm (the real vLLM engine)," \
+		"make test-transformers (every supported release), make test-lm-eval (lm-evaluation-harness)"
 
 format: $(VENV)/.installed-dev  ## Format the code
 	$(BIN)/ruff format .
@@ -48,6 +54,16 @@ full-width: $(VENV)/.installed  ## Time and memory at DeepSeek-V2-Lite's width (
 
 test-npu: $(VENV)/.installed-dev  ## More of the program on a stand-in for an NPU (a C++ compiler)
 	$(BIN)/python -m pytest tests/npu tests/npu/check_npu.py -rs
+
+$(VENV)-transformers-%/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install --quiet --editable '.[dev]' \
+		$$(grep ^torch== constraints.txt) transformers==$*
+	touch $@
+
+test-transformers: $(TRANSFORMERS_VENVS:%=%/.installed)  ## Each supported transformers, in an environment of its own
+	set -e; for venv in $(TRANSFORMERS_VENVS); do $$venv/bin/python -m pytest -W default \
+		tests/integration/test_transformers.py tests/integration/test_families.py; done
 
 # torchvision and its like do not match the CPU's torch; vLLM does without them.
 $(VLLM_VENV)/.installed: pyproject.toml
@@ -61,5 +77,14 @@ test-vllm: $(VLLM_VENV)/.installed  ## The real vLLM engine on CPU, in an enviro
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm/check_vllm.py \
 		-o addopts= -o filterwarnings=default -o timeout=3000 --import-mode=importlib
 
+$(LM_EVAL_VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(LM_EVAL_VENV)
+	$(LM_EVAL_VENV)/bin/python -m pip --disable-pip-version-check install --quiet \
+		--constraint constraints.txt 'lm-eval[hf]==0.4.13' hypothesis pytest pytest-timeout --editable .
+	touch $@
+
+test-lm-eval: $(LM_EVAL_VENV)/.installed  ## lm-evaluation-harness on local text, in an environment of its own
+	$(LM_EVAL_VENV)/bin/python -m pytest tests/lm_eval/check_lm_eval.py -W default -o timeout=3000
+
 clean:  ## Remove what the targets made
-	rm -rf $(VENV) $(VLLM_VENV) build demo-output
+	rm -rf $(VENV) $(VLLM_VENV) $(LM_EVAL_VENV) $(TRANSFORMERS_VENVS) build demo-output

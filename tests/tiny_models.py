@@ -83,19 +83,22 @@ def make_tiny_model(
     return _save(DeepseekV2ForCausalLM, config, folder, dtype=dtype, seed=seed, shards=shards)
 
 
-def make_tiny_family(folder: Path, model_type: str) -> Path:
-    """Save a random float32 model of 8 experts a layer, with sizes that vLLM's attention has.
+def make_tiny_family(folder: Path, model_type: str, *, experts: int = 8, neurons: int = 24) -> Path:
+    """Save a random float32 model with sizes that vLLM's attention has.
 
     Args:
         folder: Where to save it.
         model_type: `olmoe`, `qwen3_moe` or `deepseek_v2`, whose first layer is dense.
+        experts: Routed experts of a layer.
+        neurons: Of an expert.
     """
+    heads = 2 if model_type == "olmoe" else 4  # in vLLM, OLMoE's are hidden_size / heads wide
     sizes: dict[str, Any] = {
         "vocab_size": 64,
         "hidden_size": 64,
         "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
         "num_experts_per_tok": 2,
         "max_position_embeddings": 64,
         "initializer_range": 0.1,
@@ -105,25 +108,27 @@ def make_tiny_family(folder: Path, model_type: str) -> Path:
     }
     architecture: Any
     config: Any
-    routed: dict[str, Any] = {"num_experts": 8, "norm_topk_prob": True, "head_dim": 32}
+    routed: dict[str, Any] = {"num_experts": experts, "norm_topk_prob": True, "head_dim": 32}
     if model_type == "olmoe":
         architecture = OlmoeForCausalLM
-        config = OlmoeConfig(**sizes, **routed, intermediate_size=24)
+        config = OlmoeConfig(**sizes, **routed, intermediate_size=neurons)
     elif model_type == "qwen3_moe":
         architecture = Qwen3MoeForCausalLM
-        config = Qwen3MoeConfig(**sizes, **routed, intermediate_size=48, moe_intermediate_size=24)
+        config = Qwen3MoeConfig(
+            **sizes, **routed, intermediate_size=48, moe_intermediate_size=neurons
+        )
     else:
         architecture = DeepseekV2ForCausalLM
         config = DeepseekV2Config(
             **sizes,
-            n_routed_experts=8,
+            n_routed_experts=experts,
             n_shared_experts=1,
             n_group=1,
             topk_group=1,
             first_k_dense_replace=1,
             routed_scaling_factor=1.5,
             intermediate_size=48,
-            moe_intermediate_size=24,
+            moe_intermediate_size=neurons,
             q_lora_rank=None,
             kv_lora_rank=512,
             qk_nope_head_dim=64,

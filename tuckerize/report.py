@@ -81,6 +81,8 @@ class TuckerFacts:
         before: Size of the source.
         largest_residual: Largest relative residual of a stack.
         shardings: Folders of its shards: `tp4`, `tp2-ep2`.
+        carries_loader: Whether transformers may load it with `trust_remote_code=True` as well as
+            after `import tuckerize`.
     """
 
     source: str
@@ -88,6 +90,7 @@ class TuckerFacts:
     before: Size
     largest_residual: float
     shardings: tuple[str, ...]
+    carries_loader: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -170,6 +170,37 @@ def test_other_format_is_refused(outputs: dict[str, Path], tmp_path: Path) -> No
         load(out)
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_inspect_says_how_it_is_loaded(way: str, outputs: dict[str, Path], tmp_path: Path) -> None:
+    assert "needs 'import tuckerize' or trust_remote_code=True" in succeed("inspect", outputs[way])
+    out = shutil.copytree(outputs[way], tmp_path / "out")
+    (out / "tuckerize_modeling.py").unlink()
+    assert "needs 'import tuckerize': random experts without" in succeed("inspect", out)
+
+
+def test_inspect_refuses_what_would_not_be_loaded(outputs: dict[str, Path], tmp_path: Path) -> None:
+    out = shutil.copytree(outputs["all modes"], tmp_path / "out")
+    config = json.loads((out / "config.json").read_text())
+    path, [group] = next(iter(config["quantization_config"]["modules"].items()))
+    place = f"{path}.group_0.gate_proj.U_H"
+
+    def refused(changed: dict[str, object]) -> str:
+        (out / "config.json").write_text(json.dumps(changed))
+        result = run_here("inspect", out)
+        assert result.returncode == 2
+        return " ".join(result.stderr.split())
+
+    assert "has no quantization_config of tuckerize" in refused(
+        {**config, "quantization_config": {}}
+    )
+    group["gate_proj"] = [5, 15, 20]
+    assert f"announces {place} as (24, 15), the weight files have it as (24, 16)" in refused(config)
+    del config["quantization_config"]["modules"][path]
+    assert "as absent" in refused(config)
+    config["quantization_config"]["format_version"] = 1
+    assert "format_version 1, this tuckerize reads 2" in refused(config)
+
+
 def test_processes_of_a_plan_split_the_neurons(outputs: dict[str, Path]) -> None:
     script = Path(__file__).parents[1] / "distributed" / "transformers_tp.py"
     ways = ("hidden mode", "all modes", "groups", "calibrated")

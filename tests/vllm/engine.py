@@ -1,6 +1,6 @@
-"""Run a checkpoint in vLLM and print what it generates, as JSON: a process of its own.
+"""Run checkpoints in vLLM, one after another; prints what each gives as a line of JSON.
 
-python tests/vllm/engine.py FOLDER [--tp 2] [--ep]
+python tests/vllm/engine.py FOLDER... [--tp 2] [--ep] [--dtype bfloat16] [--ascend main]
 """
 
 from __future__ import annotations
@@ -9,43 +9,100 @@ import argparse
 import json
 import os
 import sys
+from typing import Any
+
+from torch import nn
 
 PROMPTS = [list(range(3, 30)), [40, 7, 22], [11] * 9]
 NEW_TOKENS = 16
+VOCABULARY = 64
 
 os.environ.update(
     HF_HUB_OFFLINE="1",
+    TORCHDYNAMO_DISABLE="1",  # compiling takes longer than all the rest
+    VLLM_ALLOW_INSECURE_SERIALIZATION="1",  # `tensor_bytes` is sent to the workers
     VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",  # workers of one process are this process
     VLLM_HOST_IP="127.0.0.1",
     VLLM_NO_USAGE_STATS="1",
 )
 
 
+def tensor_bytes(model: nn.Module) -> int:
+    """Memory of all tensors of a model, each counted once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}
+    return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+
+
+def kernels(model: nn.Module) -> list[str]:
+    """What computes the MoE layers: our method, ours on the engine's kernel, or the engine's."""
+    methods = [getattr(module, "quant_method", None) for module in model.modules()]
+    return [
+        "kernel" if getattr(method, "kernel", None) else type(method).__name__
+        for method in methods
+        if "MoE" in type(method).__name__
+    ]
+
+
+def describe(engine: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Greedy tokens of every prompt, log-probabilities at each, and every worker's memory."""
+    from vllm import SamplingParams
+
+    how = SamplingParams(
+        temperature=0,
+        max_tokens=NEW_TOKENS,
+        ignore_eos=True,
+        detokenize=False,
+        logprobs=VOCABULARY,
+    )
+    prompts = [{"prompt_token_ids": tokens} for tokens in PROMPTS]
+    outputs = [result.outputs[0] for result in engine.generate(prompts, how)]
+    return {
+        "tokens": [list(output.token_ids) for output in outputs],
+        "logprobs": [
+            [[step[token].logprob for token in range(VOCABULARY)] for step in output.logprobs]
+            for output in outputs
+        ],
+        "bytes": engine.apply_model(tensor_bytes),
+        "kernels": engine.apply_model(kernels),
+    }
+
+
 def main() -> None:
-    """Load, generate greedily, print."""
+    """Load, generate, print, and the next."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("folder")
+    parser.add_argument("folders", nargs="+")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--ep", action="store_true")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--ascend", choices=["main", "v0.26.0rc"], default=None)
     options = parser.parse_args()
     if options.tp > 1:  # the workers share the cores of one NUMA node
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(options.tp)))
-    from vllm import LLM, SamplingParams
+        cores = len(os.sched_getaffinity(0))
+        places = (str(worker % cores) for worker in range(options.tp))
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(places)
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
 
-    engine = LLM(
-        options.folder,
-        dtype="float32",
-        enforce_eager=True,
-        enable_expert_parallel=options.ep,
-        max_model_len=64,
-        skip_tokenizer_init=True,
-        tensor_parallel_size=options.tp,
-    )
-    how = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
-    prompts = [{"prompt_token_ids": tokens} for tokens in PROMPTS]
-    results = engine.generate(prompts, how)
-    found = [list(result.outputs[0].token_ids) for result in results]
-    sys.stdout.write(f"TOKENS {json.dumps(found)}\n")
+    if options.ascend:
+        from tests.vllm.ascend import install
+
+        install(options.ascend)
+    for folder in options.folders:
+        engine = LLM(
+            folder,
+            dtype=options.dtype,
+            enforce_eager=True,
+            enable_expert_parallel=options.ep,
+            max_model_len=64,
+            max_logprobs=VOCABULARY,
+            skip_tokenizer_init=True,
+            tensor_parallel_size=options.tp,
+        )
+        sys.stdout.write(f"FOUND {json.dumps(describe(engine))}\n")
+        del engine
+        cleanup_dist_env_and_memory()
 
 
 if __name__ == "__main__":

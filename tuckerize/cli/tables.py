@@ -141,12 +141,15 @@ def _show_inspect(report: InspectReport) -> None:
     if report.tucker:
         facts = report.tucker
         kept = report.size.routed_parameters / facts.before.routed_parameters
+        trusted = " or trust_remote_code=True" if facts.carries_loader else ""
         rows += [
             ("decomposed from", facts.source),
             ("decomposed layers", ", ".join(map(str, facts.layers))),
             ("kept", f"{kept:.2%} of the routed parameters"),
             ("largest residual", f"{facts.largest_residual:.4f} (relative, of a stack's weights)"),
             ("sharded for", ", ".join(facts.shardings) or "nothing yet"),
+            ("transformers", f"needs 'import tuckerize'{trusted}: random experts without"),
+            ("vLLM", "needs tuckerize installed beside it"),
         ]
     _print(_table(("", ""), rows, text_columns=2))
 

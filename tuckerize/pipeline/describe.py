@@ -9,6 +9,7 @@ from tuckerize.checkpoint.reader import Checkpoint
 from tuckerize.domain import Size, coupling_name
 from tuckerize.moe.families import describe_moe
 from tuckerize.pipeline.estimate import peak_bytes, seconds
+from tuckerize.pipeline.loadable import carries_loader, check_loadable
 from tuckerize.pipeline.opened import OpenedTucker, open_tucker
 from tuckerize.pipeline.plan import Plan
 from tuckerize.pipeline.shardings import available_shardings
@@ -20,7 +21,7 @@ def inspect_model(folder: Path) -> InspectReport:
     """Describe a dense MoE checkpoint or a Tucker checkpoint.
 
     Raises:
-        CheckpointError: It is neither.
+        CheckpointError: It is neither, or engines would not load it as a whole.
     """
     checkpoint = Checkpoint.open(folder)
     announced = checkpoint.config.get("quantization_config") or {}
@@ -72,6 +73,7 @@ def describe_plan(plan: Plan) -> PlanReport:
 
 
 def _describe_tucker(tucker: OpenedTucker) -> InspectReport:
+    check_loadable(tucker)
     manifest = tucker.manifest
     layers = {tucker.family.layer_of(name) for name in tucker.checkpoint.tensors}
     return InspectReport(
@@ -91,5 +93,6 @@ def _describe_tucker(tucker: OpenedTucker) -> InspectReport:
             shardings=tuple(
                 sharding_name(tp=mesh.tp, ep=mesh.ep) for mesh in available_shardings(tucker.folder)
             ),
+            carries_loader=carries_loader(tucker),
         ),
     )

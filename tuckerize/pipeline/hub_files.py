@@ -17,7 +17,7 @@ SOURCE_CARD = "README.source.md"
 """Where the card of the source is kept."""
 
 # Not copied on, since it begins with the program's name.
-_LOADER = "tuckerize_modeling"
+LOADER = "tuckerize_modeling"
 
 _CODE = '''"""Loads this checkpoint with trust_remote_code=True, as `import tuckerize` does."""
 
@@ -63,7 +63,7 @@ def with_loader(config: dict[str, Any]) -> dict[str, Any]:
     architecture = _architecture(config)
     if architecture is None:
         return kept
-    return {**kept, "auto_map": {"AutoModelForCausalLM": f"{_LOADER}.{architecture}"}}
+    return {**kept, "auto_map": {"AutoModelForCausalLM": f"{LOADER}.{architecture}"}}
 
 
 def write_hub_files(
@@ -79,7 +79,7 @@ def write_hub_files(
     """
     architecture = _architecture(config)
     if architecture is not None:
-        write_text(output / f"{_LOADER}.py", _CODE.format(architecture=architecture))
+        write_text(output / f"{LOADER}.py", _CODE.format(architecture=architecture))
     present = source / CARD
     before = present.read_text(encoding="utf-8", errors="replace") if present.exists() else None
     if before is not None:

@@ -7,13 +7,13 @@ experts' before weights are loaded; transformers does the rest. `import tuckeriz
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -29,6 +29,8 @@ from tuckerize.runtime.experts import TuckerExperts
 _ROWS = "colwise"
 # Its style of experts modules that give partial sums.
 _PARTIAL_SUMS = "moe_tp_experts"
+# What its plans write as a star: the number of a layer, or of a matrix of a core.
+_NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 
 @register_quantization_config(METHOD)
@@ -53,29 +55,45 @@ class TuckerQuantizer(HfQuantizer):
         """Whether `save_pretrained` works: factors are ordinary tensors."""
         return True
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **_: object) -> nn.Module:
-        """Replace the experts; no tensor of the model has memory yet."""
+    def _process_model_before_weight_loading(self, model: Any, **_: object) -> Any:  # noqa: ANN401
+        """Replace the experts; no tensor of the model has memory yet.
+
+        Raises:
+            ValueError: The experts were to be shared out over processes.
+        """
+        parallel = getattr(model.config, "distributed_config", None)
+        if getattr(parallel, "enable_expert_parallel", False):
+            raise ValueError(
+                "transformers cannot share out the experts of a Tucker checkpoint over processes: "
+                "use tp_size, which splits every expert, in place of expert parallelism"
+            )
         announced: Any = self.quantization_config
         for path, groups in announced.modules.items():
             dense = model.get_submodule(path)
             model.set_submodule(path, _factored(dense, groups, announced))
+        _plan_parallel(model)
         return model
 
-    def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
-        """Tensor parallelism: every process owns some neurons of every expert.
 
-        What is behind the activation gives partial sums then, which the style that the family has
-        for the whole module adds up.
-        """
-        from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
+def _plan_parallel(model: Any) -> None:  # noqa: ANN401
+    """Tensor parallelism: every process owns some neurons of every expert.
 
-        dense = [key for key, style in plan.items() if style == _PARTIAL_SUMS]
-        for key in [k for k in plan if k.rpartition(".")[0] in dense]:
-            del plan[key]  # of parameters that the factored module does not have
-        for path, module in model.named_modules():
-            if isinstance(module, TuckerExperts):
-                names = [f"{path}.{name}" for name in _split_rows(module)]
-                plan |= {replace_layer_number_by_wildcard(name): _ROWS for name in names}
+    What is behind the activation gives partial sums then, which the style that the family has for
+    the whole module adds up. 5.14, which tells of expert parallelism only later, finds no plan for
+    it and refuses.
+    """
+    dense = [key for key, style in model._tp_plan.items() if style == _PARTIAL_SUMS]
+    kept = {
+        key: style for key, style in model._tp_plan.items() if key.rpartition(".")[0] not in dense
+    }
+    own = {
+        _NUMBER.sub(".*", f"{path}.{name}"): _ROWS
+        for path, module in model.named_modules()
+        if isinstance(module, TuckerExperts)
+        for name in _split_rows(module)
+    }
+    model._tp_plan = own | kept  # 5.14 takes the first rule that a name begins with
+    model._ep_plan = {}
 
 
 def _split_rows(module: TuckerExperts) -> list[str]:

@@ -22,7 +22,9 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from tuckerize.domain import Projection
 from tuckerize.runtime.announced import METHOD, check_format
+from tuckerize.runtime.ascend import AscendMoEMethod, dense_method
 from tuckerize.runtime.experts import ACTIVATIONS, SHARED_U_I, TuckerExperts
+from tuckerize.runtime.latent import LatentKernel
 from tuckerize.runtime.worker import WorkerGroup
 
 # Some of vLLM's models rename whatever has the name of a dense projection in it.
@@ -79,17 +81,25 @@ class TuckerConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not ins
             }
         )
 
-    def get_quant_method(self, layer: nn.Module, prefix: str, **_: object) -> Any:  # noqa: ANN401
+    def get_quant_method(self, layer: Any, prefix: str, **ascend: Any) -> Any:  # noqa: ANN401
         """How a layer computes; None as the engine's own, for all that is not factored.
 
-        vllm-ascend passes more than vLLM does.
+        Args:
+            layer: The layer.
+            prefix: Its name.
+            **ascend: What vllm-ascend passes for its MoE layers, and vLLM does not: `tid2eid`.
         """
         if isinstance(layer, LinearBase):
             return UnquantizedLinearMethod()
-        groups = self.announced["modules"].get(prefix)
-        if groups is None or not hasattr(layer, "moe_config"):
+        if not hasattr(layer, "moe_config"):
             return None
-        return TuckerMoEMethod(layer.moe_config, groups, self.announced)
+        groups = self.announced["modules"].get(prefix)
+        if groups is None:
+            return dense_method(layer.moe_config, **ascend) if ascend else None
+        method = getattr(layer, "quant_method", None)  # it has one where it is asked again
+        if not isinstance(method, TuckerMoEMethod):
+            method = TuckerMoEMethod(layer.moe_config, groups, self.announced)
+        return AscendMoEMethod(method) if ascend else method
 
 
 class TuckerMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
@@ -111,6 +121,7 @@ class TuckerMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         self.groups = groups
         self.group_size: int = announced["group_size"]
         self.joint: str | None = announced["joint"]
+        self.kernel = LatentKernel.find(moe, groups, self.joint)
         self.waiting: set[str] = set()
         self.experts: TuckerExperts | None = None
 
@@ -149,7 +160,12 @@ class TuckerMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
                 "expert-parallel workers: use another number of them, or one group a layer"
             )
         self.experts = TuckerExperts(
-            [group.empty(params_dtype) for group in groups.values()],
+            [
+                self.kernel.empty(layer, group, params_dtype)
+                if self.kernel
+                else group.empty(params_dtype)
+                for group in groups.values()
+            ],
             group_size=sizes.pop(),
             activation=ACTIVATIONS[layer.activation.value],
         )
@@ -207,6 +223,11 @@ class TuckerMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         """
         if self.waiting:
             raise ValueError(f"{layer.layer_name} lacks {', '.join(sorted(self.waiting))}")
+        if self.kernel and self.experts:
+            self.kernel.method.process_weights_after_loading(layer)
+            for projection in Projection:  # the kernel has them in its own order
+                core: Any = self.experts.groups[0].stack(projection).core
+                core.data = core.new_empty(0)
 
     def apply(
         self,
@@ -222,6 +243,10 @@ class TuckerMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             topk_ids = layer.expert_map[topk_ids.long()]
         if self.experts is None:
             raise TypeError("the layer has no weights")
+        if self.kernel:
+            [group] = self.experts.groups
+            ends: Any = [group.hidden_factor(end) for end in (Projection.GATE, Projection.DOWN)]
+            return self.kernel.apply(layer, x, (topk_weights, topk_ids), ends)
         output: Tensor = self.experts(x, topk_ids, topk_weights)
         return output
 
