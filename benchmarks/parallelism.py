@@ -1,7 +1,8 @@
 """Every layout on every mesh, checked: the tables of docs/parallelism.md.
 
 Runs the cases of tests/distributed/layer_cases.py under torchrun, and `verify` on the shipped
-model, sharded for every mesh. With `--write` it replaces the tables of the document.
+model, sharded for every mesh, on the CPU and on the stand-in NPU of tests/npu. With `--write` it
+replaces the tables of the document.
 
     python -m benchmarks.parallelism --write
 """
@@ -10,12 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
+
+from tests.npu.installing import STANDIN, installed
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "parallelism.md"
@@ -83,6 +87,9 @@ def verify_table() -> str:
     """What `verify` reports of the shipped model on every mesh."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
+        # Processes have NPUs from now on; fallbacks to the CPU are errors.
+        os.environ["PYTHONPATH"] = installed(Path(folder), package=STANDIN)
+        os.environ["TORCH_NPU_FALLBACK_CPU_DISABLE"] = "1"
         out = Path(folder) / "out"
         size = ("--keep", "0.75", "--joint", "gate_up")
         run("tuckerize", "decompose", "--model", MODEL, *size, "--output", out)
@@ -93,10 +100,13 @@ def verify_table() -> str:
                 run("tuckerize", "shard", out, *sizes, "--overwrite")
                 command = ("-m", "tuckerize", "verify", out, *sizes, "--cp", cp, "--json")
                 for option in [(), ("--sequence-parallel",)][: 1 + (tp != "1")]:
-                    report = json.loads(torchrun(processes, *command, *option))
-                    rows.append((" ".join((*sizes, "--cp", cp, *option)), *verdict(report)))
-    header = ("options", "layout", "sharded vs unsharded", "sent", "predicted", "dense", "")
-    return table(header, rows)
+                    for device in ("cpu", "npu"):
+                        own = ("--device", device)
+                        report = json.loads(torchrun(processes, *command, *option, *own))
+                        options = " ".join((*sizes, "--cp", cp, *option))
+                        rows.append((options, device, *verdict(report)))
+    header = ("options", "device", "layout", "sharded vs unsharded", "sent", "predicted", "dense")
+    return table((*header, ""), rows)
 
 
 def verdict(report: dict[str, Any]) -> tuple[str, ...]:
@@ -117,15 +127,21 @@ def replace_between(text: str, name: str, content: str) -> str:
     return f"{before}{start}{content}{end}{after}"
 
 
+TABLES = {"layers": layer_table, "verify": verify_table}
+
+
 def main() -> None:
     """Run everything and print the tables, or write them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="replace the tables of the document")
-    write = parser.parse_args().write
-    for name, content in (("layers", layer_table()), ("verify", verify_table())):
-        print(content)
-        if write:
-            DOCUMENT.write_text(replace_between(DOCUMENT.read_text(), name, content))
+    parser.add_argument("--only", choices=TABLES, help="one of the tables")
+    options = parser.parse_args()
+    for name, make in TABLES.items():
+        if options.only in (None, name):
+            content = make()
+            print(content)
+            if options.write:
+                DOCUMENT.write_text(replace_between(DOCUMENT.read_text(), name, content))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.npu.conftest import installed
+from tests.npu.installing import installed
 from tests.running import run
 from tests.tiny_models import add_tokenizer, make_tiny_model, write_text
 
