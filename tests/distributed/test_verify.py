@@ -48,7 +48,8 @@ def test_verify_untouched_shards_passes(processes: int, tucker: Path) -> None:
         assert 0 < layer["output_error"] < 1.5
         assert layer["residual_difference"] < 1e-6
     stages = [line.partition(" s: ")[2] for line in result.stderr.splitlines() if " s: " in line]
-    assert stages[:3] == ["files: sizes and hashes", "layer 1: reference", "layer 1: shards"]
+    steps = [f"layer 1: {step}" for step in ("reference", "load", "shards")]
+    assert stages[:4] == ["files: sizes and hashes", *steps]
 
 
 def test_verify_on_a_mesh_passes_and_counts_what_was_predicted(tucker: Path) -> None:

@@ -56,7 +56,10 @@ def gather_moments(
         tokens: Tokens of the layer.
         activation: Between gate and up.
     """
-    hidden, neurons, gates, ups, routed = [], [], [], [], []
+    experts, neurons, hidden = group.shape
+    hidden_EII = tokens.x_TI.new_empty(experts, hidden, hidden)
+    neurons_EHH = tokens.x_TI.new_empty(experts, neurons, neurons)
+    gates, ups, routed = [], [], []
     output_TI = tokens.x_TI.new_zeros(tokens.x_TI.shape)
     for place, expert in enumerate(group.experts):
         own = tokens.of_expert(expert, least=group.shape.intermediate)
@@ -64,8 +67,8 @@ def gather_moments(
         found = _neurons(own.x_NI, gate_HI, up_HI, activation)
         weight_N1 = own.weights_N[:, None]
         weighted_NI, weighted_NH = weight_N1 * own.x_NI, weight_N1 * found.h_NH
-        hidden.append(weighted_NI.T @ weighted_NI)
-        neurons.append(weighted_NH.T @ weighted_NH)
+        torch.mm(weighted_NI.T, weighted_NI, out=hidden_EII[place])
+        torch.mm(weighted_NH.T, weighted_NH, out=neurons_EHH[place])
         row_norms_H = down_HI.square().sum(1)
         # The moments hold the weights already; sensitivities are means over tokens without them.
         gates.append(found.by_gate_NH.square().mean(0) * row_norms_H)
@@ -74,8 +77,8 @@ def gather_moments(
         result_NI = weighted_NH[: own.routed] @ down_HI
         output_TI.index_add_(0, own.places_N[: own.routed], result_NI)
     return GroupMoments(
-        hidden_EII=torch.stack(hidden),
-        neurons_EHH=torch.stack(neurons),
+        hidden_EII=hidden_EII,
+        neurons_EHH=neurons_EHH,
         gate_sensitivity_EH=torch.stack(gates),
         up_sensitivity_EH=torch.stack(ups),
         output_II=output_TI.T @ output_TI,

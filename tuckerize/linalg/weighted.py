@@ -66,8 +66,9 @@ def floored(moments_ENN: Tensor) -> Tensor:
     """
     mean_E = moments_ENN.diagonal(dim1=-2, dim2=-1).mean(-1)
     added_E = torch.where(mean_E > 0, EIGENVALUE_FLOOR * mean_E, torch.ones_like(mean_E))
-    identity = torch.eye(moments_ENN.shape[-1], dtype=moments_ENN.dtype, device=moments_ENN.device)
-    return moments_ENN + added_E[:, None, None] * identity
+    result = moments_ENN.clone()
+    result.diagonal(dim1=-2, dim2=-1).add_(added_E[:, None])
+    return result
 
 
 def weighted_tucker(
@@ -265,9 +266,11 @@ def _least_squares(gram_NN: Tensor, right_NK: Tensor) -> Tensor:
 
 
 def _solve(grams_ENN: Tensor, right_ENK: Tensor) -> Tensor:
-    """Solve well-conditioned systems, one an expert, in float64."""
-    solution: Tensor = torch.linalg.solve(in_float64(grams_ENN), in_float64(right_ENK))
-    return solution.to(right_ENK)
+    """Solve well-conditioned systems in float64, one expert after another: they are large."""
+    solution = torch.empty_like(right_ENK)
+    for own_NK, gram_NN, right_NK in zip(solution, grams_ENN, right_ENK, strict=True):
+        own_NK.copy_(torch.linalg.solve(in_float64(gram_NN), in_float64(right_NK)))
+    return solution
 
 
 def _conjugate_gradients(
