@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ from hypothesis import settings
 # The tensors of tests are small. With several threads each product waits for all of them, for a
 # whole time slice of the scheduler where another process holds a core.
 torch.set_num_threads(1)
+
+# A shell ignores Ctrl-C for what it starts in the background, and so would all that is tested.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A busy machine must not fail a test by its time.
 settings.register_profile("tuckerize", deadline=None)
