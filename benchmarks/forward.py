@@ -36,7 +36,6 @@ DENSE = ("eager", "batched_mm", "grouped_mm")
 # Gathers the weights of every token's experts: for more tokens than this it is out of the question.
 BATCHED_TOKENS = 32
 KEEPS = (0.75, 0.5)
-BATCHES = (1, 8, 32)
 PROMPT = 128
 
 Call = Callable[[], object]
@@ -224,9 +223,9 @@ class Contest:
     def _methods(self, tokens: int) -> list[str]:
         return [m for m in self.keeps if m != "batched_mm" or tokens <= BATCHED_TOKENS]
 
-    def rows(self, runs: int, dtype: torch.dtype) -> Iterator[Row]:
+    def rows(self, batches: Iterable[int], runs: int, dtype: torch.dtype) -> Iterator[Row]:
         """Measure everything."""
-        for batch in BATCHES:
+        for batch in batches:
             prompts = batch * PROMPT
             yield from self._rows("layer", "decode", batch, self.layer_calls(batch, dtype), runs)
             yield from self._rows("layer", "prefill", batch, self.layer_calls(prompts, dtype), runs)
@@ -260,6 +259,7 @@ def main() -> None:
     """Measure, print, and write the results if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="sequences")
     parser.add_argument("--layers", type=int, default=1, help="layers of the whole model")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
@@ -269,7 +269,8 @@ def main() -> None:
     torch.manual_seed(0)
     dtype = getattr(torch, options.dtype)
     with torch.inference_mode():
-        rows = list(_shown(Contest(dtype, options.layers).rows(options.runs, dtype)))
+        contest = Contest(dtype, options.layers)
+        rows = list(_shown(contest.rows(options.batches, options.runs, dtype)))
     if options.write:
         about = {
             "torch": torch.__version__,
