@@ -79,8 +79,9 @@ def peak_bytes(plan: Plan) -> int:
 def _layer_bytes(plan: Plan, piece: LayerPiece) -> int:
     """Largest sum of what lives at once while a layer is calibrated, on host and device together.
 
-    The dense layer and the tokens stay in float32; beside them the moments and their elimination
-    in float64, or the refinement's parameters, start, gradients and two moments of Adam.
+    The dense layer and the tokens stay in float32; beside them the moments and the weighted least
+    squares of gate and up (some twelve copies of a stack, two of the moments), or the refinement's
+    parameters, start, gradients and two moments of Adam.
     """
     settings = plan.recipe.calibration
     if settings is None:
@@ -89,9 +90,9 @@ def _layer_bytes(plan: Plan, piece: LayerPiece) -> int:
     dense = len(Projection) * plan.model.shape.parameters * _WORK_BYTES
     states = settings.tokens * hidden * _WORK_BYTES
     moments = experts * (hidden**2 + neurons**2) * _WORK_BYTES
-    elimination = experts * (3 * neurons**2 + 2 * neurons * hidden) * 2 * _WORK_BYTES
+    least_squares = experts * (12 * neurons * hidden + 2 * hidden**2) * _WORK_BYTES
     refinement = 5 * plan.stored_parameters(piece) * _WORK_BYTES
-    return dense + 5 * states + max(moments + elimination, refinement)
+    return dense + 5 * states + max(moments + least_squares, refinement)
 
 
 def seconds(plan: Plan) -> float:
