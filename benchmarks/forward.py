@@ -22,16 +22,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+from transformers import DeepseekV2ForCausalLM
 from transformers.cache_utils import DynamicCache
 
 import tuckerize
+from benchmarks.full_width import EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, lite_config
 from tuckerize.domain import Projection
 from tuckerize.runtime.announced import group_shapes
 from tuckerize.runtime.experts import ACTIVATIONS, TuckerExperts
 
 RESULTS = Path(__file__).parent / "results" / "forward.json"
-EXPERTS, INTERMEDIATE, HIDDEN, TOP_K = 64, 1408, 2048, 6
 DENSE = ("eager", "batched_mm", "grouped_mm")
 # Gathers the weights of every token's experts: for more tokens than this it is out of the question.
 BATCHED_TOKENS = 32
@@ -113,24 +113,7 @@ def tucker_experts(shape: Shape, dtype: torch.dtype) -> TuckerExperts:
 
 def dense_model(layers: int, dtype: torch.dtype) -> Any:  # noqa: ANN401
     """A DeepSeek-V2 of the real width with few layers, all of them of experts."""
-    config = DeepseekV2Config(
-        vocab_size=2048,
-        hidden_size=HIDDEN,
-        moe_intermediate_size=INTERMEDIATE,
-        n_routed_experts=EXPERTS,
-        n_shared_experts=2,
-        num_experts_per_tok=TOP_K,
-        num_hidden_layers=layers,
-        first_k_dense_replace=0,
-        num_attention_heads=16,
-        num_key_value_heads=16,
-        q_lora_rank=None,
-        kv_lora_rank=512,
-        qk_nope_head_dim=128,
-        qk_rope_head_dim=64,
-        v_head_dim=128,
-        topk_method="greedy",
-    )
+    config = lite_config(layers, dense_layers=0)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     model: Any = DeepseekV2ForCausalLM(config)

@@ -52,12 +52,9 @@ class Step:
     peak_gib: float
 
 
-def write_checkpoint(folder: Path, layers: int) -> None:
-    """Write a model of the real width and few layers, with random weights, by transformers.
-
-    Only its vocabulary is small: it is that of the shipped example, whose tokenizer it gets.
-    """
-    config = DeepseekV2Config(
+def lite_config(layers: int, *, dense_layers: int) -> DeepseekV2Config:
+    """DeepSeek-V2-Lite with few layers, the first of them dense, and the example's vocabulary."""
+    return DeepseekV2Config(
         vocab_size=2048,
         hidden_size=HIDDEN,
         intermediate_size=10944,
@@ -65,8 +62,8 @@ def write_checkpoint(folder: Path, layers: int) -> None:
         n_routed_experts=EXPERTS,
         n_shared_experts=2,
         num_experts_per_tok=TOP_K,
-        num_hidden_layers=layers + 1,
-        first_k_dense_replace=1,
+        num_hidden_layers=layers,
+        first_k_dense_replace=dense_layers,
         num_attention_heads=16,
         num_key_value_heads=16,
         q_lora_rank=None,
@@ -78,6 +75,14 @@ def write_checkpoint(folder: Path, layers: int) -> None:
         routed_scaling_factor=1.0,
         dtype=torch.bfloat16,
     )
+
+
+def write_checkpoint(folder: Path, layers: int) -> None:
+    """Write a model of the real width and few layers, with random weights, by transformers.
+
+    Only its vocabulary is small: it is that of the shipped example, whose tokenizer it gets.
+    """
+    config = lite_config(layers + 1, dense_layers=1)
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     model: Any = DeepseekV2ForCausalLM(config)

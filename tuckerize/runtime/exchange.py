@@ -185,7 +185,7 @@ class SendToExperts(Step):
     experts: int
 
     def send(self, tokens: Tokens) -> tuple[Tokens, WayBack]:
-        """Exchange rows, after their numbers; sorts on the host, like `assign`."""
+        """Exchange rows, after their numbers, which the host has to know."""
         device = tokens.experts_Tk.device
         owners_Tk = tokens.experts_Tk.cpu().div(self.experts, rounding_mode="floor")
         goes_PT = (owners_Tk == torch.arange(self.axis.size).view(-1, 1, 1)).any(2)
