@@ -95,7 +95,7 @@ class Calibration(_Schema):
     texts: Annotated[tuple[str, ...], Field(min_length=1)]
     tokens: Annotated[int, Field(ge=1)] = 65536
     window: Annotated[int, Field(ge=2)] = 512
-    random_share: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    random_share: Annotated[float, Field(ge=0, lt=1)] = 0.5
     sequential: bool = True
     shape: Literal["auto", "latent", "neurons", "full"] = "auto"
     allocate: Literal["error", "uniform"] = "error"

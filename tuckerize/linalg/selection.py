@@ -94,7 +94,7 @@ class Elimination:
         Each expert has its own width: those whose neurons cost more keep more.
 
         Args:
-            width: Mean width; a multiple of `multiple`.
+            width: Mean width; `multiple` divides the neurons of all experts together.
             multiple: Every width is a multiple of this.
             equal: All experts are equally wide.
         """

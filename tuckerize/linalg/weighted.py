@@ -23,6 +23,8 @@ EIGENVALUE_FLOOR = 1e-6
 """Eigenvalues of a second moment below this share of the largest are raised to it."""
 
 _CONJUGATE_GRADIENT_STEPS = 10
+# With the preconditioner of U_I more of them change nothing before the next sweep does.
+_HIDDEN_FACTOR_STEPS = 2
 _CONJUGATE_GRADIENT_TOLERANCE = 1e-9
 
 
@@ -77,7 +79,7 @@ def weighted_tucker(
     rank: MultilinearRank,
     *,
     max_sweeps: int = 10,
-    tolerance: float = 1e-3,
+    tolerance: float = 5e-3,
 ) -> WeightedDecomposition:
     """Approximate expert stacks so that their products with the experts' inputs are right.
 
@@ -104,30 +106,11 @@ def weighted_tucker(
     check_rank(rank, shape, coupled=len(stacks))
     if rank == MultilinearRank(*shape):
         return WeightedDecomposition(tuple(TuckerFactors(stack) for stack in stacks), (0.0,))
-    dtype, unit = stacks[0].dtype, power_of_two_unit(*stacks)
+    unit = power_of_two_unit(*stacks)
     if unit != 1.0:
         stacks = [stack * unit for stack in stacks]
-    pooled_II = moments_EII.sum(0)
-    root_II, inverse_II = (root.to(stacks[0]) for root in matrix_roots(pooled_II))
-    # HOOI goes over to float64 where it finds next to no residual.
-    whitened = hooi([stack @ root_II for stack in stacks], rank)
-    start = [factors.to(dtype, stacks[0].device) for factors in whitened.tensors]
-    if rank.hidden == shape.hidden:
-        tensors = [
-            TuckerFactors(factors.core @ inverse_II, factors.U_E, factors.U_H) for factors in start
-        ]
-        shared = None
-    else:
-        # The factor of the whitened stack, taken back to the stack's own inputs, orthonormalised.
-        whitened_IR = start[0].U_I
-        if whitened_IR is None:
-            raise TypeError("a truncated mode has a factor")
-        shared, mixing_RR = orthonormalised(inverse_II @ whitened_IR)
-        tensors = [
-            TuckerFactors(factors.core @ mixing_RR.T, factors.U_E, factors.U_H, shared)
-            for factors in start
-        ]
-    problem = _Problem(stacks, floored(moments_EII.to(dtype)))
+    tensors = _whitened_hooi(stacks, moments_EII.sum(0), rank)
+    problem = _Problem(stacks, floored(moments_EII.to(stacks[0].dtype)))
     errors = [problem.error(tensors)]
     for _ in range(max_sweeps):
         better = problem.sweep(tensors)
@@ -143,12 +126,37 @@ def weighted_tucker(
     return WeightedDecomposition(tuple(tensors), tuple(errors))
 
 
+def _whitened_hooi(
+    stacks: list[Tensor], pooled_II: Tensor, rank: MultilinearRank
+) -> list[TuckerFactors]:
+    """The best for inputs that are alike for all experts, up to what HOOI finds."""
+    root_II, inverse_II = (root.to(stacks[0]) for root in matrix_roots(pooled_II))
+    # HOOI goes over to float64 where it finds next to no residual.
+    whitened = [
+        factors.to(stacks[0].dtype, stacks[0].device)
+        for factors in hooi([stack @ root_II for stack in stacks], rank).tensors
+    ]
+    whitened_IR = whitened[0].U_I
+    if whitened_IR is None:
+        return [
+            TuckerFactors(factors.core @ inverse_II, factors.U_E, factors.U_H)
+            for factors in whitened
+        ]
+    # The factor of the whitened stack, taken back to the stack's own inputs, orthonormalised.
+    shared_IR, mixing_RR = orthonormalised(inverse_II @ whitened_IR)
+    return [
+        TuckerFactors(factors.core @ mixing_RR.T, factors.U_E, factors.U_H, shared_IR)
+        for factors in whitened
+    ]
+
+
 class _Problem:
     """The stacks and moments of one weighted least-squares problem."""
 
     def __init__(self, stacks: list[Tensor], moments_EII: Tensor) -> None:
         self.stacks = stacks
         self.moments_EII = moments_EII
+        self.pooled_inverse_II: Tensor = torch.linalg.inv(in_float64(moments_EII.sum(0)))
         self.weighted = [stack @ moments_EII for stack in stacks]
         self.total = sum(
             float((stack * weighted).sum())
@@ -183,7 +191,10 @@ class _Problem:
         ]
 
     def _hidden_factor(self, tensors: list[TuckerFactors], start_IR: Tensor) -> Tensor:
-        """U_I by conjugate gradients on Σ_e Σ_e U (C_eᵀ C_e) = Σ_e Σ_e X_eᵀ U_H C_e."""
+        """U_I by conjugate gradients on Σ_e Σ_e U (C_eᵀ C_e) = Σ_e Σ_e X_eᵀ U_H C_e.
+
+        Preconditioned by what would solve it if all experts had the same moment.
+        """
         right_IR = torch.zeros_like(start_IR)
         grams_ERR = start_IR.new_zeros((len(self.moments_EII), *[start_IR.shape[1]] * 2))
         for weighted_EHI, factors in zip(self.weighted, tensors, strict=True):
@@ -199,7 +210,16 @@ class _Problem:
                 result += moment_II @ U_IR @ gram_RR
             return result
 
-        return _conjugate_gradients(normal, right_IR, start_IR)
+        pooled_RR = in_float64(floored(grams_ERR.sum(0)[None])[0])
+        inverse_RR: Tensor = torch.linalg.inv(pooled_RR)
+
+        def precondition(residual_IR: Tensor) -> Tensor:
+            solved_IR = self.pooled_inverse_II @ in_float64(residual_IR) @ inverse_RR
+            return solved_IR.to(residual_IR)
+
+        return _conjugate_gradients(
+            normal, right_IR, start_IR, steps=_HIDDEN_FACTOR_STEPS, precondition=precondition
+        )
 
 
 def _update_stack(factors: TuckerFactors, target_EHR: Tensor, small_ERR: Tensor) -> TuckerFactors:
@@ -274,15 +294,21 @@ def _solve(grams_ENN: Tensor, right_ENK: Tensor) -> Tensor:
 
 
 def _conjugate_gradients(
-    normal: Callable[[Tensor], Tensor], right: Tensor, start: Tensor
+    normal: Callable[[Tensor], Tensor],
+    right: Tensor,
+    start: Tensor,
+    *,
+    steps: int = _CONJUGATE_GRADIENT_STEPS,
+    precondition: Callable[[Tensor], Tensor] = torch.clone,
 ) -> Tensor:
     """Solve normal(Z) = right from a start; every step lowers the quadratic that it belongs to."""
     solution = start.clone()
     residual = right - normal(solution)
-    direction = residual.clone()
-    squared = float((residual * residual).sum())
-    enough = _CONJUGATE_GRADIENT_TOLERANCE * float((right * right).sum())
-    for _ in range(_CONJUGATE_GRADIENT_STEPS):
+    conditioned = precondition(residual)
+    direction = conditioned
+    squared = float((residual * conditioned).sum())
+    enough = _CONJUGATE_GRADIENT_TOLERANCE * float((right * precondition(right)).sum())
+    for _ in range(steps):
         if squared <= enough:
             break
         applied = normal(direction)
@@ -292,6 +318,7 @@ def _conjugate_gradients(
         step = squared / curvature
         solution += step * direction
         residual -= step * applied
-        before, squared = squared, float((residual * residual).sum())
-        direction = residual + (squared / before) * direction
+        conditioned = precondition(residual)
+        before, squared = squared, float((residual * conditioned).sum())
+        direction = conditioned + (squared / before) * direction
     return solution

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,8 @@ Array = npt.NDArray[np.float64]
 
 # Steps of the core size of the expert mode.
 _EXPERT_STEPS = 16
+# Units in which what the smallest sizes leave of a budget is shared out.
+_UNITS = 16384
 # A layer to which the prediction seems not to listen at all still counts a little.
 _LEAST_SENSITIVITY = 1e-12
 
@@ -110,17 +111,16 @@ def allocate(
 ) -> list[Choice]:
     """Sizes of all layers within `keep` of their dense parameters.
 
-    The damage of a layer is its predicted error times its sensitivity. Along the convex hull of
-    every layer's frontier the cheapest reduction of damage is bought first, over all layers, until
-    the budget is spent (a Lagrangian allocation); one more step, of any layer, uses what is left.
-    A larger budget never has more predicted damage; the whole budget leaves all layers dense.
+    The damage of a layer is its predicted error times its sensitivity. The sum over all layers is
+    the least that the budget allows, up to the rounding of parameter counts to 1/16384 of it. A
+    larger budget never has more predicted damage; the whole budget leaves all layers dense.
 
     Args:
         profiles: Curves of the layers.
         shape: Sizes (E, H, I) of one group's stack.
         groups: Groups in a layer.
         keep: Kept share of the dense parameters of these layers, in (0, 1].
-        multiples: Truncated widths and hidden core sizes are multiples of these.
+        multiples: Truncated widths of experts and hidden core sizes are multiples of these.
         allowed: `latent` truncates the hidden mode only, `neurons` the width only, `full` all three
             modes of every stack; `auto` takes for each layer a width with a latent, or `full`.
         how: `uniform` gives every layer the same share.
@@ -130,16 +130,18 @@ def allocate(
         UsageError: The budget does not pay for the smallest sizes.
 
     Source:
-        Shoham & Gersho 1988 (Lagrangian bit allocation).
+        The multiple-choice knapsack problem (Kellerer, Pferschy & Pisinger 2004, chapter 11).
     """
     check_keep(shape, groups=groups, keep=keep, multiples=multiples, allowed=allowed)
     if equal_widths:
         profiles = [replace(p, selection_H=p.equal_selection_H) for p in profiles]
-    frontiers = [_frontier(p, shape, groups, multiples, allowed) for p in profiles]
+    # Widths of experts are multiples; their mean need not be one.
+    step = multiples[0] // (1 if equal_widths else math.gcd(multiples[0], shape.experts))
+    frontiers = [_frontier(p, shape, groups, multiples, step, allowed) for p in profiles]
     dense = _dense_parameters(shape, groups)
     if how == "uniform":
         return [f.choice(f.best_within(math.floor(keep * dense))) for f in frontiers]
-    return _lagrangian(frontiers, math.floor(keep * dense * len(profiles)))
+    return _least_damage(frontiers, math.floor(keep * dense * len(profiles)))
 
 
 def check_keep(
@@ -157,7 +159,7 @@ def check_keep(
     """
     least = np.inf
     if allowed != "full":
-        least = _latent_grid(shape, multiples, allowed)[1].min()
+        least = _latent_grid(shape, multiples, multiples[0], allowed)[1].min()
     if allowed in ("auto", "full"):
         smallest = sum(_tucker_grid(shape, multiples, coupled=n)[1].min() for n in (1, 2))
         least = min(least, smallest)
@@ -170,38 +172,39 @@ def check_keep(
         )
 
 
-def _lagrangian(frontiers: list[_Frontier], budget: float) -> list[Choice]:
-    steps = []
-    for layer, frontier in enumerate(frontiers):
-        damages = frontier.errors * frontier.sensitivity
-        hull = _lower_hull(frontier.parameters, damages)
-        steepest = -math.inf
-        for before, after in itertools.pairwise(hull):
-            cost = frontier.parameters[after] - frontier.parameters[before]
-            gain = damages[before] - damages[after]
-            # Rounding must not put a step in front of the one that it follows.
-            steepest = max(steepest, -gain / cost)
-            steps.append((steepest, layer, after, cost))
-    places = [0] * len(frontiers)
+def _least_damage(frontiers: list[_Frontier], budget: float) -> list[Choice]:
+    """Dynamic programming over the budget, layer by layer.
+
+    Units do not depend on the budget and costs are rounded up to them, so that what fits a budget
+    fits a larger one as well.
+    """
     left = budget - sum(frontier.parameters[0] for frontier in frontiers)
-    for _, layer, place, cost in sorted(steps):
-        if cost > left:
-            break
-        places[layer] = place
-        left -= cost
-    _spend_rest(frontiers, places, left)
-    return [frontier.choice(place) for frontier, place in zip(frontiers, places, strict=True)]
-
-
-def _spend_rest(frontiers: list[_Frontier], places: list[int], left: float) -> None:
-    """Make the one step within what is left that lowers the damage most."""
-    best = (0.0, 0, 0)
-    for layer, (frontier, place) in enumerate(zip(frontiers, places, strict=True)):
-        better = frontier.best_within(frontier.parameters[place] + left)
-        gain = (frontier.errors[place] - frontier.errors[better]) * frontier.sensitivity
-        best = max(best, (float(gain), layer, better))
-    if best[0] > 0:
-        places[best[1]] = best[2]
+    most = sum(frontier.parameters[-1] - frontier.parameters[0] for frontier in frontiers)
+    if most <= left:
+        return [frontier.choice(len(frontier.parameters) - 1) for frontier in frontiers]
+    unit = max(1.0, most / _UNITS)
+    units = int(left // unit)
+    least = np.zeros(units + 1)  # damage of the layers so far, by what they may cost together
+    tables = []
+    for frontier in frontiers:
+        costs = np.ceil((frontier.parameters - frontier.parameters[0]) / unit).astype(int)
+        with_own = np.full(units + 1, np.inf)
+        places = np.zeros(units + 1, dtype=int)
+        useful = np.append(np.diff(costs) > 0, True) & (costs <= units)
+        for place in np.flatnonzero(useful).tolist():
+            cost = costs[place]
+            total = least[: units + 1 - cost] + frontier.errors[place] * frontier.sensitivity
+            better = total < with_own[cost:]
+            with_own[cost:][better] = total[better]
+            places[cost:][better] = place
+        least = with_own
+        tables.append((costs, places))
+    choices = []
+    for frontier, (costs, places) in zip(reversed(frontiers), reversed(tables), strict=True):
+        place = int(places[units])
+        choices.append(frontier.choice(place))
+        units -= int(costs[place])
+    return choices[::-1]
 
 
 def _frontier(
@@ -209,11 +212,12 @@ def _frontier(
     shape: StackShape,
     groups: int,
     multiples: tuple[int, int],
+    width_step: int,
     allowed: Shape,
 ) -> _Frontier:
     points = []
     if allowed != "full":
-        points.append(_latent_points(profile, shape, multiples, allowed))
+        points.append(_latent_points(profile, shape, multiples, width_step, allowed))
     if allowed in ("auto", "full"):
         points.append(_full_points(profile, shape, multiples))
     sizes, parameters, errors = _undominated(*map(np.concatenate, zip(*points, strict=True)))
@@ -222,10 +226,14 @@ def _frontier(
 
 
 def _latent_points(
-    profile: LayerProfile, shape: StackShape, multiples: tuple[int, int], allowed: Shape
+    profile: LayerProfile,
+    shape: StackShape,
+    multiples: tuple[int, int],
+    width_step: int,
+    allowed: Shape,
 ) -> _Points:
     """Widths with truncated hidden modes."""
-    sizes, parameters = _latent_grid(shape, multiples, allowed)
+    sizes, parameters = _latent_grid(shape, multiples, width_step, allowed)
     widths, gate_up, down = np.unique(sizes[:, 0]), np.unique(sizes[:, 3]), np.unique(sizes[:, 6])
     table = profile.errors(widths, gate_up, down)
     errors = table[
@@ -237,10 +245,10 @@ def _latent_points(
 
 
 def _latent_grid(
-    shape: StackShape, multiples: tuple[int, int], allowed: Shape
+    shape: StackShape, multiples: tuple[int, int], width_step: int, allowed: Shape
 ) -> tuple[Array, Array]:
-    """Sizes of all widths with truncated hidden modes, and the numbers that a group stores."""
-    widths = _steps(shape.intermediate, multiples[0], truncate=allowed != "latent")
+    """Sizes of all mean widths with truncated hidden modes, and the numbers that a group stores."""
+    widths = _steps(shape.intermediate, multiples[0], truncate=allowed != "latent", step=width_step)
     hidden = _steps(shape.hidden, multiples[1], truncate=allowed != "neurons")
     grid = np.meshgrid(widths, hidden, hidden, indexing="ij")
     neurons, gate_up, down = (axis.reshape(-1) for axis in grid)
@@ -332,21 +340,8 @@ def _sizes(row: Array) -> Sizes:
     return Sizes(neurons, MultilinearRank(*cores[:3]), MultilinearRank(*cores[3:]))
 
 
-def _steps(size: int, multiple: int, *, truncate: bool) -> Array:
-    """Multiples below a size, and the size itself."""
-    below = list(range(multiple, size, multiple)) if truncate else []
+def _steps(size: int, multiple: int, *, truncate: bool, step: int = 0) -> Array:
+    """Multiples below a size, in finer steps if asked for, and the size itself."""
+    stop = min(size, size // multiple * multiple + 1)
+    below = list(range(multiple, stop, step or multiple)) if truncate else []
     return np.array([*below, size], dtype=np.float64)
-
-
-def _lower_hull(x: Array, y: Array) -> list[int]:
-    """Indices of the lower convex hull of points with ascending x and descending y."""
-    hull: list[int] = []
-    for index in range(len(x)):
-        while len(hull) >= 2:
-            first, second = hull[-2], hull[-1]
-            turn = (x[second] - x[first]) * (y[index] - y[first])
-            if turn > (y[second] - y[first]) * (x[index] - x[first]):
-                break
-            hull.pop()
-        hull.append(index)
-    return hull

@@ -15,9 +15,11 @@ from tests.cases import Kind, make_stack, naive_expansion
 from tuckerize.domain import Mode, MultilinearRank, StackShape
 from tuckerize.errors import MultilinearRankError, NonFiniteError
 from tuckerize.linalg.hooi import hooi, is_reachable
+from tuckerize.linalg.tucker import TuckerFactors
 from tuckerize.linalg.weighted import (
     EIGENVALUE_FLOOR,
     WeightedDecomposition,
+    _Problem,
     floored,
     matrix_roots,
     weighted_tucker,
@@ -234,6 +236,29 @@ def test_stack_with_nan_and_impossible_rank_are_refused() -> None:
     stacks[0][1, 2, 3] = math.nan
     with pytest.raises(NonFiniteError):
         weighted_tucker(stacks, make_moments(5, 8), SMALL)
+
+
+@pytest.mark.parametrize("decay", [0.0, 3.0])
+def test_hidden_factor_is_nearly_the_solution_of_its_normal_equations(decay: float) -> None:
+    """The oracle writes them down as one large system."""
+    stacks, moments = make_stacks(2), floored(make_moments(5, 8, decay=decay))
+    start = weighted_tucker(stacks, moments, MultilinearRank(5, 6, 3), max_sweeps=0).tensors
+    problem, U_I = _Problem(stacks, moments), start[0].U_I
+    assert U_I is not None
+    system, right = torch.zeros(24, 24, dtype=F64), torch.zeros(24, dtype=F64)
+    for stack, factors in zip(stacks, start, strict=True):
+        for slice_HI, core_HR, moment_II in zip(stack, factors.core, moments, strict=True):
+            system += torch.kron(moment_II, core_HR.T @ core_HR)
+            right += (moment_II @ slice_HI.T @ core_HR).flatten()
+    exact_IR = torch.linalg.solve(system, right).view(8, 3)
+
+    def squared_error(own_IR: Tensor) -> float:
+        tensors = [TuckerFactors(factors.core, U_I=own_IR) for factors in start]
+        return problem.error(tensors) ** 2
+
+    found = squared_error(problem._hidden_factor(list(start), U_I))
+    least = squared_error(exact_IR)
+    assert found - least <= 0.05 * (squared_error(U_I) - least)
 
 
 def test_roots_of_a_moment_multiply_to_it_and_to_the_identity() -> None:
