@@ -295,7 +295,7 @@ def test_calibration_has_the_documented_defaults() -> None:
         "texts": ("a.txt", "b.jsonl:0.5"),
         "tokens": 65536,
         "window": 512,
-        "random_share": 0.25,
+        "random_share": 0.5,
         "sequential": True,
         "shape": "auto",
         "allocate": "error",

@@ -95,7 +95,7 @@ RandomShare = Annotated[
     typer.Option(
         min=0.0,
         max=0.99,
-        help="Part of the tokens that are random, against too narrow a text; 0.25 by default.",
+        help="Part of the tokens that are random, against too narrow a text; 0.5 by default.",
     ),
 ]
 ShapeChoice = Annotated[

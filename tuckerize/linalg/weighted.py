@@ -177,7 +177,12 @@ class _Problem:
     def sweep(self, tensors: list[TuckerFactors]) -> list[TuckerFactors]:
         """Update everything once: cores, U_E, U_H of every stack, then the shared U_I."""
         U_I = tensors[0].U_I
-        small_ERR = self.moments_EII if U_I is None else U_I.T @ (self.moments_EII @ U_I)
+        small_ERR = self.moments_EII
+        if U_I is not None:
+            # One expert after another: a stack of the products between would be large.
+            small_ERR = U_I.new_empty(len(self.moments_EII), *[U_I.shape[1]] * 2)
+            for small_RR, moment_II in zip(small_ERR, self.moments_EII, strict=True):
+                torch.mm(U_I.T, moment_II @ U_I, out=small_RR)
         updated = []
         for weighted_EHI, factors in zip(self.weighted, tensors, strict=True):
             target_EHR = weighted_EHI if U_I is None else weighted_EHI @ U_I
@@ -202,7 +207,7 @@ class _Problem:
             U_H = factors.U_H
             projected_EQI = weighted_EHI if U_H is None else U_H.T @ weighted_EHI
             right_IR += torch.einsum("eqi,eqr->ir", projected_EQI, cores_EQR)
-            grams_ERR += cores_EQR.mT @ cores_EQR
+            grams_ERR.baddbmm_(cores_EQR.mT, cores_EQR)
 
         def normal(U_IR: Tensor) -> Tensor:
             result = torch.zeros_like(U_IR)

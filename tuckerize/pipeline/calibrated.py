@@ -16,7 +16,7 @@ from tuckerize.calibration.profile import LayerProfile
 from tuckerize.calibration.profiling import profile_model
 from tuckerize.calibration.refine import Refinement, refine, relative_output_error
 from tuckerize.calibration.run import Calibrated, SavedStates, experts_call
-from tuckerize.calibration.stream import StreamedModel
+from tuckerize.calibration.stream import ExpertsCall, StreamedModel
 from tuckerize.calibration.text import fingerprint, parse_source, read_windows
 from tuckerize.calibration.tokens import FEWEST_WITH_HELD_OUT, DenseGroup, LayerTokens
 from tuckerize.checkpoint.manifest import LayerRecord, pack_neurons
@@ -122,9 +122,7 @@ def compress_layers(
         output: Folder that `OutputFolder.claim` took for this plan.
         progress: Shows how far the pass is.
     """
-    settings, run = plan.recipe.calibration, calibration.run
-    if settings is None:
-        raise TypeError("the plan has no calibration")
+    run = calibration.run
     folder = OutputFolder(output)
     states = SavedStates(folder.work_file("hidden.safetensors"))
     pieces = {piece.layer: piece for piece in plan.layer_pieces}
@@ -133,27 +131,39 @@ def compress_layers(
     progress.advance(sum(layer < start for layer in pieces), "continued")
     hidden_SLI = saved["hidden"] if saved else run.embed()
     for layer in range(start, max(pieces) + 1):
-        if layer not in run.moe.layers:
-            hidden_SLI = run.run_layer(layer, hidden_SLI, None)
-        else:
-            groups = run.groups(layer)
-            module = run.module([group.as_tensors() for group in groups])
-            if layer in pieces:
-                tokens = run.capture(layer, hidden_SLI)
-                compressed = _compress_layer(plan, pieces[layer], run, groups, tokens)
-                record = _write(plan, pieces[layer], groups, compressed, output)
-                if settings.sequential:
-                    wide = [{n: t.float() for n, t in g.items()} for g in compressed.tensors]
-                    module = run.module(wide)
-            hidden_SLI = run.run_layer(layer, hidden_SLI, experts_call(module))
+        experts, record = _experts_of_layer(plan, run, layer, hidden_SLI, output)
+        hidden_SLI = run.run_layer(layer, hidden_SLI, experts)
         # The record first: a layer is done again where only its states are missing.
-        if layer in pieces:
+        if record is not None:
             folder.write_record(pieces[layer].name, record)
             progress.advance(1, pieces[layer].name)
         states.save(layer + 1, {"hidden": hidden_SLI})
     progress.close()
     records = [folder.record(piece.name) or {} for piece in pieces.values()]
     return [note for record in records for note in record["notes"]]
+
+
+def _experts_of_layer(
+    plan: Plan, run: Calibrated, layer: int, hidden_SLI: Tensor, output: Path
+) -> tuple[ExpertsCall | None, dict[str, Any] | None]:
+    """The experts that the text goes through, if the layer has any, and the record of its piece.
+
+    All else that was made of the layer is gone when this returns.
+    """
+    if layer not in run.moe.layers:
+        return None, None
+    groups = run.groups(layer)
+    dense = [group.as_tensors() for group in groups]
+    piece = next((piece for piece in plan.layer_pieces if piece.layer == layer), None)
+    if piece is None:
+        return experts_call(run.module(dense)), None
+    tokens = run.capture(layer, hidden_SLI)
+    compressed = _compress_layer(plan, piece, run, groups, tokens)
+    record = _write(plan, piece, groups, compressed, output)
+    if plan.recipe.calibration is None or not plan.recipe.calibration.sequential:
+        return experts_call(run.module(dense)), record
+    wide = [{n: t.float() for n, t in own.items()} for own in compressed.tensors]
+    return experts_call(run.module(wide)), record
 
 
 def _compress_layer(
