@@ -201,7 +201,9 @@ def test_inspect_refuses_what_would_not_be_loaded(outputs: dict[str, Path], tmp_
     assert "format_version 1, this tuckerize reads 2" in refused(config)
 
 
-def test_processes_of_a_plan_split_the_neurons(outputs: dict[str, Path]) -> None:
+def test_processes_of_a_plan_split_the_neurons_and_train_all_of_them(
+    outputs: dict[str, Path],
+) -> None:
     script = Path(__file__).parents[1] / "distributed" / "transformers_tp.py"
     ways = ("hidden mode", "all modes", "groups", "calibrated")
     result = torchrun(2, script, *(outputs[way] for way in ways))
