@@ -144,7 +144,7 @@ def _sum_gradients(module: TuckerExperts, group: Any) -> None:  # noqa: ANN401
     def before_forward(own: TuckerExperts, _: object) -> None:
         for name, parameter in own.named_parameters():
             if parameter.requires_grad and name not in split and not hasattr(parameter, _SUMMED):
-                parameter.register_hook(summed)
+                parameter.register_hook(summed)  # type: ignore[no-untyped-call]
                 setattr(parameter, _SUMMED, True)  # copies of a tensor have neither
 
     module.register_forward_pre_hook(before_forward)

@@ -35,13 +35,15 @@ def layer(rank: tuple[int, int | None, int]) -> TuckerExperts:
     generator = torch.Generator().manual_seed(0)
     sizes = dict(zip(("U_E", "U_H", "U_I"), (EXPERTS, INTERMEDIATE, HIDDEN), strict=True))
     tensors = {}
+    mixed, neurons, hidden = rank
     for projection in Projection:
-        if rank[1] is None:
+        if neurons is None:
             for expert, width in enumerate(WIDTHS):
-                matrix = torch.randn((width, rank[2]), generator=generator)
+                matrix = torch.randn((width, hidden), generator=generator)
                 tensors[f"{projection}.{expert_core_name(expert)}"] = matrix
         else:
-            tensors[f"{projection}.core"] = torch.randn(rank, generator=generator)
+            core = torch.randn((mixed, neurons, hidden), generator=generator)
+            tensors[f"{projection}.core"] = core
         for (name, size), columns in zip(sizes.items(), rank, strict=True):
             if columns is not None and columns < size:
                 factor = torch.randn((size, columns), generator=generator)
