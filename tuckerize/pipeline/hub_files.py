@@ -23,7 +23,8 @@ _CODE = '''"""Loads this checkpoint with trust_remote_code=True, as `import tuck
 
 import transformers
 
-import tuckerize  # noqa: F401  makes transformers know the format
+# Makes transformers know the format; a folder of that name, which is no package, has no version.
+from tuckerize import __version__  # noqa: F401
 
 
 class {architecture}(transformers.{architecture}):

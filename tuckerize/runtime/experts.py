@@ -35,7 +35,7 @@ from tuckerize.runtime.grouped import (
     assign,
     mix_and_multiply,
     multiply,
-    multiply_one_by_one,
+    multiply_uneven,
 )
 
 Activation = Callable[[Tensor], Tensor]
@@ -131,7 +131,7 @@ class TuckerStack(nn.Module):
 
         if isinstance(self.core, nn.ParameterList):
             matrices = [oriented(matrix) for matrix in self.core]
-            return multiply_one_by_one(rows_NX, matrices, assigned)
+            return multiply_uneven(rows_NX, matrices, assigned)
         if self.U_E is None:
             return multiply(rows_NX, oriented(self.core), assigned)
         U_E = _own(self.U_E).to(rows_NX.dtype)

@@ -2,6 +2,11 @@
 
 How many rows an expert has is known to the device alone. Where it has a grouped matrix product, the
 host never asks; elsewhere experts are multiplied one after another, and it asks once a layer.
+
+Experts of different widths are filled up to the widest for a grouped product, in a copy that lives
+as long as the product. It is made where asking is dear: a host that waits in every layer cannot run
+ahead of its device, and a graph that asks cannot be captured. On the CPU asking is free. For few
+tokens the copy moves more bytes than the product: experts of equal widths need neither.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from tuckerize.parallel.fused import grouped_matmul, has_grouped_matmul
 
@@ -113,14 +119,32 @@ def multiply(rows_NX: Tensor, matrices_EXY: Tensor, assigned: Assignments) -> Te
     return assigned.own_rows(product_NY)
 
 
-def multiply_one_by_one(
+def multiply_uneven(
     rows_NX: Tensor, matrices_EXY: Sequence[Tensor], assigned: Assignments
 ) -> Tensor:
-    """The same with a product for each expert that has rows; matrices may differ in both sizes.
+    """The same with matrices that may differ in one of their sizes, X or Y.
 
     An expert's rows are as wide as its matrix is high, zeros behind; results are as wide as the
     widest matrix, zeros behind.
     """
+    widest = max(matrices_EXY, key=Tensor.numel)
+    like_EXY = widest.expand(len(matrices_EXY), -1, -1)  # takes no memory
+    if rows_NX.device.type == "cpu" or not _has_grouped_product(rows_NX, like_EXY):
+        return multiply_one_by_one(rows_NX, matrices_EXY, assigned)
+    return multiply(rows_NX, filled_up(matrices_EXY), assigned)
+
+
+def filled_up(matrices_EXY: Sequence[Tensor]) -> Tensor:
+    """Matrices that differ in one of their sizes, with zeros behind, shape (E, X, Y)."""
+    if len({len(matrix) for matrix in matrices_EXY}) > 1:
+        return pad_sequence([*matrices_EXY], batch_first=True)
+    return pad_sequence([matrix.mT for matrix in matrices_EXY], batch_first=True).mT
+
+
+def multiply_one_by_one(
+    rows_NX: Tensor, matrices_EXY: Sequence[Tensor], assigned: Assignments
+) -> Tensor:
+    """The same with a product for each expert that has rows, without a copy."""
     width = max(matrix.shape[1] for matrix in matrices_EXY)
     results: list[Tensor] = []
     first = 0

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -29,6 +31,10 @@ from tuckerize.runtime.experts import TuckerExperts
 _ROWS = "colwise"
 # Its style of experts modules that give partial sums.
 _PARTIAL_SUMS = "moe_tp_experts"
+# Its name of the axis of a mesh, if it has names.
+_TENSOR_PARALLEL = "tp"
+# Mark of a parameter whose gradient is summed over processes.
+_SUMMED = "_tuckerize_summed"
 # What its plans write as a star: the number of a layer, or of a matrix of a core.
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
@@ -74,6 +80,17 @@ class TuckerQuantizer(HfQuantizer):
         _plan_parallel(model)
         return model
 
+    def _process_model_after_weight_loading(self, model: Any, **_: object) -> Any:  # noqa: ANN401
+        """Make tensor parallelism train what it does not split."""
+        mesh = getattr(model, "_device_mesh", None)
+        names = getattr(mesh, "mesh_dim_names", None) or (_TENSOR_PARALLEL,)
+        if mesh is not None and _TENSOR_PARALLEL in names:
+            group = mesh.get_group() if mesh.ndim == 1 else mesh.get_group(_TENSOR_PARALLEL)
+            for module in model.modules():
+                if isinstance(module, TuckerExperts):
+                    _sum_gradients(module, group)
+        return model
+
 
 def _plan_parallel(model: Any) -> None:  # noqa: ANN401
     """Tensor parallelism: every process owns some neurons of every expert.
@@ -109,6 +126,28 @@ def _split_rows(module: TuckerExperts) -> list[str]:
         if name.endswith(f".{Mode.INTERMEDIATE.factor_name}")
         or (f".{CORE}" in name and name.partition(f".{CORE}")[0] not in truncated)
     ]
+
+
+def _sum_gradients(module: TuckerExperts, group: Any) -> None:  # noqa: ANN401
+    """Sum the gradients of what all processes have: each has that of its own neurons alone.
+
+    They are summed in every backward, as soon as they are there, before they are added to others.
+    What is trained is looked up in every forward: it may have been frozen, replaced or copied.
+    """
+    split = {*_split_rows(module)}
+
+    def summed(gradient: Tensor) -> Tensor:
+        total = gradient.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    def before_forward(own: TuckerExperts, _: object) -> None:
+        for name, parameter in own.named_parameters():
+            if parameter.requires_grad and name not in split and not hasattr(parameter, _SUMMED):
+                parameter.register_hook(summed)  # type: ignore[no-untyped-call]
+                setattr(parameter, _SUMMED, True)  # copies of a tensor have neither
+
+    module.register_forward_pre_hook(before_forward)
 
 
 def _factored(

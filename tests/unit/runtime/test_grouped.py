@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,9 +9,11 @@ from torch import Tensor
 from tuckerize.runtime.grouped import (
     Assignments,
     assign,
+    filled_up,
     mix_and_multiply,
     multiply,
     multiply_one_by_one,
+    multiply_uneven,
 )
 
 EXPERTS = 5
@@ -87,20 +91,44 @@ def test_gradients_are_those_of_the_naive_product(route: str, dtype: torch.dtype
     )
 
 
+def multiply_filled_up(rows: Tensor, matrices: list[Tensor], assigned: Assignments) -> Tensor:
+    """What `multiply_uneven` does on an accelerator."""
+    return multiply(rows, filled_up(matrices), assigned)
+
+
+@pytest.mark.parametrize(
+    "way", [multiply_uneven, multiply_one_by_one, multiply_filled_up], ids=lambda way: way.__name__
+)
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("wide_result", [False, True])
-def test_matrices_of_different_widths_are_padded(route: str, wide_result: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_matrices_of_different_widths_are_padded(
+    way: Callable[[Tensor, list[Tensor], Assignments], Tensor],
+    route: str,
+    wide_result: bool,
+    dtype: torch.dtype,
+) -> None:
+    """Values and gradients; the widest is a whole number of blocks for the grouped product."""
     assigned = assign(ROUTES[route], range(EXPERTS))
-    widths = [2, 7, 4, 7, 1]
-    if wide_result:
-        matrices = [normal(3, width) for width in widths]
-        whole = [torch.nn.functional.pad(matrix, (0, 7 - matrix.shape[1])) for matrix in matrices]
-    else:
-        matrices = [normal(width, 3) for width in widths]
-        whole = [torch.nn.functional.pad(m, (0, 0, 0, 7 - len(m))) for m in matrices]
-    rows = normal(len(assigned.places_N), len(whole[0]), seed=2)
-    result = multiply_one_by_one(rows, matrices, assigned)
-    torch.testing.assert_close(result, naive(rows, whole, assigned))
+    widths = [4, 16, 8, 16, 1]
+    cores = [normal(width, 8, dtype=dtype, seed=width).requires_grad_() for width in widths]
+    matrices = [core.mT if wide_result else core for core in cores]
+    padding = [(0, 16 - width) if wide_result else (0, 0, 0, 16 - width) for width in widths]
+    whole = [
+        torch.nn.functional.pad(matrix, pad) for matrix, pad in zip(matrices, padding, strict=True)
+    ]
+    rows = normal(len(assigned.places_N), len(whole[0]), dtype=dtype, seed=2).requires_grad_()
+    result, expected = way(rows, matrices, assigned), naive(rows, whole, assigned)
+    close = ROUNDING[dtype]
+    torch.testing.assert_close(result.double(), expected, rtol=close, atol=close)
+    if len(rows):
+        found, exact = (
+            torch.autograd.grad(
+                output.square().sum(), (rows, *cores), allow_unused=True, materialize_grads=True
+            )
+            for output in (result, expected)
+        )
+        torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("route", ROUTES)
