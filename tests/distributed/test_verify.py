@@ -173,11 +173,16 @@ def test_verify_with_a_killed_process_ends_and_says_that_it_was_killed(tucker: P
     assert "bug in tuckerize" not in result.stderr
 
 
-def test_verify_with_a_process_that_hangs_ends_after_the_time_out(tucker: Path) -> None:
+@pytest.mark.parametrize("mesh", [(2, 1), (2, 2)], ids=["whole run", "groups of a mesh"])
+def test_verify_with_a_process_that_hangs_ends_after_the_time_out(
+    mesh: tuple[int, int], tucker: Path
+) -> None:
+    tp, ep = mesh
     script = Path(__file__).parent / "lost_process.py"
-    result = torchrun(2, script, "hangs", "verify", tucker, "--collective-timeout", "5")
+    sizes = ("--tp", str(tp), "--ep", str(ep), "--collective-timeout", "10")
+    result = torchrun(tp * ep, script, "hangs", "verify", tucker, *sizes)
     assert result.returncode != 0
-    assert "error: the other processes have not answered for 0:00:05" in result.stderr
+    assert "error: the other processes have not answered for 0:00:10" in result.stderr
     assert (
         "hint: find the one that hangs, or wait longer with --collective-timeout" in result.stderr
     )

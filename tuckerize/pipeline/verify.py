@@ -168,7 +168,9 @@ def _mesh(run: Verification) -> tuple[DeviceMesh | None, Position]:
     if run.sharding is None:
         return None, Position()
     sizes = run.sharding.mesh
-    mesh = make_mesh(run.device.type, tp=sizes.tp, ep=sizes.ep, cp=sizes.cp)
+    mesh = make_mesh(
+        run.device.type, tp=sizes.tp, ep=sizes.ep, cp=sizes.cp, timeout=run.processes.timeout
+    )
     return mesh, Position.on(mesh, sequence_parallel=run.sequence_parallel)
 
 
