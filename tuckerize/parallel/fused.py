@@ -270,8 +270,14 @@ class FusedPair:
             timeout: How long processes wait for each other; torch's default, if None.
 
         Raises:
-            ParallelError: A documented constraint is not met.
+            ParallelError: A documented constraint is not met, or the algorithm is hierarchy, whose
+                dispatch takes and gives more.
         """
+        if use.algorithm == "hierarchy":
+            raise ParallelError(
+                "the fused dispatch with hierarchy is not supported",
+                hint="use fullmesh on A2, fullmesh_v1 or fullmesh_v2 on A3",
+            )
         if use.unmet:
             raise ParallelError(
                 f"the fused dispatch and combine cannot be used: {'; '.join(map(str, use.unmet))}",

@@ -82,7 +82,7 @@ def own_group(
     if shared and len(ranks) == 1 and dist.group.WORLD is not None:
         return dist.group.WORLD
     group: dist.ProcessGroup
-    group, _ = dist.new_subgroups_by_enumeration(ranks, timeout=timeout)
+    group, _ = dist.new_subgroups_by_enumeration(ranks, timeout=timeout)  # type: ignore[no-untyped-call]
     return group
 
 

@@ -178,6 +178,11 @@ def test_fused_pair_that_may_not_be_used_is_refused_with_what_is_not_met() -> No
     )
 
 
+def test_fused_pair_with_hierarchy_is_refused() -> None:
+    with pytest.raises(ParallelError, match="with hierarchy is not supported"):
+        FusedPair.create(A2_HIERARCHY, [[0, 1]])
+
+
 @pytest.mark.parametrize("tokens", [0, 65])
 def test_fused_dispatch_of_more_tokens_than_the_pair_was_made_for_is_refused(tokens: int) -> None:
     pair = FusedPair(A2, "name of a communicator", 0)
