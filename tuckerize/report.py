@@ -288,7 +288,7 @@ class LayerVerdict:
 class CollectiveTraffic:
     """What one kind of collective moved, in bytes that a process sends for one of its tokens.
 
-    All are averages over processes and tokens, of float32 numbers, through all verified layers.
+    All are averages over processes and tokens, through all verified layers.
 
     Attributes:
         kind: The kind.
@@ -319,6 +319,11 @@ class VerifyReport:
         tolerance: Bound on the sharding error.
         layers: Every verified layer.
         traffic: What every kind of collective moved.
+        dtype: Type in which the layers were computed.
+        float32_products: In what the device multiplies float32 matrices.
+        dispatch: How tokens went to the processes of their experts: with `plain` collectives or
+            Ascend's `fused` operators; None where experts are not split.
+        fused_unmet: On an NPU, the first constraint of the fused operators that is not met.
     """
 
     folder: str
@@ -332,6 +337,10 @@ class VerifyReport:
     tolerance: float
     layers: tuple[LayerVerdict, ...]
     traffic: tuple[CollectiveTraffic, ...]
+    dtype: str = "float32"
+    float32_products: str = "float32"
+    dispatch: str | None = None
+    fused_unmet: str | None = None
 
     @property
     def passed(self) -> bool:
@@ -413,6 +422,7 @@ class DeviceFacts:
         float32_products: In what they multiply float32 matrices.
         free_bytes: Free memory of the first, or of the host.
         total_bytes: All of it.
+        product: Series of an NPU: A2 or A3; None of others.
     """
 
     kind: str
@@ -422,6 +432,7 @@ class DeviceFacts:
     float32_products: str
     free_bytes: int
     total_bytes: int
+    product: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tuckerize.cli import main
 from tuckerize.domain import Projection
 from tuckerize.parallel.collectives import all_reduce
+from tuckerize.parallel.fused import FusedPair
 from tuckerize.parallel.layouts import part
 from tuckerize.parallel.mesh import Axis, axis_of
 from tuckerize.pipeline import verify
@@ -35,10 +36,16 @@ class SeedExperts(TuckerExperts):
 
     @classmethod
     def from_shards(
-        cls, folder: str | Path, layer: int, mesh: DeviceMesh, *, sequence_parallel: bool
+        cls,
+        folder: str | Path,
+        layer: int,
+        mesh: DeviceMesh,
+        *,
+        sequence_parallel: bool,
+        fused: FusedPair | None,
     ) -> SeedExperts:
         """The published layer loads whole factors and cuts them itself."""
-        del sequence_parallel
+        del sequence_parallel, fused
         tucker = open_tucker(Path(folder))
         return cls(
             [tucker.read_group(layer, 0)],

@@ -59,11 +59,21 @@ def test_verify_on_a_mesh_passes_and_counts_what_was_predicted(tucker: Path) -> 
     report = json.loads(result.stdout)
     assert (report["tp_size"], report["ep_size"], report["cp_size"]) == (2, 2, 1)
     assert report["sequence_parallel"] is True
+    assert (report["dispatch"], report["fused_unmet"]) == ("plain", None)
     assert all(0 < layer["sharding_error"] < 1e-5 for layer in report["layers"])
     traffic = {entry.pop("kind"): entry for entry in report["traffic"]}
     assert list(traffic) == ["all_reduce", "reduce_scatter", "all_gather", "all_to_all"]
     for entry in traffic.values():
         assert entry["counted"] == pytest.approx(entry["predicted"], rel=1e-12)
+
+
+def test_verify_in_two_bytes_allows_their_rounding_and_says_so(tucker: Path) -> None:
+    result = torchrun(2, *VERIFY, tucker, "--tp", "2", "--dtype", "bfloat16", "--json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert (report["dtype"], report["tolerance"]) == ("bfloat16", 0.04)
+    assert all(1e-3 < layer["sharding_error"] < 0.02 for layer in report["layers"])
+    assert (report["dispatch"], report["float32_products"]) == (None, "float32")
 
 
 def test_verify_deterministic_twice_gives_the_same_bytes(tucker: Path, tmp_path: Path) -> None:
@@ -173,11 +183,16 @@ def test_verify_with_a_killed_process_ends_and_says_that_it_was_killed(tucker: P
     assert "bug in tuckerize" not in result.stderr
 
 
-def test_verify_with_a_process_that_hangs_ends_after_the_time_out(tucker: Path) -> None:
+@pytest.mark.parametrize("mesh", [(2, 1), (2, 2)], ids=["whole run", "groups of a mesh"])
+def test_verify_with_a_process_that_hangs_ends_after_the_time_out(
+    mesh: tuple[int, int], tucker: Path
+) -> None:
+    tp, ep = mesh
     script = Path(__file__).parent / "lost_process.py"
-    result = torchrun(2, script, "hangs", "verify", tucker, "--collective-timeout", "5")
+    sizes = ("--tp", str(tp), "--ep", str(ep), "--collective-timeout", "10")
+    result = torchrun(tp * ep, script, "hangs", "verify", tucker, *sizes)
     assert result.returncode != 0
-    assert "error: the other processes have not answered for 0:00:05" in result.stderr
+    assert "error: the other processes have not answered for 0:00:10" in result.stderr
     assert (
         "hint: find the one that hangs, or wait longer with --collective-timeout" in result.stderr
     )

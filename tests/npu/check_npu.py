@@ -118,6 +118,7 @@ def test_auto_takes_the_device_and_doctor_describes_it(
         "float32_products": "float32",
         "free_bytes": 60 * 2**30,
         "total_bytes": 64 * 2**30,
+        "product": "A2",
     }
     model = make_tiny_model(tmp_path / "model")
     succeed("decompose", "--model", model, "--keep", "0.7", "--output", tmp_path / "out")
@@ -133,6 +134,55 @@ def test_fused_pair_gives_the_naive_sum(processes: int) -> None:
     # Results are rounded to bfloat16, by 2^-9 at most.
     assert all(0 < error < 2**-8 for error in found["errors"].values()), found
     assert "belongs to the fused operators" in found["refused"]
+
+
+@pytest.mark.parametrize(("processes", "tp"), [(2, 1), (4, 1), (4, 2)])
+def test_layers_with_the_fused_pair_give_what_the_plain_collectives_give(
+    processes: int, tp: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TP", str(tp))
+    result = torchrun(processes, Path(__file__).parent / "scripts" / "fused_layer.py")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    for found in (case for own in report["found"] for case in own.values()):
+        # Either is rounded to bfloat16 in some places; sums of the pair in fewer.
+        assert 0 < found["fused"]["error"] < 1.5 * found["plain"]["error"] < 0.02, found
+        assert found["plain"]["waits"] > 0
+    called, refused = report["called"]
+    assert called == "inference"
+    assert "tokens for the fused dispatch, expected 1 to" in refused
+    for name, found in report["found"][0].items():
+        waits = [own[name]["fused"]["waits"] for own in report["found"]]
+        assert waits == [0] * processes
+        sent = [own[name]["fused"]["sent"] for own in report["found"]]
+        assert sum(sent) / processes == pytest.approx(found["predicted"])
+
+
+@pytest.mark.parametrize(
+    ("options", "dispatch", "unmet"),
+    [
+        (("--dtype", "bfloat16"), "fused", None),
+        ((), "plain", "dtype is torch.float32, allowed float16 or bfloat16"),
+        (
+            ("--dtype", "bfloat16", "--tokens", "514"),
+            "plain",
+            "tokens of a process is 257, allowed 1 to 256",
+        ),
+    ],
+)
+def test_verify_uses_the_fused_pair_where_its_constraints_hold_and_says_what_does_not(
+    options: tuple[str, ...], dispatch: str, unmet: str | None, tiny_model: Path, tmp_path: Path
+) -> None:
+    size = ("--rank", "full,full,26", "--joint", "gate_up", "--output", tmp_path / "out")
+    succeed("decompose", "--model", tiny_model, *size, "--device", "cpu")
+    succeed("shard", tmp_path / "out", "--tp", "1", "--ep", "2")
+    verify = ("-m", "tuckerize", "verify", tmp_path / "out", "--tp", "1", "--ep", "2")
+    result = torchrun(2, *verify, *options, *ON_NPU, "--json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert (report["dispatch"], report["fused_unmet"]) == (dispatch, unmet)
+    (traffic,) = report["traffic"]
+    assert traffic["counted"] == pytest.approx(traffic["predicted"])
 
 
 def test_forward_does_not_wait_for_the_host_and_is_exact() -> None:

@@ -75,7 +75,7 @@ class Allocate(StrEnum):
 
 
 class Dtype(StrEnum):
-    """Type of stored factors."""
+    """Type of stored factors, or of what is computed."""
 
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
@@ -432,6 +432,9 @@ def verify(
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Give the same report bit for bit every time.")
     ] = False,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Type to compute in; float32 tells the smallest faults.")
+    ] = Dtype.FLOAT32,
     device: DeviceOption = Device.AUTO,
     collective_timeout: CollectiveTimeout = None,
     as_json: AsJson = False,
@@ -480,7 +483,14 @@ def verify(
                     f"-m tuckerize verify {folder} ...",
                 )
             run_of = Verification(
-                tucker, sharding, source, processes, own_device, tokens, sequence_parallel
+                tucker,
+                sharding,
+                source,
+                processes,
+                own_device,
+                tokens,
+                sequence_parallel,
+                dtype.value,
             )
             return run_of, chosen
 

@@ -310,9 +310,15 @@ def _show_verify(report: VerifyReport) -> None:
         for failure in layer.failures:
             _print(f"layer {layer.layer}: {failure}")
     _show_traffic(report)
+    if report.device != "cpu":
+        _print(f"{report.device} multiplies float32 matrices in {report.float32_products}")
+    if report.dispatch:
+        why = f": {report.fused_unmet}" if report.fused_unmet else ""
+        _print(f"dispatch of tokens to experts: {report.dispatch}{why}")
     what = "unsharded" if report.layout == "unsharded" else f"{_mesh(report)}, {report.layout}"
     verdict = "passed" if report.passed else "FAILED"
-    _print(f"{verdict}: {report.folder} ({what}, {report.device}, {report.tokens} tokens a layer)")
+    how = f"{report.device}, {report.dtype}, {report.tokens} tokens a layer"
+    _print(f"{verdict}: {report.folder} ({what}, {how})")
 
 
 def _mesh(report: VerifyReport) -> str:
@@ -360,8 +366,9 @@ def _show_doctor(report: DoctorReport) -> None:
     if report.device is not None:
         device = report.device
         free, total = size_text(device.free_bytes), size_text(device.total_bytes)
+        name = ", ".join(filter(None, (device.name, device.product)))
         rows += [
-            ("device", f"{device.count} x {device.kind} ({device.name})"),
+            ("device", f"{device.count} x {device.kind} ({name})"),
             ("free memory", f"{free} of {total}"),
             ("collectives", device.backend),
             ("float32 products", device.float32_products),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from datetime import timedelta
 from typing import Literal
 
@@ -87,6 +88,20 @@ def float32_products(device: torch.device) -> str:
             return "float16"
         return "hf32" if npu.matmul.allow_hf32 else "float32"
     return "float32"
+
+
+def npu_product(name: str) -> str:
+    """The series of an NPU by the name of its device, where it matters: A2, A3, or that name.
+
+    Source:
+        torch_npu's names: Ascend910B1 and on are of A2, Ascend910_9362 and on of A3.
+
+    >>> npu_product("Ascend910B4-1"), npu_product("Ascend910_9392"), npu_product("Ascend910B")
+    ('A2', 'A3', 'Ascend910B')
+    """
+    if re.match(r"Ascend910B\d", name):
+        return "A2"
+    return "A3" if name.startswith("Ascend910_93") else name
 
 
 def free_memory(device: torch.device) -> tuple[int, int]:

@@ -42,6 +42,12 @@ def counted() -> Iterator[Traffic]:
         _counters.pop()
 
 
+def count_others(kind: Collective, sent: Callable[[], float]) -> None:
+    """Count bytes that something else sends, found out only while bytes are counted."""
+    if _counters:
+        _count(kind, sent())
+
+
 def all_reduce(tensors: Sequence[Tensor], axis: Axis) -> list[Tensor]:
     """Sum tensors over an axis; every process gets the sums, and does the same with them."""
     return _packed(tensors, lambda buffer: _paired(buffer, partial(_sum, axis=axis), _same))

@@ -3,6 +3,7 @@
 `npu_moe_distribute_dispatch_v2` sends every token to the processes that own its experts, and
 `npu_moe_distribute_combine_v2` brings the results back and sums them with the routing weights. They
 run on A2 and A3 only, for inference only, in pairs, and on a communicator that nothing else uses.
+How many rows arrive is known to the device alone: nothing waits for the host.
 
 Source: torch_npu 2.13 (schemas); CANN's ops-transformer, MoeDistributeDispatchV2 and CombineV2, and
 op-plugin, npu_grouped_matmul (constraints), August 2026.
@@ -10,8 +11,10 @@ op-plugin, npu_grouped_matmul (constraints), August 2026.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Container
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +22,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tuckerize.errors import ParallelError
+from tuckerize.parallel.backends import npu_product
+from tuckerize.parallel.mesh import own_group
 from tuckerize.parallel.npu import import_torch_npu
+
+ROW_STEP = 32
+"""Rows of any width can be sent where they are filled up to a multiple of this with zeros."""
 
 _MIB = 2**20
 
@@ -49,6 +57,12 @@ _LIMITS = {
 }
 _MOST_EXPERTS = 1024
 
+# HCCL_BUFFSIZE where it is not set, in MiB.
+_BUFFER = 200
+
+# Within a node, and what the operators take by themselves.
+_USUAL_ALGORITHM = {"A2": "fullmesh", "A3": "fullmesh_v1"}
+
 
 @dataclass(frozen=True, slots=True)
 class FusedUse:
@@ -75,7 +89,25 @@ class FusedUse:
     experts: int
     ep_size: int
     dtype: torch.dtype = torch.bfloat16
-    buffer: int = 200
+    buffer: int = _BUFFER
+
+    @classmethod
+    def on(
+        cls, device: torch.device, *, tokens: int, hidden: int, top_k: int, experts: int,
+        ep_size: int, dtype: torch.dtype,
+    ) -> FusedUse:  # fmt: skip
+        """A use on this machine: its product, and its HCCL_BUFFSIZE."""
+        name = torch.get_device_module(device).get_device_name(device.index)
+        product = npu_product(str(name))
+        algorithm = _USUAL_ALGORITHM.get(product, "")
+        text = os.environ.get("HCCL_BUFFSIZE", str(_BUFFER))
+        buffer = int(text) if text.isdigit() else 0
+        return cls(product, algorithm, tokens, hidden, top_k, experts, ep_size, dtype, buffer)
+
+    @property
+    def unmet(self) -> list[Check]:
+        """The checks that are not met."""
+        return [check for check in fused_checks(self) if not check.met]
 
 
 class Check(NamedTuple):
@@ -227,19 +259,31 @@ class FusedPair:
     ep_rank: int
 
     @classmethod
-    def create(cls, use: FusedUse, ranks: list[int]) -> FusedPair:
-        """Make the communicator; every process of the run calls it, also those outside of it.
+    def create(
+        cls, use: FusedUse, ranks: list[list[int]], *, timeout: timedelta | None = None
+    ) -> FusedPair:
+        """Make the communicator: once, by all processes of the run, before they compute.
+
+        Args:
+            use: What they are used for.
+            ranks: The processes of every communicator of the run.
+            timeout: How long processes wait for each other; torch's default, if None.
 
         Raises:
-            ParallelError: A documented constraint is not met.
+            ParallelError: A documented constraint is not met, or the algorithm is hierarchy, whose
+                dispatch takes and gives more.
         """
-        unmet = [str(check) for check in fused_checks(use) if not check.met]
-        if unmet:
+        if use.algorithm == "hierarchy":
             raise ParallelError(
-                f"the fused dispatch and combine cannot be used: {'; '.join(unmet)}",
+                "the fused dispatch with hierarchy is not supported",
+                hint="use fullmesh on A2, fullmesh_v1 or fullmesh_v2 on A3",
+            )
+        if use.unmet:
+            raise ParallelError(
+                f"the fused dispatch and combine cannot be used: {'; '.join(map(str, use.unmet))}",
                 hint="use the plain collectives",
             )
-        group: Any = dist.new_group(ranks)
+        group: Any = own_group(ranks, timeout, shared=False)
         ep_rank = dist.get_rank(group)
         name = group._get_backend(torch.device("npu")).get_hccl_comm_name(ep_rank)
         return cls(use, str(name), ep_rank)
@@ -250,7 +294,15 @@ class FusedPair:
         Args:
             x_TI: This process's tokens, shape (T, I), float16 or bfloat16.
             experts_Tk: Their experts, shape (T, k), none twice in a row.
+
+        Raises:
+            ParallelError: There is no token, or more than the communicator was made for.
         """
+        if not 1 <= len(x_TI) <= self.use.tokens:
+            raise ParallelError(
+                f"{len(x_TI)} tokens for the fused dispatch, expected 1 to {self.use.tokens}",
+                hint="make the pair for as many tokens as a process has at most",
+            )
         expert_ids = experts_Tk.int()
         rows, _, assist, counts, ep_counts, tp_counts, _ = (
             import_torch_npu().npu_moe_distribute_dispatch_v2(

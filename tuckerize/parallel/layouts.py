@@ -95,11 +95,13 @@ class Load:
         top_k: Experts a token.
         rows: How many of them are in each group.
         copies: Expert-parallel processes, other than its own, that a token has experts on.
+        remote: How many of its experts are on these.
     """
 
     top_k: int
     rows: Sequence[float]
     copies: float = 0.0
+    remote: float = 0.0
 
 
 class Travel(NamedTuple):
@@ -244,10 +246,11 @@ def even_load(top_k: int, *, experts: int, groups: int, ep: int) -> Load:
     """The load of a router that takes any `top_k` experts of a layer equally often.
 
     >>> even_load(2, experts=4, groups=1, ep=2)
-    Load(top_k=2, rows=[2.0], copies=0.8333333333333334)
+    Load(top_k=2, rows=[2.0], copies=0.8333333333333334, remote=1.0)
     """
     absent = math.comb(experts - experts // ep, top_k) / math.comb(experts, top_k)
-    return Load(top_k, [top_k / groups] * groups, (ep - 1) * (1 - absent))
+    remote = top_k * (ep - 1) / ep
+    return Load(top_k, [top_k / groups] * groups, (ep - 1) * (1 - absent), remote)
 
 
 def travel(layout: Layout, sizes: LayerSizes, mesh: Parallelism) -> Travel:
@@ -259,8 +262,24 @@ def travel(layout: Layout, sizes: LayerSizes, mesh: Parallelism) -> Travel:
     return Travel(width_in < sizes.shape.hidden, width_out <= sizes.shape.hidden)
 
 
+def width_over_ep(layout: Layout, sizes: LayerSizes, mesh: Parallelism) -> int:
+    """Most numbers of a row that travels over ep, there or back."""
+    low = travel(layout, sizes, mesh)
+    cut = mesh.tp if layout == Layout.RANK else 1
+    there = sum(-(-rank // cut) for rank in sizes.input_ranks)
+    back = sum(sizes.output_ranks)
+    hidden = sizes.shape.hidden
+    return max(there if low.low_input else hidden, back if low.low_output else hidden)
+
+
 def layer_traffic(
-    layout: Layout, sizes: LayerSizes, mesh: Parallelism, load: Load, *, number_bytes: int
+    layout: Layout,
+    sizes: LayerSizes,
+    mesh: Parallelism,
+    load: Load,
+    *,
+    number_bytes: int,
+    fused_width: int | None = None,
 ) -> Traffic:
     """What a layer's collectives move.
 
@@ -270,6 +289,8 @@ def layer_traffic(
         mesh: The mesh.
         load: Where the experts of tokens are.
         number_bytes: Bytes of one number of the tokens.
+        fused_width: Numbers of a row of the fused dispatch and combine, which send one for each of
+            a token's experts and leave its routes out of it; None for the plain collectives.
 
     Source:
         Thakur et al. 2005: of a payload n processes send (n-1)/n each in a reduce-scatter, as much
@@ -289,7 +310,9 @@ def layer_traffic(
     else:
         moved[Collective.ALL_REDUCE] += share * 2 * output
     sent = token * number_bytes / (mesh.tp if layout == Layout.RANK and low.low_input else 1)
-    if mesh.all_to_all:
+    if fused_width is not None:
+        moved[Collective.ALL_TO_ALL] += load.remote * 2 * fused_width * number_bytes
+    elif mesh.all_to_all:
         moved[Collective.ALL_TO_ALL] += load.copies * (sent + routes + output)
     else:
         moved[Collective.ALL_GATHER] += (mesh.ep - 1) * (sent + routes)

@@ -6,11 +6,12 @@ Tokens are split over cp and ep, experts over ep, and what an expert is made of 
 from __future__ import annotations
 
 import math
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from tuckerize.errors import ParallelError
 from tuckerize.parallel.layouts import Parallelism, part
@@ -45,7 +46,9 @@ class Axis(NamedTuple):
         return {name.rpartition(":")[2] for name in backends} <= _WITH_ALL_TO_ALL
 
 
-def make_mesh(device_type: str, *, tp: int, ep: int = 1, cp: int = 1) -> DeviceMesh:
+def make_mesh(
+    device_type: str, *, tp: int, ep: int = 1, cp: int = 1, timeout: timedelta | None = None
+) -> DeviceMesh:
     """The mesh of all processes of the run.
 
     Args:
@@ -53,13 +56,34 @@ def make_mesh(device_type: str, *, tp: int, ep: int = 1, cp: int = 1) -> DeviceM
         tp: Tensor-parallel processes.
         ep: Expert-parallel ones.
         cp: Context-parallel ones.
+        timeout: How long processes wait for each other; torch's default, if None.
 
     Raises:
         ParallelError: The processes have not met, or are not tp x ep x cp.
     """
     _check_processes_have_met()
     check_world(dist.get_world_size(), Parallelism(tp, ep, cp))
-    return init_device_mesh(device_type, (cp, ep, tp), mesh_dim_names=AXES)
+    ranks = torch.arange(dist.get_world_size()).view(cp, ep, tp)
+    # init_device_mesh makes groups with torch's default time-out, whatever that of the run is.
+    groups = [own_group(_along(ranks, axis), timeout) for axis in range(len(AXES))]
+    return DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=AXES)
+
+
+def own_group(
+    ranks: list[list[int]], timeout: timedelta | None, *, shared: bool = True
+) -> dist.ProcessGroup:
+    """This process's group among disjoint ones of all processes; all of them call this.
+
+    Args:
+        ranks: The processes of every group.
+        timeout: How long processes wait for each other; torch's default, if None.
+        shared: Whether the group of the whole run may be taken, if it has these processes.
+    """
+    if shared and len(ranks) == 1 and dist.group.WORLD is not None:
+        return dist.group.WORLD
+    group: dist.ProcessGroup
+    group, _ = dist.new_subgroups_by_enumeration(ranks, timeout=timeout)  # type: ignore[no-untyped-call]
+    return group
 
 
 def check_world(processes: int, mesh: Parallelism) -> None:
@@ -87,6 +111,11 @@ def check_world(processes: int, mesh: Parallelism) -> None:
         f"{processes} processes are not tp x ep x cp = {mesh.tp} x {mesh.ep} x {mesh.cp}",
         hint="sizes that fit: " + "; ".join(fitting),
     )
+
+
+def ranks_along(mesh: DeviceMesh, name: str) -> list[list[int]]:
+    """The processes of every group along an axis of a mesh."""
+    return _along(mesh.mesh, (mesh.mesh_dim_names or ()).index(name))
 
 
 def axis_of(mesh: DeviceMesh, name: str) -> Axis:
@@ -152,6 +181,11 @@ def own_tokens(tokens: int, position: Position) -> torch.Tensor:
     for axis in (position.ep, position.tp if position.sequence_parallel else Axis()):
         own = own.narrow(0, *part(len(own), axis.size, axis.rank))
     return own
+
+
+def _along(ranks: torch.Tensor, axis: int) -> list[list[int]]:
+    rows: list[list[int]] = ranks.movedim(axis, -1).flatten(0, -2).tolist()
+    return rows
 
 
 def _check_processes_have_met() -> None:

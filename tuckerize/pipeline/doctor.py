@@ -188,19 +188,27 @@ def _look_at_device() -> DeviceFacts:
     """What torch finds."""
     import torch
 
-    from tuckerize.parallel.backends import backend_for, float32_products, free_memory
+    from tuckerize.parallel.backends import (
+        backend_for,
+        float32_products,
+        free_memory,
+        npu_product,
+    )
 
     found = torch.accelerator.current_accelerator(check_available=True)
     device = torch.device("cpu") if found is None else torch.device(found.type, 0)
     own = torch.get_device_module(device)
     named = device.type != "cpu" and hasattr(own, "get_device_name")
+    name = own.get_device_name(0) if named else platform.machine()
+    product = npu_product(name)
     free, total = free_memory(device)
     return DeviceFacts(
         kind=device.type,
         count=torch.accelerator.device_count() if found else 1,
-        name=own.get_device_name(0) if named else platform.machine(),
+        name=name,
         backend=backend_for(device),
         float32_products=float32_products(device),
         free_bytes=free,
         total_bytes=total,
+        product=product if product in ("A2", "A3") else None,
     )

@@ -40,7 +40,7 @@ def load_of(experts_Tk: Tensor, sizes: LayerSizes, mesh: Parallelism) -> Load:
     tokens, top_k = experts_Tk.shape
     groups = torch.bincount(experts_Tk.flatten() // sizes.shape.experts, minlength=len(sizes.ranks))
     owners_Tk = experts_Tk // (sizes.experts // mesh.ep)
-    copies = 0
+    copies = remote = 0
     for cp_rank in range(mesh.cp):
         for ep_rank in range(mesh.ep):
             position = Position(ep=Axis(mesh.ep, ep_rank), cp=Axis(mesh.cp, cp_rank))
@@ -48,7 +48,9 @@ def load_of(experts_Tk: Tensor, sizes: LayerSizes, mesh: Parallelism) -> Load:
             copies += sum(
                 int((own_Tk == other).any(1).sum()) for other in range(mesh.ep) if other != ep_rank
             )
-    return Load(top_k, [rows / tokens for rows in groups.tolist()], copies / tokens)
+            remote += int((own_Tk != ep_rank).sum())
+    rows = [count / tokens for count in groups.tolist()]
+    return Load(top_k, rows, copies / tokens, remote / tokens)
 
 
 def compare(

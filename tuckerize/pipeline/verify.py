@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional
 
 from tuckerize.checkpoint.reader import TORCH_DTYPES
@@ -24,11 +23,13 @@ from tuckerize.domain import Projection
 from tuckerize.linalg.tucker import relative_residual
 from tuckerize.moe.routing import Routes, route
 from tuckerize.moe.stacks import group_experts, read_stack
+from tuckerize.parallel.backends import float32_products
 from tuckerize.parallel.collectives import counted
 from tuckerize.parallel.layouts import Layout, Traffic, layer_traffic
-from tuckerize.parallel.mesh import Position, make_mesh, own_tokens, padded_count
+from tuckerize.parallel.mesh import Position, own_tokens, padded_count
 from tuckerize.parallel.processes import Processes
 from tuckerize.pipeline.opened import OpenedSource, OpenedTucker, factors_of
+from tuckerize.pipeline.placed import Place, place_on
 from tuckerize.pipeline.shard import dense_sizes
 from tuckerize.pipeline.shardings import Sharding
 from tuckerize.pipeline.traffic import LayerMoved, compare, load_of
@@ -40,6 +41,8 @@ from tuckerize.runtime.sharded import ShardedExperts, layer_sizes
 # float32 rounds to 6e-8; over sums of some thousand terms that grows to about 3e-6. A wrong number
 # in a slice that a token uses moves that token's output by orders of magnitude more.
 SHARDING_TOLERANCE = 1e-5
+# The same of types of two bytes, which round to 4e-3 and 5e-4: only gross faults are told from it.
+_TOLERANCES = {"float32": SHARDING_TOLERANCE, "bfloat16": 4e-2, "float16": 5e-3}
 # Measured from the same stored numbers as the recorded one; only the order of sums differs.
 RESIDUAL_TOLERANCE = 1e-4
 
@@ -78,6 +81,7 @@ class Verification:
         device: This process's device.
         tokens: Number of tokens for each layer.
         sequence_parallel: Whether each of the tensor-parallel processes has its own tokens.
+        dtype: Type to compute layers in: float32, bfloat16 or float16.
     """
 
     tucker: OpenedTucker
@@ -87,6 +91,18 @@ class Verification:
     device: torch.device
     tokens: int
     sequence_parallel: bool = False
+    dtype: str = "float32"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The type itself."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    @property
+    def tolerance(self) -> float:
+        """Bound on the sharding error."""
+        return _TOLERANCES[self.dtype]
 
 
 def verify(
@@ -105,7 +121,8 @@ def verify(
         progress: Shows how far the work is.
     """
     activation = activation_of(run.tucker.config)
-    mesh, position = _mesh(run)
+    place = _place(run)
+    position = place.position
     tokens = padded_count(run.tokens, position.parallelism)
     own_T = own_tokens(tokens, position)
     mine = layers[run.processes.rank :: run.processes.size] if run.source else ()
@@ -121,14 +138,14 @@ def verify(
         error = math.inf
         if all(readable for _, readable in failures[layer]):
             progress.stage(f"layer {layer}: load")
-            experts = _load(run, layer, mesh, activation).to(run.device)
+            experts = _load(run, layer, place, activation).to(run.device)
             if layer == layers[0] and run.device.type != "cpu":
                 progress.stage(f"layer {layer}: warm-up, in which the device compiles its kernels")
-                _sharding_error(experts, case.of(own_T), run.device)
+                _sharding_error(experts, case.of(own_T), run)
             progress.stage(f"layer {layer}: shards")
             with counted() as sent:
-                error = _sharding_error(experts, case.of(own_T), run.device)
-            moved.append(LayerMoved(sent, *_predicted(run, layer, case, position)))
+                error = _sharding_error(experts, case.of(own_T), run)
+            moved.append(LayerMoved(sent, *_predicted(run, layer, case, place)))
         sharding_errors[layer] = max(run.processes.gather(error), key=_nan_last)
         progress.advance(1, f"layer {layer}: shards")
     found = {}
@@ -147,10 +164,10 @@ def verify(
         layout=run.sharding.manifest.layout if run.sharding else "unsharded",
         device=run.device.type,
         tokens=run.tokens,
-        tolerance=SHARDING_TOLERANCE,
+        tolerance=run.tolerance,
         layers=tuple(
             _verdict(
-                run.tucker,
+                run,
                 layer,
                 damage=[message for message, _ in failures[layer]],
                 sharding_error=sharding_errors[layer],
@@ -160,25 +177,36 @@ def verify(
             for layer in layers
         ),
         traffic=compare(moved, run.processes, tokens // (position.ep.size * position.cp.size)),
+        dtype=run.dtype,
+        float32_products=float32_products(run.device),
+        dispatch=place.dispatch,
+        fused_unmet=place.unmet,
     )
 
 
-def _mesh(run: Verification) -> tuple[DeviceMesh | None, Position]:
-    """The mesh of the shards, and this process on it."""
+def _place(run: Verification) -> Place:
+    """Where this process is; all processes make the communicators of the run here."""
     if run.sharding is None:
-        return None, Position()
-    sizes = run.sharding.mesh
-    mesh = make_mesh(run.device.type, tp=sizes.tp, ep=sizes.ep, cp=sizes.cp)
-    return mesh, Position.on(mesh, sequence_parallel=run.sequence_parallel)
+        return Place(None, Position())
+    return place_on(
+        run.device,
+        run.sharding,
+        tokens=run.tokens,
+        dtype=run.torch_dtype,
+        sequence_parallel=run.sequence_parallel,
+        timeout=run.processes.timeout,
+    )
 
 
-def _load(
-    run: Verification, layer: int, mesh: DeviceMesh | None, activation: Activation
-) -> TuckerExperts:
+def _load(run: Verification, layer: int, place: Place, activation: Activation) -> TuckerExperts:
     """This process's shards of a layer, or all of it."""
-    if mesh is not None:
+    if place.mesh is not None:
         return ShardedExperts.from_shards(
-            run.tucker.folder, layer, mesh, sequence_parallel=run.sequence_parallel
+            run.tucker.folder,
+            layer,
+            place.mesh,
+            sequence_parallel=run.sequence_parallel,
+            fused=place.fused,
         )
     groups = _read_groups(run.tucker, layer)
     size = run.tucker.manifest.group_size
@@ -206,29 +234,31 @@ def _case_of_leader(run: Verification, layer: int, activation: Activation, token
     return run.processes.broadcast(case)
 
 
-def _sharding_error(experts: TuckerExperts, case: _Case, device: torch.device) -> float:
+@torch.no_grad()
+def _sharding_error(experts: TuckerExperts, case: _Case, run: Verification) -> float:
     """Largest relative difference of a token's output on this process from the unsharded one."""
     output_TI = experts(
-        case.x_TI.to(device), case.routes.experts.to(device), case.routes.weights.to(device)
+        case.x_TI.to(run.device, run.torch_dtype),
+        case.routes.experts.to(run.device),
+        case.routes.weights.to(run.device),
     )
     difference_T = (output_TI.cpu().double() - case.reference_TI).norm(dim=1)
     scale_T = case.reference_TI.norm(dim=1)
     return float((difference_T / scale_T.clamp_min(torch.finfo(torch.float32).tiny)).max())
 
 
-def _predicted(
-    run: Verification, layer: int, case: _Case, position: Position
-) -> tuple[Traffic, Traffic]:
+def _predicted(run: Verification, layer: int, case: _Case, place: Place) -> tuple[Traffic, Traffic]:
     """What the tokens of a layer should move, and would move in the dense model."""
     if run.sharding is None:
         return {}, {}
-    sizes, mesh = layer_sizes(run.tucker.manifest, layer), position.parallelism
+    sizes, mesh = layer_sizes(run.tucker.manifest, layer), place.position.parallelism
     load = load_of(case.routes.experts, sizes, mesh)
-    number_bytes = case.x_TI.element_size()
+    number_bytes = run.torch_dtype.itemsize
+    width = None if place.fused is None else place.fused.use.hidden
     layout = Layout(run.sharding.manifest.layout)
     dense = dense_sizes(run.tucker.manifest)
     return (
-        layer_traffic(layout, sizes, mesh, load, number_bytes=number_bytes),
+        layer_traffic(layout, sizes, mesh, load, number_bytes=number_bytes, fused_width=width),
         layer_traffic(Layout.INTERMEDIATE, dense, mesh, load, number_bytes=number_bytes),
     )
 
@@ -243,7 +273,7 @@ def _case(run: Verification, layer: int, activation: Activation, tokens: int) ->
     generator = torch.Generator().manual_seed(_SEED + layer)
     x_TI = torch.randn(run.tokens, tucker.manifest.shape.hidden, generator=generator)
     x_TI *= weights.read_one(tucker.family.input_norm.format(layer=layer)).float()
-    x_TI = functional.pad(x_TI, (0, 0, 0, tokens - run.tokens))
+    x_TI = functional.pad(x_TI, (0, 0, 0, tokens - run.tokens)).to(run.torch_dtype).float()
     router_EI = weights.read_one(tucker.family.router_weight.format(layer=layer))
     routes = route(x_TI, router_EI, tucker.family.routing(tucker.config))
     groups = _read_groups(tucker, layer)
@@ -318,7 +348,7 @@ def _residual_difference(tucker: OpenedTucker, source: OpenedSource, layer: int)
 
 
 def _verdict(
-    tucker: OpenedTucker,
+    run: Verification,
     layer: int,
     *,
     damage: list[str],
@@ -327,10 +357,10 @@ def _verdict(
     max_output_error: float | None,
 ) -> LayerVerdict:
     failures = list(damage)
-    if not sharding_error <= SHARDING_TOLERANCE:
+    if not sharding_error <= run.tolerance:
         failures.append(
             f"sharded output differs from unsharded by {sharding_error:.1e}, "
-            f"allowed {SHARDING_TOLERANCE:.0e}"
+            f"allowed {run.tolerance:.0e}"
         )
     if against and not against.residual_difference <= RESIDUAL_TOLERANCE:
         failures.append(
@@ -339,7 +369,7 @@ def _verdict(
         )
     if against and max_output_error is not None and not against.output_error <= max_output_error:
         failures.append(f"output error {against.output_error:.3g} is above {max_output_error:g}")
-    recorded = [s.relative_residual for s in tucker.manifest.stacks if s.layer == layer]
+    recorded = [s.relative_residual for s in run.tucker.manifest.stacks if s.layer == layer]
     return LayerVerdict(
         layer=layer,
         sharding_error=sharding_error,

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from tuckerize.parallel.collectives import (
     all_reduce,
+    count_others,
     exchange_counts,
     exchange_rows,
     gather_rows,
@@ -21,7 +22,8 @@ from tuckerize.parallel.collectives import (
     scatter_rows,
     spread,
 )
-from tuckerize.parallel.layouts import Layout, Travel, part
+from tuckerize.parallel.fused import FusedPair
+from tuckerize.parallel.layouts import Collective, Layout, Travel, part
 from tuckerize.parallel.mesh import Axis, Position
 
 Matrices = Sequence[Tensor]
@@ -209,6 +211,62 @@ class SendToExperts(Step):
         return unpack(arrived, own_Tk), back
 
 
+@dataclass(frozen=True)
+class SendFused(Step):
+    """Expert parallelism with Ascend's fused operators: nothing waits for the host.
+
+    A row arrives for every expert of a token, sorted by expert, and is all that its process knows
+    of the token: it has that expert alone, of weight 1. The routing weights are applied where the
+    token came from. Rows behind the last expert's mean nothing, and have none.
+
+    Attributes:
+        pair: The operators.
+        otherwise: What takes their place with gradients, which they lack, and for other types.
+    """
+
+    pair: FusedPair
+    otherwise: Step
+
+    def send(self, tokens: Tokens) -> tuple[Tokens, WayBack]:
+        """Dispatch rows; the way back combines them."""
+        packed_TX = torch.cat(list(tokens.vectors), 1)
+        use = self.pair.use
+        if torch.is_grad_enabled() or packed_TX.dtype != use.dtype:
+            return self.otherwise.send(tokens)
+        sent = self.pair.dispatch(_filled(packed_TX, use.hidden), tokens.experts_Tk)
+        self._count(tokens.experts_Tk)
+        places_A = torch.arange(len(sent.rows), device=sent.rows.device)
+        ends_E = sent.counts.cumsum(0)
+        # Behind the last expert's rows this is the number of experts, which none has.
+        experts_A = torch.searchsorted(ends_E, places_A, right=True)
+        widths = [vectors.shape[1] for vectors in tokens.vectors]
+        arrived = Tokens(
+            sent.rows[:, : sum(widths)].split_with_sizes(widths, 1),
+            experts_A.unsqueeze(1),
+            sent.rows.new_ones(len(places_A), 1),
+        )
+
+        def back(outputs: Matrices) -> Matrices:
+            def combine(rows_AX: Tensor) -> Tensor:
+                filled = _filled(rows_AX, use.hidden)
+                total_TX = self.pair.combine(filled, sent, tokens.weights_Tk)
+                return total_TX[:, : rows_AX.shape[1]]
+
+            return _as_one(outputs, combine)
+
+        return arrived, back
+
+    def _count(self, experts_Tk: Tensor) -> None:
+        """Count the rows that leave this process, and come back to it."""
+        use = self.pair.use
+
+        def sent() -> float:
+            owners_Tk = experts_Tk.div(use.experts // use.ep_size, rounding_mode="floor")
+            return int((owners_Tk != self.pair.ep_rank).sum()) * 2 * use.hidden * use.dtype.itemsize
+
+        count_others(Collective.ALL_TO_ALL, sent)
+
+
 def send_all(steps: Sequence[Step], tokens: Tokens) -> tuple[Tokens, list[WayBack]]:
     """Exchange tokens step by step.
 
@@ -223,7 +281,14 @@ def send_all(steps: Sequence[Step], tokens: Tokens) -> tuple[Tokens, list[WayBac
     return tokens, ways
 
 
-def exchange_for(layout: Layout, position: Position, low: Travel, *, experts: int) -> Exchange:
+def exchange_for(
+    layout: Layout,
+    position: Position,
+    low: Travel,
+    *,
+    experts: int,
+    fused: FusedPair | None = None,
+) -> Exchange:
     """The exchange of a layout for one process.
 
     Args:
@@ -231,10 +296,13 @@ def exchange_for(layout: Layout, position: Position, low: Travel, *, experts: in
         position: The process.
         low: How tokens and outputs travel.
         experts: Experts of a layer that each expert-parallel process has.
+        fused: Ascend's fused dispatch and combine, where they may be used.
     """
     tp, ep = position.tp, position.ep
     share = Gather(tp) if position.sequence_parallel else Share(tp)
-    send = SendToExperts(ep, experts) if ep.has_all_to_all else GatherToExperts(ep, experts)
+    send: Step = SendToExperts(ep, experts) if ep.has_all_to_all else GatherToExperts(ep, experts)
+    if fused is not None:
+        send = SendFused(fused, send)
     over_tp: Sequence[Step] = [share] if tp.size > 1 else []
     over_ep: Sequence[Step] = [send] if ep.size > 1 else []
     if not low.low_input:
@@ -259,6 +327,11 @@ def _pack(tokens: Tokens) -> tuple[Tensor, Callable[[Tensor, Tensor], Tokens]]:
         return Tokens(vectors, experts_Tk, weights_Tk)
 
     return torch.cat(matrices, 1), unpack
+
+
+def _filled(matrix: Tensor, width: int) -> Tensor:
+    """A matrix with columns of zeros up to a width."""
+    return functional.pad(matrix, (0, width - matrix.shape[1]))
 
 
 def _as_one(matrices: Matrices, change: Callable[[Tensor], Tensor]) -> Matrices:

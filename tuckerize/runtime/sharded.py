@@ -23,6 +23,7 @@ from tuckerize.domain import Mode, Projection, expert_core_name, expert_of
 from tuckerize.errors import CheckpointError, ParallelError
 from tuckerize.moe.families import FAMILIES
 from tuckerize.parallel.collectives import all_reduce
+from tuckerize.parallel.fused import ROW_STEP, FusedPair, FusedUse
 from tuckerize.parallel.layouts import (
     LayerSizes,
     Layout,
@@ -30,6 +31,7 @@ from tuckerize.parallel.layouts import (
     cut_of,
     experts_are_split,
     travel,
+    width_over_ep,
 )
 from tuckerize.parallel.mesh import AXES, Position
 from tuckerize.runtime.exchange import exchange_for
@@ -46,6 +48,7 @@ class ShardedExperts(TuckerExperts):
         sizes: Sizes of the whole layer.
         position: This process.
         activation: Between gate and up.
+        fused: Ascend's fused dispatch and combine over ep, where they may be used.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class ShardedExperts(TuckerExperts):
         sizes: LayerSizes,
         position: Position,
         activation: Activation,
+        fused: FusedPair | None = None,
     ) -> None:
         ep = position.ep.size
         split = experts_are_split(sizes, ep)
@@ -64,7 +68,7 @@ class ShardedExperts(TuckerExperts):
             groups,
             group_size=sizes.shape.experts // (ep if split else 1),
             activation=activation,
-            exchange=exchange_for(layout, position, low, experts=sizes.experts // ep),
+            exchange=exchange_for(layout, position, low, experts=sizes.experts // ep, fused=fused),
         )
         self.position = position
         self._summed = {
@@ -74,7 +78,13 @@ class ShardedExperts(TuckerExperts):
 
     @classmethod
     def from_shards(
-        cls, folder: str | Path, layer: int, mesh: DeviceMesh, *, sequence_parallel: bool = False
+        cls,
+        folder: str | Path,
+        layer: int,
+        mesh: DeviceMesh,
+        *,
+        sequence_parallel: bool = False,
+        fused: FusedPair | None = None,
     ) -> ShardedExperts:
         """Load this process's shards of one layer; on the host, in the dtype of the checkpoint.
 
@@ -83,6 +93,8 @@ class ShardedExperts(TuckerExperts):
             layer: Index of the layer.
             mesh: Device mesh with axes of the names `tp`, `ep` and `cp`, or some of them.
             sequence_parallel: Whether each of the tp processes has its own tokens, equally many.
+            fused: Ascend's fused dispatch and combine, made once for all layers (`fused_use`);
+                they take the place of the plain collectives wherever gradients are off.
 
         Raises:
             ParallelError: The processes have not met, or there are no shards for the mesh.
@@ -111,6 +123,7 @@ class ShardedExperts(TuckerExperts):
             sizes=sizes,
             position=position,
             activation=activation_of(read_json_object(tucker / CONFIG)),
+            fused=fused,
         )
 
     def sum_gradients(self) -> None:
@@ -132,6 +145,43 @@ class ShardedExperts(TuckerExperts):
                 sums = all_reduce(own, getattr(self.position, name))
                 for parameter, total in zip(shared, sums, strict=True):
                     parameter.grad = total
+
+
+def fused_use(
+    folder: str | Path,
+    mesh: DeviceMesh,
+    *,
+    tokens: int,
+    dtype: torch.dtype,
+    sequence_parallel: bool = False,
+) -> FusedUse:
+    """What the layers of a sharded checkpoint need Ascend's fused dispatch and combine for.
+
+    Args:
+        folder: A Tucker checkpoint that is sharded for the mesh.
+        mesh: The mesh of all processes of the run.
+        tokens: Most tokens of a process.
+        dtype: Their type.
+        sequence_parallel: Whether each of the tp processes has its own tokens.
+    """
+    position = Position.on(mesh, sequence_parallel=sequence_parallel)
+    tucker = Path(folder)
+    manifest = read_tucker_manifest(tucker)
+    _, shards = open_shards(tucker, tp=position.tp.size, ep=position.ep.size)
+    widths = (
+        width_over_ep(Layout(shards.layout), layer_sizes(manifest, layer), position.parallelism)
+        for layer in manifest.layers
+    )
+    routing = FAMILIES[manifest.family].routing(read_json_object(tucker / CONFIG))
+    return FusedUse.on(
+        torch.device(mesh.device_type),
+        tokens=tokens * (position.tp.size if sequence_parallel else 1),
+        hidden=-(-max(widths) // ROW_STEP) * ROW_STEP,
+        top_k=routing.top_k,
+        experts=manifest.shape.experts,
+        ep_size=position.ep.size,
+        dtype=dtype,
+    )
 
 
 def open_shards(tucker: Path, *, tp: int, ep: int) -> tuple[Path, ShardManifest]:

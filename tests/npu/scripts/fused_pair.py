@@ -33,7 +33,7 @@ def error_of(product: str, algorithm: str, tokens: int) -> float:
     """Relative error of this process's tokens after a round trip."""
     size, rank = dist.get_world_size(), dist.get_rank()
     use = FusedUse(product, algorithm, MOST_TOKENS, HIDDEN, TOP_K, EXPERTS, size)
-    pair = FusedPair.create(use, list(range(size)))
+    pair = FusedPair.create(use, [list(range(size))])
     shared = torch.Generator().manual_seed(0)
     matrices = torch.randn((EXPERTS, HIDDEN, HIDDEN), generator=shared) / HIDDEN**0.5
     own = torch.Generator().manual_seed(1 + rank)

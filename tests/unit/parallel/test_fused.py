@@ -171,8 +171,21 @@ def test_grouped_matmul_checks(changed: dict[str, Any], messages: list[str]) -> 
 
 def test_fused_pair_that_may_not_be_used_is_refused_with_what_is_not_met() -> None:
     with pytest.raises(ParallelError) as caught:
-        FusedPair.create(replace(A3, hidden=512, top_k=17), [0, 1])
+        FusedPair.create(replace(A3, hidden=512, top_k=17), [[0, 1]])
     assert caught.value.message == (
         "the fused dispatch and combine cannot be used: hidden size is 512, allowed 1024 to 8192; "
         "experts a token is 17, allowed 1 to 16"
     )
+
+
+def test_fused_pair_with_hierarchy_is_refused() -> None:
+    with pytest.raises(ParallelError, match="with hierarchy is not supported"):
+        FusedPair.create(A2_HIERARCHY, [[0, 1]])
+
+
+@pytest.mark.parametrize("tokens", [0, 65])
+def test_fused_dispatch_of_more_tokens_than_the_pair_was_made_for_is_refused(tokens: int) -> None:
+    pair = FusedPair(A2, "name of a communicator", 0)
+    experts_Tk = torch.zeros(tokens, 6, dtype=torch.int64)
+    with pytest.raises(ParallelError, match=f"{tokens} tokens .* expected 1 to 64"):
+        pair.dispatch(torch.zeros(tokens, 2048, dtype=torch.bfloat16), experts_Tk)

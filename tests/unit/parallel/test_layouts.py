@@ -20,6 +20,7 @@ from tuckerize.parallel.layouts import (
     part,
     smallest_split_size,
     split_dimension,
+    width_over_ep,
 )
 
 SHAPE = StackShape(8, 24, 32)
@@ -161,6 +162,33 @@ def test_traffic_without_all_to_all_brings_every_token_to_all() -> None:
     }
 
 
+def test_traffic_of_the_fused_pair_is_a_row_for_every_expert_elsewhere_and_back() -> None:
+    load = Load(3, [3.0], copies=0.5, remote=1.25)
+    mesh, sizes = Parallelism(ep=2), sizes_of(LATENT, joint=True)
+    moved = layer_traffic(Layout.INTERMEDIATE, sizes, mesh, load, number_bytes=2, fused_width=32)
+    assert {kind: sent for kind, sent in moved.items() if sent} == {
+        Collective.ALL_TO_ALL: 1.25 * 2 * 32 * 2
+    }
+
+
+@pytest.mark.parametrize(
+    ("layout", "sizes", "mesh", "expected"),
+    [
+        (Layout.INTERMEDIATE, sizes_of(LATENT, joint=True), Parallelism(ep=2), 10),
+        (Layout.INTERMEDIATE, sizes_of(LATENT), Parallelism(ep=2), 20),
+        (Layout.INTERMEDIATE, sizes_of(FULL), Parallelism(ep=2), 32),
+        (Layout.INTERMEDIATE, sizes_of(LATENT, groups=2), Parallelism(ep=2), 32),
+        (Layout.RANK, sizes_of(LATENT), Parallelism(tp=2, ep=2), 10),
+        (Layout.RANK, sizes_of(LATENT), Parallelism(tp=3, ep=2), 10),
+        (Layout.RANK, sizes_of(FULL), Parallelism(tp=2, ep=2), 32),
+    ],
+)
+def test_width_over_ep_is_the_widest_of_both_ways(
+    layout: Layout, sizes: LayerSizes, mesh: Parallelism, expected: int
+) -> None:
+    assert width_over_ep(layout, sizes, mesh) == expected
+
+
 def test_even_load_is_that_of_all_choices_of_experts() -> None:
     choices = list(itertools.combinations(range(8), 3))
     # Of a token on process 0 of 4, each with 2 experts.
@@ -168,6 +196,8 @@ def test_even_load_is_that_of_all_choices_of_experts() -> None:
     load = even_load(3, experts=8, groups=2, ep=4)
     assert load.copies == pytest.approx(sum(copies) / len(choices))
     assert load.rows == [1.5, 1.5]
+    remote = sum(expert // 2 != 0 for chosen in choices for expert in chosen)
+    assert load.remote == pytest.approx(remote / len(choices))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tuckerize.parallel.fused import FusedPair, FusedUse
 from tuckerize.parallel.layouts import Layout, Travel
 from tuckerize.parallel.mesh import Axis, Position
 from tuckerize.runtime.exchange import (
@@ -10,6 +11,7 @@ from tuckerize.runtime.exchange import (
     Gather,
     GatherToExperts,
     RankExchange,
+    SendFused,
     SendToExperts,
     Share,
     exchange_for,
@@ -60,6 +62,14 @@ def test_exchange_for_a_backend_without_all_to_all_gathers_tokens(
     monkeypatch.setattr(Axis, "has_all_to_all", property(lambda _: False))
     exchange = exchange_for(Layout.INTERMEDIATE, BOTH, LOW, experts=4)
     assert exchange.late == [Share(BOTH.tp), GatherToExperts(BOTH.ep, 4)]
+
+
+def test_exchange_for_a_fused_pair_keeps_the_plain_collectives_beside_it() -> None:
+    use = FusedUse("A2", "fullmesh", tokens=4, hidden=32, top_k=2, experts=8, ep_size=2)
+    pair = FusedPair(use, "name of a communicator", 0)
+    exchange = exchange_for(Layout.INTERMEDIATE, BOTH, LOW, experts=4, fused=pair)
+    assert exchange.late == [Share(BOTH.tp), SendFused(pair, SendToExperts(BOTH.ep, 4))]
+    assert exchange_for(Layout.INTERMEDIATE, Position(), LOW, experts=8, fused=pair).late == []
 
 
 def test_rank_exchange_own_hidden_of_all_processes_are_all_columns() -> None:
