@@ -53,7 +53,7 @@ full-width: $(VENV)/.installed  ## Time and memory at DeepSeek-V2-Lite's width (
 	$(BIN)/python benchmarks/full_width.py --write
 
 test-npu: $(VENV)/.installed-dev  ## More of the program on a stand-in for an NPU (a C++ compiler)
-	$(BIN)/python -m pytest tests/npu tests/npu/check_npu.py -rs
+	$(BIN)/python -m pytest tests/npu/test_*.py tests/npu/check_npu.py -rs
 
 $(VENV)-transformers-%/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(@D)

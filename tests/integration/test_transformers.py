@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 from tests.running import run_here, succeed, torchrun
 from tuckerize.runtime.experts import TuckerExperts
@@ -121,6 +121,22 @@ def test_every_factor_is_trained(way: str, outputs: dict[str, Path]) -> None:
     parameters = [value for module in modules for value in module.parameters()]
     torch.optim.SGD(parameters, lr=0.05).step()
     assert model(ids, labels=ids).loss < loss
+
+
+def test_trainer_trains_and_its_checkpoint_loads(outputs: dict[str, Path], tmp_path: Path) -> None:
+    model = load(outputs["calibrated"])
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=2, save_steps=2, learning_rate=1e-3, report_to=[], use_cpu=True
+    )
+    rows = [{"input_ids": IDS[0], "labels": IDS[0]}] * 8
+    Trainer(model, arguments, train_dataset=rows).train()
+    again = load(tmp_path / "checkpoint-2")
+    trained = {n for n, v in again.named_parameters() if not torch.equal(v, before[n])}
+    # An expert without tokens has no gradient.
+    assert any("experts.group_0.gate_proj.core." in name for name in trained)
+    assert any(name.endswith("experts.group_0.gate_proj.U_I") for name in trained)
+    assert all(torch.equal(v, model.get_parameter(n)) for n, v in again.named_parameters())
 
 
 @pytest.mark.parametrize("place", ["cpu", "auto"])

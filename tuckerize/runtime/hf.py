@@ -56,6 +56,7 @@ class TuckerQuantizer(HfQuantizer):
 
     requires_calibration = True
     is_trainable = True
+    is_qat_trainable = True  # transformers' word for: without adapters, too
 
     def is_serializable(self, *_: object, **__: object) -> bool:
         """Whether `save_pretrained` works: factors are ordinary tensors."""
