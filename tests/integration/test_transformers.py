@@ -124,7 +124,7 @@ def test_every_factor_is_trained(way: str, outputs: dict[str, Path]) -> None:
 
 
 def test_trainer_trains_and_its_checkpoint_loads(outputs: dict[str, Path], tmp_path: Path) -> None:
-    model = load(outputs["calibrated"])
+    model = load(outputs["one U_I"])
     before = {name: value.clone() for name, value in model.named_parameters()}
     arguments = TrainingArguments(
         str(tmp_path), max_steps=2, save_steps=2, learning_rate=1e-3, report_to=[], use_cpu=True
@@ -133,9 +133,7 @@ def test_trainer_trains_and_its_checkpoint_loads(outputs: dict[str, Path], tmp_p
     Trainer(model, arguments, train_dataset=rows).train()
     again = load(tmp_path / "checkpoint-2")
     trained = {n for n, v in again.named_parameters() if not torch.equal(v, before[n])}
-    # An expert without tokens has no gradient.
-    assert any("experts.group_0.gate_proj.core." in name for name in trained)
-    assert any(name.endswith("experts.group_0.gate_proj.U_I") for name in trained)
+    assert trained >= {name for name in before if ".group_" in name}
     assert all(torch.equal(v, model.get_parameter(n)) for n, v in again.named_parameters())
 
 
