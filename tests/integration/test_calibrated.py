@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from tests.tiny_models import write_text
 from tuckerize.calibration import run as run_module
 from tuckerize.calibration import tokens as tokens_module
 from tuckerize.calibration.profiling import ProfileCache
+from tuckerize.calibration.run import Calibrated
+from tuckerize.calibration.tokens import DenseGroup
 from tuckerize.checkpoint.output import OutputFolder
 from tuckerize.domain import Projection
 from tuckerize.pipeline.opened import OpenedTucker, open_tucker
@@ -365,6 +369,35 @@ def test_killed_run_continues_and_ends_with_the_same_bytes(
     decompose(model, text, out, *options)
     decompose(model, text, tmp_path / "whole", *options)
     assert files_of(out) == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("options", [(), ("--one-shot",)])
+def test_nothing_of_a_layer_is_left_when_the_next_begins(
+    options: tuple[str, ...],
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[weakref.ref[TuckerExperts]] = []
+    left: list[int] = []
+    groups, module = Calibrated.groups, Calibrated.module
+
+    def noted_groups(self: Calibrated, layer: int) -> list[DenseGroup]:
+        gc.collect()
+        left.append(sum(own() is not None for own in made))
+        return groups(self, layer)
+
+    def noted_module(self: Calibrated, tensors: list[dict[str, Tensor]]) -> TuckerExperts:
+        result = module(self, tensors)
+        made.append(weakref.ref(result))
+        return result
+
+    monkeypatch.setattr(Calibrated, "groups", noted_groups)
+    monkeypatch.setattr(Calibrated, "module", noted_module)
+    decompose(model, text, tmp_path / "out", "--keep", "0.6", *PLAIN, *options)
+    assert len(made) > len(left) > 1
+    assert left == [0] * len(left)
 
 
 def test_profile_is_made_once_for_all_budgets(

@@ -16,7 +16,7 @@ from tuckerize.calibration.profile import LayerProfile
 from tuckerize.calibration.profiling import profile_model
 from tuckerize.calibration.refine import Refinement, refine, relative_output_error
 from tuckerize.calibration.run import Calibrated, SavedStates, experts_call
-from tuckerize.calibration.stream import ExpertsCall, StreamedModel
+from tuckerize.calibration.stream import StreamedModel
 from tuckerize.calibration.text import fingerprint, parse_source, read_windows
 from tuckerize.calibration.tokens import FEWEST_WITH_HELD_OUT, DenseGroup, LayerTokens
 from tuckerize.checkpoint.manifest import LayerRecord, pack_neurons
@@ -131,8 +131,7 @@ def compress_layers(
     progress.advance(sum(layer < start for layer in pieces), "continued")
     hidden_SLI = saved["hidden"] if saved else run.embed()
     for layer in range(start, max(pieces) + 1):
-        experts, record = _experts_of_layer(plan, run, layer, hidden_SLI, output)
-        hidden_SLI = run.run_layer(layer, hidden_SLI, experts)
+        hidden_SLI, record = _pass_layer(plan, run, layer, pieces.get(layer), hidden_SLI, output)
         # The record first: a layer is done again where only its states are missing.
         if record is not None:
             folder.write_record(pieces[layer].name, record)
@@ -143,27 +142,31 @@ def compress_layers(
     return [note for record in records for note in record["notes"]]
 
 
-def _experts_of_layer(
-    plan: Plan, run: Calibrated, layer: int, hidden_SLI: Tensor, output: Path
-) -> tuple[ExpertsCall | None, dict[str, Any] | None]:
-    """The experts that the text goes through, if the layer has any, and the record of its piece.
+def _pass_layer(
+    plan: Plan,
+    run: Calibrated,
+    layer: int,
+    piece: LayerPiece | None,
+    hidden_SLI: Tensor,
+    output: Path,
+) -> tuple[Tensor, dict[str, Any] | None]:
+    """Hidden states behind a layer, shape (S, L, I), and the record of its piece, if it has one.
 
-    All else that was made of the layer is gone when this returns.
+    All else that was made of the layer is gone when this returns: the next needs the memory.
     """
     if layer not in run.moe.layers:
-        return None, None
+        return run.run_layer(layer, hidden_SLI, None), None
     groups = run.groups(layer)
-    dense = [group.as_tensors() for group in groups]
-    piece = next((piece for piece in plan.layer_pieces if piece.layer == layer), None)
-    if piece is None:
-        return experts_call(run.module(dense)), None
-    tokens = run.capture(layer, hidden_SLI)
-    compressed = _compress_layer(plan, piece, run, groups, tokens)
-    record = _write(plan, piece, groups, compressed, output)
-    if plan.recipe.calibration is None or not plan.recipe.calibration.sequential:
-        return experts_call(run.module(dense)), record
-    wide = [{n: t.float() for n, t in own.items()} for own in compressed.tensors]
-    return experts_call(run.module(wide)), record
+    module = run.module([group.as_tensors() for group in groups])
+    record = None
+    if piece is not None:
+        tokens = run.capture(layer, hidden_SLI)
+        compressed = _compress_layer(plan, piece, run, groups, tokens)
+        record = _write(plan, piece, groups, compressed, output)
+        if plan.recipe.calibration is not None and plan.recipe.calibration.sequential:
+            wide = [{n: t.float() for n, t in own.items()} for own in compressed.tensors]
+            module = run.module(wide)
+    return run.run_layer(layer, hidden_SLI, experts_call(module)), record
 
 
 def _compress_layer(
