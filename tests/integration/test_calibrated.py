@@ -8,6 +8,7 @@ import shutil
 import time
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,16 @@ from tests.running import files_of, run_here, start, succeed, torchrun
 from tests.tiny_models import write_text
 from tuckerize.calibration import run as run_module
 from tuckerize.calibration import tokens as tokens_module
-from tuckerize.calibration.profiling import ProfileCache
+from tuckerize.calibration.profiling import ProfileCache, profile_model
 from tuckerize.calibration.run import Calibrated
 from tuckerize.calibration.tokens import DenseGroup
 from tuckerize.checkpoint.output import OutputFolder
+from tuckerize.checkpoint.reader import Checkpoint
 from tuckerize.domain import Projection
+from tuckerize.pipeline.calibrated import open_calibration
 from tuckerize.pipeline.opened import OpenedTucker, open_tucker
+from tuckerize.recipe import Calibration, Recipe, Rule
+from tuckerize.report import SilentProgress
 from tuckerize.runtime.experts import ACTIVATIONS, TuckerExperts
 
 PLAIN = ("--refine", "0")
@@ -427,6 +432,24 @@ def test_profile_is_made_once_for_all_budgets(
     other = write_text(tmp_path / "other.txt", 2000, seed=1)
     succeed(*plan[:3], "--calibration", other, "--dry-run", *TOKENS, *PLAIN, "--keep", "0.5")
     assert calls
+
+
+def test_sensitivity_is_of_all_texts_whichever_comes_first(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = write_text(tmp_path / "other.txt", 1000, seed=1)
+    settings = Calibration(texts=(str(text), str(other)), tokens=2048, window=64)
+    recipe = Recipe(rules=(Rule(keep=0.5),), calibration=settings)
+    run = open_calibration(Checkpoint.open(model), recipe, torch.device("cpu")).run
+    one, two, random = run.windows_SL[:8], run.windows_SL[8:16], run.windows_SL[16:]
+    found: list[list[float]] = []
+    for order in ((one, two), (two, one)):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / str(len(found))))
+        ordered = replace(run, windows_SL=torch.cat([*order, random]))
+        profiles = profile_model(ordered, SilentProgress())
+        found.append([profile.sensitivity for profile in profiles])
+    assert len(found[0]) == 2
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
 @pytest.mark.parametrize("call", [1, 2, 3])

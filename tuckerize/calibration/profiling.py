@@ -1,8 +1,9 @@
 """Profile a model: one pass over the calibration text, through the dense model.
 
 For every layer the curves of `profile`, and how much the model's prediction moves with an error of
-the layer. The latter is measured: on a few windows the quarter of the neurons with the least energy
-is silenced in this layer alone, and the divergence of the logits is compared with the output error.
+the layer. The latter is measured: on a few windows, spread over all of the text, the quarter of the
+neurons with the least energy is silenced in this layer alone, and the divergence of the logits is
+compared with the output error.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from tuckerize.checkpoint.writer import write_tensors
 from tuckerize.domain import CORE, Projection
 from tuckerize.report import Progress
 
-# Windows that the sensitivity is measured on, and the share of the neurons that is silenced.
-_PROBE_WINDOWS = 4
+# Windows of text that the sensitivity is measured on, and the share of neurons that is silenced.
+_PROBE_WINDOWS = 8
 _SILENCED = 0.25
 # Raised whenever profiles get other contents.
-_PROFILE_VERSION = 4
+_PROFILE_VERSION = 5
 # Names of hidden states that are carried along.
 _CLEAN = "clean"
 _ERROR = "error "
@@ -117,7 +118,7 @@ def profile_model(run: Calibrated, progress: Progress) -> list[LayerProfile]:
     start, states = cache.states.load(run.model.device)
     hidden_SLI = states.pop("hidden") if states else run.embed()
     errors = {name: states.pop(name) for name in list(states) if name.startswith(_ERROR)}
-    probes = states or {_CLEAN: hidden_SLI[:_PROBE_WINDOWS]}
+    probes = states or {_CLEAN: hidden_SLI[_spread(run.text_windows, _PROBE_WINDOWS)]}
     progress.advance(start, "continued")
     for layer in range(start, run.model.layers):
         if layer in run.moe.layers:
@@ -200,6 +201,12 @@ def _silenced(group: DenseGroup, moments: GroupMoments) -> dict[str, Tensor]:
         **group.as_tensors(),
         f"{Projection.DOWN}.{CORE}": down_EHI.scatter(1, places, 0.0),
     }
+
+
+def _spread(length: int, count: int) -> list[int]:
+    """At most `count` places in the middle of as many equal parts of a length."""
+    count = min(count, length)
+    return [(2 * part + 1) * length // (2 * count) for part in range(count)]
 
 
 def _divergences(run: Calibrated, probes: dict[str, Tensor]) -> dict[int, float]:

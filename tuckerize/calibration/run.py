@@ -34,6 +34,7 @@ class Calibrated:
         moe: Its MoE facts.
         model: Its decoder layers, one at a time.
         windows_SL: Tokens, shape (S, L).
+        text_windows: How many of the windows are of text; they are the first.
         group_size: Experts in a group.
     """
 
@@ -41,6 +42,7 @@ class Calibrated:
     moe: MoeModel
     model: StreamedModel
     windows_SL: Tensor
+    text_windows: int
     group_size: int
 
     @property

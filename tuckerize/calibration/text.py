@@ -51,10 +51,12 @@ class Windows:
 
     Attributes:
         tokens_SL: The tokens, shape (S, L), int64.
+        text: How many windows are of text; they are the first.
         messages: What is less than was asked for; empty if nothing is.
     """
 
     tokens_SL: Tensor
+    text: int
     messages: tuple[str, ...]
 
 
@@ -135,9 +137,10 @@ def read_windows(
         for source, own, count in zip(sources, taken, shares, strict=True)
         if len(own) * width < count * window
     ]
-    taken.append([random.choices(ordinary, k=length) for _ in range(randoms)])
-    rows = [begin + row for own in taken for row in own]
-    return Windows(torch.tensor(rows, dtype=torch.int64), tuple(messages))
+    text_rows = [row for own in taken for row in own]
+    random_rows = [random.choices(ordinary, k=length) for _ in range(randoms)]
+    rows = [begin + row for row in text_rows + random_rows]
+    return Windows(torch.tensor(rows, dtype=torch.int64), len(text_rows), tuple(messages))
 
 
 def share(count: int, weights: Sequence[float]) -> list[int]:

@@ -75,7 +75,7 @@ def open_calibration(source: Checkpoint, recipe: Recipe, device: torch.device) -
     )
     model = StreamedModel.open(source, moe.family, device=device)
     group_size = recipe.group_size or moe.shape.experts
-    run = Calibrated(source, moe, model, windows.tokens_SL, group_size)
+    run = Calibrated(source, moe, model, windows.tokens_SL, windows.text, group_size)
     notes = list(windows.messages)
     if settings.refine and windows.tokens_SL.numel() < FEWEST_WITH_HELD_OUT:
         notes.append(

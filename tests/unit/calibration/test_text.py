@@ -117,9 +117,9 @@ def test_last_windows_are_of_random_tokens(
     def rows_of(seed: int) -> Tensor:
         source = numbers(tmp_path / "a.txt", 500)
         folder = tokenizer_with_begin
-        return read_windows(
-            [source], folder, tokens=400, window=10, seed=seed, random_share=part
-        ).tokens_SL
+        found = read_windows([source], folder, tokens=400, window=10, seed=seed, random_share=part)
+        assert found.text == 40 - windows
+        return found.tokens_SL
 
     rows = rows_of(0)
     assert rows.shape == (40, 10)
