@@ -1,6 +1,7 @@
 """Run checkpoints in vLLM, one after another; prints what each gives as a line of JSON.
 
-python tests/vllm/engine.py FOLDER... [--tp 2] [--ep] [--dtype bfloat16] [--ascend main]
+python tests/vllm/engine.py FOLDER... [--tp 2] [--ep] [--compiled] [--dtype bfloat16]
+    [--ascend main]
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ VOCABULARY = 64
 
 os.environ.update(
     HF_HUB_OFFLINE="1",
-    TORCHDYNAMO_DISABLE="1",  # compiling takes longer than all the rest
     VLLM_ALLOW_INSECURE_SERIALIZATION="1",  # `tensor_bytes` is sent to the workers
     VLLM_CPU_KVCACHE_SPACE="1",
     VLLM_ENABLE_V1_MULTIPROCESSING="0",  # workers of one process are this process
@@ -75,9 +75,12 @@ def main() -> None:
     parser.add_argument("folders", nargs="+")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--ep", action="store_true")
+    parser.add_argument("--compiled", action="store_true", help="as the engine does by default")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--ascend", choices=["main", "v0.26.0rc"], default=None)
     options = parser.parse_args()
+    if not options.compiled:  # compiling takes longer than all the rest
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
     if options.tp > 1:  # the workers share the cores of one NUMA node
         cores = len(os.sched_getaffinity(0))
         places = (str(worker % cores) for worker in range(options.tp))
@@ -93,8 +96,9 @@ def main() -> None:
         engine = LLM(
             folder,
             dtype=options.dtype,
-            enforce_eager=True,
+            enforce_eager=not options.compiled,
             enable_expert_parallel=options.ep,
+            gpu_memory_utilization=0.2,  # of the host's memory: the engine would take nearly all
             max_model_len=64,
             max_logprobs=VOCABULARY,
             skip_tokenizer_init=True,

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
@@ -239,6 +240,9 @@ class TuckerMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         **__: object,
     ) -> Tensor:
         """The worker's part of the routed output, shape (T, I); the engine sums over workers."""
+        if torch.compiler.is_compiling():
+            compiled: Tensor = _routed_output(x, topk_weights, topk_ids, layer.layer_name)
+            return compiled
         if layer.expert_map is not None:
             topk_ids = layer.expert_map[topk_ids.long()]
         if self.experts is None:
@@ -249,6 +253,22 @@ class TuckerMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             return self.kernel.apply(layer, x, (topk_weights, topk_ids), ends)
         output: Tensor = self.experts(x, topk_ids, topk_weights)
         return output
+
+
+@torch.library.custom_op("tuckerize::routed_output", mutates_args=())
+def _routed_output(x_TI: Tensor, weights_Tk: Tensor, experts_Tk: Tensor, layer_name: str) -> Tensor:
+    """The routed output of a layer as one node of the engine's compiled graph.
+
+    On a CPU the engine traces its MoE layers; how many tokens an expert gets cannot be traced.
+    """
+    layer = get_forward_context().no_compile_layers[layer_name].routed_experts
+    output: Tensor = layer.quant_method.apply(layer, x_TI, weights_Tk, experts_Tk)
+    return output
+
+
+@_routed_output.register_fake
+def _(x_TI: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x_TI)
 
 
 def _ignore(parameter: Tensor, loaded: Tensor) -> None:
