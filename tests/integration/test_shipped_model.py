@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -52,3 +54,13 @@ def test_more_kept_parameters_lose_less_perplexity(
         found.append(perplexity(dense, TEXT).perplexity)
     assert found == sorted(found)
     assert found[-1] < 1.6 * found[0]
+
+
+def test_model_for_vllm_is_the_same_function(
+    perplexity: Callable[..., Any], tmp_path: Path
+) -> None:
+    subprocess.run([sys.executable, EXAMPLES / "for_vllm.py", tmp_path], check=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["kv_lora_rank"] + config["qk_rope_head_dim"] == 576
+    found, expected = (perplexity(folder, TEXT).perplexity for folder in (tmp_path, SHIPPED))
+    assert found == pytest.approx(expected, rel=1e-5)

@@ -222,12 +222,12 @@ def test_memory_falls_with_keep(tmp_path: Path) -> None:
 
 
 @contextmanager
-def served(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+def served(folder: Path, dtype: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """vLLM's OpenAI-compatible server on a free port; yields its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    options = ["--dtype", "float32", "--max-model-len", "64", "--gpu-memory-utilization", "0.2"]
+    options = ["--dtype", dtype, "--max-model-len", "64", "--gpu-memory-utilization", "0.2"]
     place = ["--host", "127.0.0.1", "--port", str(port)]
     own = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_HOST_IP": "127.0.0.1", "HF_HUB_OFFLINE": "1"}
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(folder)]
@@ -239,11 +239,11 @@ def served(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
         process.wait(60)
 
 
-def test_server_answers_as_the_engine_does(small: Path, compiled: list[Found]) -> None:
-    prompt = " ".join(map(str, range(3, 30)))
-    body = {"model": str(small), "prompt": prompt, "max_tokens": 8, "temperature": 0}
+def ask(folder: Path, prompt: str, tokens: int, dtype: str) -> dict[str, Any]:
+    """The server's greedy completion of a prompt."""
+    body = {"model": str(folder), "prompt": prompt, "max_tokens": tokens, "temperature": 0}
     body |= {"ignore_eos": True, "return_token_ids": True}
-    with served(small) as (process, address):
+    with served(folder, dtype) as (process, address):
         request = urllib.request.Request(
             f"{address}/v1/completions",
             json.dumps(body).encode(),
@@ -252,11 +252,26 @@ def test_server_answers_as_the_engine_does(small: Path, compiled: list[Found]) -
         for _ in range(SECONDS):
             try:
                 with urllib.request.urlopen(request) as response:
-                    answer = json.load(response)
-                break
+                    choice: dict[str, Any] = json.load(response)["choices"][0]
+                    return choice
             except OSError:
                 assert process.poll() is None, "the server ended"
                 time.sleep(1)
-        else:
-            pytest.fail("the server did not answer")
-    assert answer["choices"][0]["token_ids"] == compiled[0]["tokens"][0][:8]
+    pytest.fail("the server did not answer")
+
+
+def test_server_answers_as_the_engine_does(small: Path, compiled: list[Found]) -> None:
+    prompt = " ".join(map(str, range(3, 30)))
+    answer = ask(small, prompt, 8, "float32")
+    assert answer["token_ids"] == compiled[0]["tokens"][0][:8]
+
+
+def test_shipped_model_writes_in_vllm_what_it_does_in_transformers(tmp_path: Path) -> None:
+    """In bfloat16, as it is stored; a text this short has no ties."""
+    model = tmp_path / "model"
+    subprocess.run([sys.executable, ROOT / "examples" / "for_vllm.py", model], check=True)
+    checkpoint = decompose(model, tmp_path / "out", "--keep", "0.75")
+    answer = ask(checkpoint, "def main(", 16, "bfloat16")
+    text = succeed("generate", checkpoint, "--prompt", "def main(", "--tokens", "16")
+    assert text.strip() == ("def main(" + answer["text"]).strip()
+    assert "self" in text

@@ -80,8 +80,9 @@ def _layer_bytes(plan: Plan, piece: LayerPiece) -> int:
     """Largest sum of what lives at once while a layer is calibrated, on host and device together.
 
     The dense layer and the tokens stay in float32; beside them the moments and the weighted least
-    squares of gate and up (some twelve copies of a stack, two of the moments), or the refinement's
-    parameters, start, gradients and two moments of Adam.
+    squares of gate and up (some fifteen copies of a stack, two of the moments), or the refinement's
+    parameters, start, gradients and two moments of Adam. At DeepSeek-V2-Lite's width and 8,192
+    tokens all is 16.6 GiB; 16.8 were measured: benchmarks/results/full_width_calibrated.json.
     """
     settings = plan.recipe.calibration
     if settings is None:
@@ -90,7 +91,7 @@ def _layer_bytes(plan: Plan, piece: LayerPiece) -> int:
     dense = len(Projection) * plan.model.shape.parameters * _WORK_BYTES
     states = settings.tokens * hidden * _WORK_BYTES
     moments = experts * (hidden**2 + neurons**2) * _WORK_BYTES
-    least_squares = experts * (12 * neurons * hidden + 2 * hidden**2) * _WORK_BYTES
+    least_squares = experts * (15 * neurons * hidden + 2 * hidden**2) * _WORK_BYTES
     refinement = 5 * plan.stored_parameters(piece) * _WORK_BYTES
     return dense + 5 * states + max(moments + least_squares, refinement)
 
