@@ -7,10 +7,10 @@ import json
 import shutil
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -24,17 +24,20 @@ from tests.tiny_models import write_text
 from tuckerize.calibration import run as run_module
 from tuckerize.calibration import tokens as tokens_module
 from tuckerize.calibration.profiling import ProfileCache, profile_model
+from tuckerize.calibration.refine import Refinement, refine
 from tuckerize.calibration.run import Calibrated
-from tuckerize.calibration.tokens import DenseGroup
+from tuckerize.calibration.tokens import DenseGroup, LayerTokens
 from tuckerize.checkpoint.output import OutputFolder
 from tuckerize.checkpoint.reader import Checkpoint
 from tuckerize.domain import Projection
+from tuckerize.pipeline import calibrated as calibrated_module
 from tuckerize.pipeline.calibrated import open_calibration
 from tuckerize.pipeline.opened import OpenedTucker, open_tucker
 from tuckerize.recipe import Calibration, Recipe, Rule
 from tuckerize.report import SilentProgress
 from tuckerize.runtime.experts import ACTIVATIONS, TuckerExperts
 
+CPU = torch.device("cpu")
 PLAIN = ("--refine", "0")
 TOKENS = ("--calibration-tokens", "1024")
 BLOCK = 64  # held-out tokens stand in blocks of so many: 1024 tokens have one
@@ -247,6 +250,72 @@ def test_one_shot_differs_behind_the_first_compressed_layer(
     assert same == [True, False]
 
 
+def test_outputs_count_relative_to_the_lengths_of_hidden_states(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a layer is refined to, against transformers, also behind a compressed layer."""
+    targets: list[dict[bool, Tensor]] = []
+
+    def noted(
+        module: TuckerExperts,
+        fit: LayerTokens,
+        held_out: LayerTokens,
+        dense: Callable[[LayerTokens], Tensor],
+        *,
+        steps: int,
+    ) -> Refinement:
+        targets.append({False: dense(fit), True: dense(held_out)})
+        return refine(module, fit, held_out, dense, steps=steps)
+
+    monkeypatch.setattr(calibrated_module, "refine", noted)
+    out = tmp_path / "out"
+    decompose(model, text, out, "--rank", "full,16,20", "--refine", "2")
+    settings = Calibration(texts=(str(text),), tokens=1024)
+    recipe = Recipe(rules=(Rule(rank="full,16,20"),), calibration=settings)
+    tokens_SL = open_calibration(Checkpoint.open(model), recipe, CPU).run.windows_SL
+    is_held_out_T = torch.arange(tokens_SL.numel()) // BLOCK % 16 == 15
+    dense = AutoModelForCausalLM.from_pretrained(model)
+    compressed = AutoModelForCausalLM.from_pretrained(out)
+    for layer, parts in zip((1, 2), targets, strict=True):
+        found = layer_call(compressed, layer, tokens_SL)
+        with torch.no_grad():
+            output_TI = dense.model.layers[layer].mlp.experts(*found.arguments)
+        behind_TI = found.behind_TI - found.experts_TI + output_TI
+        lengths_T1 = behind_TI.norm(dim=1, keepdim=True)
+        expected_TI = output_TI / (lengths_T1 / lengths_T1.median())
+        for held_out, target_TI in parts.items():
+            own_TI = expected_TI[is_held_out_T == held_out]
+            torch.testing.assert_close(target_TI, own_TI, rtol=1e-3, atol=1e-5)
+    assert len(targets[1][True]) == BLOCK
+
+
+class LayerCall(NamedTuple):
+    """What a decoder layer gives, what its routed experts give, and what those get."""
+
+    behind_TI: Tensor
+    experts_TI: Tensor
+    arguments: tuple[Tensor, ...]
+
+
+@torch.no_grad()
+def layer_call(loaded: Any, index: int, tokens_SL: Tensor) -> LayerCall:  # noqa: ANN401
+    """What happens in one layer of a model of transformers."""
+    layer = loaded.model.layers[index]
+    seen: dict[str, Any] = {}
+
+    def note(name: str) -> Any:  # noqa: ANN401
+        return lambda _module, inputs, output: seen.update({name: output, f"{name} in": inputs})
+
+    hooks = [
+        layer.register_forward_hook(note("layer")),
+        layer.mlp.experts.register_forward_hook(note("experts")),
+    ]
+    loaded(tokens_SL)
+    for hook in hooks:
+        hook.remove()
+    return LayerCall(seen["layer"].flatten(0, 1), seen["experts"], seen["experts in"])
+
+
 @pytest.mark.parametrize("joint", [(), ("--joint", "gate_up")], ids=["alone", "joint"])
 @pytest.mark.parametrize("rank", ["50%,50%,50%", "full,full,60%", "6,full,full"])
 def test_core_sizes_may_be_given(
@@ -440,7 +509,7 @@ def test_sensitivity_is_of_all_texts_whichever_comes_first(
     other = write_text(tmp_path / "other.txt", 1000, seed=1)
     settings = Calibration(texts=(str(text), str(other)), tokens=2048, window=64)
     recipe = Recipe(rules=(Rule(keep=0.5),), calibration=settings)
-    run = open_calibration(Checkpoint.open(model), recipe, torch.device("cpu")).run
+    run = open_calibration(Checkpoint.open(model), recipe, CPU).run
     one, two, random = run.windows_SL[:8], run.windows_SL[8:16], run.windows_SL[16:]
     found: list[list[float]] = []
     for order in ((one, two), (two, one)):

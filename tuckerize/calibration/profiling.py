@@ -22,7 +22,7 @@ from torch import Tensor
 import tuckerize
 from tuckerize.calibration.moments import GroupMoments, gather_moments
 from tuckerize.calibration.profile import LayerProfile, profile_layer
-from tuckerize.calibration.run import Calibrated, Recorder, SavedStates, experts_call
+from tuckerize.calibration.run import Calibrated, SavedStates, experts_call
 from tuckerize.calibration.text import fingerprint
 from tuckerize.calibration.tokens import DenseGroup
 from tuckerize.checkpoint.reader import WeightFile, read_tensors
@@ -34,7 +34,7 @@ from tuckerize.report import Progress
 _PROBE_WINDOWS = 8
 _SILENCED = 0.25
 # Raised whenever profiles get other contents.
-_PROFILE_VERSION = 5
+_PROFILE_VERSION = 6
 # Names of hidden states that are carried along.
 _CLEAN = "clean"
 _ERROR = "error "
@@ -159,21 +159,16 @@ def _profile_layer(
     """
     groups = run.groups(layer)
     dense = run.module([group.as_tensors() for group in groups])
-    recorder = Recorder(experts_call(dense))
-    behind_SLI = run.run_layer(layer, hidden_SLI, recorder)
-    tokens = recorder.tokens()
+    tokens, behind_SLI = run.capture(layer, hidden_SLI, experts_call(dense))
     moments = [gather_moments(group, tokens, activation=run.activation) for group in groups]
     silenced = run.module(
         [_silenced(group, own) for group, own in zip(groups, moments, strict=True)]
     )
-    clean_SLI = probes[_CLEAN]
-    probe = Recorder(experts_call(dense))
+    clean_SLI = probes.pop(_CLEAN)
     for name, states in probes.items():
-        probes[name] = run.run_layer(
-            layer, states, probe if name == _CLEAN else experts_call(dense)
-        )
+        probes[name] = run.run_layer(layer, states, experts_call(dense))
+    seen, probes[_CLEAN] = run.capture(layer, clean_SLI, experts_call(dense))
     probes[str(layer)] = run.run_layer(layer, clean_SLI, experts_call(silenced))
-    seen = probe.tokens()
     exact_TI = dense(*seen)
     missed = (silenced(*seen) - exact_TI).square().sum()
     energy = float(dense(*tokens).square().sum())

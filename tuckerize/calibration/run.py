@@ -23,6 +23,8 @@ from tuckerize.moe.stacks import group_experts, read_stack
 from tuckerize.runtime.experts import ACTIVATIONS, Activation, TuckerExperts
 
 _WINDOWS_AT_ONCE = 8
+# A token whose hidden state is shorter than this part of the median counts as if it were so long.
+_LEAST_LENGTH = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +74,24 @@ class Calibrated:
             )
         return behind_SLI
 
-    def capture(self, layer: int, hidden_SLI: Tensor) -> LayerTokens:
-        """The tokens in front of the routed experts of a layer, in float32."""
-        recorder = Recorder(lambda x_TI, _experts, _weights: torch.zeros_like(x_TI))
-        self.run_layer(layer, hidden_SLI, recorder)
-        return recorder.tokens()
+    def capture(
+        self, layer: int, hidden_SLI: Tensor, experts: ExpertsCall
+    ) -> tuple[LayerTokens, Tensor]:
+        """Run a layer and note what its routed experts get.
+
+        Routing weights, and with them all outputs, errors and moments that are computed from these
+        tokens, are relative to the lengths of the hidden states behind the layer: see
+        `relative_lengths`.
+
+        Returns:
+            The tokens in front of the routed experts, in float32, and the hidden states behind the
+            layer, shape (S, L, I).
+        """
+        recorder = _Recorder(experts)
+        behind_SLI = self.run_layer(layer, hidden_SLI, recorder)
+        tokens = recorder.tokens()
+        weights_Tk = tokens.weights_Tk / relative_lengths(behind_SLI)
+        return tokens._replace(weights_Tk=weights_Tk), behind_SLI
 
     def groups(self, layer: int) -> list[DenseGroup]:
         """The dense experts of a layer, in float32 on the device.
@@ -113,7 +128,19 @@ class Calibrated:
         return TuckerExperts(groups, group_size=self.group_size, activation=self.activation)
 
 
-class Recorder:
+def relative_lengths(hidden_SLI: Tensor) -> Tensor:
+    """How long hidden states are, the median being 1, shape (T, 1).
+
+    Whatever reads a hidden state divides it by its length first, and an error in it as well: where
+    it is long, as at the first token of a window, an error of the same size does less.
+    """
+    lengths_T1 = torch.linalg.vector_norm(hidden_SLI.flatten(0, 1).float(), dim=1, keepdim=True)
+    median = lengths_T1.median().clamp_min(torch.finfo(torch.float32).tiny)
+    relative_T1: Tensor = (lengths_T1 / median).clamp_min(_LEAST_LENGTH)
+    return relative_T1
+
+
+class _Recorder:
     """Routed experts that note what they are given."""
 
     def __init__(self, experts: ExpertsCall) -> None:

@@ -157,16 +157,16 @@ def _pass_layer(
     if layer not in run.moe.layers:
         return run.run_layer(layer, hidden_SLI, None), None
     groups = run.groups(layer)
-    module = run.module([group.as_tensors() for group in groups])
-    record = None
-    if piece is not None:
-        tokens = run.capture(layer, hidden_SLI)
-        compressed = _compress_layer(plan, piece, run, groups, tokens)
-        record = _write(plan, piece, groups, compressed, output)
-        if plan.recipe.calibration is not None and plan.recipe.calibration.sequential:
-            wide = [{n: t.float() for n, t in own.items()} for own in compressed.tensors]
-            module = run.module(wide)
-    return run.run_layer(layer, hidden_SLI, experts_call(module)), record
+    dense = run.module([group.as_tensors() for group in groups])
+    tokens, behind_SLI = run.capture(layer, hidden_SLI, experts_call(dense))
+    if piece is None:
+        return behind_SLI, None
+    compressed = _compress_layer(plan, piece, run, groups, tokens)
+    record = _write(plan, piece, groups, compressed, output)
+    if plan.recipe.calibration is not None and plan.recipe.calibration.sequential:
+        wide = [{n: t.float() for n, t in own.items()} for own in compressed.tensors]
+        behind_SLI = run.run_layer(layer, hidden_SLI, experts_call(run.module(wide)))
+    return behind_SLI, record
 
 
 def _compress_layer(
