@@ -181,8 +181,8 @@ class LayerOutcome:
     Attributes:
         layer: Index of the layer.
         neurons: Width: neurons that every expert keeps.
-        output_error: Relative output error on held-out calibration tokens; None where there are
-            none.
+        output_error: Relative output error on held-out calibration tokens, each counting relative
+            to the length of its hidden state behind the layer; None where there are none.
         predicted_error: The same as predicted; None where core sizes were given.
     """
 

@@ -1,6 +1,7 @@
 """What a layer would lose at every size: curves from spectra and neuron energies, for the planner.
 
-All errors are relative squared errors of the layer's combined routed output: shares of E‖y‖².
+All errors are relative squared errors of the layer's combined routed output: shares of E‖y‖², with
+tokens relative to the lengths of their hidden states (`Calibrated.capture`).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from tuckerize.calibration.tokens import LayerTokens
 from tuckerize.runtime.experts import TuckerExperts
 
 # Step size of a tensor as a share of its root mean square; falls to 0 as a cosine.
-_STEP = 8e-3
+_STEP = 1.6e-2
 _WARM_UP_STEPS = 20
 _BATCH_TOKENS = 2048
 # Weight of the ridge towards the closed-form solution, relative to the relative squared error.

@@ -67,7 +67,8 @@ class LayerRecord(_Record):
         neurons: Width: neurons that an expert keeps on average over its group.
         kept: For every group which neurons its experts keep: E x H bits, row by row, the first in
             the highest bit of the first byte, as base64; empty if all are kept.
-        output_error: Relative output error (unitless) on calibration tokens that were held out.
+        output_error: Relative output error (unitless) on calibration tokens that were held out,
+            each counting relative to the length of its hidden state behind the layer.
         predicted_error: The same as it was predicted; None where core sizes were given.
         refined: Whether gradient steps were made and kept.
     """
