@@ -87,9 +87,14 @@ class Calibrated:
             The tokens in front of the routed experts, in float32, and the hidden states behind the
             layer, shape (S, L, I).
         """
-        recorder = _Recorder(experts)
-        behind_SLI = self.run_layer(layer, hidden_SLI, recorder)
-        tokens = recorder.tokens()
+        seen: list[LayerTokens] = []
+
+        def noted(x_TI: Tensor, experts_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
+            seen.append(LayerTokens(x_TI.float(), experts_Tk, weights_Tk.float()))
+            return experts(x_TI, experts_Tk, weights_Tk)
+
+        behind_SLI = self.run_layer(layer, hidden_SLI, noted)
+        tokens = LayerTokens(*(torch.cat(parts) for parts in zip(*seen, strict=True)))
         weights_Tk = tokens.weights_Tk / relative_lengths(behind_SLI)
         return tokens._replace(weights_Tk=weights_Tk), behind_SLI
 
@@ -138,23 +143,6 @@ def relative_lengths(hidden_SLI: Tensor) -> Tensor:
     median = lengths_T1.median().clamp_min(torch.finfo(torch.float32).tiny)
     relative_T1: Tensor = (lengths_T1 / median).clamp_min(_LEAST_LENGTH)
     return relative_T1
-
-
-class _Recorder:
-    """Routed experts that note what they are given."""
-
-    def __init__(self, experts: ExpertsCall) -> None:
-        self._experts = experts
-        self._seen: list[LayerTokens] = []
-
-    def __call__(self, x_TI: Tensor, experts_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
-        """Routed output, shape (T, I)."""
-        self._seen.append(LayerTokens(x_TI.float(), experts_Tk, weights_Tk.float()))
-        return self._experts(x_TI, experts_Tk, weights_Tk)
-
-    def tokens(self) -> LayerTokens:
-        """All tokens so far."""
-        return LayerTokens(*(torch.cat(parts) for parts in zip(*self._seen, strict=True)))
 
 
 def experts_call(module: TuckerExperts) -> ExpertsCall:
