@@ -161,7 +161,7 @@ def _pass_layer(
     tokens, behind_SLI = run.capture(layer, hidden_SLI, experts_call(dense))
     if piece is None:
         return behind_SLI, None
-    compressed = _compress_layer(plan, piece, run, groups, tokens)
+    compressed = _compress_layer(plan, piece, run, groups, dense, tokens)
     record = _write(plan, piece, groups, compressed, output)
     if plan.recipe.calibration is not None and plan.recipe.calibration.sequential:
         wide = [{n: t.float() for n, t in own.items()} for own in compressed.tensors]
@@ -174,6 +174,7 @@ def _compress_layer(
     piece: LayerPiece,
     run: Calibrated,
     groups: list[DenseGroup],
+    dense: TuckerExperts,
     tokens: LayerTokens,
 ) -> _Compressed:
     settings = plan.recipe.calibration
@@ -198,7 +199,6 @@ def _compress_layer(
         except DecompositionError as error:
             place = f"layer {piece.layer}, group {index}"
             raise type(error)(f"{place}: {error.message}", hint=error.hint) from None
-    dense = run.module([group.as_tensors() for group in groups])
 
     def dense_output(part: LayerTokens) -> Tensor:
         with torch.no_grad():
