@@ -14,47 +14,34 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-# Rows of a symmetric product that are computed together. With four row blocks or more only 5/8 of
-# the full product is spent; below 512 columns a single product is faster.
-_ROW_BLOCKS = 4
-_MIN_COLUMNS_FOR_BLOCKS = 512
+from tuckerize.linalg.threads import Workers
 
-# Sums over many rows are made of this many partial sums at most, in an order of our own: a BLAS
-# divides a tall product among its threads, and then the bits depend on their number.
-_MAX_PARTIAL_SUMS = 128
-_MIN_ROWS_OF_PARTIAL_SUM = 128
-# LAPACK's eigensolver, too, gives other bits with another number of threads: from this many columns
-# on it gets this many, whatever the number of processes on the host. Few, since each step of it
+# Columns of a row block of a symmetric product: of what is below the diagonal only blocks on it are
+# computed. One thread multiplies a narrower block slower.
+_BLOCK_COLUMNS = 128
+# LAPACK's eigensolver gives other bits with another number of threads: from this many columns on it
+# gets this many, whatever the number of processes on the host. Few, since each step of it
 # waits for all of them, also where another process holds a core.
 _EIGENSOLVER_THREADS = ((4096, 8), (512, 2), (0, 1))
 
 
-def add_gram(gram_NN: Tensor, matrix_MN: Tensor) -> None:
+def add_gram(gram_NN: Tensor, matrix_MN: Tensor, workers: Workers) -> None:
     """Add matrixᵀ matrix to the upper triangle of a Gram matrix, in place.
 
     Args:
         gram_NN: Accumulator, shape (N, N); entries below the diagonal blocks stay as they are.
         matrix_MN: Rows to add, shape (M, N), the dtype of the accumulator.
+        workers: Multiply row blocks side by side.
     """
     columns = matrix_MN.shape[1]
-    blocks = _ROW_BLOCKS if columns >= _MIN_COLUMNS_FOR_BLOCKS else 1
+    blocks = max(1, columns // _BLOCK_COLUMNS)
     edges = [columns * block // blocks for block in range(blocks + 1)]
-    for start, stop in itertools.pairwise(edges):
-        _add_product(gram_NN[start:stop, start:], matrix_MN[:, start:stop], matrix_MN[:, start:])
 
+    def add(block: tuple[int, int]) -> None:
+        start, stop = block
+        gram_NN[start:stop, start:].addmm_(matrix_MN[:, start:stop].T, matrix_MN[:, start:])
 
-def _add_product(sum_JK: Tensor, left_MJ: Tensor, right_MK: Tensor) -> None:
-    """Add leftᵀ right in place; of tall matrices in partial sums, on their own side by side."""
-    rows, columns = right_MK.shape
-    parts = min(_MAX_PARTIAL_SUMS, rows // max(columns, _MIN_ROWS_OF_PARTIAL_SUM))
-    if parts < 2:
-        sum_JK.addmm_(left_MJ.T, right_MK)
-        return
-    whole = rows - rows % parts
-    left = left_MJ[:whole].view(parts, whole // parts, -1)
-    right = right_MK[:whole].view(parts, whole // parts, -1)
-    sum_JK += (left.mT @ right).sum(0)
-    sum_JK.addmm_(left_MJ[whole:].T, right_MK[whole:])
+    workers.do(add, itertools.pairwise(edges))
 
 
 def eigenvalues_and_vectors(gram_NN: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,8 @@
 A sweep updates every truncated factor once, in the order E, H, I, each from the stack projected on
 the other factors. A sweep that starts from identities is exactly ST-HOSVD, so one function serves
 as the start and as the iteration. Stacks stay in their own dtype and are widened expert by expert;
-no mode is unfolded in memory.
+no mode is unfolded in memory. On a host every product has one thread and is shared out, see
+`threads`, so that the bits of a result do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from tuckerize.domain import Mode, MultilinearRank, StackShape
 from tuckerize.errors import MultilinearRankError, NonFiniteError
 from tuckerize.linalg.gram import add_gram, leading_eigenvectors
+from tuckerize.linalg.threads import Workers, side_by_side
 from tuckerize.linalg.tucker import (
     TuckerFactors,
     largest_magnitude,
@@ -31,8 +33,8 @@ from tuckerize.linalg.tucker import (
 # A float32 Gram matrix disturbs captured energy by about 1e-6 of the total. Where less than 1e-4 of
 # it is discarded (relative residual below 1e-2) that is no longer negligible: work in float64.
 _FLOAT32_RESIDUAL_FLOOR = 1e-2
-# Numbers of a column block of the expert unfolding that are widened at a time (256 MiB in float32).
-_EXPERT_BLOCK_NUMBERS = 64 * 2**20
+# Numbers of a column block of the expert unfolding that a thread widens (16 MiB in float32).
+_EXPERT_BLOCK_NUMBERS = 4 * 2**20
 # HOOI ends in a local optimum. On small stacks with flat spectra the one reached from ST-HOSVD can
 # be worse by 1e-2 than the one reached from HOSVD; the gap falls with size, to about 1e-4 at a
 # million numbers. Up to this many numbers both starts are tried, which costs a second at most.
@@ -97,12 +99,10 @@ def hooi(
         return Decomposition(tuple(TuckerFactors(stack) for stack in stacks), (0.0,))
     sweeps = max_sweeps if len(truncated) > 1 else 0
     if all(stack.dtype != torch.float64 for stack in stacks):
-        result = _best_start(
-            stacks, rank, max_sweeps=sweeps, tolerance=tolerance, dtype=torch.float32
-        )
+        result = _best_start(stacks, rank, sweeps, tolerance, torch.float32)
         if result.projected_residuals[-1] >= _FLOAT32_RESIDUAL_FLOOR:
             return result
-    return _best_start(stacks, rank, max_sweeps=sweeps, tolerance=tolerance, dtype=torch.float64)
+    return _best_start(stacks, rank, sweeps, tolerance, torch.float64)
 
 
 def check_rank(rank: MultilinearRank, shape: StackShape, *, coupled: int = 1) -> None:
@@ -159,14 +159,19 @@ _Start = Callable[[list["_Block"], MultilinearRank], Tensor | None]
 class _Block:
     """One stack during the iteration: its source, its own factors, its projection on them."""
 
-    def __init__(self, source_EHI: Tensor, dtype: torch.dtype, unit: float) -> None:
+    def __init__(
+        self, source_EHI: Tensor, dtype: torch.dtype, unit: float, workers: Workers
+    ) -> None:
+        self.workers = workers
         self.source_EHI = source_EHI
         self.dtype = dtype
         self.unit = unit
         self.U_E: Tensor | None = None
         self.U_H: Tensor | None = None
         self.projected_PQI: Tensor | None = None
-        self.squared_norm = sum(squared_norm(slice_HI) for slice_HI in self._source_slices())
+        self.squared_norm = sum(
+            workers.map(lambda slice_HI: squared_norm(self._wide(slice_HI)), source_EHI)
+        )
 
     def start_independently(self, rank: MultilinearRank) -> None:
         """Set U_E and U_H by HOSVD, each from the stack itself, and project the stack on both."""
@@ -189,79 +194,116 @@ class _Block:
             self.U_H = leading_eigenvectors(self._intermediate_gram(U_I), rank.intermediate)
             self._project_intermediate()
 
-    def projected_slices(self) -> Iterator[Tensor]:
-        """Slices of the stack projected on U_E and U_H so far, each (r_H or H, I)."""
-        return self._source_slices() if self.projected_PQI is None else iter(self.projected_PQI)
-
     def core(self, rank: MultilinearRank, U_I: Tensor | None) -> Tensor:
         """The stack projected on all three factors, shape (r_E, r_H, r_I)."""
         core_PQR = self.source_EHI.new_empty(tuple(rank), dtype=self.dtype)
-        for slice_QI, out_QR in zip(self.projected_slices(), core_PQR, strict=True):
+
+        def project(matrix_QI: Tensor, out_QR: Tensor) -> None:
             if U_I is None:
-                out_QR.copy_(slice_QI)
+                out_QR.copy_(self._wide(matrix_QI))
             else:
-                torch.mm(slice_QI, U_I, out=out_QR)
+                torch.mm(self._wide(matrix_QI), U_I, out=out_QR)
+
+        self.workers.do(project, self._matrices(), core_PQR)
         self.projected_PQI = None
         return core_PQR
+
+    def add_hidden_gram(self, gram_II: Tensor) -> None:
+        """Add the Gram matrix of the hidden mode of the stack projected on U_E and U_H so far."""
+        for matrix_QI in self.workers.map(self._wide, self._matrices()):
+            add_gram(gram_II, matrix_QI, self.workers)
 
     def _project_experts(self) -> None:
         if self.U_E is None:
             return
-        shape = (self.U_E.shape[1], *self.source_EHI.shape[1:])
-        self.projected_PQI = self.source_EHI.new_empty(shape, dtype=self.dtype)
-        flat_PM = self.projected_PQI.flatten(1)
-        for part, block_EM in self._column_blocks():
-            torch.mm(self.U_E.T, block_EM, out=flat_PM[:, part])
+        U_E = self.U_E
+        flat_EM = self.source_EHI.flatten(1)
+        projected_PQI = self.source_EHI.new_empty(
+            (U_E.shape[1], *self.source_EHI.shape[1:]), dtype=self.dtype
+        )
+        flat_PM = projected_PQI.flatten(1)
+
+        def project(part: slice) -> None:
+            torch.mm(U_E.T, self._wide(flat_EM[:, part]), out=flat_PM[:, part])
+
+        self.workers.do(project, _column_parts(flat_EM))
+        self.projected_PQI = projected_PQI
 
     def _project_intermediate(self) -> None:
         if self.U_H is None:
             return
-        matrices = self.source_EHI if self.projected_PQI is None else self.projected_PQI
-        shape = (matrices.shape[0], self.U_H.shape[1], matrices.shape[2])
-        projected_PQI = self.source_EHI.new_empty(shape, dtype=self.dtype)
-        for slice_HI, out_QI in zip(self.projected_slices(), projected_PQI, strict=True):
-            torch.mm(self.U_H.T, slice_HI, out=out_QI)
+        U_H = self.U_H
+        matrices = self._matrices()
+        projected_PQI = self.source_EHI.new_empty(
+            (len(matrices), U_H.shape[1], matrices.shape[2]), dtype=self.dtype
+        )
+
+        def project(matrix_HI: Tensor, out_QI: Tensor) -> None:
+            torch.mm(U_H.T, self._wide(matrix_HI), out=out_QI)
+
+        self.workers.do(project, matrices, projected_PQI)
         self.projected_PQI = projected_PQI
 
     def _expert_gram(self, U_I: Tensor | None) -> Tensor:
         """Gram matrix of the expert mode of the source projected on U_H and U_I."""
-        experts = self.source_EHI.shape[0]
-        gram = self.source_EHI.new_zeros((experts, experts), dtype=self.dtype)
         if self.U_H is None and U_I is None:
-            for _, block_EM in self._column_blocks():
-                add_gram(gram, block_EM.T)
-            return gram
-        rows = []
-        for slice_HI in self._source_slices():
-            projected = slice_HI if self.U_H is None else self.U_H.T @ slice_HI
-            rows.append((projected if U_I is None else projected @ U_I).flatten())
-        add_gram(gram, torch.stack(rows).T)
-        return gram
+            flat_EM = self.source_EHI.flatten(1)
+            return self._tall_gram(flat_EM, lambda part: self._wide(flat_EM[:, part]))
+        U_H = self.U_H
+
+        def project(slice_HI: Tensor) -> Tensor:
+            wide_HI = self._wide(slice_HI)
+            projected = wide_HI if U_H is None else U_H.T @ wide_HI
+            return (projected if U_I is None else projected @ U_I).flatten()
+
+        projected_EM = torch.stack(list(self.workers.map(project, self.source_EHI)))
+        return self._tall_gram(projected_EM, lambda part: projected_EM[:, part])
+
+    def _tall_gram(self, flat_EM: Tensor, wide: Callable[[slice], Tensor]) -> Tensor:
+        """Sum over its column parts, in their order, of the Gram matrix of a matrix's rows."""
+
+        def gram(part: slice) -> Tensor:
+            part_EM = wide(part)
+            return part_EM @ part_EM.T
+
+        result = flat_EM.new_zeros((len(flat_EM), len(flat_EM)), dtype=self.dtype)
+        for gram_EE in self.workers.map(gram, _column_parts(flat_EM)):
+            result += gram_EE
+        return result
 
     def _intermediate_gram(self, U_I: Tensor | None) -> Tensor:
         """Gram matrix of the intermediate mode of the stack projected on U_E so far and U_I."""
         rows = self.source_EHI.shape[1]
         gram = self.source_EHI.new_zeros((rows, rows), dtype=self.dtype)
-        for slice_HI in self.projected_slices():
-            add_gram(gram, (slice_HI if U_I is None else slice_HI @ U_I).T)
+
+        def project(matrix_HI: Tensor) -> Tensor:
+            wide_HI = self._wide(matrix_HI)
+            return wide_HI if U_I is None else wide_HI @ U_I
+
+        for projected in self.workers.map(project, self._matrices()):
+            add_gram(gram, projected.T, self.workers)
         return gram
 
-    def _source_slices(self) -> Iterator[Tensor]:
-        for slice_HI in self.source_EHI:
-            yield scaled_slice(slice_HI, self.dtype, self.unit)
+    def _matrices(self) -> Tensor:
+        """The stack projected on U_E and U_H so far, shape (r_E or E, r_H or H, I)."""
+        return self.source_EHI if self.projected_PQI is None else self.projected_PQI
 
-    def _column_blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        flat_EM = self.source_EHI.flatten(1)
-        width = max(1, _EXPERT_BLOCK_NUMBERS // flat_EM.shape[0])
-        for start in range(0, flat_EM.shape[1], width):
-            part = slice(start, min(start + width, flat_EM.shape[1]))
-            yield part, scaled_slice(flat_EM[:, part], self.dtype, self.unit)
+    def _wide(self, part: Tensor) -> Tensor:
+        """A part of the source in the work dtype and unit; a part of the projection as it is."""
+        return part if self.projected_PQI is not None else scaled_slice(part, self.dtype, self.unit)
+
+
+def _column_parts(flat_EM: Tensor) -> Iterator[slice]:
+    """Where columns of an expert unfolding are divided: by its shape alone."""
+    experts, columns = flat_EM.shape
+    width = max(1, _EXPERT_BLOCK_NUMBERS // experts)
+    for start in range(0, columns, width):
+        yield slice(start, min(start + width, columns))
 
 
 def _best_start(
     stacks: Sequence[Tensor],
     rank: MultilinearRank,
-    *,
     max_sweeps: int,
     tolerance: float,
     dtype: torch.dtype,
@@ -269,15 +311,14 @@ def _best_start(
     starts: list[_Start] = [_sweep_from_identity]
     if max_sweeps > 0 and sum(stack.numel() for stack in stacks) <= _TWO_STARTS_NUMBERS:
         starts.append(_hosvd)
-    results = [
-        _iterate(_blocks(stacks, dtype), rank, start, max_sweeps, tolerance) for start in starts
-    ]
-    return min(results, key=lambda result: result.projected_residuals[-1])
-
-
-def _blocks(stacks: Sequence[Tensor], dtype: torch.dtype) -> list[_Block]:
+    stacks = [on_multiplier(stack, dtype) for stack in stacks]
     unit = power_of_two_unit(*stacks)
-    return [_Block(on_multiplier(stack, dtype), dtype, unit) for stack in stacks]
+    results = []
+    with side_by_side(stacks[0].device) as workers:
+        for start in starts:
+            blocks = [_Block(stack, dtype, unit, workers) for stack in stacks]
+            results.append(_iterate(blocks, rank, start, max_sweeps, tolerance))
+    return min(results, key=lambda result: result.projected_residuals[-1])
 
 
 def _iterate(
@@ -334,8 +375,7 @@ def _hidden_factor(blocks: list[_Block], rank: MultilinearRank) -> Tensor | None
         return None
     gram = blocks[0].source_EHI.new_zeros((columns, columns), dtype=blocks[0].dtype)
     for block in blocks:
-        for slice_QI in block.projected_slices():
-            add_gram(gram, slice_QI)
+        block.add_hidden_gram(gram)
     return leading_eigenvectors(gram, rank.hidden)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from tuckerize.domain import Mode, MultilinearRank, StackShape, stored_parameters
 from tuckerize.linalg.gram import add_gram, eigenvalues_and_vectors
 from tuckerize.linalg.hooi import check_finite, is_reachable
+from tuckerize.linalg.threads import Workers, side_by_side
 from tuckerize.linalg.tucker import on_multiplier, power_of_two_unit, scaled_slice, squared_norm
 
 # float32 Gram matrices resolve relative residuals down to about 3e-4; below 1e-2 take float64.
@@ -49,32 +50,45 @@ def rank_for_tolerance(stacks: Sequence[Tensor], tolerance: float) -> Multilinea
     stacks = [on_multiplier(stack, dtype) for stack in stacks]
     unit = power_of_two_unit(*stacks)
     share = tolerance**2 - _ROUNDINGS * torch.finfo(dtype).eps
-    allowance = share * min(_squared_norm(stack, dtype, unit) for stack in stacks)
-    own = [
-        [_discarded(_gram([stack], mode, dtype, unit)) for stack in stacks]
-        for mode in (Mode.EXPERT, Mode.INTERMEDIATE)
-    ]
-    shared = _discarded(_gram(stacks, Mode.HIDDEN, dtype, unit))
+    with side_by_side(stacks[0].device) as workers:
+        allowance = share * min(_squared_norm(stack, dtype, unit, workers) for stack in stacks)
+        own = [
+            [_discarded(_gram([stack], mode, dtype, unit, workers)) for stack in stacks]
+            for mode in (Mode.EXPERT, Mode.INTERMEDIATE)
+        ]
+        shared = _discarded(_gram(stacks, Mode.HIDDEN, dtype, unit, workers))
     tails = [*([sum(of_stacks) for of_stacks in zip(*tail, strict=True)] for tail in own), shared]
     return _cheapest(shape, tails, allowance, coupled=len(stacks))
 
 
-def _squared_norm(stack_EHI: Tensor, dtype: torch.dtype, unit: float) -> float:
-    return sum(squared_norm(scaled_slice(slice_HI, dtype, unit)) for slice_HI in stack_EHI)
+def _squared_norm(stack_EHI: Tensor, dtype: torch.dtype, unit: float, workers: Workers) -> float:
+    return sum(
+        workers.map(lambda slice_HI: squared_norm(scaled_slice(slice_HI, dtype, unit)), stack_EHI)
+    )
 
 
-def _gram(stacks: Sequence[Tensor], mode: Mode, dtype: torch.dtype, unit: float) -> Tensor:
+def _gram(
+    stacks: Sequence[Tensor], mode: Mode, dtype: torch.dtype, unit: float, workers: Workers
+) -> Tensor:
     """Upper triangle of the summed Gram matrices of the mode's unfoldings."""
     size = stacks[0].shape[mode]
     gram = torch.zeros((size, size), dtype=dtype, device=stacks[0].device)
+
+    def of_row(row_EI: Tensor) -> Tensor:
+        wide_EI = scaled_slice(row_EI, dtype, unit)
+        return wide_EI @ wide_EI.T
+
+    def rows(slice_HI: Tensor) -> Tensor:
+        wide_HI = scaled_slice(slice_HI, dtype, unit)
+        return wide_HI if mode == Mode.HIDDEN else wide_HI.T
+
     for stack in stacks:
         if mode == Mode.EXPERT:
-            for row_EI in stack.unbind(1):
-                add_gram(gram, scaled_slice(row_EI, dtype, unit).T)
+            for gram_EE in workers.map(of_row, stack.unbind(1)):
+                gram += gram_EE
             continue
-        for slice_HI in stack:
-            wide_HI = scaled_slice(slice_HI, dtype, unit)
-            add_gram(gram, wide_HI if mode == Mode.HIDDEN else wide_HI.T)
+        for matrix in workers.map(rows, stack):
+            add_gram(gram, matrix, workers)
     return gram
 
 

@@ -12,6 +12,7 @@ from tensorly.tucker_tensor import TuckerTensor
 from torch import Tensor
 
 from tuckerize.domain import Mode, MultilinearRank, StackShape
+from tuckerize.linalg.threads import side_by_side
 
 # Products in float32 disturb a difference by about 1e-6 of the stack: residuals smaller than this,
 # of stacks that are stored precisely enough, are formed in float64.
@@ -134,16 +135,22 @@ def _residual(
 ) -> float:
     stack_EHI = on_multiplier(stack_EHI.to(tucker.core.device), dtype)
     tucker = tucker.to(device=stack_EHI.device)
+    if tucker.U_E is not None:
+        # A core that experts share is widened once, not once an expert.
+        tucker = tucker.to(dtype)
     unit = power_of_two_unit(stack_EHI)
-    missed = total = 0.0
-    for expert, (slice_HI, expanded_HI) in enumerate(
-        zip(stack_EHI, tucker.expand_slices(dtype), strict=True)
-    ):
-        if kept_EK is not None:
-            expanded_HI = with_zero_rows(expanded_HI, kept_EK[expert], len(slice_HI))  # noqa: PLW2901
+
+    def squares(expert: int, slice_HI: Tensor) -> tuple[float, float]:
         exact_HI = scaled_slice(slice_HI, dtype, unit)
-        missed += squared_norm(exact_HI - scaled_slice(expanded_HI, dtype, unit))
-        total += squared_norm(exact_HI)
+        expanded_HI = tucker.expand_slice(expert, dtype)
+        if kept_EK is not None:
+            expanded_HI = with_zero_rows(expanded_HI, kept_EK[expert], len(exact_HI))
+        missed_HI = exact_HI - scaled_slice(expanded_HI, dtype, unit)
+        return squared_norm(missed_HI), squared_norm(exact_HI)
+
+    with side_by_side(stack_EHI.device) as workers:
+        found = list(workers.map(squares, range(tucker.shape.experts), stack_EHI))
+    missed, total = (sum(of_experts) for of_experts in zip(*found, strict=True))
     if total == 0.0:
         return 0.0 if missed == 0.0 else math.inf
     return math.sqrt(missed / total)

@@ -10,8 +10,8 @@ import torch
 from tuckerize.domain import MultilinearRank, Projection
 from tuckerize.pipeline.plan import CopyPiece, LayerPiece, Piece, Plan, TuckerPiece
 
-# A symmetric product costs 5/8 of a full one, see linalg/gram.py.
-_GRAM_SHARE = 0.625
+# A symmetric product costs little more than half of a full one, see linalg/gram.py.
+_GRAM_SHARE = 0.55
 # Interpreter, torch and its libraries, measured after the imports of `tuckerize decompose`.
 _BASE_BYTES = 450 * 2**20
 # Sweeps that a run is likely to make; HOOI has usually converged after a few.
@@ -110,6 +110,8 @@ def _piece_bytes(plan: Plan, piece: TuckerPiece) -> int:
     source = next(iter(plan.source.tensors[n] for n in plan.model.layer_weight_names(piece.layer)))
     stack = shape.parameters * source.bytes // source.parameters
     stored = plan.stored_parameters(piece) * plan.dtype_bytes
+    # Every thread has a matrix of an expert and what it makes of it.
+    matrices = torch.get_num_threads() * 2 * shape.intermediate * shape.hidden * _WORK_BYTES
     working = 0
     for target in piece.targets:
         rank = target.rank or MultilinearRank(*shape)
@@ -121,7 +123,7 @@ def _piece_bytes(plan: Plan, piece: TuckerPiece) -> int:
         core = math.prod(rank)
         grams = 3 * max(shape.intermediate, shape.hidden) ** 2
         working = max(working, max(mixed, core) + projected + grams)
-    return len(piece.coupling) * (stack + working * _WORK_BYTES) + 2 * stored
+    return len(piece.coupling) * (stack + working * _WORK_BYTES) + matrices + 2 * stored
 
 
 def _product_rate() -> float:

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from tuckerize.linalg.gram import add_gram, eigenvalues_and_vectors, leading_eigenvectors
+from tuckerize.linalg.threads import Workers, side_by_side
 
-# (rows, columns): wide, tall in partial sums with and without a rest, in row blocks, both.
-SIZES = [(3, 7), (50, 7), (256, 5), (1000, 20), (300, 513), (1300, 515)]
+# (rows, columns): wide, tall, in equal and unequal row blocks.
+SIZES = [(3, 7), (50, 7), (1000, 20), (300, 256), (300, 513)]
 
 
 def matrix(rows: int, columns: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -22,7 +23,7 @@ def test_add_gram_twice_equals_upper_triangle_of_both_products(
     first, second = matrix(rows, columns), matrix(2 * rows, columns)
     gram = torch.zeros((columns, columns), dtype=torch.float64)
     for part in (first, second):
-        add_gram(gram, part.T.contiguous().T if transposed else part)
+        add_gram(gram, part.T.contiguous().T if transposed else part, Workers())
     expected = first.T @ first + second.T @ second
     torch.testing.assert_close(gram.triu(), expected.triu(), atol=1e-10, rtol=1e-12)
 
@@ -33,7 +34,7 @@ def test_eigenvectors_of_upper_triangle_equal_right_singular_vectors(
 ) -> None:
     rows_MN = matrix(rows, columns)
     gram = torch.zeros((columns, columns), dtype=torch.float64)
-    add_gram(gram, rows_MN)
+    add_gram(gram, rows_MN, Workers())
     values, vectors = eigenvalues_and_vectors(gram)
     _, singular, right = torch.linalg.svd(rows_MN, full_matrices=False)
     kept = min(rows, columns, 3)
@@ -75,17 +76,19 @@ def test_eigenvectors_leave_the_number_of_threads_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_add_gram_of_tall_matrix_with_one_or_two_threads_gives_identical_bits(
-    dtype: torch.dtype,
+@pytest.mark.parametrize(("rows", "columns"), SIZES)
+def test_add_gram_with_any_number_of_threads_gives_identical_bits(
+    rows: int, columns: int, dtype: torch.dtype
 ) -> None:
-    rows_MN = matrix(64, 20_000, dtype).T
     before = torch.get_num_threads()
     grams = []
     try:
-        for number in (1, 2):
+        for number in (1, 2, 3):
             torch.set_num_threads(number)
-            grams.append(torch.zeros((64, 64), dtype=dtype))
-            add_gram(grams[-1], rows_MN)
+            grams.append(torch.zeros((columns, columns), dtype=dtype))
+            with side_by_side(torch.device("cpu")) as workers:
+                add_gram(grams[-1], matrix(rows, columns, dtype), workers)
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(*grams)
+    assert torch.equal(grams[0], grams[1])
+    assert torch.equal(grams[0], grams[2])

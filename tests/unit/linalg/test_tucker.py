@@ -116,7 +116,7 @@ def test_relative_residual_of_zero_stack_and_other_tucker_is_infinite() -> None:
 
 
 def test_relative_residual_of_a_missing_expert_raises() -> None:
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="longer"):
         relative_residual(torch.zeros(SHAPE), TuckerFactors(torch.zeros(3, 5, 6)))
 
 

@@ -210,7 +210,9 @@ def test_singular_moments_are_the_common_case(
     )
 
 
-@pytest.mark.parametrize("scale", [1e-20, 1e20])
+# Powers of two: with others the scaled stacks are rounded, and least squares that end in a local
+# optimum end elsewhere.
+@pytest.mark.parametrize("scale", [2.0**-66, 2.0**66])
 @pytest.mark.parametrize("rank", [MultilinearRank(5, 6, 5), SMALL], ids=str)
 def test_magnitude_of_the_stacks_does_not_matter(scale: float, rank: MultilinearRank) -> None:
     stacks, moments = make_stacks(2, dtype=torch.float32), make_moments(5, 8, dtype=torch.float32)
