@@ -81,16 +81,22 @@ def plot(results: dict[str, Any], file: Path) -> None:
 
     names = [n for n in results["models"] if any(r["model"] == n for r in results["rows"])]
     figure, axes = plt.subplots(
-        len(names), 2, figsize=(11, 4.5 * len(names)), squeeze=False, sharey="row"
+        len(names),
+        2,
+        figsize=(13, 4.5 * len(names)),
+        squeeze=False,
+        sharey="row",
+        layout="constrained",
     )
+    colours = mpl.colormaps["tab20"](range(20))
     for name, panels in zip(names, axes, strict=True):
         for panel, key in zip(panels, ("in_domain", "out_of_domain"), strict=True):
+            panel.set_prop_cycle(color=colours)
             _draw(panel, [row for row in results["rows"] if row["model"] == name], key)
             panel.set_title(f"{name}, {key.replace('_', ' ')}")
             panel.set_xlabel("stored numbers of the routed experts over dense")
         panels[0].set_ylabel("rise in perplexity, %")
-        panels[1].legend(fontsize=7)
-    figure.tight_layout()
+        panels[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(file, dpi=130)
 
 
