@@ -16,8 +16,8 @@ from torch import Tensor
 
 from tuckerize.linalg.threads import Workers
 
-# Columns of a row block of a symmetric product. Below the diagonal only blocks on it are computed, so
-# narrow ones save more; still narrower ones are multiplied slower.
+# Columns of a row block of a symmetric product. Below the diagonal only blocks on it are computed,
+# so narrow ones save more; still narrower ones are multiplied slower.
 _BLOCK_COLUMNS = 128
 # LAPACK's eigensolver gives other bits with another number of threads: from this many columns on it
 # gets this many, whatever the number of processes on the host. Few, since each step of it waits for
