@@ -170,7 +170,7 @@ class _Block:
         self.U_H: Tensor | None = None
         self.projected_PQI: Tensor | None = None
         self.squared_norm = sum(
-            workers.map(lambda slice_HI: squared_norm(self._wide(slice_HI)), source_EHI)
+            workers.map(lambda slice_HI: squared_norm(self._widened(slice_HI)), source_EHI)
         )
 
     def start_independently(self, rank: MultilinearRank) -> None:
@@ -224,7 +224,7 @@ class _Block:
         flat_PM = projected_PQI.flatten(1)
 
         def project(part: slice) -> None:
-            torch.mm(U_E.T, self._wide(flat_EM[:, part]), out=flat_PM[:, part])
+            torch.mm(U_E.T, self._widened(flat_EM[:, part]), out=flat_PM[:, part])
 
         self.workers.do(project, _column_parts(flat_EM))
         self.projected_PQI = projected_PQI
@@ -248,11 +248,11 @@ class _Block:
         """Gram matrix of the expert mode of the source projected on U_H and U_I."""
         if self.U_H is None and U_I is None:
             flat_EM = self.source_EHI.flatten(1)
-            return self._tall_gram(flat_EM, lambda part: self._wide(flat_EM[:, part]))
+            return self._tall_gram(flat_EM, lambda part: self._widened(flat_EM[:, part]))
         U_H = self.U_H
 
         def project(slice_HI: Tensor) -> Tensor:
-            wide_HI = self._wide(slice_HI)
+            wide_HI = self._widened(slice_HI)
             projected = wide_HI if U_H is None else U_H.T @ wide_HI
             return (projected if U_I is None else projected @ U_I).flatten()
 
@@ -288,9 +288,13 @@ class _Block:
         """The stack projected on U_E and U_H so far, shape (r_E or E, r_H or H, I)."""
         return self.source_EHI if self.projected_PQI is None else self.projected_PQI
 
-    def _wide(self, part: Tensor) -> Tensor:
-        """A part of the source in the work dtype and unit; a part of the projection as it is."""
-        return part if self.projected_PQI is not None else scaled_slice(part, self.dtype, self.unit)
+    def _wide(self, matrix: Tensor) -> Tensor:
+        """One of `_matrices` in the work dtype and unit."""
+        return self._widened(matrix) if self.projected_PQI is None else matrix
+
+    def _widened(self, part: Tensor) -> Tensor:
+        """A part of the source in the work dtype and unit."""
+        return scaled_slice(part, self.dtype, self.unit)
 
 
 def _column_parts(flat_EM: Tensor) -> Iterator[slice]:

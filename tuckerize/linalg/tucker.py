@@ -77,10 +77,13 @@ class TuckerFactors:
 
     def expand_slices(self, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
         """The experts' matrices of X̂ one by one, see `expand_slice`."""
-        # A core that experts share is widened once, not once an expert.
-        source = self if self.U_E is None else self.to(dtype)
+        source = self.ready_to_expand(dtype)
         for expert in range(self.shape.experts):
             yield source.expand_slice(expert, dtype)
+
+    def ready_to_expand(self, dtype: torch.dtype | None = None) -> TuckerFactors:
+        """The same, a core that experts share widened once in place of once an expert."""
+        return self if self.U_E is None else self.to(dtype)
 
     def expand_slice(self, expert: int, dtype: torch.dtype | None = None) -> Tensor:
         """The matrix of one expert, shape (H, I): U_H (Σ_a U_E[e, a] core_a) U_Iᵀ.
@@ -134,10 +137,7 @@ def _residual(
     stack_EHI: Tensor, tucker: TuckerFactors, kept_EK: Tensor | None, dtype: torch.dtype
 ) -> float:
     stack_EHI = on_multiplier(stack_EHI.to(tucker.core.device), dtype)
-    tucker = tucker.to(device=stack_EHI.device)
-    if tucker.U_E is not None:
-        # A core that experts share is widened once, not once an expert.
-        tucker = tucker.to(dtype)
+    tucker = tucker.to(device=stack_EHI.device).ready_to_expand(dtype)
     unit = power_of_two_unit(stack_EHI)
 
     def squares(expert: int, slice_HI: Tensor) -> tuple[float, float]:

@@ -76,7 +76,9 @@ def peak_bytes(plan: Plan) -> int:
     """Estimated peak memory of one process."""
     pieces = [_piece_bytes(plan, piece) for piece in plan.tucker_pieces]
     layers = [_layer_bytes(plan, piece) for piece in plan.layer_pieces]
-    return _BASE_BYTES + max([*pieces, *layers], default=0)
+    matrix = plan.group_shape.intermediate * plan.group_shape.hidden * _WORK_BYTES
+    threads = torch.get_num_threads() * _MATRICES_A_THREAD * matrix
+    return _BASE_BYTES + threads + max([*pieces, *layers], default=0)
 
 
 def _layer_bytes(plan: Plan, piece: LayerPiece) -> int:
@@ -113,7 +115,6 @@ def _piece_bytes(plan: Plan, piece: TuckerPiece) -> int:
     source = next(iter(plan.source.tensors[n] for n in plan.model.layer_weight_names(piece.layer)))
     stack = shape.parameters * source.bytes // source.parameters
     stored = plan.stored_parameters(piece) * plan.dtype_bytes
-    matrices = torch.get_num_threads() * _MATRICES_A_THREAD * shape.intermediate * shape.hidden
     working = 0
     for target in piece.targets:
         rank = target.rank or MultilinearRank(*shape)
@@ -125,9 +126,7 @@ def _piece_bytes(plan: Plan, piece: TuckerPiece) -> int:
         core = math.prod(rank)
         grams = 3 * max(shape.intermediate, shape.hidden) ** 2
         working = max(working, max(mixed, core) + projected + grams)
-    return (
-        len(piece.coupling) * (stack + working * _WORK_BYTES) + matrices * _WORK_BYTES + 2 * stored
-    )
+    return len(piece.coupling) * (stack + working * _WORK_BYTES) + 2 * stored
 
 
 def _product_rate() -> float:

@@ -38,6 +38,24 @@ def test_calls_run_at_the_same_time_and_torch_has_one_thread_in_each(threads: in
         assert list(workers.map(call, range(2 * threads))) == [1] * 2 * threads
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_have_the_bits_of_one_thread(threads: int, dtype: torch.dtype) -> None:
+    """On some processors those of two threads are others, and a new thread has all that there are.
+
+    Not asked how many threads it has, which would set them.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(20, 10, 30), (10, 30, 15), (30, 20, 15), (64, 31, 48), (100, 10, 100), (200, 5, 256)]
+    lefts = [torch.randn((n, m), dtype=dtype, generator=generator).T for n, m, _ in shapes]
+    rights = [torch.randn((n, k), dtype=dtype, generator=generator) for n, _, k in shapes]
+    torch.set_num_threads(1)
+    expected = list(map(torch.mm, lefts, rights))
+    torch.set_num_threads(threads)
+    with side_by_side(CPU) as workers:
+        found = list(workers.map(torch.mm, lefts, rights))
+    assert all(map(torch.equal, found, expected))
+
+
 def test_few_calls_are_made_before_their_results_are_taken(threads: int) -> None:
     asked = []
 
