@@ -29,7 +29,7 @@ from transformers.cache_utils import DynamicCache
 import tuckerize
 from benchmarks.full_width import EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, lite_config
 from tuckerize.domain import Projection
-from tuckerize.runtime.announced import group_shapes
+from tuckerize.format.config import group_shapes
 from tuckerize.runtime.experts import ACTIVATIONS, TuckerExperts
 
 RESULTS = Path(__file__).parent / "results" / "forward.json"

@@ -8,12 +8,14 @@ from types import ModuleType
 
 from wrapt import register_post_import_hook
 
-__version__ = "0.1.0"
+from tuckerize.version import __version__
+
+__all__ = ["__version__"]
 
 
 def _register_with_transformers(_: ModuleType) -> None:
     """Make transformers know the format, as soon as it can be told."""
-    import tuckerize.runtime.hf  # noqa: F401
+    import tuckerize.engines.transformers  # noqa: F401
 
 
 register_post_import_hook(_register_with_transformers, "transformers.quantizers.auto")

@@ -110,10 +110,13 @@ Coupling = tuple[Projection, ...]
 
 GATE_UP: Coupling = (Projection.GATE, Projection.UP)
 
+SHARED_U_I = "gate_up_proj"
+"""Name of the module that holds the U_I of gate and up where they share one."""
+
 
 def coupling_name(coupling: Coupling) -> str:
     """Name of a coupling in file names and tables: `gate_up_proj` or the projection's own."""
-    return "gate_up_proj" if len(coupling) > 1 else str(coupling[0])
+    return SHARED_U_I if len(coupling) > 1 else str(coupling[0])
 
 
 @dataclass(frozen=True, slots=True)

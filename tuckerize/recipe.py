@@ -73,7 +73,7 @@ class Rule(_Schema):
         )
 
 
-class Calibration(_Schema):
+class CalibrationSettings(_Schema):
     """How the decomposition learns what the experts see and give.
 
     Attributes:
@@ -129,7 +129,7 @@ class Recipe(_Schema):
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     max_sweeps: Annotated[int, Field(ge=0)] = 10
     engine: Literal["tuckerize", "tensorly"] = "tuckerize"
-    calibration: Calibration | None = None
+    calibration: CalibrationSettings | None = None
 
     @model_validator(mode="after")
     def _fits_calibration(self) -> Recipe:

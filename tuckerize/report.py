@@ -5,43 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from tuckerize.domain import MultilinearRank, Size, StackResult, StackShape
 
 SCHEMA_VERSION = 1
-
-
-class Progress(Protocol):
-    """Shows how far long work is; the command line draws it, tests ignore it."""
-
-    def start(self, total: float) -> None:
-        """Begin work of a total amount."""
-
-    def stage(self, name: str) -> None:
-        """A part of the work begins."""
-
-    def advance(self, amount: float, note: str) -> None:
-        """Some of it is done; the note says what."""
-
-    def close(self) -> None:
-        """The work has ended."""
-
-
-class SilentProgress:
-    """Shows nothing."""
-
-    def start(self, total: float) -> None:
-        """Do nothing."""
-
-    def stage(self, name: str) -> None:
-        """Do nothing."""
-
-    def advance(self, amount: float, note: str) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Do nothing."""
 
 
 @dataclass(frozen=True, slots=True)

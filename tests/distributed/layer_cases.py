@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tuckerize.domain import (
     CORE,
+    SHARED_U_I,
     Mode,
     MultilinearRank,
     Projection,
@@ -35,7 +36,7 @@ from tuckerize.parallel import mesh as meshes
 from tuckerize.parallel.collectives import counted
 from tuckerize.parallel.layouts import (
     Collective,
-    LayerSizes,
+    LayerShape,
     Layout,
     Parallelism,
     cut_of,
@@ -44,8 +45,7 @@ from tuckerize.parallel.layouts import (
     part,
 )
 from tuckerize.parallel.mesh import Position, make_mesh, own_tokens, padded_count
-from tuckerize.pipeline.traffic import load_of
-from tuckerize.runtime.experts import SHARED_U_I
+from tuckerize.pipeline.verify.traffic import load_of
 from tuckerize.runtime.sharded import ShardedExperts
 
 EXPERTS, TOP_K = 8, 3
@@ -66,10 +66,10 @@ class Case:
     all_to_all: bool = True
 
     @property
-    def sizes(self) -> LayerSizes:
+    def sizes(self) -> LayerShape:
         """What decides how the layer is split."""
         ranks = dict.fromkeys(Projection, self.rank)
-        return LayerSizes([ranks] * (EXPERTS // self.shape.experts), self.shape, self.joint)
+        return LayerShape([ranks] * (EXPERTS // self.shape.experts), self.shape, self.joint)
 
 
 SHAPES = (StackShape(8, 17, 23), StackShape(2, 16, 20))

@@ -14,7 +14,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tuckerize.cli import main
-from tuckerize.pipeline import verify
+from tuckerize.pipeline.verify import verification as verify
 
 work = verify._sharding_error
 

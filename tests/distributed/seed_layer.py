@@ -17,14 +17,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from tuckerize.ascend.dispatch import FusedPair
 from tuckerize.cli import main
 from tuckerize.domain import Projection
+from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 from tuckerize.parallel.collectives import all_reduce
-from tuckerize.parallel.fused import FusedPair
 from tuckerize.parallel.layouts import part
 from tuckerize.parallel.mesh import Axis, axis_of
-from tuckerize.pipeline import verify
-from tuckerize.pipeline.opened import open_tucker
+from tuckerize.pipeline.verify import verification as verify
 from tuckerize.runtime import exchange
 from tuckerize.runtime.exchange import RankExchange, Share, Tokens, WayBack
 from tuckerize.runtime.experts import ACTIVATIONS, TuckerExperts, TuckerStack
@@ -46,7 +46,7 @@ class SeedExperts(TuckerExperts):
     ) -> SeedExperts:
         """The published layer loads whole factors and cuts them itself."""
         del sequence_parallel, fused
-        tucker = open_tucker(Path(folder))
+        tucker = TuckerCheckpoint.open(Path(folder))
         return cls(
             [tucker.read_group(layer, 0)],
             group_size=tucker.manifest.group_size,

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.running import files_of, run_here, succeed, torchrun
 from tuckerize.checkpoint.files import sha256_of
-from tuckerize.checkpoint.manifest import MANIFEST
+from tuckerize.checkpoint.output import MANIFEST
 
 VERIFY = ("-m", "tuckerize", "verify")
 

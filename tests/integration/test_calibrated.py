@@ -21,20 +21,19 @@ from transformers import AutoModelForCausalLM
 
 from tests.running import files_of, run_here, start, succeed, torchrun
 from tests.tiny_models import write_text
-from tuckerize.calibration import run as run_module
+from tuckerize.calibration import calibration_pass as run_module
 from tuckerize.calibration import tokens as tokens_module
-from tuckerize.calibration.profiling import ProfileCache, profile_model
+from tuckerize.calibration.calibration_pass import CalibrationPass
+from tuckerize.calibration.profile_pass import ProfileCache, profile_model
 from tuckerize.calibration.refine import Refinement, refine
-from tuckerize.calibration.run import Calibrated
 from tuckerize.calibration.tokens import DenseGroup, LayerTokens
 from tuckerize.checkpoint.output import OutputFolder
 from tuckerize.checkpoint.reader import Checkpoint
 from tuckerize.domain import Projection
-from tuckerize.pipeline import calibrated as calibrated_module
-from tuckerize.pipeline.calibrated import open_calibration
-from tuckerize.pipeline.opened import OpenedTucker, open_tucker
-from tuckerize.recipe import Calibration, Recipe, Rule
-from tuckerize.report import SilentProgress
+from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
+from tuckerize.pipeline import decompose_calibrated as calibrated_module
+from tuckerize.progress import SilentProgress
+from tuckerize.recipe import CalibrationSettings, Recipe, Rule
 from tuckerize.runtime.experts import ACTIVATIONS, TuckerExperts
 
 CPU = torch.device("cpu")
@@ -93,7 +92,7 @@ def routed_parameters(folder: Path) -> int:
     return sum(t.numel() for name, t in weights_of(folder).items() if ".experts." in name)
 
 
-def stored_layer(tucker: OpenedTucker, layer: int) -> TuckerExperts:
+def stored_layer(tucker: TuckerCheckpoint, layer: int) -> TuckerExperts:
     groups = [tucker.read_group(layer, group) for group in range(tucker.manifest.groups)]
     size = tucker.manifest.group_size
     return TuckerExperts(groups, group_size=size, activation=ACTIVATIONS["silu"])
@@ -146,7 +145,7 @@ def test_reconstruction_computes_what_the_factors_do(refined: Path, tmp_path: Pa
     dense = tmp_path / "dense"
     succeed("reconstruct", refined, "--output", dense)
     loaded = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
-    tucker = open_tucker(refined)
+    tucker = TuckerCheckpoint.open(refined)
     weights = weights_of(dense)
     generator = torch.Generator().manual_seed(0)
     x_TI = torch.randn(40, 32, generator=generator)
@@ -241,7 +240,7 @@ def test_one_shot_differs_behind_the_first_compressed_layer(
     layers = []
     for name, options in (("sequential", ()), ("one-shot", ("--one-shot",))):
         decompose(model, text, tmp_path / name, "--rank", "full,full,20", *PLAIN, *options)
-        tucker = open_tucker(tmp_path / name)
+        tucker = TuckerCheckpoint.open(tmp_path / name)
         layers.append([tucker.read_group(layer, 0) for layer in (1, 2)])
     same = [
         all(torch.equal(sequential[name], one_shot[name]) for name in sequential)
@@ -270,9 +269,9 @@ def test_outputs_count_relative_to_the_lengths_of_hidden_states(
     monkeypatch.setattr(calibrated_module, "refine", noted)
     out = tmp_path / "out"
     decompose(model, text, out, "--rank", "full,16,20", "--refine", "2")
-    settings = Calibration(texts=(str(text),), tokens=1024)
+    settings = CalibrationSettings(texts=(str(text),), tokens=1024)
     recipe = Recipe(rules=(Rule(rank="full,16,20"),), calibration=settings)
-    tokens_SL = open_calibration(Checkpoint.open(model), recipe, CPU).run.windows_SL
+    tokens_SL = CalibrationPass.open(Checkpoint.open(model), recipe, CPU).windows_SL
     is_held_out_T = torch.arange(tokens_SL.numel()) // BLOCK % 16 == 15
     dense = AutoModelForCausalLM.from_pretrained(model)
     compressed = AutoModelForCausalLM.from_pretrained(out)
@@ -417,7 +416,7 @@ def test_run_that_is_interrupted_anywhere_ends_with_the_same_bytes(
         assert run_here("decompose", *arguments).returncode == 130
     assert not (out / "tuckerize.json").exists()
     with pytest.MonkeyPatch.context() as patch:
-        layers = interrupt(patch, run_module.Calibrated, "groups", 0)
+        layers = interrupt(patch, run_module.CalibrationPass, "groups", 0)
         decompose(model, text, out, *options)
     done = {("write_record", 2): 1, ("save", 3): 1}.get((method, call), 0)
     assert len(layers) == 2 - done
@@ -455,20 +454,20 @@ def test_nothing_of_a_layer_is_left_when_the_next_begins(
 ) -> None:
     made: list[weakref.ref[TuckerExperts]] = []
     left: list[int] = []
-    groups, module = Calibrated.groups, Calibrated.module
+    groups, module = CalibrationPass.groups, CalibrationPass.module
 
-    def noted_groups(self: Calibrated, layer: int) -> list[DenseGroup]:
+    def noted_groups(self: CalibrationPass, layer: int) -> list[DenseGroup]:
         gc.collect()
         left.append(sum(own() is not None for own in made))
         return groups(self, layer)
 
-    def noted_module(self: Calibrated, tensors: list[dict[str, Tensor]]) -> TuckerExperts:
+    def noted_module(self: CalibrationPass, tensors: list[dict[str, Tensor]]) -> TuckerExperts:
         result = module(self, tensors)
         made.append(weakref.ref(result))
         return result
 
-    monkeypatch.setattr(Calibrated, "groups", noted_groups)
-    monkeypatch.setattr(Calibrated, "module", noted_module)
+    monkeypatch.setattr(CalibrationPass, "groups", noted_groups)
+    monkeypatch.setattr(CalibrationPass, "module", noted_module)
     decompose(model, text, tmp_path / "out", "--keep", "0.6", *PLAIN, *options)
     assert len(made) > len(left) > 1
     assert left == [0] * len(left)
@@ -492,7 +491,7 @@ def test_profile_is_made_once_for_all_budgets(
     first = json.loads(succeed(*plan, "--keep", "0.5"))
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
     assert sum(path.suffix == ".safetensors" for path in before) == 2
-    calls = interrupt(monkeypatch, run_module.Calibrated, "run_layer", 0)
+    calls = interrupt(monkeypatch, run_module.CalibrationPass, "run_layer", 0)
     second = json.loads(succeed(*plan, "--keep", "0.8"))
     assert calls == []
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*")} == before
@@ -507,9 +506,9 @@ def test_sensitivity_is_of_all_texts_whichever_comes_first(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = write_text(tmp_path / "other.txt", 1000, seed=1)
-    settings = Calibration(texts=(str(text), str(other)), tokens=2048, window=64)
+    settings = CalibrationSettings(texts=(str(text), str(other)), tokens=2048, window=64)
     recipe = Recipe(rules=(Rule(keep=0.5),), calibration=settings)
-    run = open_calibration(Checkpoint.open(model), recipe, CPU).run
+    run = CalibrationPass.open(Checkpoint.open(model), recipe, CPU)
     one, two, random = run.windows_SL[:8], run.windows_SL[8:16], run.windows_SL[16:]
     found: list[list[float]] = []
     for order in ((one, two), (two, one)):

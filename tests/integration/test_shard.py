@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from tests.running import run_here, succeed
 from tuckerize.errors import ParallelError
-from tuckerize.pipeline.opened import open_tucker
-from tuckerize.pipeline.shardings import available_shardings, find_sharding
+from tuckerize.format.shards import available_shardings, find_sharding
+from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 
 CHECKPOINTS = {
     "latent": ("--rank", "full,full,20", "--joint", "gate_up"),
@@ -73,7 +73,7 @@ def test_shard_files_put_at_their_offsets_are_the_whole_tensors(
 
 
 def test_shard_of_experts_that_do_not_divide_is_refused_with_sizes_that_do(tucker: Path) -> None:
-    groups = open_tucker(tucker).manifest.groups
+    groups = TuckerCheckpoint.open(tucker).manifest.groups
     what, fitting = ("4 groups", "1, 2, 4") if groups > 1 else ("8 experts", "1, 2, 4, 8")
     result = run_here("shard", tucker, "--tp", "2", "--ep", "3")
     assert result.returncode == 2
@@ -90,7 +90,7 @@ def test_find_sharding_takes_the_mesh_that_was_named_or_the_one_that_fits(
     succeed("decompose", "--model", tiny_model, *CHECKPOINTS["latent"], "--output", out)
     for tp, ep in ((2, 2), (1, 4), (2, 1), (1, 2)):
         succeed("shard", out, "--tp", str(tp), "--ep", str(ep))
-    tucker = open_tucker(out)
+    tucker = TuckerCheckpoint.open(out)
     assert len(available_shardings(out)) == 4
 
     def folder(processes: int, tp: int | None, ep: int | None, cp: int) -> str:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tuckerize.domain import StackShape
 from tuckerize.errors import UsageError
-from tuckerize.pipeline.budget import BudgetUnit, ranks_for_keep
+from tuckerize.planning.uniform import BudgetUnit, ranks_for_keep
 
 keeps = st.floats(0.01, 1.0)
 

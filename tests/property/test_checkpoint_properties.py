@@ -17,9 +17,9 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from tuckerize.pipeline.decompose import decompose
 
-from tuckerize.checkpoint.manifest import MANIFEST, read_shard_manifest, read_tucker_manifest
-from tuckerize.checkpoint.output import OutputFolder
+from tuckerize.checkpoint.output import MANIFEST, OutputFolder
 from tuckerize.checkpoint.reader import (
     INDEX,
     SINGLE_FILE,
@@ -30,12 +30,12 @@ from tuckerize.checkpoint.reader import (
 )
 from tuckerize.checkpoint.writer import copy_tensors, write_index, write_tensors
 from tuckerize.errors import CheckpointError
+from tuckerize.format.manifest import read_shard_manifest, read_tucker_manifest
 from tuckerize.parallel.processes import Processes
-from tuckerize.pipeline.decompose import decompose
-from tuckerize.pipeline.describe import describe_plan
-from tuckerize.pipeline.plan import make_plan
+from tuckerize.pipeline.inspect import describe_plan
+from tuckerize.planning.plan import make_plan
+from tuckerize.progress import SilentProgress
 from tuckerize.recipe import parse_recipe
-from tuckerize.report import SilentProgress
 
 json_values = st.recursive(
     st.none()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tuckerize.domain import MultilinearRank, Projection, StackShape
 from tuckerize.parallel.layouts import (
     Collective,
-    LayerSizes,
+    LayerShape,
     Layout,
     Parallelism,
     even_load,
@@ -77,7 +77,7 @@ def test_traffic_equals_a_count_of_the_collectives(
             reduce_scatter += top_k * rank.intermediate
     if down.intermediate < SHAPE.intermediate:
         reduce_scatter += top_k * -(-down.intermediate // 4) * 4
-    sizes = LayerSizes([chosen] * groups, SHAPE, joint=False)
+    sizes = LayerShape([chosen] * groups, SHAPE, joint=False)
     load = even_load(top_k, experts=sizes.experts, groups=groups, ep=1)
     mesh = Parallelism(tp=4)
     moved = layer_traffic(Layout.RANK, sizes, mesh, load, number_bytes=2)
@@ -96,8 +96,8 @@ def test_tokens_never_travel_as_more_numbers_than_they_have(
     layout = Layout.RANK if rank else Layout.INTERMEDIATE
     if joint:
         chosen = {**chosen, Projection.UP: chosen[Projection.GATE]}
-    sizes = LayerSizes([chosen] * groups, SHAPE, joint)
-    dense = LayerSizes([dict.fromkeys(Projection, MultilinearRank(*SHAPE))], SHAPE, joint=False)
+    sizes = LayerShape([chosen] * groups, SHAPE, joint)
+    dense = LayerShape([dict.fromkeys(Projection, MultilinearRank(*SHAPE))], SHAPE, joint=False)
     for ep in (1, 4):
         mesh = Parallelism(ep=ep)
         load = even_load(2, experts=8, groups=groups, ep=ep)

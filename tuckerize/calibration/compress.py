@@ -25,7 +25,7 @@ from tuckerize.runtime.experts import Activation, TuckerExperts, named_tensors
 
 
 @dataclass(frozen=True, slots=True)
-class LayerSizes:
+class CompressionTarget:
     """What the stacks of one layer are compressed to.
 
     Attributes:
@@ -61,7 +61,7 @@ class CompressedGroup:
 
     factors: Mapping[Projection, TuckerFactors]
     kept: KeptNeurons | None
-    sizes: LayerSizes
+    sizes: CompressionTarget
     sweeps: Mapping[Projection, int]
 
     @property
@@ -85,7 +85,7 @@ def compress_group(
     group: DenseGroup,
     tokens: LayerTokens,
     moments: GroupMoments,
-    sizes: LayerSizes,
+    sizes: CompressionTarget,
     *,
     max_sweeps: int,
     activation: Activation,

@@ -44,8 +44,8 @@ class LayerTokens(NamedTuple):
     Attributes:
         x_TI: Tokens, shape (T, I).
         experts_Tk: Experts of every token, shape (T, k).
-        weights_Tk: Their routing weights, shape (T, k); `Calibrated.capture` gives them relative to
-            the lengths of hidden states.
+        weights_Tk: Their routing weights, shape (T, k); `CalibrationPass.capture` gives them
+            relative to the norms of the hidden states.
     """
 
     x_TI: Tensor

@@ -8,7 +8,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from tuckerize.errors import CheckpointError
 
@@ -16,6 +18,24 @@ TEMPORARY_SUFFIX = ".tmp"
 """How names of files that are being written end."""
 
 _CHUNK_BYTES = 16 * 2**20
+
+
+Count = Annotated[int, Field(ge=0)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Record(BaseModel):
+    """Base of what is read back from our own JSON files."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileRecord(Record):
+    """Name, size in bytes and SHA-256 of a file."""
+
+    name: str
+    bytes: Count
+    sha256: Sha256
 
 
 @contextmanager

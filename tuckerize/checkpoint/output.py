@@ -9,8 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from tuckerize.checkpoint.files import TEMPORARY_SUFFIX, read_json_object, write_json
-from tuckerize.checkpoint.manifest import MANIFEST, REPORT
 from tuckerize.errors import OutputError
+
+MANIFEST = "tuckerize.json"
+"""Name of both manifests, in the root of the checkpoint and in the folder of a sharding."""
+
+REPORT = "verify.json"
+"""Name of the report of a verification, in the folder of what was verified."""
 
 _WORK = ".tuckerize"
 _PLAN = "plan.json"

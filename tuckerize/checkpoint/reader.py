@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tuckerize.checkpoint.files import check_plain_name, read_json_object
-from tuckerize.domain import TensorHeader
+from tuckerize.domain import Size, TensorHeader
 from tuckerize.errors import CheckpointError
 
 CONFIG = "config.json"
@@ -169,6 +169,17 @@ def read_tensors(path: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor
         raise CheckpointError(
             f"{path} cannot be read: {error}", hint="fetch or write the file again"
         ) from error
+
+
+def measure_size(tensors: Mapping[str, TensorHeader], *, is_routed: Callable[[str], bool]) -> Size:
+    """Parameters and bytes of the routed experts and of all tensors."""
+    routed = [header for name, header in tensors.items() if is_routed(name)]
+    return Size(
+        routed_parameters=sum(header.parameters for header in routed),
+        routed_bytes=sum(header.bytes for header in routed),
+        total_parameters=sum(header.parameters for header in tensors.values()),
+        total_bytes=sum(header.bytes for header in tensors.values()),
+    )
 
 
 def _ranges(header: dict[str, Any], data_start: int) -> Iterator[tuple[str, DataRange]]:

@@ -10,8 +10,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tuckerize.checkpoint.files import atomic_path, copy_range, sha256_of, write_json
-from tuckerize.checkpoint.manifest import FileRecord
+from tuckerize.checkpoint.files import FileRecord, atomic_path, copy_range, sha256_of, write_json
 from tuckerize.checkpoint.reader import INDEX, WeightFile
 
 FORMAT = {"format": "pt"}

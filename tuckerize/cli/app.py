@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-import tuckerize
 from tuckerize.cli.boundary import NO, boundary
 from tuckerize.errors import OutputError, TuckerizeError, UsageError
+from tuckerize.version import __version__
 
 if TYPE_CHECKING:
-    from tuckerize.pipeline.opened import OpenedSource, OpenedTucker
+    from tuckerize.format.tucker_checkpoint import OpenedSource, TuckerCheckpoint
     from tuckerize.recipe import Recipe
 
 app = typer.Typer(
@@ -134,7 +134,7 @@ TuckerFolder = Annotated[Path, typer.Argument(help="A Tucker checkpoint, made by
 
 def _version(wanted: bool) -> None:  # noqa: FBT001
     if wanted:
-        sys.stdout.write(f"tuckerize {tuckerize.__version__}\n")
+        sys.stdout.write(f"tuckerize {__version__}\n")
         raise typer.Exit
 
 
@@ -162,7 +162,7 @@ def inspect(
     """
     from tuckerize.checkpoint.hub import resolve_model
     from tuckerize.cli.tables import show
-    from tuckerize.pipeline.describe import inspect_model
+    from tuckerize.pipeline.inspect import inspect_model
 
     show(inspect_model(resolve_model(model)), as_json=as_json)
 
@@ -201,18 +201,18 @@ def plan(
     how = {"group_size": group_size, "calibration": _calibration(calibration, settings)}
     wanted = _recipe(None, {"keep": 1.0}, {}, how)
 
+    from tuckerize.calibration.calibration_pass import CalibrationPass
     from tuckerize.checkpoint.hub import resolve_model
     from tuckerize.checkpoint.reader import Checkpoint
     from tuckerize.cli.progress import TerminalProgress
     from tuckerize.cli.tables import show
     from tuckerize.parallel.backends import choose_device
-    from tuckerize.pipeline.calibrated import open_calibration
-    from tuckerize.pipeline.curve import damage_curve
-    from tuckerize.pipeline.plan import make_plan
+    from tuckerize.planning.curve import damage_curve
+    from tuckerize.planning.plan import make_plan
 
     source = Checkpoint.open(resolve_model(model))
     make_plan(source, wanted)
-    opened = open_calibration(source, wanted, choose_device(device.value, local_rank=0))
+    opened = CalibrationPass.open(source, wanted, choose_device(device.value, local_rank=0))
     report = damage_curve(source, wanted, opened, TerminalProgress())
     _write_notes(report.notes)
     show(report, as_json=as_json)
@@ -317,6 +317,7 @@ def decompose(
     if output is None and not dry_run:
         raise UsageError("--output is missing", hint="name a new folder, or add --dry-run")
 
+    from tuckerize.calibration.calibration_pass import CalibrationPass
     from tuckerize.checkpoint.hub import resolve_model
     from tuckerize.checkpoint.output import OutputFolder
     from tuckerize.checkpoint.reader import Checkpoint
@@ -324,28 +325,26 @@ def decompose(
     from tuckerize.cli.tables import show
     from tuckerize.parallel.backends import choose_device
     from tuckerize.parallel.processes import process_group
-    from tuckerize.pipeline.calibrated import (
-        Calibration,
+    from tuckerize.pipeline.compression import compress_model as run
+    from tuckerize.pipeline.decompose_calibrated import (
         draft_plan,
-        open_calibration,
         plan_calibrated,
     )
-    from tuckerize.pipeline.decompose import decompose as run
-    from tuckerize.pipeline.describe import describe_plan
-    from tuckerize.pipeline.plan import Plan, make_plan
+    from tuckerize.pipeline.inspect import describe_plan
+    from tuckerize.planning.plan import Plan, make_plan
 
     with process_group(
         lambda local: choose_device(device.value, local_rank=local), _seconds(collective_timeout)
     ) as (processes, own_device):
         _refuse_calibration_of_several(wanted, processes.size)
 
-        def prepare() -> tuple[Plan, Calibration | None]:
+        def prepare() -> tuple[Plan, CalibrationPass | None]:
             source = resolve_model(model)
             checkpoint = Checkpoint.open(source)
             opened = None
             draft = make_plan(checkpoint, wanted)
             if wanted.calibration:
-                opened = open_calibration(checkpoint, wanted, own_device)
+                opened = CalibrationPass.open(checkpoint, wanted, own_device)
                 draft = draft_plan(checkpoint, wanted, opened)
             if output is not None and not dry_run:
                 _refuse_overlap(output, source)
@@ -395,12 +394,12 @@ def shard(
     """
     from tuckerize.cli.progress import TerminalProgress
     from tuckerize.cli.tables import show
+    from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
     from tuckerize.parallel.layouts import Layout, Parallelism
-    from tuckerize.pipeline.opened import open_tucker
     from tuckerize.pipeline.shard import shard as run
 
     report = run(
-        open_tucker(folder),
+        TuckerCheckpoint.open(folder),
         mesh=Parallelism(tp, ep),
         layout=None if layout == LayoutOption.AUTO else Layout(layout.value),
         overwrite=overwrite,
@@ -448,14 +447,14 @@ def verify(
     Example: torchrun --nproc-per-node 4 -m tuckerize verify OUT
     """
     from tuckerize.checkpoint.files import write_json
-    from tuckerize.checkpoint.manifest import REPORT
+    from tuckerize.checkpoint.output import REPORT
     from tuckerize.cli.progress import TerminalProgress
     from tuckerize.cli.tables import show
+    from tuckerize.format.shards import find_sharding
+    from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
     from tuckerize.parallel.backends import choose_device
     from tuckerize.parallel.determinism import make_deterministic
     from tuckerize.parallel.processes import process_group, started_by_torchrun
-    from tuckerize.pipeline.opened import open_tucker
-    from tuckerize.pipeline.shardings import find_sharding
     from tuckerize.pipeline.verify import Verification
     from tuckerize.pipeline.verify import verify as run
     from tuckerize.recipe import select_layers
@@ -469,7 +468,7 @@ def verify(
     ) as (processes, own_device):
 
         def prepare() -> tuple[Verification, tuple[int, ...]]:
-            tucker = open_tucker(folder)
+            tucker = TuckerCheckpoint.open(folder)
             chosen = select_layers(layers, tucker.manifest.layers)
             activation_of(tucker.config)
             source = _source(model, tucker, needed=max_output_error is not None)
@@ -523,10 +522,10 @@ def reconstruct(
     """
     from tuckerize.cli.progress import TerminalProgress
     from tuckerize.cli.tables import show
-    from tuckerize.pipeline.opened import open_tucker
+    from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
     from tuckerize.pipeline.reconstruct import reconstruct as run
 
-    tucker = open_tucker(folder)
+    tucker = TuckerCheckpoint.open(folder)
     _refuse_overlap(output, folder)
     report = run(tucker, output, overwrite=overwrite, progress=TerminalProgress())
     show(report, as_json=as_json)
@@ -585,11 +584,11 @@ def generate(
 
     Example: tuckerize generate OUT --prompt "Once upon a time"
     """
+    from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
     from tuckerize.parallel.backends import choose_device
-    from tuckerize.pipeline.opened import open_tucker
-    from tuckerize.runtime.hf import generate as run
+    from tuckerize.pipeline.generate import generate as run
 
-    tucker = open_tucker(folder)
+    tucker = TuckerCheckpoint.open(folder)
     typer.echo(run(tucker.folder, prompt, tokens=tokens, device=choose_device(device.value)))
 
 
@@ -675,9 +674,9 @@ def _calibration(texts: list[str] | None, settings: dict[str, Any]) -> dict[str,
     return None
 
 
-def _source(model: str | None, tucker: OpenedTucker, *, needed: bool) -> OpenedSource | None:
+def _source(model: str | None, tucker: TuckerCheckpoint, *, needed: bool) -> OpenedSource | None:
     """The source model: the one named, else the recorded one where it is still there."""
-    from tuckerize.pipeline.opened import open_source
+    from tuckerize.format.tucker_checkpoint import open_source
 
     if model is not None:
         return open_source(model, tucker)

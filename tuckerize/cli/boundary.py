@@ -17,8 +17,8 @@ from threading import Event
 from types import FrameType
 from typing import NoReturn, ParamSpec
 
+from tuckerize.ascend.npu import explained
 from tuckerize.errors import LeaderFailedError, TuckerizeError
-from tuckerize.parallel.npu import explained
 
 P = ParamSpec("P")
 

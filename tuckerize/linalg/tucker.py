@@ -12,6 +12,7 @@ from tensorly.tucker_tensor import TuckerTensor
 from torch import Tensor
 
 from tuckerize.domain import Mode, MultilinearRank, StackShape
+from tuckerize.errors import NonFiniteError
 from tuckerize.linalg.threads import side_by_side
 
 # Products in float32 disturb a difference by about 1e-6 of the stack: residuals smaller than this,
@@ -228,3 +229,16 @@ def scaled_slice(slice_HI: Tensor, dtype: torch.dtype, unit: float) -> Tensor:
 def mode_name(mode: Mode) -> str:
     """Name of a mode for messages: `hidden mode (I)`."""
     return f"{mode.name.lower()} mode ({'EHI'[mode]})"
+
+
+def check_no_overflow(tensor: Tensor, dtype: str) -> Tensor:
+    """Return a tensor that was rounded to a type, if no value of it overflowed.
+
+    Raises:
+        NonFiniteError: One did.
+    """
+    if not math.isfinite(largest_magnitude(tensor)):
+        raise NonFiniteError(
+            f"a core or factor overflows {dtype}", hint="store it as --dtype bfloat16 or float32"
+        )
+    return tensor

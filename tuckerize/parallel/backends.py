@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
+from tuckerize.ascend.npu import import_torch_npu
 from tuckerize.errors import ParallelError
-from tuckerize.parallel.npu import import_torch_npu
 
 DeviceChoice = Literal["auto", "npu", "cuda", "cpu"]
 

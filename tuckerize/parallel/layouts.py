@@ -115,7 +115,7 @@ RankByProjection = Mapping[Projection, MultilinearRank]
 
 
 @dataclass(frozen=True, slots=True)
-class LayerSizes:
+class LayerShape:
     """What decides how a layer is split.
 
     Attributes:
@@ -193,7 +193,7 @@ def split_dimension(
     return {CORE: 2, Mode.HIDDEN.factor_name: 1}.get(tensor)
 
 
-def cut_of(layout: Layout, sizes: LayerSizes, group: int, name: str, *, ep: int) -> Cut:
+def cut_of(layout: Layout, sizes: LayerShape, group: int, name: str, *, ep: int) -> Cut:
     """How a stored tensor is split.
 
     A matrix of one expert's core rows belongs to the owner of the expert.
@@ -216,7 +216,7 @@ def cut_of(layout: Layout, sizes: LayerSizes, group: int, name: str, *, ep: int)
     )
 
 
-def experts_are_split(sizes: LayerSizes, ep: int) -> bool:
+def experts_are_split(sizes: LayerShape, ep: int) -> bool:
     """Whether expert-parallel processes own experts of one group, rather than whole groups."""
     return ep > 1 and len(sizes.ranks) == 1
 
@@ -253,7 +253,7 @@ def even_load(top_k: int, *, experts: int, groups: int, ep: int) -> Load:
     return Load(top_k, [top_k / groups] * groups, (ep - 1) * (1 - absent), remote)
 
 
-def travel(layout: Layout, sizes: LayerSizes, mesh: Parallelism) -> Travel:
+def travel(layout: Layout, sizes: LayerShape, mesh: Parallelism) -> Travel:
     """How a layer's tokens and outputs travel: with fewer numbers, where every process can."""
     if mesh.ep > 1 and not experts_are_split(sizes, mesh.ep):
         return Travel(low_input=False, low_output=False)
@@ -262,7 +262,7 @@ def travel(layout: Layout, sizes: LayerSizes, mesh: Parallelism) -> Travel:
     return Travel(width_in < sizes.shape.hidden, width_out <= sizes.shape.hidden)
 
 
-def width_over_ep(layout: Layout, sizes: LayerSizes, mesh: Parallelism) -> int:
+def width_over_ep(layout: Layout, sizes: LayerShape, mesh: Parallelism) -> int:
     """Most numbers of a row that travels over ep, there or back."""
     low = travel(layout, sizes, mesh)
     cut = mesh.tp if layout == Layout.RANK else 1
@@ -274,7 +274,7 @@ def width_over_ep(layout: Layout, sizes: LayerSizes, mesh: Parallelism) -> int:
 
 def layer_traffic(
     layout: Layout,
-    sizes: LayerSizes,
+    sizes: LayerShape,
     mesh: Parallelism,
     load: Load,
     *,
@@ -324,7 +324,7 @@ def layer_traffic(
     return moved
 
 
-def _middles(sizes: LayerSizes, tp: int, load: Load) -> Iterator[tuple[Collective, float]]:
+def _middles(sizes: LayerShape, tp: int, load: Load) -> Iterator[tuple[Collective, float]]:
     """The collectives of the rank layout inside a layer: kind, and numbers for one token."""
     for ranks, rows in zip(sizes.ranks, load.rows, strict=True):
         for projection in Projection:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-import tuckerize
+from tuckerize.ascend.npu import PACKAGE, explained
 from tuckerize.errors import ParallelError
-from tuckerize.parallel.npu import PACKAGE, explained
 from tuckerize.report import DeviceFacts, DoctorReport, Problem, Variable
+from tuckerize.version import __version__
 
 # torch_npu and the CANN that it is for. Source: Ascend/pytorch, compatibility table, August 2026.
 _CANN_OF = {
@@ -72,7 +72,7 @@ _SETTINGS = {
 def examine() -> DoctorReport:
     """Look at this machine and environment; changes nothing."""
     versions = {
-        "tuckerize": tuckerize.__version__,
+        "tuckerize": __version__,
         "python": platform.python_version(),
         **{name: _installed(name) for name in ("torch", PACKAGE, "transformers")},
         "CANN": _cann_version(os.environ),

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from tuckerize.calibration.run import experts_call
+from tuckerize.calibration.calibration_pass import experts_call
 from tuckerize.calibration.stream import ExpertsCall, StreamedModel
 from tuckerize.calibration.text import parse_source, read_windows
-from tuckerize.checkpoint.manifest import MANIFEST
-from tuckerize.checkpoint.reader import Checkpoint
+from tuckerize.checkpoint.output import MANIFEST
+from tuckerize.checkpoint.reader import Checkpoint, measure_size
 from tuckerize.domain import CORE, Projection, StackShape
 from tuckerize.errors import CheckpointError
+from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 from tuckerize.moe.families import Family, describe_moe
 from tuckerize.moe.stacks import read_stack
-from tuckerize.pipeline.opened import OpenedTucker, open_tucker
-from tuckerize.pipeline.sizes import measure
-from tuckerize.report import EvaluateReport, Evaluation, Progress
+from tuckerize.progress import Progress
+from tuckerize.report import EvaluateReport, Evaluation
 from tuckerize.runtime.experts import Activation, TuckerExperts, activation_of
 
 _WINDOWS_AT_ONCE = 8
@@ -46,7 +46,7 @@ class Evaluated:
     family: Family
     shape: StackShape
     activation: Activation
-    tucker: OpenedTucker | None
+    tucker: TuckerCheckpoint | None
 
     def module(self, layer: int, device: torch.device) -> TuckerExperts:
         """The routed experts of a layer, factored or dense, in float32."""
@@ -88,7 +88,7 @@ def open_evaluated(folder: Path) -> Evaluated:
             known.
     """
     if (folder / MANIFEST).exists():
-        tucker = open_tucker(folder)
+        tucker = TuckerCheckpoint.open(folder)
         shape, activation = tucker.manifest.shape, activation_of(tucker.config)
         return Evaluated(tucker.checkpoint, tucker.family, shape, activation, tucker)
     checkpoint = Checkpoint.open(folder)
@@ -135,7 +135,7 @@ def evaluate(
     for folder, own, model in zip(folders, opened, models, strict=True):
         started = time.monotonic()
         nats = _nats(own, model, windows.tokens_SL.to(device), progress, str(folder))
-        size = measure(own.checkpoint.tensors, is_routed=own.family.is_routed)
+        size = measure_size(own.checkpoint.tensors, is_routed=own.family.is_routed)
         seconds = time.monotonic() - started
         results.append(Evaluation(str(folder), nats, math.exp(nats), size, seconds))
     progress.close()

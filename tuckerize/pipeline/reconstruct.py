@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import tuckerize
 from tuckerize.checkpoint.files import write_json
 from tuckerize.checkpoint.other_files import copy_other_files
 from tuckerize.checkpoint.output import OutputFolder
-from tuckerize.checkpoint.reader import CONFIG, TORCH_DTYPES, WeightFile
+from tuckerize.checkpoint.reader import CONFIG, TORCH_DTYPES, WeightFile, measure_size
 from tuckerize.checkpoint.writer import copy_tensors, write_index, write_tensors
 from tuckerize.domain import Projection
+from tuckerize.format.card import restore_card
+from tuckerize.format.tucker_checkpoint import TuckerCheckpoint, factors_of
 from tuckerize.linalg.tucker import with_zero_rows
 from tuckerize.moe.stacks import group_experts, to_stack_orientation
-from tuckerize.pipeline.hub_files import restore_card
-from tuckerize.pipeline.opened import OpenedTucker, factors_of
-from tuckerize.pipeline.sizes import measure
-from tuckerize.report import Progress, ReconstructReport
+from tuckerize.progress import Progress
+from tuckerize.report import ReconstructReport
+from tuckerize.version import __version__
 
 RECORD = "tuckerize-reconstruct.json"
 """What stands in the dense folder in place of a manifest: where it comes from."""
@@ -31,16 +31,16 @@ def output_folder(output: Path) -> OutputFolder:
     return OutputFolder(output, RECORD)
 
 
-def provenance(tucker: OpenedTucker) -> dict[str, Any]:
+def provenance(tucker: TuckerCheckpoint) -> dict[str, Any]:
     """JSON values that determine every byte of a reconstruction."""
     return {
-        "tuckerize_version": tuckerize.__version__,
+        "tuckerize_version": __version__,
         "tucker_manifest_sha256": tucker.manifest_sha256,
     }
 
 
 def reconstruct(
-    tucker: OpenedTucker, output: Path, *, overwrite: bool, progress: Progress
+    tucker: TuckerCheckpoint, output: Path, *, overwrite: bool, progress: Progress
 ) -> ReconstructReport:
     """Write the dense checkpoint that a Tucker checkpoint stands for.
 
@@ -89,11 +89,11 @@ def reconstruct(
     write_index(output, files)
     folder.finish(provenance(tucker))
     headers = {name: place.header for file in files for name, place in file.tensors.items()}
-    size = measure(headers, is_routed=tucker.family.is_routed)
+    size = measure_size(headers, is_routed=tucker.family.is_routed)
     return ReconstructReport(str(output), size, tucker.manifest.layers)
 
 
-def _expand(tucker: OpenedTucker, layer: int, projection: Projection) -> dict[str, Tensor]:
+def _expand(tucker: TuckerCheckpoint, layer: int, projection: Projection) -> dict[str, Tensor]:
     """The dense weights of one projection of all experts of a layer, by checkpoint name."""
     dtype = TORCH_DTYPES[tucker.manifest.dtype]
     wide = torch.promote_types(dtype, torch.float32)

@@ -8,20 +8,20 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import tuckerize
-from tuckerize.checkpoint.manifest import (
+from tuckerize.checkpoint.output import OutputFolder
+from tuckerize.checkpoint.writer import write_tensors
+from tuckerize.domain import MultilinearRank, Projection, TensorHeader, expert_of
+from tuckerize.errors import UsageError
+from tuckerize.format.manifest import (
     ShardManifest,
     ShardRecord,
     TuckerManifest,
     sharding_name,
 )
-from tuckerize.checkpoint.output import OutputFolder
-from tuckerize.checkpoint.writer import write_tensors
-from tuckerize.domain import MultilinearRank, Projection, TensorHeader, expert_of
-from tuckerize.errors import UsageError
+from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 from tuckerize.parallel.layouts import (
     Cut,
-    LayerSizes,
+    LayerShape,
     Layout,
     Parallelism,
     Part,
@@ -32,9 +32,9 @@ from tuckerize.parallel.layouts import (
     part,
     smallest_split_size,
 )
-from tuckerize.pipeline.opened import OpenedTucker
-from tuckerize.report import LayoutCost, Progress, ShardReport
-from tuckerize.runtime.sharded import layer_sizes
+from tuckerize.progress import Progress
+from tuckerize.report import LayoutCost, ShardReport
+from tuckerize.version import __version__
 
 # What torch.distributed.checkpoint.hf_storage looks for in a safetensors header.
 DCP_VERSION = "1.0"
@@ -99,7 +99,7 @@ class _Slices:
         ]
 
 
-def choose_layout(tucker: OpenedTucker, mesh: Parallelism, layout: Layout | None) -> Layout:
+def choose_layout(tucker: TuckerCheckpoint, mesh: Parallelism, layout: Layout | None) -> Layout:
     """The layout that was asked for, or the best: the fewest bytes a process, then least traffic.
 
     Raises:
@@ -140,7 +140,7 @@ def choose_layout(tucker: OpenedTucker, mesh: Parallelism, layout: Layout | None
     return layout
 
 
-def _check_experts_divide(tucker: OpenedTucker, ep: int) -> None:
+def _check_experts_divide(tucker: TuckerCheckpoint, ep: int) -> None:
     """Refuse expert-parallel processes that would own unequally many experts, as Megatron does."""
     groups = tucker.manifest.groups
     count, what = (groups, "groups") if groups > 1 else (tucker.manifest.shape.experts, "experts")
@@ -152,7 +152,7 @@ def _check_experts_divide(tucker: OpenedTucker, ep: int) -> None:
         )
 
 
-def _layouts(tucker: OpenedTucker) -> tuple[Layout, ...]:
+def _layouts(tucker: TuckerCheckpoint) -> tuple[Layout, ...]:
     """The layouts that can split the checkpoint."""
     manifest = tucker.manifest
     places = [(layer, group) for layer in manifest.layers for group in range(manifest.groups)]
@@ -160,7 +160,7 @@ def _layouts(tucker: OpenedTucker) -> tuple[Layout, ...]:
     return tuple(Layout) if equal else (Layout.INTERMEDIATE,)
 
 
-def layout_costs(tucker: OpenedTucker, mesh: Parallelism) -> tuple[LayoutCost, ...]:
+def layout_costs(tucker: TuckerCheckpoint, mesh: Parallelism) -> tuple[LayoutCost, ...]:
     """Bytes a process and traffic a token of every layout that can split the checkpoint."""
     costs = []
     for layout in _layouts(tucker):
@@ -170,13 +170,13 @@ def layout_costs(tucker: OpenedTucker, mesh: Parallelism) -> tuple[LayoutCost, .
             for group in range(tucker.manifest.groups)
         ]
         stored = max(sum(s.bytes_of(ep_rank) for s in slices) for ep_rank in range(mesh.ep))
-        sizes = [layer_sizes(tucker.manifest, layer) for layer in tucker.manifest.layers]
+        sizes = [tucker.manifest.layer_shape(layer) for layer in tucker.manifest.layers]
         costs.append(LayoutCost(layout, stored, _traffic(tucker, layout, sizes, mesh)))
     return tuple(costs)
 
 
 def shard(
-    tucker: OpenedTucker,
+    tucker: TuckerCheckpoint,
     *,
     mesh: Parallelism,
     layout: Layout | None,
@@ -200,7 +200,7 @@ def shard(
     folder = OutputFolder(tucker.folder / sharding_name(tp=mesh.tp, ep=mesh.ep))
     folder.claim(
         {
-            "tuckerize_version": tuckerize.__version__,
+            "tuckerize_version": __version__,
             "tucker_manifest_sha256": tucker.manifest_sha256,
             "tp_size": mesh.tp,
             "ep_size": mesh.ep,
@@ -223,7 +223,7 @@ def shard(
         progress.advance(1, piece)
     progress.close()
     manifest = ShardManifest(
-        tuckerize_version=tuckerize.__version__,
+        tuckerize_version=__version__,
         layout=chosen.value,
         tp_size=mesh.tp,
         ep_size=mesh.ep,
@@ -245,14 +245,14 @@ def shard(
     )
 
 
-def dense_sizes(manifest: TuckerManifest) -> LayerSizes:
+def dense_sizes(manifest: TuckerManifest) -> LayerShape:
     """A layer of the dense model, which Megatron splits as the `intermediate` layout does."""
     ranks = dict.fromkeys(Projection, MultilinearRank(*manifest.shape))
-    return LayerSizes([ranks], manifest.shape, joint=False)
+    return LayerShape([ranks], manifest.shape, joint=False)
 
 
 def _write_group(
-    tucker: OpenedTucker,
+    tucker: TuckerCheckpoint,
     layer: int,
     group: int,
     layout: Layout,
@@ -294,9 +294,9 @@ def _write_group(
 
 
 def _slices(
-    tucker: OpenedTucker, layer: int, group: int, layout: Layout, mesh: Parallelism
+    tucker: TuckerCheckpoint, layer: int, group: int, layout: Layout, mesh: Parallelism
 ) -> _Slices:
-    sizes = layer_sizes(tucker.manifest, layer)
+    sizes = tucker.manifest.layer_shape(layer)
     headers = tucker.group_headers(layer, group)
     return _Slices(
         headers,
@@ -308,7 +308,7 @@ def _slices(
 
 
 def _traffic(
-    tucker: OpenedTucker, layout: Layout, layers: Sequence[LayerSizes], mesh: Parallelism
+    tucker: TuckerCheckpoint, layout: Layout, layers: Sequence[LayerShape], mesh: Parallelism
 ) -> float:
     """Bytes that a process sends for a token that an even router sends through layers."""
     header = next(iter(tucker.group_headers(tucker.manifest.layers[0], 0).values()))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tuckerize.ascend.dispatch import FusedPair
 from tuckerize.parallel.collectives import (
     all_reduce,
     count_others,
@@ -22,7 +23,6 @@ from tuckerize.parallel.collectives import (
     scatter_rows,
     spread,
 )
-from tuckerize.parallel.fused import FusedPair
 from tuckerize.parallel.layouts import Collective, Layout, Travel, part
 from tuckerize.parallel.mesh import Axis, Position
 

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from tuckerize.domain import (
     CORE,
+    SHARED_U_I,
     Coupling,
     Mode,
     Projection,
@@ -47,9 +48,6 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "relu": functional.relu,
 }
 """Activations between gate and up, by the configuration's `hidden_act`."""
-
-SHARED_U_I = "gate_up_proj"
-"""Name of the module that holds the U_I of gate and up where they share one."""
 
 
 def activation_of(config: Mapping[str, Any]) -> Activation:

@@ -9,23 +9,19 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from tuckerize.checkpoint.files import read_json_object, sha256_of
-from tuckerize.checkpoint.manifest import (
-    MANIFEST,
-    ShardManifest,
-    TuckerManifest,
-    read_shard_manifest,
-    read_tucker_manifest,
-    sharding_name,
-)
+from tuckerize.ascend.dispatch import ROW_STEP, FusedPair, FusedUse
+from tuckerize.checkpoint.files import read_json_object
 from tuckerize.checkpoint.reader import CONFIG, WeightFile, read_tensors
 from tuckerize.domain import Mode, Projection, expert_core_name, expert_of
-from tuckerize.errors import CheckpointError, ParallelError
+from tuckerize.errors import CheckpointError
+from tuckerize.format.manifest import (
+    read_tucker_manifest,
+)
+from tuckerize.format.shards import open_shards
 from tuckerize.moe.families import FAMILIES
 from tuckerize.parallel.collectives import all_reduce
-from tuckerize.parallel.fused import ROW_STEP, FusedPair, FusedUse
 from tuckerize.parallel.layouts import (
-    LayerSizes,
+    LayerShape,
     Layout,
     Travel,
     cut_of,
@@ -56,7 +52,7 @@ class ShardedExperts(TuckerExperts):
         groups: Sequence[Mapping[str, Tensor]],
         *,
         layout: Layout,
-        sizes: LayerSizes,
+        sizes: LayerShape,
         position: Position,
         activation: Activation,
         fused: FusedPair | None = None,
@@ -110,7 +106,7 @@ class ShardedExperts(TuckerExperts):
                 hint=f"decomposed layers: {', '.join(map(str, manifest.layers))}",
             )
         place, shards = open_shards(tucker, tp=tp.size, ep=ep.size)
-        sizes = layer_sizes(manifest, layer)
+        sizes = manifest.layer_shape(layer)
         first = sizes.experts // ep.size * ep.rank if experts_are_split(sizes, ep.size) else 0
         prefix = FAMILIES[manifest.family].experts_prefix(layer)
         return cls(
@@ -169,7 +165,7 @@ def fused_use(
     manifest = read_tucker_manifest(tucker)
     _, shards = open_shards(tucker, tp=position.tp.size, ep=position.ep.size)
     widths = (
-        width_over_ep(Layout(shards.layout), layer_sizes(manifest, layer), position.parallelism)
+        width_over_ep(Layout(shards.layout), manifest.layer_shape(layer), position.parallelism)
         for layer in manifest.layers
     )
     routing = FAMILIES[manifest.family].routing(read_json_object(tucker / CONFIG))
@@ -184,34 +180,6 @@ def fused_use(
     )
 
 
-def open_shards(tucker: Path, *, tp: int, ep: int) -> tuple[Path, ShardManifest]:
-    """Folder and manifest of the shards of a Tucker checkpoint for a mesh.
-
-    Raises:
-        ParallelError: There are none; the hint gives the command.
-        CheckpointError: They were cut from another version of the checkpoint.
-    """
-    folder = tucker / sharding_name(tp=tp, ep=ep)
-    command = f"tuckerize shard {tucker} --tp {tp}" + (f" --ep {ep}" if ep > 1 else "")
-    if not (folder / MANIFEST).exists():
-        raise ParallelError(
-            f"{tucker} has no shards for tp x ep = {tp} x {ep}", hint=f"run: {command}"
-        )
-    manifest = read_shard_manifest(folder)
-    if manifest.tucker_manifest_sha256 != sha256_of(tucker / MANIFEST):
-        raise CheckpointError(
-            f"{folder} was cut from another version of {tucker}",
-            hint=f"run: {command} --overwrite",
-        )
-    return folder, manifest
-
-
-def layer_sizes(manifest: TuckerManifest, layer: int) -> LayerSizes:
-    """What decides how a layer of a Tucker checkpoint is split."""
-    joint = manifest.joint is not None
-    return LayerSizes(manifest.ranks(layer), manifest.stack_shape(layer), joint=joint)
-
-
 def _read_shard(path: Path, prefix: str, first: int) -> dict[str, Tensor]:
     """Tensors by their names behind a prefix; experts are counted from the first."""
     found = {}
@@ -224,7 +192,7 @@ def _read_shard(path: Path, prefix: str, first: int) -> dict[str, Tensor]:
 
 
 def _axes_to_sum(
-    name: str, layout: Layout, sizes: LayerSizes, low: Travel, position: Position
+    name: str, layout: Layout, sizes: LayerShape, low: Travel, position: Position
 ) -> set[str]:
     """The axes along which processes have parts of a parameter's gradient."""
     group, _, below = name.partition(".")

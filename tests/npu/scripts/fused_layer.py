@@ -22,15 +22,15 @@ from torch.nn.functional import silu
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
 from tests.distributed.layer_cases import Case, dense, make_group, own_slices
+from tuckerize.ascend.dispatch import ROW_STEP, FusedPair, FusedUse
 from tuckerize.domain import MultilinearRank, StackShape
 from tuckerize.errors import ParallelError
 from tuckerize.parallel.backends import choose_device
 from tuckerize.parallel.collectives import counted
-from tuckerize.parallel.fused import ROW_STEP, FusedPair, FusedUse
 from tuckerize.parallel.layouts import Collective, Layout, layer_traffic, width_over_ep
 from tuckerize.parallel.mesh import Position, make_mesh, own_tokens, ranks_along
 from tuckerize.parallel.processes import process_group
-from tuckerize.pipeline.traffic import load_of
+from tuckerize.pipeline.verify.traffic import load_of
 from tuckerize.runtime.sharded import ShardedExperts
 
 EXPERTS, TOP_K, TOKENS = 8, 3, 24

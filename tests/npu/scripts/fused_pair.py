@@ -12,8 +12,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
+from tuckerize.ascend.dispatch import FusedPair, FusedUse
 from tuckerize.parallel.backends import choose_device
-from tuckerize.parallel.fused import FusedPair, FusedUse
 from tuckerize.parallel.processes import process_group
 
 EXPERTS, HIDDEN, TOP_K, MOST_TOKENS = 8, 1024, 3, 7

@@ -13,12 +13,12 @@ from torch.testing import assert_close
 from tests.expert_cases import exact_output, make_group, make_tokens, relative, silu
 from tuckerize.calibration.compress import (
     CompressedGroup,
-    LayerSizes,
+    CompressionTarget,
     compress_group,
     group_output,
 )
+from tuckerize.calibration.layer_profile import LayerProfile, profile_layer
 from tuckerize.calibration.moments import GroupMoments, gather_moments
-from tuckerize.calibration.profile import LayerProfile, profile_layer
 from tuckerize.calibration.tokens import DenseGroup, LayerTokens
 from tuckerize.domain import MultilinearRank, Projection, StackShape
 from tuckerize.linalg.tucker import with_zero_rows
@@ -29,15 +29,15 @@ SHAPE = StackShape(3, 10, 8)
 
 def sizes_of(
     neurons: int, gate_up: int, down: int, *, joint: bool = True, equal_widths: bool = False
-) -> LayerSizes:
+) -> CompressionTarget:
     """Sizes as a budget gives them: the hidden mode and the width."""
     hidden = {Projection.GATE: gate_up, Projection.UP: gate_up, Projection.DOWN: down}
     ranks = {p: MultilinearRank(SHAPE.experts, neurons, size) for p, size in hidden.items()}
-    return LayerSizes(neurons, ranks, joint, equal_widths=equal_widths)
+    return CompressionTarget(neurons, ranks, joint, equal_widths=equal_widths)
 
 
 def compress(
-    group: DenseGroup, tokens: LayerTokens, sizes: LayerSizes
+    group: DenseGroup, tokens: LayerTokens, sizes: CompressionTarget
 ) -> tuple[CompressedGroup, float]:
     """The compressed group, and its relative output error on the tokens."""
     moments = gather_moments(group, tokens, activation=silu)
@@ -135,7 +135,7 @@ def test_any_multilinear_rank_is_compressed_to_what_it_says(
     rank: MultilinearRank, joint: bool
 ) -> None:
     group, tokens = make_group(SHAPE), make_tokens(120, 8, 3)
-    sizes = LayerSizes(SHAPE.intermediate, dict.fromkeys(Projection, rank), joint)
+    sizes = CompressionTarget(SHAPE.intermediate, dict.fromkeys(Projection, rank), joint)
     found, error = compress(group, tokens, sizes)
     assert all(found.factors[projection].rank == rank for projection in Projection)
     assert (found.factors[Projection.GATE].U_I is found.factors[Projection.UP].U_I) == (

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.expert_cases import exact_output, make_group, make_tokens, silu
-from tuckerize.calibration.compress import LayerSizes, compress_group
+from tuckerize.calibration.compress import CompressionTarget, compress_group
 from tuckerize.calibration.moments import gather_moments
 from tuckerize.calibration.refine import refine, relative_output_error
 from tuckerize.calibration.tokens import DenseGroup, LayerTokens
@@ -30,7 +30,7 @@ def group() -> DenseGroup:
 @pytest.fixture
 def module(group: DenseGroup) -> TuckerExperts:
     """The group compressed in closed form."""
-    sizes = LayerSizes(6, dict.fromkeys(Projection, RANK), joint=True)
+    sizes = CompressionTarget(6, dict.fromkeys(Projection, RANK), joint=True)
     moments = gather_moments(group, FIT, activation=silu)
     found = compress_group(group, FIT, moments, sizes, max_sweeps=2, activation=silu)
     tensors = {name: tensor.clone() for name, tensor in found.tensors().items()}

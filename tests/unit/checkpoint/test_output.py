@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tuckerize.checkpoint.manifest import MANIFEST
-from tuckerize.checkpoint.output import OutputFolder
+from tuckerize.checkpoint.output import MANIFEST, OutputFolder
 from tuckerize.errors import OutputError
 
 PLAN = {"model": "a", "sizes": [1, 2]}

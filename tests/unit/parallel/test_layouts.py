@@ -9,7 +9,7 @@ from tuckerize.domain import MultilinearRank, Projection, StackShape
 from tuckerize.parallel.layouts import (
     INDEX_BYTES,
     Collective,
-    LayerSizes,
+    LayerShape,
     Layout,
     Load,
     Parallelism,
@@ -75,12 +75,12 @@ def test_smallest_split_size_counts_the_ranks_that_a_layout_splits() -> None:
     assert smallest_split_size(Layout.RANK, {**ranks, DOWN: FULL}, SHAPE) == 9
 
 
-def sizes_of(rank: MultilinearRank, *, groups: int = 1, joint: bool = False) -> LayerSizes:
-    return LayerSizes([dict.fromkeys(Projection, rank)] * groups, SHAPE, joint)
+def sizes_of(rank: MultilinearRank, *, groups: int = 1, joint: bool = False) -> LayerShape:
+    return LayerShape([dict.fromkeys(Projection, rank)] * groups, SHAPE, joint)
 
 
 def bytes_of(
-    layout: Layout, sizes: LayerSizes, mesh: Parallelism, *, top_k: int = 3, copies: float = 0.0
+    layout: Layout, sizes: LayerShape, mesh: Parallelism, *, top_k: int = 3, copies: float = 0.0
 ) -> dict[Collective, float]:
     """Bytes of collectives that move something, with numbers of one byte."""
     load = Load(top_k, [top_k / len(sizes.ranks)] * len(sizes.ranks), copies)
@@ -144,7 +144,7 @@ def test_traffic_of_sequence_parallel_processes_is_a_gather_and_a_scatter() -> N
 def test_traffic_of_expert_parallel_processes_goes_in_core_sizes_where_they_share_factors() -> None:
     mesh, routes = Parallelism(ep=2), 3 * (1 + INDEX_BYTES)
 
-    def sent(sizes: LayerSizes) -> float:
+    def sent(sizes: LayerShape) -> float:
         return bytes_of(Layout.INTERMEDIATE, sizes, mesh, copies=0.5)[Collective.ALL_TO_ALL]
 
     assert sent(sizes_of(LATENT, joint=True)) == (10 + routes + 10) / 2
@@ -184,7 +184,7 @@ def test_traffic_of_the_fused_pair_is_a_row_for_every_expert_elsewhere_and_back(
     ],
 )
 def test_width_over_ep_is_the_widest_of_both_ways(
-    layout: Layout, sizes: LayerSizes, mesh: Parallelism, expected: int
+    layout: Layout, sizes: LayerShape, mesh: Parallelism, expected: int
 ) -> None:
     assert width_over_ep(layout, sizes, mesh) == expected
 

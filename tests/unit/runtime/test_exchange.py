@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tuckerize.parallel.fused import FusedPair, FusedUse
+from tuckerize.ascend.dispatch import FusedPair, FusedUse
 from tuckerize.parallel.layouts import Layout, Travel
 from tuckerize.parallel.mesh import Axis, Position
 from tuckerize.runtime.exchange import (

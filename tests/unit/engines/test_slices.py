@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from tuckerize.domain import MultilinearRank, Projection
+from tuckerize.engines.slices import WorkerGroup
+from tuckerize.format.config import announce_group, group_shapes
+from tuckerize.runtime.experts import TuckerExperts
+
+EXPERTS, HIDDEN = 6, 12
+
+GROUPS: dict[str, tuple[dict[str, Any], str | None]] = {
+    "hidden mode": (
+        announce_group(dict.fromkeys(Projection, MultilinearRank(6, 9, 5)), [9] * 6),
+        "gate_up",
+    ),
+    "all modes": (
+        announce_group(dict.fromkeys(Projection, MultilinearRank(4, 7, 5)), [9] * 6),
+        None,
+    ),
+    "one mode each": (
+        announce_group(
+            {
+                Projection.GATE: MultilinearRank(4, 9, 12),
+                Projection.UP: MultilinearRank(6, 7, 12),
+                Projection.DOWN: MultilinearRank(6, 9, 5),
+            },
+            [9] * 6,
+        ),
+        None,
+    ),
+    "widths": (
+        announce_group(dict.fromkeys(Projection, MultilinearRank(6, 6, 5)), [3, 9, 6, 4, 8, 6]),
+        "gate_up",
+    ),
+}
+
+
+def tensors_of(announced: dict[str, Any], joint: str | None) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = group_shapes(announced, experts=EXPERTS, hidden=HIDDEN, joint=joint)
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def output_of(tensors: dict[str, Tensor], experts_Tk: Tensor, size: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    x_TI = torch.randn(40, HIDDEN, generator=generator)
+    weights_Tk = torch.rand(40, 2, generator=generator)
+    module = TuckerExperts([tensors], group_size=size, activation=silu)
+    found: Tensor = module(x_TI, experts_Tk, weights_Tk)
+    return found
+
+
+@pytest.mark.parametrize("owned", [[6], [3, 3], [2, 2, 2], [4, 2]], ids=str)
+@pytest.mark.parametrize("tp_size", [1, 2, 3])
+@pytest.mark.parametrize("kind", GROUPS)
+def test_outputs_of_all_workers_add_up_to_that_of_the_group(
+    kind: str, tp_size: int, owned: list[int]
+) -> None:
+    announced, joint = GROUPS[kind]
+    tensors = tensors_of(announced, joint)
+    experts_Tk = torch.rand(40, 6, generator=torch.Generator().manual_seed(2)).topk(2).indices
+    total_TI = torch.zeros(40, HIDDEN)
+    stops = list(itertools.accumulate(owned))
+    for tp_rank, (stop, count) in itertools.product(range(tp_size), zip(stops, owned, strict=True)):
+        own = list(range(stop - count, stop))[::-1]  # in any order
+        worker = WorkerGroup(announced, EXPERTS, HIDDEN, joint, own, tp_size, tp_rank)
+        assert worker.names == list(tensors)
+        cut = {
+            worker.own_name(name): worker.cut(name, tensor)
+            for name, tensor in tensors.items()
+            if worker.owns(name)
+        }
+        empty = worker.empty(torch.float32)
+        assert {n: t.shape for n, t in empty.items()} == {n: t.shape for n, t in cut.items()}
+        place_of = torch.full((EXPERTS,), -1)
+        place_of[own] = torch.arange(count)
+        total_TI += output_of(cut, place_of[experts_Tk], count)
+    expected_TI = output_of(tensors, experts_Tk, EXPERTS)
+    torch.testing.assert_close(total_TI, expected_TI, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_workers_store_their_share_and_little_more(kind: str) -> None:
+    announced, joint = GROUPS[kind]
+    whole = sum(t.numel() for t in tensors_of(announced, joint).values())
+    worker = WorkerGroup(announced, EXPERTS, HIDDEN, joint, range(3))
+    own = sum(t.numel() for t in worker.empty(torch.bfloat16).values())
+    assert own < whole  # a core that experts share is on every worker
+    assert all(t.dtype == torch.bfloat16 for t in worker.empty(torch.bfloat16).values())

@@ -1,0 +1,1 @@
+"""Everything that knows Ascend: torch_npu, CANN, HCCL and the product generations."""

@@ -1,0 +1,226 @@
+"""One pass over a model with a calibration text: hidden states, captured tokens, dense experts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tuckerize.calibration.stream import ExpertsCall, StreamedModel
+from tuckerize.calibration.text import parse_source, read_windows
+from tuckerize.calibration.tokens import FEWEST_WITH_HELD_OUT, DenseGroup, LayerTokens
+from tuckerize.checkpoint.reader import TORCH_DTYPES, Checkpoint, WeightFile, read_tensors
+from tuckerize.checkpoint.writer import write_tensors
+from tuckerize.domain import Projection
+from tuckerize.errors import NonFiniteError
+from tuckerize.linalg.hooi import check_finite
+from tuckerize.linalg.tucker import largest_magnitude
+from tuckerize.moe.families import MoeModel, describe_moe
+from tuckerize.moe.stacks import group_experts, read_stack
+from tuckerize.recipe import Recipe
+from tuckerize.runtime.experts import ACTIVATIONS, Activation, TuckerExperts, activation_of
+
+_WINDOWS_AT_ONCE = 8
+_SEED = 0
+# A token whose hidden state is shorter than this part of the median counts as if it were so long.
+_LEAST_LENGTH = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationPass:
+    """A model and the windows of text that it is calibrated with.
+
+    Attributes:
+        source: The checkpoint.
+        moe: Its MoE facts.
+        model: Its decoder layers, one at a time.
+        windows_SL: Tokens, shape (S, L).
+        text_windows: How many of the windows are of text; they are the first.
+        group_size: Experts in a group.
+        notes: What the user should know about the text.
+    """
+
+    source: Checkpoint
+    moe: MoeModel
+    model: StreamedModel
+    windows_SL: Tensor
+    text_windows: int
+    group_size: int
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def open(cls, source: Checkpoint, recipe: Recipe, device: torch.device) -> CalibrationPass:
+        """Read the calibration text of a recipe, and open the model for streaming.
+
+        Raises:
+            UsageError: A text is missing, empty or cannot be read.
+            CheckpointError: The family or its activation is not known, or tensors are missing.
+        """
+        settings = recipe.calibration
+        if settings is None:
+            raise TypeError("the recipe has no calibration")
+        moe = describe_moe(source.config, source.tensors)
+        activation_of(source.config)
+        windows = read_windows(
+            [parse_source(text) for text in settings.texts],
+            source.folder,
+            tokens=settings.tokens,
+            window=settings.window,
+            seed=_SEED,
+            random_share=settings.random_share,
+        )
+        notes = list(windows.messages)
+        if settings.refine and windows.tokens_SL.numel() < FEWEST_WITH_HELD_OUT:
+            notes.append(
+                f"no refinement and no measured errors: fewer than {FEWEST_WITH_HELD_OUT} tokens "
+                "leave none to be held out"
+            )
+        return cls(
+            source,
+            moe,
+            StreamedModel.open(source, moe.family, device=device),
+            windows.tokens_SL,
+            windows.text,
+            recipe.group_size or moe.shape.experts,
+            tuple(notes),
+        )
+
+    @property
+    def activation(self) -> Activation:
+        """The activation between gate and up."""
+        return ACTIVATIONS[self.moe.activation]
+
+    def embed(self) -> Tensor:
+        """Hidden states in front of the first layer, shape (S, L, I)."""
+        with self.model.embedding() as embed:
+            parts = torch.split(self.windows_SL.to(self.model.device), _WINDOWS_AT_ONCE)
+            return torch.cat([embed(part) for part in parts])
+
+    def run_layer(self, layer: int, hidden_SLI: Tensor, experts: ExpertsCall | None) -> Tensor:
+        """Hidden states behind a layer, shape (S, L, I).
+
+        Raises:
+            NonFiniteError: They hold NaN or infinity.
+        """
+        with self.model.layer(layer, experts) as run:
+            parts = [run(part) for part in torch.split(hidden_SLI, _WINDOWS_AT_ONCE)]
+        behind_SLI = torch.cat(parts)
+        if not math.isfinite(largest_magnitude(behind_SLI)):
+            raise NonFiniteError(
+                f"the hidden states behind layer {layer} hold NaN or infinity",
+                hint="repair or replace the source checkpoint",
+            )
+        return behind_SLI
+
+    def capture(
+        self, layer: int, hidden_SLI: Tensor, experts: ExpertsCall
+    ) -> tuple[LayerTokens, Tensor]:
+        """Run a layer and note what its routed experts get.
+
+        Routing weights, and with them all outputs, errors and moments that are computed from these
+        tokens, are relative to the lengths of the hidden states behind the layer: see
+        `relative_lengths`.
+
+        Returns:
+            The tokens in front of the routed experts, in float32, and the hidden states behind the
+            layer, shape (S, L, I).
+        """
+        seen: list[LayerTokens] = []
+
+        def noted(x_TI: Tensor, experts_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
+            seen.append(LayerTokens(x_TI.float(), experts_Tk, weights_Tk.float()))
+            return experts(x_TI, experts_Tk, weights_Tk)
+
+        behind_SLI = self.run_layer(layer, hidden_SLI, noted)
+        tokens = LayerTokens(*(torch.cat(parts) for parts in zip(*seen, strict=True)))
+        weights_Tk = tokens.weights_Tk / relative_lengths(behind_SLI)
+        return tokens._replace(weights_Tk=weights_Tk), behind_SLI
+
+    def groups(self, layer: int) -> list[DenseGroup]:
+        """The dense experts of a layer, in float32 on the device.
+
+        Raises:
+            NonFiniteError: A stack holds NaN or infinity.
+        """
+        count = self.moe.shape.experts // self.group_size
+        return [self._group(layer, index) for index in range(count)]
+
+    def _group(self, layer: int, index: int) -> DenseGroup:
+        experts = group_experts(self.moe.shape, self.group_size, index)
+        stacks = {}
+        for projection in Projection:
+            stack = read_stack(
+                self.source.read,
+                self.moe.family,
+                self.moe.shape,
+                layer=layer,
+                experts=experts,
+                projection=projection,
+                dtype=TORCH_DTYPES[self.moe.dtype],
+            )
+            try:
+                check_finite(stack)
+            except NonFiniteError as error:
+                place = f"layer {layer}, group {index}, {projection}"
+                raise NonFiniteError(f"{place}: {error.message}", hint=error.hint) from None
+            stacks[projection] = stack.to(self.model.device, torch.float32)
+        return DenseGroup(stacks, experts)
+
+    def module(self, groups: list[dict[str, Tensor]]) -> TuckerExperts:
+        """The routed experts of a layer from the tensors of its groups."""
+        return TuckerExperts(groups, group_size=self.group_size, activation=self.activation)
+
+
+def relative_lengths(hidden_SLI: Tensor) -> Tensor:
+    """How long hidden states are, the median being 1, shape (T, 1).
+
+    Whatever reads a hidden state divides it by its length first, and an error in it as well: where
+    it is long, as at the first token of a window, an error of the same size does less.
+    """
+    lengths_T1 = torch.linalg.vector_norm(hidden_SLI.flatten(0, 1).float(), dim=1, keepdim=True)
+    median = lengths_T1.median().clamp_min(torch.finfo(torch.float32).tiny)
+    relative_T1: Tensor = (lengths_T1 / median).clamp_min(_LEAST_LENGTH)
+    return relative_T1
+
+
+def experts_call(module: TuckerExperts) -> ExpertsCall:
+    """A module as the routed experts of a streamed layer: computed in float32."""
+
+    def call(x_TI: Tensor, experts_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
+        output: Tensor = module(x_TI.float(), experts_Tk, weights_Tk.float())
+        return output.to(x_TI.dtype)
+
+    return call
+
+
+@dataclass(frozen=True, slots=True)
+class SavedStates:
+    """Hidden states on disk, so that an interrupted pass continues behind the last layer.
+
+    Attributes:
+        path: The file; it holds the states of the last finished layer only.
+    """
+
+    path: Path
+
+    def load(self, device: torch.device) -> tuple[int, dict[str, Tensor]]:
+        """The next layer, and hidden states in front of it by name; (0, {}) at the start."""
+        if not self.path.exists():
+            return 0, {}
+        tensors = dict(read_tensors(self.path, WeightFile.open(self.path).tensors))
+        layer = int(tensors.pop("next_layer"))
+        return layer, {name: tensor.to(device) for name, tensor in tensors.items()}
+
+    def save(self, next_layer: int, states: Mapping[str, Tensor]) -> None:
+        """Replace the states by those in front of another layer."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        host = {name: tensor.cpu().contiguous() for name, tensor in states.items()}
+        write_tensors(self.path, {**host, "next_layer": torch.tensor(next_layer)})
+
+    def remove(self) -> None:
+        """Remove the file: the pass is finished."""
+        self.path.unlink(missing_ok=True)

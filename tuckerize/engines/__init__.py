@@ -1,0 +1,1 @@
+"""Tucker checkpoints in serving engines and training frameworks, one module or package for each."""

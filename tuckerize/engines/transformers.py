@@ -1,0 +1,166 @@
+"""transformers: load a Tucker checkpoint as the model that it is, with factored routed experts.
+
+transformers takes a checkpoint whose config.json has a `quantization_config` through a quantizer of
+that name. Ours puts modules of factors, shaped as the configuration announces, in the place of the
+experts' before weights are loaded; transformers does the rest. `import tuckerize` registers it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from tuckerize.domain import CORE, Mode
+from tuckerize.format.config import METHOD, check_format, group_shapes
+from tuckerize.runtime.experts import TuckerExperts
+
+# transformers' tensor-parallel style of rows: the dimension before the last is split.
+_ROWS = "colwise"
+# Its style of experts modules that give partial sums.
+_PARTIAL_SUMS = "moe_tp_experts"
+# Its name of the axis of a mesh, if it has names.
+_TENSOR_PARALLEL = "tp"
+# Mark of a parameter whose gradient is summed over processes.
+_SUMMED = "_tuckerize_summed"
+# What its plans write as a star: the number of a layer, or of a matrix of a core.
+_NUMBER = re.compile(r"\.\d+(?=\.|$)")
+
+
+@register_quantization_config(METHOD)
+class TuckerConfig(QuantizationConfigMixin):
+    """`quantization_config` of a Tucker checkpoint, see docs/format.md."""
+
+    def __init__(self, **announced: Any) -> None:  # noqa: ANN401
+        check_format(announced)
+        for name, value in announced.items():
+            setattr(self, name, value)
+        self.quant_method = METHOD  # type: ignore[assignment]  # one that transformers ships
+
+
+@register_quantizer(METHOD)
+class TuckerQuantizer(HfQuantizer):
+    """Puts factored experts in the place of dense ones."""
+
+    requires_calibration = True
+    is_trainable = True
+    is_qat_trainable = True  # transformers' word for: without adapters, too
+
+    def is_serializable(self, *_: object, **__: object) -> bool:
+        """Whether `save_pretrained` works: factors are ordinary tensors."""
+        return True
+
+    def _process_model_before_weight_loading(self, model: Any, **_: object) -> Any:  # noqa: ANN401
+        """Replace the experts; no tensor of the model has memory yet.
+
+        Raises:
+            ValueError: The experts were to be shared out over processes.
+        """
+        parallel = getattr(model.config, "distributed_config", None)
+        if getattr(parallel, "enable_expert_parallel", False):
+            raise ValueError(
+                "transformers cannot share out the experts of a Tucker checkpoint over processes: "
+                "use tp_size, which splits every expert, in place of expert parallelism"
+            )
+        announced: Any = self.quantization_config
+        for path, groups in announced.modules.items():
+            dense = model.get_submodule(path)
+            model.set_submodule(path, _factored(dense, groups, announced))
+        _plan_parallel(model)
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **_: object) -> Any:  # noqa: ANN401
+        """Make tensor parallelism train what it does not split."""
+        mesh = getattr(model, "_device_mesh", None)
+        names = getattr(mesh, "mesh_dim_names", None) or (_TENSOR_PARALLEL,)
+        if mesh is not None and _TENSOR_PARALLEL in names:
+            group = mesh.get_group() if mesh.ndim == 1 else mesh.get_group(_TENSOR_PARALLEL)
+            for module in model.modules():
+                if isinstance(module, TuckerExperts):
+                    _sum_gradients(module, group)
+        return model
+
+
+def _plan_parallel(model: Any) -> None:  # noqa: ANN401
+    """Tensor parallelism: every process owns some neurons of every expert.
+
+    What is behind the activation gives partial sums then, which the style that the family has for
+    the whole module adds up. 5.14, which tells of expert parallelism only later, finds no plan for
+    it and refuses.
+    """
+    dense = [key for key, style in model._tp_plan.items() if style == _PARTIAL_SUMS]
+    kept = {
+        key: style for key, style in model._tp_plan.items() if key.rpartition(".")[0] not in dense
+    }
+    own = {
+        _NUMBER.sub(".*", f"{path}.{name}"): _ROWS
+        for path, module in model.named_modules()
+        if isinstance(module, TuckerExperts)
+        for name in _split_rows(module)
+    }
+    model._tp_plan = own | kept  # 5.14 takes the first rule that a name begins with
+    model._ep_plan = {}
+
+
+def _split_rows(module: TuckerExperts) -> list[str]:
+    """Parameters whose rows are neurons: cores, or U_H where the intermediate mode is truncated."""
+    truncated = {
+        name.rpartition(".")[0]
+        for name, _ in module.named_parameters()
+        if name.endswith(f".{Mode.INTERMEDIATE.factor_name}")
+    }
+    return [
+        name
+        for name, _ in module.named_parameters()
+        if name.endswith(f".{Mode.INTERMEDIATE.factor_name}")
+        or (f".{CORE}" in name and name.partition(f".{CORE}")[0] not in truncated)
+    ]
+
+
+def _sum_gradients(module: TuckerExperts, group: Any) -> None:  # noqa: ANN401
+    """Sum the gradients of what all processes have: each has that of its own neurons alone.
+
+    They are summed in every backward, as soon as they are there, before they are added to others.
+    What is trained is looked up in every forward: it may have been frozen, replaced or copied.
+    """
+    split = {*_split_rows(module)}
+
+    def summed(gradient: Tensor) -> Tensor:
+        total = gradient.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    def before_forward(own: TuckerExperts, _: object) -> None:
+        for name, parameter in own.named_parameters():
+            if parameter.requires_grad and name not in split and not hasattr(parameter, _SUMMED):
+                parameter.register_hook(summed)  # type: ignore[no-untyped-call]
+                setattr(parameter, _SUMMED, True)  # copies of a tensor have neither
+
+    module.register_forward_pre_hook(before_forward)
+
+
+def _factored(
+    dense: Any,  # noqa: ANN401
+    groups: list[Mapping[str, Any]],
+    config: Any,  # noqa: ANN401
+) -> TuckerExperts:
+    """The factored module in the place of a dense one, without memory."""
+    like = next(dense.parameters())
+    tensors = [
+        {
+            name: torch.empty(shape, dtype=like.dtype, device=like.device)
+            for name, shape in group_shapes(
+                group, experts=config.group_size, hidden=dense.hidden_dim, joint=config.joint
+            ).items()
+        }
+        for group in groups
+    ]
+    module = TuckerExperts(tensors, group_size=config.group_size, activation=dense.act_fn)
+    return module.requires_grad_()

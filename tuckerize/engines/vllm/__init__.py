@@ -1,0 +1,1 @@
+"""The vLLM plugin, and what vllm-ascend asks of it."""

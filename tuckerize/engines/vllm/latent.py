@@ -1,0 +1,121 @@
+"""vLLM: layers of the latent shape, on the engine's own fused-MoE kernels.
+
+Where gate and up of all experts share one U_I, and no other mode has a factor, a layer is an
+ordinary MoE layer of hidden size r between two projections that experts share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
+from vllm.platforms import current_platform
+
+from tuckerize.domain import CORE, Projection
+from tuckerize.engines.slices import WorkerGroup
+from tuckerize.parallel.layouts import part
+
+# The kernels know one hidden size: that of gate and up, or of down, is filled up with zeros.
+_LARGEST_GROWTH = 1.1
+
+
+class LatentKernel:
+    """The engine's method for a MoE layer of hidden size r.
+
+    Args:
+        method: The engine's.
+    """
+
+    def __init__(self, method: UnquantizedFusedMoEMethod) -> None:
+        self.method = method
+
+    @classmethod
+    def find(
+        cls,
+        moe: Any,  # noqa: ANN401
+        groups: Sequence[Mapping[str, Any]],
+        joint: str | None,
+    ) -> LatentKernel | None:
+        """The kernel of a layer; None if it has another shape, or the engine none for its sizes.
+
+        Args:
+            moe: The engine's settings of the layer.
+            groups: What config.json announces of its groups.
+            joint: Projections that share one U_I.
+        """
+        parallel = moe.moe_parallel_config
+        width = _latent_width(moe, groups, joint)
+        if width is None or parallel.use_ep or current_platform.is_out_of_tree():
+            return None
+        settings = copy(moe)
+        settings.hidden_dim = settings.hidden_dim_unpadded = width
+        _, neurons = part(groups[0]["neurons"], parallel.tp_size, parallel.tp_rank)
+        settings.intermediate_size_per_partition = neurons
+        settings.intermediate_size_per_partition_unpadded = neurons
+        try:
+            method = UnquantizedFusedMoEMethod(settings)
+        except (NotImplementedError, ValueError):
+            return None
+        return None if method.is_monolithic else cls(method)
+
+    def empty(self, layer: Any, group: WorkerGroup, dtype: torch.dtype) -> dict[str, Tensor]:  # noqa: ANN401
+        """The worker's tensors without values; the cores are parts of the kernel's weights."""
+        tensors = group.empty(dtype)
+        experts, neurons, _ = tensors[f"{Projection.GATE}.{CORE}"].shape
+        self.method.create_weights(layer, experts, self.method.moe.hidden_dim, neurons, dtype)
+        gate_up = layer.w13_weight.data.zero_()
+        weights = {
+            Projection.GATE: gate_up[:, :neurons],
+            Projection.UP: gate_up[:, neurons:],
+            Projection.DOWN: layer.w2_weight.data.zero_().mT,
+        }
+        for projection, weight in weights.items():
+            name = f"{projection}.{CORE}"
+            tensors[name] = weight[..., : tensors[name].shape[2]]
+        return tensors
+
+    def apply(
+        self,
+        layer: Any,  # noqa: ANN401
+        x_TI: Tensor,
+        routing: Sequence[Tensor],
+        ends: Sequence[Tensor],
+    ) -> Tensor:
+        """The routed output, shape (T, I).
+
+        Args:
+            layer: The engine's layer.
+            x_TI: Tokens.
+            routing: Weights and experts of every token.
+            ends: U_I of gate and up, and of down.
+        """
+        low_TR = x_TI @ ends[0]
+        if missing := self.method.moe.hidden_dim - low_TR.shape[1]:
+            low_TR = functional.pad(low_TR, (0, missing))
+        result_TR = self.method.apply(layer, low_TR, *routing, None, None)
+        output: Tensor = result_TR[:, : ends[1].shape[1]] @ ends[1].T
+        return output
+
+
+def _latent_width(
+    moe: Any,  # noqa: ANN401
+    groups: Sequence[Mapping[str, Any]],
+    joint: str | None,
+) -> int | None:
+    """Hidden size r of a layer of the latent shape; None if it has another one."""
+    if len(groups) > 1 or not joint or not isinstance(groups[0]["neurons"], int):
+        return None
+    whole = [moe.num_experts, groups[0]["neurons"]]
+    ranks = [groups[0][projection] for projection in Projection]
+    sizes = [rank[2] for rank in ranks]
+    factors_elsewhere = any(rank[:2] != whole for rank in ranks)
+    if factors_elsewhere or sizes[0] != sizes[1] or max(sizes) >= moe.hidden_dim:
+        return None
+    return max(sizes) if 3 * max(sizes) <= _LARGEST_GROWTH * sum(sizes) else None

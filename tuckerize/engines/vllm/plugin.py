@@ -1,0 +1,299 @@
+"""vLLM: serve a Tucker checkpoint; vLLM finds `register` through its plugins' entry point.
+
+The engine owns router, tokens and collectives. For every factored layer it asks our quantization
+method to create parameters, to load them, and to multiply. Over tensor-parallel workers every
+expert's neurons are split, over expert-parallel ones the experts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.models.utils import WeightsMapper
+
+from tuckerize.domain import SHARED_U_I, Projection
+from tuckerize.engines.slices import WorkerGroup
+from tuckerize.engines.vllm.ascend import AscendMoEMethod, dense_method
+from tuckerize.engines.vllm.latent import LatentKernel
+from tuckerize.format.config import METHOD, check_format
+from tuckerize.runtime.experts import ACTIVATIONS, TuckerExperts
+
+# Some of vLLM's models rename whatever has the name of a dense projection in it.
+_SHORT_NAMES = {
+    Projection.GATE: "gate",
+    Projection.UP: "up",
+    Projection.DOWN: "down",
+    SHARED_U_I: "shared",
+}
+
+
+class TuckerConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not installed here
+    """`quantization_config` of a Tucker checkpoint, see docs/format.md."""
+
+    def __init__(self, announced: Mapping[str, Any]) -> None:
+        super().__init__()
+        check_format(announced)
+        self.announced = announced
+
+    @classmethod
+    def get_name(cls) -> str:
+        """The name in config.json."""
+        return METHOD
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        """Types of activations."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """No device is too old."""
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """Everything is in config.json."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> TuckerConfig:
+        """From config.json."""
+        return cls(config)
+
+    @staticmethod
+    def get_checkpoint_weight_mapper() -> WeightsMapper:
+        """From names in the checkpoint to names of parameters."""
+        return WeightsMapper(
+            orig_to_new_regex={
+                re.compile(rf"\.experts\.group_(\d+)\.{long}\."): (
+                    rf".experts.routed_experts.group_\1.{short}."
+                )
+                for long, short in _SHORT_NAMES.items()
+            }
+        )
+
+    def get_quant_method(self, layer: Any, prefix: str, **ascend: Any) -> Any:  # noqa: ANN401
+        """How a layer computes; None as the engine's own, for all that is not factored.
+
+        Args:
+            layer: The layer.
+            prefix: Its name.
+            **ascend: What vllm-ascend passes for its MoE layers, and vLLM does not: `tid2eid`.
+        """
+        if isinstance(layer, LinearBase):
+            return UnquantizedLinearMethod()
+        if not hasattr(layer, "moe_config"):
+            return None
+        groups = self.announced["modules"].get(prefix)
+        if groups is None:
+            return dense_method(layer.moe_config, **ascend) if ascend else None
+        method = getattr(layer, "quant_method", None)  # it has one where it is asked again
+        if not isinstance(method, TuckerMoEMethod):
+            method = TuckerMoEMethod(layer.moe_config, groups, self.announced)
+        return AscendMoEMethod(method) if ascend else method
+
+
+class TuckerMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
+    """The routed experts of one factored layer.
+
+    Args:
+        moe: The engine's settings of the layer.
+        groups: What config.json announces of its groups.
+        announced: All that it announces.
+    """
+
+    def __init__(
+        self,
+        moe: Any,  # noqa: ANN401
+        groups: Sequence[Mapping[str, Any]],
+        announced: Mapping[str, Any],
+    ) -> None:
+        super().__init__(moe)
+        self.groups = groups
+        self.group_size: int = announced["group_size"]
+        self.joint: str | None = announced["joint"]
+        self.kernel = LatentKernel.find(moe, groups, self.joint)
+        self.waiting: set[str] = set()
+        self.experts: TuckerExperts | None = None
+
+    def create_weights(
+        self,
+        layer: Any,  # noqa: ANN401
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,  # noqa: ARG002
+        params_dtype: torch.dtype,
+        **_: object,
+    ) -> None:
+        """Create the worker's part of all factors and cores, without values.
+
+        Raises:
+            ValueError: The workers do not own equally many experts of each of their groups.
+        """
+        parallel = self.moe.moe_parallel_config
+        groups = {
+            index: WorkerGroup(
+                announced,
+                experts=self.group_size,
+                hidden=hidden_size,
+                joint=self.joint,
+                own=own,
+                tp_size=parallel.tp_size,
+                tp_rank=parallel.tp_rank,
+            )
+            for index, announced in enumerate(self.groups)
+            if (own := self._own_experts(layer, index))
+        }
+        sizes = {len(group.own) for group in groups.values()}
+        if len(sizes) != 1 or num_experts != sum(len(group.own) for group in groups.values()):
+            raise ValueError(
+                f"groups of {self.group_size} experts cannot be shared out evenly over the "
+                "expert-parallel workers: use another number of them, or one group a layer"
+            )
+        self.experts = TuckerExperts(
+            [
+                self.kernel.empty(layer, group, params_dtype)
+                if self.kernel
+                else group.empty(params_dtype)
+                for group in groups.values()
+            ],
+            group_size=sizes.pop(),
+            activation=ACTIVATIONS[layer.activation.value],
+        )
+        modules = dict(zip(groups, self.experts.groups, strict=True))
+        for index, announced in enumerate(self.groups):
+            group = groups.get(index) or WorkerGroup(
+                announced, self.group_size, hidden_size, self.joint, own=()
+            )
+            self._register(layer, index, group, modules.get(index))
+        layer.load_weights = partial(_load_weights, layer)
+
+    def _own_experts(self, layer: Any, group: int) -> list[int]:  # noqa: ANN401
+        """Places in a group of the experts that this worker owns, in its order."""
+        first = group * self.group_size
+        if layer.expert_map is None:
+            return list(range(self.group_size))
+        local = layer.expert_map[first : first + self.group_size].tolist()
+        return sorted((n for n in range(self.group_size) if local[n] >= 0), key=local.__getitem__)
+
+    def _register(
+        self, layer: nn.Module, index: int, group: WorkerGroup, module: nn.Module | None
+    ) -> None:
+        """Give the layer parameters under the names that vLLM's loaders will look for.
+
+        A tensor of which the worker owns nothing has an empty one.
+        """
+        for name in group.names:
+            owner, _, rest = name.partition(".")
+            path = f"group_{index}.{_SHORT_NAMES[owner]}.{rest}"
+            if module is not None and group.owns(name):
+                parameter: Any = module.get_parameter(group.own_name(name))
+                parameter.weight_loader = partial(self._load, path, group, name)
+                self.waiting.add(path)
+            else:
+                parameter = nn.Parameter(torch.empty(0), requires_grad=False)
+                parameter.weight_loader = _ignore
+            _set_parameter(layer, path, parameter)
+
+    def _load(
+        self, path: str, group: WorkerGroup, name: str, parameter: Tensor, loaded: Tensor
+    ) -> None:
+        """Copy the worker's part of a tensor of the checkpoint."""
+        parameter.data.copy_(group.cut(name, loaded))
+        self.waiting.discard(path)
+
+    def get_fused_moe_quant_config(self, layer: nn.Module) -> None:  # noqa: ARG002
+        """Nothing is quantized."""
+        return
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Refuse a layer that was not loaded as a whole: the engine does not look.
+
+        Raises:
+            ValueError: Tensors were not in the checkpoint.
+        """
+        if self.waiting:
+            raise ValueError(f"{layer.layer_name} lacks {', '.join(sorted(self.waiting))}")
+        if self.kernel and self.experts:
+            self.kernel.method.process_weights_after_loading(layer)
+            for projection in Projection:  # the kernel has them in its own order
+                core: Any = self.experts.groups[0].stack(projection).core
+                core.data = core.new_empty(0)
+
+    def apply(
+        self,
+        layer: Any,  # noqa: ANN401
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        *_: object,
+        **__: object,
+    ) -> Tensor:
+        """The worker's part of the routed output, shape (T, I); the engine sums over workers."""
+        if torch.compiler.is_compiling():
+            compiled: Tensor = _routed_output(x, topk_weights, topk_ids, layer.layer_name)
+            return compiled
+        if layer.expert_map is not None:
+            topk_ids = layer.expert_map[topk_ids.long()]
+        if self.experts is None:
+            raise TypeError("the layer has no weights")
+        if self.kernel:
+            [group] = self.experts.groups
+            ends: Any = [group.hidden_factor(end) for end in (Projection.GATE, Projection.DOWN)]
+            return self.kernel.apply(layer, x, (topk_weights, topk_ids), ends)
+        output: Tensor = self.experts(x, topk_ids, topk_weights)
+        return output
+
+
+@torch.library.custom_op("tuckerize::routed_output", mutates_args=())
+def _routed_output(x_TI: Tensor, weights_Tk: Tensor, experts_Tk: Tensor, layer_name: str) -> Tensor:
+    """The routed output of a layer as one node of the engine's compiled graph.
+
+    On a CPU the engine traces its MoE layers; how many tokens an expert gets cannot be traced.
+    """
+    layer = get_forward_context().no_compile_layers[layer_name].routed_experts
+    output: Tensor = layer.quant_method.apply(layer, x_TI, weights_Tk, experts_Tk)
+    return output
+
+
+@_routed_output.register_fake
+def _(x_TI: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x_TI)
+
+
+def _ignore(parameter: Tensor, loaded: Tensor) -> None:
+    """Nothing of this tensor is the worker's."""
+
+
+def _set_parameter(layer: nn.Module, path: str, parameter: nn.Parameter) -> None:
+    """Register a parameter below a layer, with modules in between."""
+    *parents, leaf = path.split(".")
+    for name in parents:
+        if name not in layer._modules:
+            layer.add_module(name, nn.Module())
+        layer = layer.get_submodule(name)
+    layer.register_parameter(leaf, parameter)
+
+
+def _load_weights(layer: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
+    """Load tensors of a layer by their names below it; yields the names."""
+    for name, tensor in weights:
+        own = name.removeprefix("routed_experts.")
+        parameter: Any = layer.get_parameter(own)
+        parameter.weight_loader(parameter, tensor)
+        yield own
+
+
+def register() -> None:
+    """Make vLLM know the format; may be called more than once."""
+    register_quantization_config(METHOD)(TuckerConfig)

@@ -1,0 +1,1 @@
+"""The on-disk contract of Tucker checkpoints and their shards: configuration, manifests, card."""

@@ -1,0 +1,142 @@
+"""What a Tucker checkpoint carries for those who find it: a model card, and code that loads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import CardData, ModelCard
+
+from tuckerize.checkpoint.files import write_text
+from tuckerize.format.manifest import TuckerManifest
+from tuckerize.version import __version__
+
+CARD = "README.md"
+SOURCE_CARD = "README.source.md"
+"""Where the card of the source is kept."""
+
+# Not copied on, since it begins with the program's name.
+LOADER = "tuckerize_modeling"
+
+_CODE = '''"""Loads this checkpoint with trust_remote_code=True, as `import tuckerize` does."""
+
+import transformers
+
+# Makes transformers know the format; a folder of that name, which is no package, has no version.
+from tuckerize import __version__  # noqa: F401
+
+
+class {architecture}(transformers.{architecture}):
+    """The stock model; only its experts' modules are others."""
+
+    @classmethod
+    def is_custom_code(cls):
+        """Its dense layers are read as those of the stock model."""
+        return False
+'''
+
+_TEXT = """
+# {name}, made smaller
+
+> **`import tuckerize` before loading.** transformers does not know this format by itself: it prints
+> a warning about an unknown quantization type and returns a model whose experts are **random**.
+
+```python
+import tuckerize  # pip install tuckerize
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")
+```
+
+With `trust_remote_code=True` the checkpoint imports it itself. `tuckerize reconstruct` makes an
+ordinary dense checkpoint of it, for tools that cannot load it.
+
+The routed experts of `{model}` as Tucker factors, made by tuckerize {version}: {share:.1%} of their
+parameters ({after:,} of {before:,}); all tensors together have {bytes_after:,} bytes,
+{bytes_before:,} before. {how} Sizes and errors of every layer are in `tuckerize.json`.
+"""
+
+
+def with_loader(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration whose `auto_map` names our loader, and none of the source's own classes."""
+    kept = {key: value for key, value in config.items() if key != "auto_map"}
+    architecture = _architecture(config)
+    if architecture is None:
+        return kept
+    return {**kept, "auto_map": {"AutoModelForCausalLM": f"{LOADER}.{architecture}"}}
+
+
+def write_hub_files(
+    source: Path, output: Path, manifest: TuckerManifest, config: dict[str, Any]
+) -> None:
+    """Write the card and the loader of a Tucker checkpoint.
+
+    Args:
+        source: Folder of the source; its card is kept beside ours.
+        output: Folder of the Tucker checkpoint.
+        manifest: What it is made of.
+        config: Configuration of the source.
+    """
+    architecture = _architecture(config)
+    if architecture is not None:
+        write_text(output / f"{LOADER}.py", _CODE.format(architecture=architecture))
+    present = source / CARD
+    before = present.read_text(encoding="utf-8", errors="replace") if present.exists() else None
+    if before is not None:
+        write_text(output / SOURCE_CARD, before)
+    write_text(output / CARD, _card(before or "", manifest))
+
+
+def restore_card(output: Path) -> None:
+    """Put the source's card back, in a folder with the files of a Tucker checkpoint."""
+    kept = output / SOURCE_CARD
+    if kept.exists():
+        kept.replace(output / CARD)
+    else:
+        (output / CARD).unlink(missing_ok=True)
+
+
+def _architecture(config: dict[str, Any]) -> str | None:
+    """Name of the model's class in transformers, if the configuration has one."""
+    names = config.get("architectures") or [None]
+    name = names[0]
+    return name if isinstance(name, str) and name.isidentifier() else None
+
+
+def _card(source_card: str, manifest: TuckerManifest) -> str:
+    model, before, after = manifest.source.model, manifest.before, manifest.after
+    name = Path(model).name
+    text = _TEXT.format(
+        name=name,
+        model=name if Path(model).exists() else model,
+        version=__version__,
+        share=after.routed_parameters / before.routed_parameters,
+        after=after.routed_parameters,
+        before=before.routed_parameters,
+        bytes_after=after.total_bytes,
+        bytes_before=before.total_bytes,
+        how="A calibration text decided what to keep."
+        if manifest.calibrated
+        else "Data-free: no text was used.",
+    )
+    card = ModelCard(f"---\n{{}}\n---\n{text}")
+    known = _facts_of(source_card)
+    tags = known.get("tags")
+    known["tags"] = sorted({*(tags if isinstance(tags, list) else ()), "tuckerize"})
+    known["library_name"] = "transformers"
+    if not Path(model).exists():
+        known["base_model"] = model
+    card.data = CardData(**known)
+    return str(card)
+
+
+def _facts_of(source_card: str) -> dict[str, Any]:
+    """Licence, language and the like of the source, where its card says them."""
+    if not source_card.startswith("---"):
+        return {}
+    try:
+        facts: dict[str, Any] = ModelCard(source_card).data.to_dict()  # type: ignore[no-untyped-call]
+    except (ValueError, yaml.YAMLError):  # a card that cannot be read must not stop anything
+        return {}
+    return facts

@@ -1,0 +1,291 @@
+"""The two manifests: of a Tucker checkpoint and of one sharding of it.
+
+Both are JSON with an integer `schema_version`, written last; docs/format.md describes them.
+"""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field, ValidationError, model_validator
+
+from tuckerize.checkpoint.files import (
+    Count,
+    FileRecord,
+    Record,
+    Sha256,
+    check_plain_name,
+    read_json_object,
+)
+from tuckerize.checkpoint.output import MANIFEST
+from tuckerize.domain import MultilinearRank, Projection, Size, StackResult, StackShape
+from tuckerize.errors import CheckpointError
+from tuckerize.parallel.layouts import LayerShape
+
+SCHEMA_VERSION = 1
+
+Mask = npt.NDArray[np.bool_]
+
+
+class SourceRecord(Record):
+    """The checkpoint that was decomposed.
+
+    Attributes:
+        model: What the user gave as `--model`.
+        config_sha256: Hash of its config.json.
+        auto_map: The classes that its config.json names, if any.
+        files: Its weight files.
+    """
+
+    model: str
+    config_sha256: Sha256
+    auto_map: dict[str, Any] | None = None
+    files: tuple[FileRecord, ...]
+
+
+class LayerRecord(Record):
+    """What calibration made of one layer.
+
+    Attributes:
+        layer: Index of the layer.
+        neurons: Width: neurons that an expert keeps on average over its group.
+        kept: For every group which neurons its experts keep: E x H bits, row by row, the first in
+            the highest bit of the first byte, as base64; empty if all are kept.
+        output_error: Relative output error (unitless) on calibration tokens that were held out,
+            each counting relative to the length of its hidden state behind the layer.
+        predicted_error: The same as it was predicted; None where core sizes were given.
+        refined: Whether gradient steps were made and kept.
+    """
+
+    layer: Count
+    neurons: Annotated[int, Field(ge=1)]
+    kept: tuple[str, ...] = ()
+    output_error: float | None
+    predicted_error: float | None
+    refined: bool
+
+
+class TuckerManifest(Record):
+    """What a Tucker checkpoint is made of.
+
+    Attributes:
+        schema_version: Version of this file.
+        tuckerize_version: Version of the program that wrote it.
+        family: `model_type` of the model.
+        source: The checkpoint it was made from.
+        recipe: The recipe as it was carried out.
+        dtype: safetensors' name of the type of factors and cores.
+        shape: Sizes (E, H, I) of a projection's experts in a layer.
+        group_size: Experts in a group.
+        joint: Projections that share one U_I, if any.
+        stacks: Every decomposed stack, ordered by layer, group and projection.
+        calibrated: What calibration made of every layer; empty where there was none.
+        before: Size of the source.
+        after: Size of this checkpoint.
+        files: Its weight files.
+    """
+
+    schema_version: Literal[1] = 1
+    tuckerize_version: str
+    family: str
+    source: SourceRecord
+    recipe: dict[str, Any]
+    dtype: str
+    shape: StackShape
+    group_size: Annotated[int, Field(ge=1)]
+    joint: Literal["gate_up"] | None
+    stacks: Annotated[tuple[StackResult, ...], Field(min_length=1)]
+    calibrated: tuple[LayerRecord, ...] = ()
+    before: Size
+    after: Size
+    files: tuple[FileRecord, ...]
+
+    @model_validator(mode="after")
+    def _groups_fit(self) -> TuckerManifest:
+        if min(self.shape) < 1 or self.shape.experts % self.group_size:
+            raise ValueError(f"groups of {self.group_size} do not fit the shape {self.shape}")
+        if any(not 0 <= stack.group < self.groups for stack in self.stacks):
+            raise ValueError(f"a stack is of a group that is not one of {self.groups}")
+        return self
+
+    @model_validator(mode="after")
+    def _neurons_fit(self) -> TuckerManifest:
+        for record in self.calibrated:
+            kept = [unpack_neurons(text, self._group_shape) for text in record.kept]
+            groups = self.groups if record.neurons < self.shape.intermediate else 0
+            wanted = [self.group_size * record.neurons] * groups
+            silent = any(not own_EH.any(axis=1).all() for own_EH in kept)
+            sums = [int(own_EH.sum()) for own_EH in kept]
+            if record.neurons > self.shape.intermediate or sums != wanted or silent:
+                raise ValueError(
+                    f"layer {record.layer} does not keep {record.neurons} neurons an expert"
+                )
+        return self
+
+    @property
+    def _group_shape(self) -> StackShape:
+        """Sizes of one dense stack."""
+        return self.shape._replace(experts=self.group_size)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Indices of the decomposed layers."""
+        return tuple(sorted({stack.layer for stack in self.stacks}))
+
+    @property
+    def groups(self) -> int:
+        """Groups in a layer."""
+        return self.shape.experts // self.group_size
+
+    def ranks(self, layer: int) -> list[dict[Projection, MultilinearRank]]:
+        """Core sizes of the projections of every group of a layer."""
+        groups: list[dict[Projection, MultilinearRank]] = [{} for _ in range(self.groups)]
+        for stack in self.stacks:
+            if stack.layer == layer:
+                groups[stack.group][stack.projection] = stack.multilinear_rank
+        return groups
+
+    def stack_shape(self, layer: int) -> StackShape:
+        """Sizes of one stack of a layer, as many neurons as its experts keep on average."""
+        neurons = next((r.neurons for r in self.calibrated if r.layer == layer), None)
+        return self._group_shape._replace(intermediate=neurons or self.shape.intermediate)
+
+    def layer_shape(self, layer: int) -> LayerShape:
+        """What decides how a layer is split over processes."""
+        return LayerShape(self.ranks(layer), self.stack_shape(layer), joint=self.joint is not None)
+
+    def widths(self, layer: int, group: int) -> tuple[int, ...]:
+        """Neurons of every expert of a group."""
+        kept_EH = self.kept_neurons(layer, group)
+        if kept_EH is None:
+            return (self.shape.intermediate,) * self.group_size
+        return tuple(int(width) for width in kept_EH.sum(axis=1))
+
+    def kept_neurons(self, layer: int, group: int) -> Mask | None:
+        """Which neurons every expert of a group keeps, shape (E, H); None if all."""
+        record = next((r for r in self.calibrated if r.layer == layer and r.kept), None)
+        return None if record is None else unpack_neurons(record.kept[group], self._group_shape)
+
+
+class ShardRecord(Record):
+    """The shard of one group of one layer that one process owns."""
+
+    layer: Count
+    group: Count
+    tp_rank: Count
+    ep_rank: Count = 0
+    file: FileRecord
+
+
+class ShardManifest(Record):
+    """One sharding of a Tucker checkpoint.
+
+    Attributes:
+        schema_version: Version of this file.
+        tuckerize_version: Version of the program that wrote it.
+        layout: How tensors are split.
+        tp_size: Tensor-parallel processes.
+        ep_size: Expert-parallel processes.
+        tucker_manifest_sha256: Hash of the manifest of the Tucker checkpoint.
+        uneven: Tensors with a size that `tp_size` does not divide: the first processes own one row
+            or column more than the last. Nothing is dropped and no zeros are stored.
+        shards: Every file.
+    """
+
+    schema_version: Literal[1] = 1
+    tuckerize_version: str
+    layout: Literal["intermediate", "rank"]
+    tp_size: Annotated[int, Field(ge=1)]
+    ep_size: Annotated[int, Field(ge=1)] = 1
+    tucker_manifest_sha256: Sha256
+    uneven: tuple[str, ...]
+    shards: tuple[ShardRecord, ...]
+
+    def owned_by(self, *, tp_rank: int, ep_rank: int) -> list[ShardRecord]:
+        """The shards of one process."""
+        place = (tp_rank, ep_rank)
+        return [shard for shard in self.shards if (shard.tp_rank, shard.ep_rank) == place]
+
+
+def sharding_name(*, tp: int, ep: int) -> str:
+    """Name of the folder of a sharding: `tp4`, or `tp2-ep2`."""
+    return f"tp{tp}-ep{ep}" if ep > 1 else f"tp{tp}"
+
+
+def pack_neurons(kept_EH: Mask) -> str:
+    """Which neurons every expert of a group keeps as the text of a `LayerRecord`."""
+    return base64.b64encode(np.packbits(kept_EH).tobytes()).decode()
+
+
+def unpack_neurons(text: str, shape: StackShape) -> Mask:
+    """Which neurons every expert of a group keeps, shape (E, H), from the text of a `LayerRecord`.
+
+    Args:
+        text: What `pack_neurons` gave.
+        shape: Sizes (E, H, I) of one stack of the group.
+
+    Raises:
+        ValueError: The text is not of such a group.
+    """
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(text), dtype=np.uint8))
+    count = shape.experts * shape.intermediate
+    if len(bits) != -(-count // 8) * 8:
+        raise ValueError(f"{len(bits)} bits are not {shape.experts} x {shape.intermediate}")
+    return bits[:count].reshape(shape.experts, shape.intermediate).astype(bool)
+
+
+_Manifest = TypeVar("_Manifest", TuckerManifest, ShardManifest)
+
+
+def read_tucker_manifest(folder: Path) -> TuckerManifest:
+    """Read the manifest of a Tucker checkpoint.
+
+    Raises:
+        CheckpointError: It is missing (the folder is unfinished or foreign) or invalid.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        raise CheckpointError(
+            f"{folder} has no {MANIFEST}: it is not a finished Tucker checkpoint",
+            hint="run 'tuckerize decompose' (again, if it was interrupted: it continues)",
+        )
+    manifest = _read(path, TuckerManifest)
+    for file in manifest.files:
+        check_plain_name(file.name, found_in=path)
+    return manifest
+
+
+def read_shard_manifest(folder: Path) -> ShardManifest:
+    """Read the manifest of a sharding.
+
+    Raises:
+        CheckpointError: It is missing or invalid.
+    """
+    path = folder / MANIFEST
+    manifest = _read(path, ShardManifest)
+    for shard in manifest.shards:
+        check_plain_name(shard.file.name, found_in=path)
+    return manifest
+
+
+def _read(path: Path, kind: type[_Manifest]) -> _Manifest:
+    value = read_json_object(path)
+    version = value.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise CheckpointError(
+            f"{path} has schema_version {version!r}, this program reads {SCHEMA_VERSION}",
+            hint="use the version of tuckerize that wrote it, or write it again",
+        )
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise CheckpointError(
+            f"{path} is not a valid manifest: {place + ': ' if place else ''}{first['msg']}",
+            hint="the file was changed or damaged: write the checkpoint again",
+        ) from None

@@ -1,0 +1,154 @@
+"""An opened Tucker checkpoint: manifest, tensors and model facts together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from tuckerize.checkpoint.files import sha256_of
+from tuckerize.checkpoint.hub import resolve_model
+from tuckerize.checkpoint.output import MANIFEST
+from tuckerize.checkpoint.reader import Checkpoint
+from tuckerize.domain import (
+    CORE,
+    SHARED_U_I,
+    Mode,
+    Projection,
+    TensorHeader,
+    expert_core_names,
+)
+from tuckerize.errors import CheckpointError
+from tuckerize.format.manifest import TuckerManifest, read_tucker_manifest
+from tuckerize.linalg.selection import KeptNeurons, kept_neurons
+from tuckerize.linalg.tucker import TuckerFactors
+from tuckerize.moe.families import FAMILIES, Family, MoeModel, describe_moe
+
+
+@dataclass(frozen=True, slots=True)
+class TuckerCheckpoint:
+    """A finished Tucker checkpoint.
+
+    Attributes:
+        manifest: What it is made of.
+        checkpoint: Its tensors.
+        family: Names of its model family.
+    """
+
+    manifest: TuckerManifest
+    checkpoint: Checkpoint
+    family: Family
+
+    @classmethod
+    def open(cls, folder: Path) -> TuckerCheckpoint:
+        """Open a finished Tucker checkpoint; reads headers only.
+
+        Raises:
+            CheckpointError: It is unfinished, foreign, or a weight file is missing or damaged.
+        """
+        manifest = read_tucker_manifest(folder)
+        checkpoint = Checkpoint.open(folder)
+        for file in manifest.files:
+            size = (folder / file.name).stat().st_size if (folder / file.name).exists() else 0
+            if size != file.bytes:
+                raise CheckpointError(
+                    f"{folder / file.name} has {size} bytes, the manifest says {file.bytes}",
+                    hint="the file was changed: run 'tuckerize decompose' with --overwrite",
+                )
+        if manifest.family not in FAMILIES:
+            raise CheckpointError(
+                f"{folder} is of the family '{manifest.family}', which is unknown"
+            )
+        return cls(manifest, checkpoint, FAMILIES[manifest.family])
+
+    @property
+    def folder(self) -> Path:
+        """Where it is."""
+        return self.checkpoint.folder
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.json."""
+        return self.checkpoint.config
+
+    @property
+    def manifest_sha256(self) -> str:
+        """Hash of its manifest, and so of everything in it."""
+        return sha256_of(self.folder / MANIFEST)
+
+    def group_prefix(self, layer: int, group: int) -> str:
+        """What the names of a group's tensors begin with."""
+        return f"{self.family.experts_prefix(layer)}.group_{group}."
+
+    def group_headers(self, layer: int, group: int) -> dict[str, TensorHeader]:
+        """Headers of a group's tensors by their names below the group."""
+        prefix = self.group_prefix(layer, group)
+        return {
+            name.removeprefix(prefix): header
+            for name, header in self.checkpoint.tensors.items()
+            if name.startswith(prefix)
+        }
+
+    def read_group(self, layer: int, group: int) -> dict[str, Tensor]:
+        """A group's tensors by their names below the group."""
+        prefix = self.group_prefix(layer, group)
+        names = [prefix + name for name in self.group_headers(layer, group)]
+        return {name.removeprefix(prefix): tensor for name, tensor in self.checkpoint.read(names)}
+
+    def kept(self, layer: int, group: int) -> KeptNeurons | None:
+        """Neurons that every expert of a group keeps; None if all."""
+        kept_EH = self.manifest.kept_neurons(layer, group)
+        return None if kept_EH is None else kept_neurons(torch.from_numpy(kept_EH))
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedSource:
+    """The dense checkpoint that a Tucker checkpoint was made from."""
+
+    checkpoint: Checkpoint
+    model: MoeModel
+
+
+def open_source(model: str, tucker: TuckerCheckpoint) -> OpenedSource:
+    """Open the source of a Tucker checkpoint, and check that it is the source.
+
+    Raises:
+        CheckpointError: It is missing, or another model.
+    """
+    checkpoint = Checkpoint.open(resolve_model(model))
+    found = describe_moe(checkpoint.config, checkpoint.tensors)
+    recorded = {file.name: file.bytes for file in tucker.manifest.source.files}
+    present = {name: file.path.stat().st_size for name, file in checkpoint.files.items()}
+    if recorded != present or found.shape != tucker.manifest.shape:
+        raise CheckpointError(
+            f"{model} is not the checkpoint that {tucker.folder} was made from: its weight files "
+            "differ in name or size",
+            hint=f"the source was {tucker.manifest.source.model}",
+        )
+    return OpenedSource(checkpoint, found)
+
+
+def _core_of(group: dict[str, Tensor], projection: Projection) -> Tensor:
+    """The core of a projection, zeros below the rows of narrower experts."""
+    own = {
+        n.removeprefix(f"{projection}."): t for n, t in group.items() if n.startswith(projection)
+    }
+    if CORE in own:
+        return own[CORE]
+    return pad_sequence([own[name] for name in expert_core_names(own)], batch_first=True)
+
+
+def factors_of(group: dict[str, Tensor], projection: Projection) -> TuckerFactors:
+    """The Tucker tensor of one projection from its group's tensors."""
+    hidden = Mode.HIDDEN.factor_name
+    shared = None if projection == Projection.DOWN else group.get(f"{SHARED_U_I}.{hidden}")
+    return TuckerFactors(
+        core=_core_of(group, projection),
+        U_E=group.get(f"{projection}.{Mode.EXPERT.factor_name}"),
+        U_H=group.get(f"{projection}.{Mode.INTERMEDIATE.factor_name}"),
+        U_I=group.get(f"{projection}.{hidden}", shared),
+    )

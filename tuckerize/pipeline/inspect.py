@@ -1,0 +1,98 @@
+"""What a model or a plan is, in numbers and bytes; reads headers and configuration only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tuckerize.checkpoint.output import MANIFEST
+from tuckerize.checkpoint.reader import Checkpoint, measure_size
+from tuckerize.domain import Size, coupling_name
+from tuckerize.format.consistency import carries_loader, check_loadable
+from tuckerize.format.manifest import sharding_name
+from tuckerize.format.shards import available_shardings
+from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
+from tuckerize.moe.families import describe_moe
+from tuckerize.planning.estimate import peak_bytes, seconds
+from tuckerize.planning.plan import Plan
+from tuckerize.report import InspectReport, PlanReport, StackPlan, TuckerFacts
+
+
+def inspect_model(folder: Path) -> InspectReport:
+    """Describe a dense MoE checkpoint or a Tucker checkpoint.
+
+    Raises:
+        CheckpointError: It is neither, or engines would not load it as a whole.
+    """
+    checkpoint = Checkpoint.open(folder)
+    announced = checkpoint.config.get("quantization_config") or {}
+    if (folder / MANIFEST).exists() or announced.get("quant_method") == "tuckerize":
+        return _describe_tucker(TuckerCheckpoint.open(folder))
+    model = describe_moe(checkpoint.config, checkpoint.tensors)
+    return InspectReport(
+        model=str(folder),
+        family=model.family.model_type,
+        layers=model.layers,
+        shape=model.shape,
+        top_k=model.routing.top_k,
+        shared_experts=model.shared_experts,
+        dtype=model.dtype,
+        size=measure_size(checkpoint.tensors, is_routed=model.is_routed),
+    )
+
+
+def describe_plan(plan: Plan) -> PlanReport:
+    """What a plan will store, and what carrying it out will take."""
+    before = measure_size(plan.source.tensors, is_routed=plan.model.is_routed)
+    dense_bytes = before.routed_bytes // before.routed_parameters
+    stacks, saved_parameters, saved_bytes = [], 0, 0
+    for planned in [stacks for piece in plan.pieces for stacks in plan.stacks(piece)]:
+        dense = len(planned.coupling) * plan.group_shape.parameters
+        stored = planned.stored_parameters
+        saved_parameters += dense - stored
+        saved_bytes += dense * dense_bytes - stored * plan.dtype_bytes
+        stacks.append(
+            StackPlan(
+                layer=planned.layer,
+                group=planned.group,
+                projection=coupling_name(planned.coupling),
+                multilinear_rank=planned.target.rank,
+                tolerance=planned.target.tolerance,
+                bytes_before=dense * dense_bytes,
+                bytes_after=stored * plan.dtype_bytes,
+            )
+        )
+    after = Size(
+        routed_parameters=before.routed_parameters - saved_parameters,
+        routed_bytes=before.routed_bytes - saved_bytes,
+        total_parameters=before.total_parameters - saved_parameters,
+        total_bytes=before.total_bytes - saved_bytes,
+    )
+    return PlanReport(
+        tuple(stacks), before, after, peak_bytes(plan), seconds(plan), plan.predicted_damage
+    )
+
+
+def _describe_tucker(tucker: TuckerCheckpoint) -> InspectReport:
+    check_loadable(tucker)
+    manifest = tucker.manifest
+    layers = {tucker.family.layer_of(name) for name in tucker.checkpoint.tensors}
+    return InspectReport(
+        model=str(tucker.folder),
+        family=manifest.family,
+        layers=tuple(sorted(layer for layer in layers if layer is not None)),
+        shape=manifest.shape,
+        top_k=tucker.family.routing(tucker.config).top_k,
+        shared_experts=tucker.family.shared_experts(tucker.config),
+        dtype=manifest.dtype,
+        size=manifest.after,
+        tucker=TuckerFacts(
+            source=manifest.source.model,
+            layers=manifest.layers,
+            before=manifest.before,
+            largest_residual=max(stack.relative_residual for stack in manifest.stacks),
+            shardings=tuple(
+                sharding_name(tp=mesh.tp, ep=mesh.ep) for mesh in available_shardings(tucker.folder)
+            ),
+            carries_loader=carries_loader(tucker),
+        ),
+    )

@@ -1,0 +1,74 @@
+"""A process on the mesh of the shards, and what it sends tokens to their experts with."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from tuckerize.ascend.dispatch import FusedPair
+from tuckerize.format.shards import Sharding
+from tuckerize.parallel.mesh import Position, make_mesh, own_tokens, padded_count, ranks_along
+from tuckerize.runtime.sharded import fused_use
+
+
+class Place(NamedTuple):
+    """Where a process is.
+
+    Attributes:
+        mesh: The mesh of the shards; None where layers are not sharded.
+        position: This process on it.
+        fused: Ascend's fused dispatch and combine, where they are used.
+        unmet: On an NPU, why they are not: the first of their constraints that is not met.
+    """
+
+    mesh: DeviceMesh | None
+    position: Position
+    fused: FusedPair | None = None
+    unmet: str | None = None
+
+    @property
+    def dispatch(self) -> str | None:
+        """What sends tokens to their experts; None where experts are not split."""
+        if self.position.ep.size == 1:
+            return None
+        return "plain" if self.fused is None else "fused"
+
+
+def place_on(
+    device: torch.device,
+    sharding: Sharding,
+    *,
+    tokens: int,
+    dtype: torch.dtype,
+    sequence_parallel: bool,
+    timeout: timedelta,
+) -> Place:
+    """Make the communicators of the run, which all processes do together.
+
+    Args:
+        device: This process's device.
+        sharding: The shards.
+        tokens: Tokens of all processes.
+        dtype: Their type.
+        sequence_parallel: Whether each of the tensor-parallel processes has its own tokens.
+        timeout: How long processes wait for each other.
+    """
+    sizes = sharding.mesh
+    mesh = make_mesh(device.type, tp=sizes.tp, ep=sizes.ep, cp=sizes.cp, timeout=timeout)
+    position = Position.on(mesh, sequence_parallel=sequence_parallel)
+    if device.type != "npu" or sizes.ep == 1:
+        return Place(mesh, position)
+    use = fused_use(
+        sharding.folder.parent,
+        mesh,
+        tokens=len(own_tokens(padded_count(tokens, position.parallelism), position)),
+        dtype=dtype,
+        sequence_parallel=sequence_parallel,
+    )
+    if use.unmet:
+        return Place(mesh, position, unmet=str(use.unmet[0]))
+    pair = FusedPair.create(use, ranks_along(mesh, "ep"), timeout=timeout)
+    return Place(mesh, position, pair)

@@ -1,0 +1,386 @@
+"""Prove on the devices that shards compute what they should.
+
+Process 0 makes tokens for a layer, routes them with the model's own router, and computes the
+unsharded Tucker layer on the host in float64, from expert weights that it expands one by one. Every
+process loads its own shards, computes its tokens on its device in float32 together with the others,
+and compares what it got; what the collectives move is counted. With the source at hand the Tucker
+layer is also compared with the dense one, and its weights with what decompose recorded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tuckerize.checkpoint.reader import TORCH_DTYPES
+from tuckerize.domain import Projection
+from tuckerize.format.shards import Sharding
+from tuckerize.format.tucker_checkpoint import OpenedSource, TuckerCheckpoint, factors_of
+from tuckerize.linalg.tucker import relative_residual
+from tuckerize.moe.routing import Routes, route
+from tuckerize.moe.stacks import group_experts, read_stack
+from tuckerize.parallel.backends import float32_products
+from tuckerize.parallel.collectives import counted
+from tuckerize.parallel.layouts import Layout, Traffic, layer_traffic
+from tuckerize.parallel.mesh import Position, own_tokens, padded_count
+from tuckerize.parallel.processes import Processes
+from tuckerize.pipeline.shard import dense_sizes
+from tuckerize.pipeline.verify.placement import Place, place_on
+from tuckerize.pipeline.verify.traffic import LayerMoved, compare, load_of
+from tuckerize.progress import Progress
+from tuckerize.report import LayerVerdict, VerifyReport
+from tuckerize.runtime.dense import ExpertWeights, dense_output
+from tuckerize.runtime.experts import Activation, TuckerExperts, activation_of
+from tuckerize.runtime.sharded import ShardedExperts
+
+# float32 rounds to 6e-8; over sums of some thousand terms that grows to about 3e-6. A wrong number
+# in a slice that a token uses moves that token's output by orders of magnitude more.
+SHARDING_TOLERANCE = 1e-5
+# The same of types of two bytes, which round to 4e-3 and 5e-4: only gross faults are told from it.
+_TOLERANCES = {"float32": SHARDING_TOLERANCE, "bfloat16": 4e-2, "float16": 5e-3}
+# Measured from the same stored numbers as the recorded one; only the order of sums differs.
+RESIDUAL_TOLERANCE = 1e-4
+
+_SEED = 0
+
+
+class _Case(NamedTuple):
+    """Tokens in front of a layer's experts, their routes, and the unsharded output (float64)."""
+
+    x_TI: Tensor
+    routes: Routes
+    reference_TI: Tensor
+
+    def of(self, own_T: Tensor | slice) -> _Case:
+        """Some of the tokens."""
+        routes = Routes(self.routes.experts[own_T], self.routes.weights[own_T])
+        return _Case(self.x_TI[own_T], routes, self.reference_TI[own_T])
+
+
+class _AgainstSource(NamedTuple):
+    """How a Tucker layer differs from its source."""
+
+    output_error: float
+    residual_difference: float
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What is verified, and where.
+
+    Attributes:
+        tucker: The Tucker checkpoint.
+        sharding: Its shards for these processes; None verifies unsharded layers in one process.
+        source: The dense checkpoint it was made from, if at hand.
+        processes: The processes of the run.
+        device: This process's device.
+        tokens: Number of tokens for each layer.
+        sequence_parallel: Whether each of the tensor-parallel processes has its own tokens.
+        dtype: Type to compute layers in: float32, bfloat16 or float16.
+    """
+
+    tucker: TuckerCheckpoint
+    sharding: Sharding | None
+    source: OpenedSource | None
+    processes: Processes
+    device: torch.device
+    tokens: int
+    sequence_parallel: bool = False
+    dtype: str = "float32"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The type itself."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    @property
+    def tolerance(self) -> float:
+        """Bound on the sharding error."""
+        return _TOLERANCES[self.dtype]
+
+
+def verify(
+    run: Verification,
+    *,
+    layers: Sequence[int],
+    max_output_error: float | None,
+    progress: Progress,
+) -> VerifyReport:
+    """Verify layers; every process returns the same report.
+
+    Args:
+        run: What is verified, and where.
+        layers: Indices of the layers.
+        max_output_error: Bound on the relative output error against the dense layer, if any.
+        progress: Shows how far the work is.
+    """
+    activation = activation_of(run.tucker.config)
+    place = _place(run)
+    position = place.position
+    tokens = padded_count(run.tokens, position.parallelism)
+    own_T = own_tokens(tokens, position)
+    mine = layers[run.processes.rank :: run.processes.size] if run.source else ()
+    progress.start(len(layers) + len(mine))
+    progress.stage("files: sizes and hashes")
+    failures = _damaged_files(run, layers, position)
+    sharding_errors, cases, moved = {}, {}, []
+    for layer in layers:
+        progress.stage(f"layer {layer}: reference")
+        case = _case_of_leader(run, layer, activation, tokens)
+        if layer in mine:
+            cases[layer] = case
+        error = math.inf
+        if all(readable for _, readable in failures[layer]):
+            progress.stage(f"layer {layer}: load")
+            experts = _load(run, layer, place, activation).to(run.device)
+            if layer == layers[0] and run.device.type != "cpu":
+                progress.stage(f"layer {layer}: warm-up, in which the device compiles its kernels")
+                _sharding_error(experts, case.of(own_T), run)
+            progress.stage(f"layer {layer}: shards")
+            with counted() as sent:
+                error = _sharding_error(experts, case.of(own_T), run)
+            moved.append(LayerMoved(sent, *_predicted(run, layer, case, place)))
+        sharding_errors[layer] = max(run.processes.gather(error), key=_nan_last)
+        progress.advance(1, f"layer {layer}: shards")
+    found = {}
+    for layer, case in cases.items():
+        progress.stage(f"layer {layer}: source")
+        found[layer] = _against_source(run, layer, case.of(slice(run.tokens)), activation)
+        progress.advance(1, f"layer {layer}: source")
+    against = {la: result for own in run.processes.gather(found) for la, result in own.items()}
+    progress.close()
+    return VerifyReport(
+        folder=str(run.tucker.folder),
+        tp_size=position.tp.size,
+        ep_size=position.ep.size,
+        cp_size=position.cp.size,
+        sequence_parallel=run.sequence_parallel,
+        layout=run.sharding.manifest.layout if run.sharding else "unsharded",
+        device=run.device.type,
+        tokens=run.tokens,
+        tolerance=run.tolerance,
+        layers=tuple(
+            _verdict(
+                run,
+                layer,
+                damage=[message for message, _ in failures[layer]],
+                sharding_error=sharding_errors[layer],
+                against=against.get(layer),
+                max_output_error=max_output_error,
+            )
+            for layer in layers
+        ),
+        traffic=compare(moved, run.processes, tokens // (position.ep.size * position.cp.size)),
+        dtype=run.dtype,
+        float32_products=float32_products(run.device),
+        dispatch=place.dispatch,
+        fused_unmet=place.unmet,
+    )
+
+
+def _place(run: Verification) -> Place:
+    """Where this process is; all processes make the communicators of the run here."""
+    if run.sharding is None:
+        return Place(None, Position())
+    return place_on(
+        run.device,
+        run.sharding,
+        tokens=run.tokens,
+        dtype=run.torch_dtype,
+        sequence_parallel=run.sequence_parallel,
+        timeout=run.processes.timeout,
+    )
+
+
+def _load(run: Verification, layer: int, place: Place, activation: Activation) -> TuckerExperts:
+    """This process's shards of a layer, or all of it."""
+    if place.mesh is not None:
+        return ShardedExperts.from_shards(
+            run.tucker.folder,
+            layer,
+            place.mesh,
+            sequence_parallel=run.sequence_parallel,
+            fused=place.fused,
+        )
+    groups = _read_groups(run.tucker, layer)
+    size = run.tucker.manifest.group_size
+    return TuckerExperts(groups, group_size=size, activation=activation)
+
+
+def _damaged_files(
+    run: Verification, layers: Sequence[int], position: Position
+) -> dict[int, list[tuple[str, bool]]]:
+    """What is wrong with shard files of all processes, and whether they can be read, by layer."""
+    reads = run.sharding is not None and position.cp.rank == 0
+    own = run.sharding.damage(position, layers) if run.sharding and reads else []
+    found: dict[int, list[tuple[str, bool]]] = {layer: [] for layer in layers}
+    for damage in (d for part in run.processes.gather(own) for d in part):
+        found[damage.layer].append((damage.message, damage.readable))
+    return found
+
+
+def _case_of_leader(run: Verification, layer: int, activation: Activation, tokens: int) -> _Case:
+    """What process 0 made for a layer, on every process."""
+    case = None
+    if run.processes.is_leader:
+        with run.processes.while_others_wait():
+            case = _case(run, layer, activation, tokens)
+    return run.processes.broadcast(case)
+
+
+@torch.no_grad()
+def _sharding_error(experts: TuckerExperts, case: _Case, run: Verification) -> float:
+    """Largest relative difference of a token's output on this process from the unsharded one."""
+    output_TI = experts(
+        case.x_TI.to(run.device, run.torch_dtype),
+        case.routes.experts.to(run.device),
+        case.routes.weights.to(run.device),
+    )
+    difference_T = (output_TI.cpu().double() - case.reference_TI).norm(dim=1)
+    scale_T = case.reference_TI.norm(dim=1)
+    return float((difference_T / scale_T.clamp_min(torch.finfo(torch.float32).tiny)).max())
+
+
+def _predicted(run: Verification, layer: int, case: _Case, place: Place) -> tuple[Traffic, Traffic]:
+    """What the tokens of a layer should move, and would move in the dense model."""
+    if run.sharding is None:
+        return {}, {}
+    sizes, mesh = run.tucker.manifest.layer_shape(layer), place.position.parallelism
+    load = load_of(case.routes.experts, sizes, mesh)
+    number_bytes = run.torch_dtype.itemsize
+    width = None if place.fused is None else place.fused.use.hidden
+    layout = Layout(run.sharding.manifest.layout)
+    dense = dense_sizes(run.tucker.manifest)
+    return (
+        layer_traffic(layout, sizes, mesh, load, number_bytes=number_bytes, fused_width=width),
+        layer_traffic(Layout.INTERMEDIATE, dense, mesh, load, number_bytes=number_bytes),
+    )
+
+
+def _case(run: Verification, layer: int, activation: Activation, tokens: int) -> _Case:
+    """Tokens of a layer as its norm would scale them, routed by its router, and their output.
+
+    They are followed by as many zeros as the mesh needs.
+    """
+    tucker = run.tucker
+    weights = run.source.checkpoint if run.source else tucker.checkpoint
+    generator = torch.Generator().manual_seed(_SEED + layer)
+    x_TI = torch.randn(run.tokens, tucker.manifest.shape.hidden, generator=generator)
+    x_TI *= weights.read_one(tucker.family.input_norm.format(layer=layer)).float()
+    x_TI = functional.pad(x_TI, (0, 0, 0, tokens - run.tokens)).to(run.torch_dtype).float()
+    router_EI = weights.read_one(tucker.family.router_weight.format(layer=layer))
+    routes = route(x_TI, router_EI, tucker.family.routing(tucker.config))
+    groups = _read_groups(tucker, layer)
+
+    def expand_expert(expert: int) -> ExpertWeights:
+        group, place = divmod(expert, tucker.manifest.group_size)
+        gate_HI, up_HI, down_HI = (
+            factors_of(groups[group], projection).expand_slice(place, torch.float64)
+            for projection in Projection
+        )
+        return ExpertWeights(gate_HI, up_HI, down_HI.T)
+
+    reference_TI = dense_output(
+        x_TI.double(),
+        routes.experts,
+        routes.weights,
+        expert_weights=expand_expert,
+        activation=activation,
+    )
+    return _Case(x_TI, routes, reference_TI)
+
+
+def _read_groups(tucker: TuckerCheckpoint, layer: int) -> list[dict[str, Tensor]]:
+    return [tucker.read_group(layer, group) for group in range(tucker.manifest.groups)]
+
+
+def _against_source(
+    run: Verification, layer: int, case: _Case, activation: Activation
+) -> _AgainstSource:
+    if run.source is None:
+        raise TypeError("there is no source to compare with")
+    source = run.source
+
+    def read_expert(expert: int) -> ExpertWeights:
+        names = [source.model.family.weight_name(layer, expert, p) for p in Projection]
+        tensors = dict(source.checkpoint.read(names))
+        return ExpertWeights(*(tensors[name] for name in names))
+
+    dense_TI = dense_output(
+        case.x_TI.double(),
+        case.routes.experts,
+        case.routes.weights,
+        expert_weights=read_expert,
+        activation=activation,
+    )
+    error = float((case.reference_TI - dense_TI).norm() / dense_TI.norm())
+    return _AgainstSource(error, _residual_difference(run.tucker, source, layer))
+
+
+def _residual_difference(tucker: TuckerCheckpoint, source: OpenedSource, layer: int) -> float:
+    """Largest |measured − recorded| relative residual of a layer's stacks."""
+    largest = 0.0
+    for group in range(tucker.manifest.groups):
+        tensors, kept = tucker.read_group(layer, group), tucker.kept(layer, group)
+        for recorded in tucker.manifest.stacks:
+            if (recorded.layer, recorded.group) != (layer, group):
+                continue
+            stack_EHI = read_stack(
+                source.checkpoint.read,
+                source.model.family,
+                source.model.shape,
+                layer=layer,
+                experts=group_experts(source.model.shape, tucker.manifest.group_size, group),
+                projection=recorded.projection,
+                dtype=TORCH_DTYPES[source.model.dtype],
+            )
+            measured = relative_residual(
+                stack_EHI, factors_of(tensors, recorded.projection), kept and kept.places_EK
+            )
+            largest = max(largest, abs(measured - recorded.relative_residual))
+    return largest
+
+
+def _verdict(
+    run: Verification,
+    layer: int,
+    *,
+    damage: list[str],
+    sharding_error: float,
+    against: _AgainstSource | None,
+    max_output_error: float | None,
+) -> LayerVerdict:
+    failures = list(damage)
+    if not sharding_error <= run.tolerance:
+        failures.append(
+            f"sharded output differs from unsharded by {sharding_error:.1e}, "
+            f"allowed {run.tolerance:.0e}"
+        )
+    if against and not against.residual_difference <= RESIDUAL_TOLERANCE:
+        failures.append(
+            f"a residual differs from the recorded one by {against.residual_difference:.1e}, "
+            f"allowed {RESIDUAL_TOLERANCE:.0e}"
+        )
+    if against and max_output_error is not None and not against.output_error <= max_output_error:
+        failures.append(f"output error {against.output_error:.3g} is above {max_output_error:g}")
+    recorded = [s.relative_residual for s in run.tucker.manifest.stacks if s.layer == layer]
+    return LayerVerdict(
+        layer=layer,
+        sharding_error=sharding_error,
+        output_error=against.output_error if against else None,
+        residual_recorded=max(recorded),
+        residual_difference=against.residual_difference if against else None,
+        failures=tuple(failures),
+    )
+
+
+def _nan_last(value: float) -> float:
+    """Order errors so that NaN counts as the largest."""
+    return math.inf if math.isnan(value) else value

@@ -1,0 +1,1 @@
+"""What decides sizes: budgets, allocation, plans, and estimates of memory and time."""
