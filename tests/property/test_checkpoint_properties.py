@@ -17,7 +17,6 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from tuckerize.pipeline.decompose import decompose
 
 from tuckerize.checkpoint.output import MANIFEST, OutputFolder
 from tuckerize.checkpoint.reader import (
@@ -32,6 +31,7 @@ from tuckerize.checkpoint.writer import copy_tensors, write_index, write_tensors
 from tuckerize.errors import CheckpointError
 from tuckerize.format.manifest import read_shard_manifest, read_tucker_manifest
 from tuckerize.parallel.processes import Processes
+from tuckerize.pipeline.compression import compress_model as decompose
 from tuckerize.pipeline.inspect import describe_plan
 from tuckerize.planning.plan import make_plan
 from tuckerize.progress import SilentProgress
