@@ -390,7 +390,7 @@ class DeviceFacts:
         float32_products: In what they multiply float32 matrices.
         free_bytes: Free memory of the first, or of the host.
         total_bytes: All of it.
-        product: Series of an NPU: A2 or A3; None of others.
+        generation: Generation of an NPU: A2 or A3; None for any other device.
     """
 
     kind: str
@@ -400,7 +400,7 @@ class DeviceFacts:
     float32_products: str
     free_bytes: int
     total_bytes: int
-    product: str | None = None
+    generation: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

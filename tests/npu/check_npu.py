@@ -118,7 +118,7 @@ def test_auto_takes_the_device_and_doctor_describes_it(
         "float32_products": "float32",
         "free_bytes": 60 * 2**30,
         "total_bytes": 64 * 2**30,
-        "product": "A2",
+        "generation": "A2",
     }
     model = make_tiny_model(tmp_path / "model")
     succeed("decompose", "--model", model, "--keep", "0.7", "--output", tmp_path / "out")
@@ -166,7 +166,7 @@ def test_layers_with_the_fused_pair_give_what_the_plain_collectives_give(
         (
             ("--dtype", "bfloat16", "--tokens", "514"),
             "plain",
-            "tokens of a process is 257, allowed 1 to 256",
+            "tokens per process is 257, allowed 1 to 256",
         ),
     ],
 )

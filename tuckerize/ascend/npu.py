@@ -1,7 +1,7 @@
-"""torch_npu: imported here only, and what it means when it cannot be. Does not import torch.
+"""Import of torch_npu, here only, and explanation of its failures. Does not import torch.
 
-Where torch_npu is installed, `import torch` imports it, and so does transformers, whether or not
-torch was told to leave it alone.
+Where torch_npu is installed, `import torch` imports it unless told not to; transformers imports it
+in any case.
 """
 
 from __future__ import annotations
@@ -18,12 +18,17 @@ from tuckerize.errors import ParallelError
 
 PACKAGE = "torch_npu"
 
+AUTOLOAD = "TORCH_DEVICE_BACKENDAUTOLOAD"
+"""Variable that tells torch whether to import installed device backends."""
+
+INSTALL_HINT = "pip install 'tuckerize[npu]' with the same minor version of torch"
+"""How to install torch_npu."""
+
 _TORCH_SAYS = f"Failed to load the backend extension: {PACKAGE}"
-_AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 
 
 def import_torch_npu() -> Any:  # noqa: ANN401
-    """Import torch_npu, which makes torch know the device `npu` and the backend `hccl`.
+    """Import torch_npu, which registers the device `npu` and the backend `hccl` with torch.
 
     Raises:
         ParallelError: It is not installed, or cannot be loaded.
@@ -31,7 +36,7 @@ def import_torch_npu() -> Any:  # noqa: ANN401
     if importlib.util.find_spec(PACKAGE) is None:
         raise ParallelError(
             "device 'npu' needs the package torch_npu, which is not installed",
-            hint="pip install 'tuckerize[npu]' beside the same minor version of torch",
+            hint=INSTALL_HINT,
         )
     with explained():
         return importlib.import_module(PACKAGE)
@@ -39,7 +44,7 @@ def import_torch_npu() -> Any:  # noqa: ANN401
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Raise ParallelError in the place of an error that comes from importing torch_npu."""
+    """Raise ParallelError instead of any error that comes from importing torch_npu."""
     try:
         yield
     except Exception as error:
@@ -47,9 +52,9 @@ def explained() -> Iterator[None]:
             raise
         *_, cause = _causes(error)
         remedies = "source CANN's set_env.sh first, or uninstall torch_npu"
-        if os.environ.get(_AUTOLOAD, "1") == "1":
+        if os.environ.get(AUTOLOAD, "1") == "1":
             remedies += (
-                f", or set {_AUTOLOAD}=0 for what runs on the CPU and does not need transformers"
+                f", or set {AUTOLOAD}=0 for commands that run on the CPU without transformers"
             )
         raise ParallelError(
             f"torch_npu is installed but cannot be loaded, which breaks what imports it: {cause}",
@@ -58,7 +63,7 @@ def explained() -> Iterator[None]:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An error, and what it was raised for, one after the other."""
+    """An error and the chain of its causes."""
     cause: BaseException | None = error
     while cause is not None:
         yield cause
@@ -66,7 +71,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _is_of_import(error: BaseException) -> bool:
-    """Whether torch says so, or torch_npu was being imported."""
+    """Whether the error comes from importing torch_npu."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return _TORCH_SAYS in str(error) or any(
         frame.f_code.co_name == "<module>"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tuckerize.ascend.environment import MAX_CONNECT_TIMEOUT
 from tuckerize.cli.boundary import NO, boundary
 from tuckerize.errors import OutputError, TuckerizeError, UsageError
 from tuckerize.version import __version__
@@ -125,7 +126,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier
 CollectiveTimeout = Annotated[
     int | None,
     typer.Option(
-        min=1, help="Seconds that a process waits for the others; 7200 on npu, else 86400."
+        min=1,
+        help="Seconds that a process waits for the others; "
+        f"{MAX_CONNECT_TIMEOUT.total_seconds():.0f} on npu, else 86400.",
     ),
 ]
 DeviceOption = Annotated[Device, typer.Option(help="Where products run.")]

@@ -366,7 +366,7 @@ def _show_doctor(report: DoctorReport) -> None:
     if report.device is not None:
         device = report.device
         free, total = size_text(device.free_bytes), size_text(device.total_bytes)
-        name = ", ".join(filter(None, (device.name, device.product)))
+        name = ", ".join(filter(None, (device.name, device.generation)))
         rows += [
             ("device", f"{device.count} x {device.kind} ({name})"),
             ("free memory", f"{free} of {total}"),

@@ -1,4 +1,4 @@
-"""Runs that repeat bit for bit."""
+"""Bitwise reproducible runs."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import os
 
 import torch
 
-# Read by HCCL when a communicator is made, and by cuBLAS when a device is first used.
-_SETTINGS = {"HCCL_DETERMINISTIC": "true", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+from tuckerize.ascend.environment import make_hccl_deterministic
 
 
 def make_deterministic() -> None:
-    """Have torch, HCCL and cuBLAS add in a fixed order; before a device or process group starts.
+    """Make torch, HCCL and cuBLAS reduce in a fixed order.
 
-    Settings of the environment that the user has made are kept.
+    To be called before a device is used or a process group is made. Environment variables that are
+    set already are kept.
 
     Raises:
-        RuntimeError: Later, from an operator that has no such form on the device.
+        RuntimeError: Later, from an operator without a deterministic form on the device.
 
     Source:
-        torch.use_deterministic_algorithms; CANN, environment variables of HCCL.
+        torch.use_deterministic_algorithms.
     """
-    for name, value in _SETTINGS.items():
-        os.environ.setdefault(name, value)
+    make_hccl_deterministic()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it on first use
     torch.use_deterministic_algorithms(True)  # noqa: FBT003

@@ -65,25 +65,21 @@ def make_mesh(
     check_world(dist.get_world_size(), Parallelism(tp, ep, cp))
     ranks = torch.arange(dist.get_world_size()).view(cp, ep, tp)
     # init_device_mesh makes groups with torch's default time-out, whatever that of the run is.
-    groups = [own_group(_along(ranks, axis), timeout) for axis in range(len(AXES))]
+    groups = [_group(_along(ranks, axis), timeout) for axis in range(len(AXES))]
     return DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=AXES)
 
 
-def own_group(
-    ranks: list[list[int]], timeout: timedelta | None, *, shared: bool = True
+def new_group_along(
+    mesh: DeviceMesh, name: str, *, timeout: timedelta | None = None
 ) -> dist.ProcessGroup:
-    """This process's group among disjoint ones of all processes; all of them call this.
+    """Make a second communicator along an axis of a mesh; all processes call this.
 
     Args:
-        ranks: The processes of every group.
+        mesh: The mesh of all processes of the run.
+        name: Name of the axis.
         timeout: How long processes wait for each other; torch's default, if None.
-        shared: Whether the group of the whole run may be taken, if it has these processes.
     """
-    if shared and len(ranks) == 1 and dist.group.WORLD is not None:
-        return dist.group.WORLD
-    group: dist.ProcessGroup
-    group, _ = dist.new_subgroups_by_enumeration(ranks, timeout=timeout)  # type: ignore[no-untyped-call]
-    return group
+    return _new_group(_along(mesh.mesh, (mesh.mesh_dim_names or ()).index(name)), timeout)
 
 
 def check_world(processes: int, mesh: Parallelism) -> None:
@@ -111,11 +107,6 @@ def check_world(processes: int, mesh: Parallelism) -> None:
         f"{processes} processes are not tp x ep x cp = {mesh.tp} x {mesh.ep} x {mesh.cp}",
         hint="sizes that fit: " + "; ".join(fitting),
     )
-
-
-def ranks_along(mesh: DeviceMesh, name: str) -> list[list[int]]:
-    """The processes of every group along an axis of a mesh."""
-    return _along(mesh.mesh, (mesh.mesh_dim_names or ()).index(name))
 
 
 def axis_of(mesh: DeviceMesh, name: str) -> Axis:
@@ -181,6 +172,19 @@ def own_tokens(tokens: int, position: Position) -> torch.Tensor:
     for axis in (position.ep, position.tp if position.sequence_parallel else Axis()):
         own = own.narrow(0, *part(len(own), axis.size, axis.rank))
     return own
+
+
+def _group(ranks: list[list[int]], timeout: timedelta | None) -> dist.ProcessGroup:
+    """This process's group among disjoint groups; the world group if it is the only one."""
+    if len(ranks) == 1 and dist.group.WORLD is not None:
+        return dist.group.WORLD
+    return _new_group(ranks, timeout)
+
+
+def _new_group(ranks: list[list[int]], timeout: timedelta | None) -> dist.ProcessGroup:
+    group: dist.ProcessGroup
+    group, _ = dist.new_subgroups_by_enumeration(ranks, timeout=timeout)  # type: ignore[no-untyped-call]
+    return group
 
 
 def _along(ranks: torch.Tensor, axis: int) -> list[list[int]]:

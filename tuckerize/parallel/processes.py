@@ -16,18 +16,18 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
+from tuckerize.ascend.environment import MAX_CONNECT_TIMEOUT, STREAM_TIMEOUT, set_hccl_timeouts
 from tuckerize.errors import LeaderFailedError, ParallelError, TuckerizeError
-from tuckerize.parallel.backends import backend_for, let_hccl_wait
+from tuckerize.parallel.backends import backend_for
 
 T = TypeVar("T")
 
-# A stack of a large model can take an hour on a slow host. HCCL connects for 2 hours at most.
+# A stack of a large model can take an hour on a slow host.
 _TIMEOUT = timedelta(hours=24)
-_TIMEOUT_ON_NPU = timedelta(hours=2)
 
-# Words of gloo, the store and HCCL.
+# Parts of the error messages of gloo, the store and HCCL.
 _LOST = ("closed by peer", "reset by peer", "Broken pipe", "Connection was likely closed")
-_LATE = ("Timed out", "timed out", "timeout after", "Socket Timeout", "107020")
+_LATE = ("Timed out", "timed out", "timeout after", "Socket Timeout", STREAM_TIMEOUT)
 
 _STARTED = "tuckerize/started"
 _NEXT = "tuckerize/next"
@@ -162,9 +162,9 @@ def process_group(
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     device = choose(local_rank)
     if timeout is None:
-        timeout = _TIMEOUT_ON_NPU if device.type == "npu" else _TIMEOUT
+        timeout = MAX_CONNECT_TIMEOUT if device.type == "npu" else _TIMEOUT
     if device.type == "npu":
-        let_hccl_wait(timeout)
+        set_hccl_timeouts(timeout)
     with _losses_explained(timeout):
         store, rank, size = next(rendezvous("env://", timeout=timeout))
         dist.init_process_group(

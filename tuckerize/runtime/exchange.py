@@ -261,7 +261,7 @@ class SendFused(Step):
         use = self.pair.use
 
         def sent() -> float:
-            owners_Tk = experts_Tk.div(use.experts // use.ep_size, rounding_mode="floor")
+            owners_Tk = experts_Tk.div(use.num_experts // use.ep_size, rounding_mode="floor")
             return int((owners_Tk != self.pair.ep_rank).sum()) * 2 * use.hidden * use.dtype.itemsize
 
         count_others(Collective.ALL_TO_ALL, sent)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from tuckerize.ascend.dispatch import grouped_matmul, has_grouped_matmul
+from tuckerize.ascend.grouped_matmul import grouped_matmul, has_grouped_matmul
 
 # Rows and columns of the matrices must be whole blocks of so many bytes, and as far apart.
 _ALIGNMENT = 16

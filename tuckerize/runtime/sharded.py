@@ -171,10 +171,10 @@ def fused_use(
     routing = FAMILIES[manifest.family].routing(read_json_object(tucker / CONFIG))
     return FusedUse.on(
         torch.device(mesh.device_type),
-        tokens=tokens * (position.tp.size if sequence_parallel else 1),
+        max_tokens=tokens * (position.tp.size if sequence_parallel else 1),
         hidden=-(-max(widths) // ROW_STEP) * ROW_STEP,
         top_k=routing.top_k,
-        experts=manifest.shape.experts,
+        num_experts=manifest.shape.experts,
         ep_size=position.ep.size,
         dtype=dtype,
     )

@@ -28,7 +28,7 @@ from tuckerize.errors import ParallelError
 from tuckerize.parallel.backends import choose_device
 from tuckerize.parallel.collectives import counted
 from tuckerize.parallel.layouts import Collective, Layout, layer_traffic, width_over_ep
-from tuckerize.parallel.mesh import Position, make_mesh, own_tokens, ranks_along
+from tuckerize.parallel.mesh import Position, make_mesh, new_group_along, own_tokens
 from tuckerize.parallel.processes import process_group
 from tuckerize.pipeline.verify.traffic import load_of
 from tuckerize.runtime.sharded import ShardedExperts
@@ -138,10 +138,10 @@ if __name__ == "__main__":
         parallelism = Position.on(mesh).parallelism
         widest = max(width_over_ep(c.layout, c.sizes, parallelism) for c in CASES.values())
         use = FusedUse.on(
-            device, tokens=TOKENS // ep, hidden=-(-widest // ROW_STEP) * ROW_STEP,
-            top_k=TOP_K, experts=EXPERTS, ep_size=ep, dtype=torch.bfloat16,
+            device, max_tokens=TOKENS // ep, hidden=-(-widest // ROW_STEP) * ROW_STEP,
+            top_k=TOP_K, num_experts=EXPERTS, ep_size=ep, dtype=torch.bfloat16,
         )  # fmt: skip
-        pair = FusedPair.create(use, ranks_along(mesh, "ep"))
+        pair = FusedPair.create(use, new_group_along(mesh, "ep"))
         found = {name: found_of(case, pair, mesh) for name, case in CASES.items()}
         everything = processes.gather(found)
         called = left_to_the_plain_collectives(pair, mesh)

@@ -29,11 +29,11 @@ def naive_sum(x_TI: Tensor, experts_Tk: Tensor, weights_Tk: Tensor, matrices: Te
     return output_TI
 
 
-def error_of(product: str, algorithm: str, tokens: int) -> float:
+def error_of(generation: str, algorithm: str, tokens: int) -> float:
     """Relative error of this process's tokens after a round trip."""
     size, rank = dist.get_world_size(), dist.get_rank()
-    use = FusedUse(product, algorithm, MOST_TOKENS, HIDDEN, TOP_K, EXPERTS, size)
-    pair = FusedPair.create(use, [list(range(size))])
+    use = FusedUse(generation, algorithm, MOST_TOKENS, HIDDEN, TOP_K, EXPERTS, size)
+    pair = FusedPair.create(use, dist.new_group())
     shared = torch.Generator().manual_seed(0)
     matrices = torch.randn((EXPERTS, HIDDEN, HIDDEN), generator=shared) / HIDDEN**0.5
     own = torch.Generator().manual_seed(1 + rank)
@@ -69,8 +69,10 @@ if __name__ == "__main__":
         # The last process has fewer tokens.
         tokens = MOST_TOKENS - 4 * (processes.rank == processes.size - 1)
         errors = {
-            f"{product} {algorithm}": max(processes.gather(error_of(product, algorithm, tokens)))
-            for product, algorithm in (("A2", "fullmesh"), ("A3", "fullmesh_v1"))
+            f"{generation} {algorithm}": max(
+                processes.gather(error_of(generation, algorithm, tokens))
+            )
+            for generation, algorithm in (("A2", "fullmesh"), ("A3", "fullmesh_v1"))
         }
         refused = refusal()
         if processes.is_leader:

@@ -1,14 +1,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-from datetime import timedelta
 
 import pytest
 import torch
 
 from tuckerize.errors import ParallelError
-from tuckerize.parallel.backends import DeviceChoice, backend_for, choose_device, let_hccl_wait
+from tuckerize.parallel.backends import DeviceChoice, backend_for, choose_device
 
 has_accelerator = torch.accelerator.is_available()
 
@@ -49,25 +47,3 @@ def test_backend_for_the_cpu_is_gloo_alone() -> None:
 
 def test_backend_for_an_accelerator_has_gloo_beside_it() -> None:
     assert backend_for(torch.device("cuda", 0)) == "cpu:gloo,cuda:nccl"
-
-
-@pytest.mark.parametrize(
-    ("hours", "connect", "execute"),
-    [(2, "7200", "7200"), (24, "7200", "86400"), (0.01, "120", "36")],
-)
-def test_let_hccl_wait_as_long_as_it_can(
-    monkeypatch: pytest.MonkeyPatch, hours: float, connect: str, execute: str
-) -> None:
-    for name in ("HCCL_CONNECT_TIMEOUT", "HCCL_EXEC_TIMEOUT"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    let_hccl_wait(timedelta(hours=hours))
-    assert os.environ["HCCL_CONNECT_TIMEOUT"] == connect
-    assert os.environ["HCCL_EXEC_TIMEOUT"] == execute
-
-
-def test_let_hccl_wait_leaves_what_the_user_has_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HCCL_CONNECT_TIMEOUT", "600")
-    monkeypatch.setenv("HCCL_EXEC_TIMEOUT", "0")
-    let_hccl_wait(timedelta(hours=2))
-    assert (os.environ["HCCL_CONNECT_TIMEOUT"], os.environ["HCCL_EXEC_TIMEOUT"]) == ("600", "0")

@@ -29,12 +29,12 @@ def _no_npu(monkeypatch: pytest.MonkeyPatch) -> None:
         ("2.13.0", None, None, []),
         ("2.13.0", "2.13.0", "9.2.0", []),  # in no row that is known
         (None, None, None, ["torch is not installed"]),
-        ("2.13.0", None, "9.1.0", ["CANN 9.1.0 is there, and torch_npu is not installed"]),
+        ("2.13.0", None, "9.1.0", ["CANN 9.1.0 is installed, but torch_npu is not"]),
         (
             "2.13.0",
             "2.9.0.post2",
             "9.0.0",
-            ["torch_npu 2.9.0.post2 does not fit torch 2.13.0: minor versions must be the same"],
+            ["torch_npu 2.9.0.post2 does not match torch 2.13.0: minor versions must be equal"],
         ),
         (
             "2.9.0",
@@ -47,8 +47,8 @@ def _no_npu(monkeypatch: pytest.MonkeyPatch) -> None:
             "2.9.0",
             None,
             [
-                "torch_npu is installed, and neither ASCEND_HOME_PATH nor ASCEND_TOOLKIT_HOME "
-                "names a CANN"
+                "torch_npu is installed, but neither ASCEND_HOME_PATH nor ASCEND_TOOLKIT_HOME "
+                "points to CANN"
             ],
         ),
     ],
@@ -63,7 +63,7 @@ def test_version_problems(
 def test_version_problem_of_cann_names_the_releases_that_fit_it() -> None:
     versions = {"torch": "2.9.0", "torch_npu": "2.9.0.post2", "CANN": "8.3.RC1"}
     (problem,) = version_problems(versions)
-    assert problem.hint.endswith("of your CANN: 2.8.0, 2.7.1, 2.6.0.post3, 2.1.0.post17")
+    assert problem.hint.endswith("for your CANN: 2.8.0, 2.7.1, 2.6.0.post3, 2.1.0.post17")
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_version_problem_of_cann_names_the_releases_that_fit_it() -> None:
         ("HCCL_BUFFSIZE", "200M", "megabytes, at least 1"),
         ("HCCL_CONNECT_TIMEOUT", "7201", "seconds, 120 to 7200"),
         ("HCCL_CONNECT_TIMEOUT", "119", "seconds, 120 to 7200"),
-        ("HCCL_EXEC_TIMEOUT", "-1", "seconds, 0 for ever"),
+        ("HCCL_EXEC_TIMEOUT", "-1", "seconds, 0 for no limit"),
         ("HCCL_DETERMINISTIC", "yes", "true, false or strict"),
     ],
 )
@@ -101,7 +101,7 @@ def test_device_problems() -> None:
     cpu = replace(NPU, kind="cpu", name="x86_64")
     assert list(device_problems(cpu, npu_expected=False)) == []
     (unseen,) = device_problems(cpu, npu_expected=True)
-    assert unseen.message == "torch_npu is installed, and torch finds cpu only"
+    assert unseen.message == "torch_npu is installed, but torch finds cpu only"
     (coarse,) = device_problems(replace(NPU, float32_products="hf32"), npu_expected=True)
     assert "multiplies float32 matrices in hf32" in coarse.message
 

@@ -65,7 +65,7 @@ def test_exchange_for_a_backend_without_all_to_all_gathers_tokens(
 
 
 def test_exchange_for_a_fused_pair_keeps_the_plain_collectives_beside_it() -> None:
-    use = FusedUse("A2", "fullmesh", tokens=4, hidden=32, top_k=2, experts=8, ep_size=2)
+    use = FusedUse("A2", "fullmesh", max_tokens=4, hidden=32, top_k=2, num_experts=8, ep_size=2)
     pair = FusedPair(use, "name of a communicator", 0)
     exchange = exchange_for(Layout.INTERMEDIATE, BOTH, LOW, experts=4, fused=pair)
     assert exchange.late == [Share(BOTH.tp), SendFused(pair, SendToExperts(BOTH.ep, 4))]

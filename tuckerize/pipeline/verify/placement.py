@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from tuckerize.ascend.dispatch import FusedPair
 from tuckerize.format.shards import Sharding
-from tuckerize.parallel.mesh import Position, make_mesh, own_tokens, padded_count, ranks_along
+from tuckerize.parallel.mesh import Position, make_mesh, new_group_along, own_tokens, padded_count
 from tuckerize.runtime.sharded import fused_use
 
 
@@ -70,5 +70,5 @@ def place_on(
     )
     if use.unmet:
         return Place(mesh, position, unmet=str(use.unmet[0]))
-    pair = FusedPair.create(use, ranks_along(mesh, "ep"), timeout=timeout)
+    pair = FusedPair.create(use, new_group_along(mesh, "ep", timeout=timeout))
     return Place(mesh, position, pair)
