@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+collect_ignore_glob = ["golden/*"]
+
 # The tensors of tests are small. With several threads each product waits for all of them, for a
 # whole time slice of the scheduler where another process holds a core.
 torch.set_num_threads(1)
