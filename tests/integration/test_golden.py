@@ -121,8 +121,8 @@ def test_decomposition_is_written_alike(tmp_path: Path, monkeypatch: pytest.Monk
     assert {path.name for path in out.iterdir()} == names | {"README.md"}
     for file in ("config.json", "model.safetensors.index.json", "tuckerize_modeling.py"):
         assert (out / file).read_text() == (golden / file).read_text()
-    for file in golden.glob("*.safetensors"):
-        assert header(out / file.name) == header(file)
+    for weights in golden.glob("*.safetensors"):
+        assert header(out / weights.name) == header(weights)
     manifest = (read_json(folder / "tuckerize.json") for folder in (out, golden))
     assert fixed(next(manifest)) == fixed(next(manifest))
 

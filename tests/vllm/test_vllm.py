@@ -1,4 +1,4 @@
-"""The real vLLM engine on CPU: `make test-vllm`. Not collected by `make test`.
+"""The real vLLM engine on CPU: `make test-vllm`.
 
 Random models of three families: dense against all modes full, and compressed checkpoints against
 their reconstructions, alone, over tensor-parallel and over expert-parallel workers. In float32,
@@ -25,6 +25,9 @@ import pytest
 
 from tests.running import ROOT, succeed
 from tests.tiny_models import add_tokenizer, make_tiny_family, write_text
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
 
 ENGINE = Path(__file__).with_name("engine.py")
 SECONDS = 600

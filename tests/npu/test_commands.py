@@ -1,4 +1,4 @@
-"""More of the program on the stand-in NPU: `make test-npu`. Not collected by `make test`."""
+"""More of the program on a stand-in for an NPU: `make test-npu`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from tests.running import run, run_module, succeed, torchrun, torchrun_on_two_nodes
 from tests.tiny_models import add_tokenizer, make_tiny_family, make_tiny_model, write_text
 
-pytestmark = pytest.mark.usefixtures("npu")
+pytestmark = [pytest.mark.npu, pytest.mark.usefixtures("npu")]
 
 ON_NPU = ("--device", "npu")
 

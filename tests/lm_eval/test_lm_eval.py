@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on a Tucker checkpoint: `make test-lm-eval`. Not collected by `make test`.
+"""lm-evaluation-harness on a Tucker checkpoint: `make test-lm-eval`.
 
 The line that docs/serving.md gives, with a task on local text.
 """
@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 
 from tests.running import ROOT, succeed
+
+pytest.importorskip("lm_eval")
+pytestmark = pytest.mark.lm_eval
 
 MODEL = ROOT / "examples" / "tiny-moe"
 TASK = """
