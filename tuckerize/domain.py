@@ -34,7 +34,7 @@ def expert_core_names(present: Container[str]) -> list[str]:
 
 
 class Projection(StrEnum):
-    """One of the three weight matrices of an expert, under its checkpoint name."""
+    """One of the three weight matrices of an expert, by its name in our format and options."""
 
     GATE = "gate_proj"
     UP = "up_proj"
@@ -65,6 +65,11 @@ class StackShape(NamedTuple):
     def parameters(self) -> int:
         """Numbers in the dense stack."""
         return math.prod(self)
+
+
+def group_experts(shape: StackShape, group_size: int, group: int) -> range:
+    """The experts of a group of a layer whose stacks have sizes (E, H, I)."""
+    return range(group * group_size, min((group + 1) * group_size, shape.experts))
 
 
 class MultilinearRank(NamedTuple):

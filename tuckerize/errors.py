@@ -7,6 +7,8 @@ thing to change. The command line prints both and exits with `exit_code`; anythi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 
@@ -52,6 +54,15 @@ class MultilinearRankError(DecompositionError):
 
 class NonFiniteError(DecompositionError):
     """A stack that holds NaN or infinity."""
+
+
+@contextmanager
+def located(place: str) -> Iterator[None]:
+    """Put a place before the message of a DecompositionError that is raised inside."""
+    try:
+        yield
+    except DecompositionError as error:
+        raise type(error)(f"{place}: {error.message}", hint=error.hint) from None
 
 
 class ParallelError(TuckerizeError):

@@ -28,9 +28,9 @@ from tuckerize.calibration.profile_pass import ProfileCache, profile_model
 from tuckerize.calibration.refine import Refinement, refine
 from tuckerize.calibration.tokens import DenseGroup, LayerTokens
 from tuckerize.checkpoint.output import OutputFolder
-from tuckerize.checkpoint.reader import Checkpoint
 from tuckerize.domain import Projection
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
+from tuckerize.moe.source import SourceModel
 from tuckerize.pipeline import decompose_calibrated as calibrated_module
 from tuckerize.progress import SilentProgress
 from tuckerize.recipe import CalibrationSettings, Recipe, Rule
@@ -271,7 +271,7 @@ def test_outputs_count_relative_to_the_lengths_of_hidden_states(
     decompose(model, text, out, "--rank", "full,16,20", "--refine", "2")
     settings = CalibrationSettings(texts=(str(text),), tokens=1024)
     recipe = Recipe(rules=(Rule(rank="full,16,20"),), calibration=settings)
-    tokens_SL = CalibrationPass.open(Checkpoint.open(model), recipe, CPU).windows_SL
+    tokens_SL = CalibrationPass.open(SourceModel.open(model), recipe, CPU).windows_SL
     is_held_out_T = torch.arange(tokens_SL.numel()) // BLOCK % 16 == 15
     dense = AutoModelForCausalLM.from_pretrained(model)
     compressed = AutoModelForCausalLM.from_pretrained(out)
@@ -508,7 +508,7 @@ def test_sensitivity_is_of_all_texts_whichever_comes_first(
     other = write_text(tmp_path / "other.txt", 1000, seed=1)
     settings = CalibrationSettings(texts=(str(text), str(other)), tokens=2048, window=64)
     recipe = Recipe(rules=(Rule(keep=0.5),), calibration=settings)
-    run = CalibrationPass.open(Checkpoint.open(model), recipe, CPU)
+    run = CalibrationPass.open(SourceModel.open(model), recipe, CPU)
     one, two, random = run.windows_SL[:8], run.windows_SL[8:16], run.windows_SL[16:]
     found: list[list[float]] = []
     for order in ((one, two), (two, one)):

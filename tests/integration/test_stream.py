@@ -329,7 +329,7 @@ def test_other_families_stream_too(
     family = Family(
         model_type=config.model_type,
         experts=experts,
-        expert_weight="{expert}.{projection}.weight",
+        storage=DEEPSEEK.storage,
         router_weight="",
         input_norm="",
         experts_keys=("",),

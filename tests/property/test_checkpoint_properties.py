@@ -30,6 +30,7 @@ from tuckerize.checkpoint.reader import (
 from tuckerize.checkpoint.writer import copy_tensors, write_index, write_tensors
 from tuckerize.errors import CheckpointError
 from tuckerize.format.manifest import read_shard_manifest, read_tucker_manifest
+from tuckerize.moe.source import SourceModel
 from tuckerize.parallel.processes import Processes
 from tuckerize.pipeline.compression import compress_model as decompose
 from tuckerize.pipeline.inspect import describe_plan
@@ -282,7 +283,7 @@ def test_planned_bytes_are_the_written_bytes(
 ) -> None:
     rule = {"rank": ",".join(map(str, rank)), "layers": layers}
     recipe = parse_recipe({"rules": [rule], "max_sweeps": 0, **how}, place="test")
-    plan = make_plan(Checkpoint.open(tiny_model), recipe)
+    plan = make_plan(SourceModel.open(tiny_model), recipe)
     planned = describe_plan(plan).after
     with new_folder() as folder:
         OutputFolder(folder).claim(plan.fingerprint(), overwrite=False)

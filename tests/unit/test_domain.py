@@ -13,6 +13,7 @@ from tuckerize.domain import (
     StackShape,
     TensorHeader,
     coupling_name,
+    group_experts,
     stored_parameters,
 )
 
@@ -82,3 +83,10 @@ def test_coupling_name_of_two_projections_is_the_shared_module() -> None:
 def test_tensor_header_counts_numbers_also_of_a_scalar() -> None:
     assert TensorHeader("F32", (3, 4), 48).parameters == 12
     assert TensorHeader("F32", (), 4).parameters == 1
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_group_experts_of_all_groups_are_all_experts_once(size: int) -> None:
+    groups = [group_experts(StackShape(8, 1, 1), size, group) for group in range(8 // size)]
+    assert [expert for group in groups for expert in group] == list(range(8))
+    assert {len(group) for group in groups} == {size}

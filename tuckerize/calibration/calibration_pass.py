@@ -13,14 +13,13 @@ from torch import Tensor
 from tuckerize.calibration.stream import ExpertsCall, StreamedModel
 from tuckerize.calibration.text import parse_source, read_windows
 from tuckerize.calibration.tokens import FEWEST_WITH_HELD_OUT, DenseGroup, LayerTokens
-from tuckerize.checkpoint.reader import TORCH_DTYPES, Checkpoint, WeightFile, read_tensors
+from tuckerize.checkpoint.reader import WeightFile, read_tensors
 from tuckerize.checkpoint.writer import write_tensors
-from tuckerize.domain import Projection
-from tuckerize.errors import NonFiniteError
+from tuckerize.domain import Projection, group_experts
+from tuckerize.errors import NonFiniteError, located
 from tuckerize.linalg.hooi import check_finite
 from tuckerize.linalg.tucker import largest_magnitude
-from tuckerize.moe.families import MoeModel, describe_moe
-from tuckerize.moe.stacks import group_experts, read_stack
+from tuckerize.moe.source import SourceModel
 from tuckerize.recipe import Recipe
 from tuckerize.runtime.experts import ACTIVATIONS, Activation, TuckerExperts, activation_of
 
@@ -35,8 +34,7 @@ class CalibrationPass:
     """A model and the windows of text that it is calibrated with.
 
     Attributes:
-        source: The checkpoint.
-        moe: Its MoE facts.
+        source: The dense model.
         model: Its decoder layers, one at a time.
         windows_SL: Tokens, shape (S, L).
         text_windows: How many of the windows are of text; they are the first.
@@ -44,8 +42,7 @@ class CalibrationPass:
         notes: What the user should know about the text.
     """
 
-    source: Checkpoint
-    moe: MoeModel
+    source: SourceModel
     model: StreamedModel
     windows_SL: Tensor
     text_windows: int
@@ -53,21 +50,21 @@ class CalibrationPass:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def open(cls, source: Checkpoint, recipe: Recipe, device: torch.device) -> CalibrationPass:
+    def open(cls, source: SourceModel, recipe: Recipe, device: torch.device) -> CalibrationPass:
         """Read the calibration text of a recipe, and open the model for streaming.
 
         Raises:
             UsageError: A text is missing, empty or cannot be read.
-            CheckpointError: The family or its activation is not known, or tensors are missing.
+            CheckpointError: The activation is not known, or tensors are missing.
         """
         settings = recipe.calibration
         if settings is None:
             raise TypeError("the recipe has no calibration")
-        moe = describe_moe(source.config, source.tensors)
-        activation_of(source.config)
+        checkpoint = source.checkpoint
+        activation_of(checkpoint.config)
         windows = read_windows(
             [parse_source(text) for text in settings.texts],
-            source.folder,
+            checkpoint.folder,
             tokens=settings.tokens,
             window=settings.window,
             seed=_SEED,
@@ -81,18 +78,17 @@ class CalibrationPass:
             )
         return cls(
             source,
-            moe,
-            StreamedModel.open(source, moe.family, device=device),
+            StreamedModel.open(checkpoint, source.moe.family, device=device),
             windows.tokens_SL,
             windows.text,
-            recipe.group_size or moe.shape.experts,
+            recipe.group_size or source.moe.shape.experts,
             tuple(notes),
         )
 
     @property
     def activation(self) -> Activation:
         """The activation between gate and up."""
-        return ACTIVATIONS[self.moe.activation]
+        return ACTIVATIONS[self.source.moe.activation]
 
     def embed(self) -> Tensor:
         """Hidden states in front of the first layer, shape (S, L, I)."""
@@ -146,27 +142,16 @@ class CalibrationPass:
         Raises:
             NonFiniteError: A stack holds NaN or infinity.
         """
-        count = self.moe.shape.experts // self.group_size
+        count = self.source.moe.shape.experts // self.group_size
         return [self._group(layer, index) for index in range(count)]
 
     def _group(self, layer: int, index: int) -> DenseGroup:
-        experts = group_experts(self.moe.shape, self.group_size, index)
+        experts = group_experts(self.source.moe.shape, self.group_size, index)
         stacks = {}
         for projection in Projection:
-            stack = read_stack(
-                self.source.read,
-                self.moe.family,
-                self.moe.shape,
-                layer=layer,
-                experts=experts,
-                projection=projection,
-                dtype=TORCH_DTYPES[self.moe.dtype],
-            )
-            try:
+            stack = self.source.stack(layer, projection, experts)
+            with located(f"layer {layer}, group {index}, {projection}"):
                 check_finite(stack)
-            except NonFiniteError as error:
-                place = f"layer {layer}, group {index}, {projection}"
-                raise NonFiniteError(f"{place}: {error.message}", hint=error.hint) from None
             stacks[projection] = stack.to(self.model.device, torch.float32)
         return DenseGroup(stacks, experts)
 

@@ -55,11 +55,11 @@ class ProfileCache:
         """The cache of a model, text and settings, in `$XDG_CACHE_HOME/tuckerize`."""
         files = [
             (name, file.path.stat().st_size, file.path.stat().st_mtime_ns)
-            for name, file in sorted(run.source.files.items())
+            for name, file in sorted(run.source.checkpoint.files.items())
         ]
         key = {
             "version": [__version__, _PROFILE_VERSION],
-            "config": run.source.config,
+            "config": run.source.checkpoint.config,
             "files": files,
             "windows": fingerprint(run.windows_SL),
             "group_size": run.group_size,
@@ -111,8 +111,12 @@ def profile_model(run: CalibrationPass, progress: Progress) -> list[LayerProfile
         progress: Shows how far the pass is.
     """
     cache = ProfileCache.of(run)
-    known = [profile for layer in run.moe.layers if (profile := cache.load(layer)) is not None]
-    if len(known) == len(run.moe.layers) and not any(math.isnan(p.sensitivity) for p in known):
+    known = [
+        profile for layer in run.source.moe.layers if (profile := cache.load(layer)) is not None
+    ]
+    if len(known) == len(run.source.moe.layers) and not any(
+        math.isnan(p.sensitivity) for p in known
+    ):
         return known
     progress.start(run.model.layers)
     start, states = cache.states.load(run.model.device)
@@ -121,7 +125,7 @@ def profile_model(run: CalibrationPass, progress: Progress) -> list[LayerProfile
     probes = states or {_CLEAN: hidden_SLI[_spread(run.text_windows, _PROBE_WINDOWS)]}
     progress.advance(start, "continued")
     for layer in range(start, run.model.layers):
-        if layer in run.moe.layers:
+        if layer in run.source.moe.layers:
             hidden_SLI, errors[f"{_ERROR}{layer}"] = _profile_layer(
                 run, layer, hidden_SLI, probes, cache
             )
@@ -132,7 +136,7 @@ def profile_model(run: CalibrationPass, progress: Progress) -> list[LayerProfile
         progress.advance(1, f"profile of layer {layer}")
     divergences = _divergences(run, probes)
     profiles = []
-    for layer in run.moe.layers:
+    for layer in run.source.moe.layers:
         profile = cache.load(layer)
         if profile is None:
             raise TypeError(f"layer {layer} has no profile")
@@ -206,13 +210,13 @@ def _spread(length: int, count: int) -> list[int]:
 
 def _divergences(run: CalibrationPass, probes: dict[str, Tensor]) -> dict[int, float]:
     """Mean Kullback-Leibler divergence (nats a token) from the clean prediction, by layer."""
-    totals = dict.fromkeys(run.moe.layers, 0.0)
+    totals = dict.fromkeys(run.source.moe.layers, 0.0)
     count = 0
     with run.model.head() as head:
         for window in range(len(probes[_CLEAN])):
             clean_LV = head(probes[_CLEAN][window : window + 1])[0].float().log_softmax(-1)
             count += len(clean_LV)
-            for layer in run.moe.layers:
+            for layer in run.source.moe.layers:
                 other_LV = head(probes[str(layer)][window : window + 1])[0].float().log_softmax(-1)
                 difference_LV = clean_LV.exp() * (clean_LV - other_LV)
                 totals[layer] += float(difference_LV.sum())

@@ -134,8 +134,15 @@ class Checkpoint:
         """Numbers in all tensors."""
         return sum(header.parameters for header in self.tensors.values())
 
-    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    def read(
+        self, names: Iterable[str], *, rows: range | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
         """Read tensors one at a time, file by file; files are closed as soon as they are read.
+
+        Args:
+            names: Names of the tensors, in any order.
+            rows: Consecutive indices of the first dimension: nothing else is loaded. All by
+                default.
 
         Raises:
             CheckpointError: A tensor is missing or cannot be read.
@@ -148,15 +155,22 @@ class Checkpoint:
                 )
             by_file.setdefault(self.file_of[name], []).append(name)
         for file_name, members in by_file.items():
-            yield from read_tensors(self.folder / file_name, members)
+            yield from read_tensors(self.folder / file_name, members, rows=rows)
 
     def read_one(self, name: str) -> Tensor:
         """Read one tensor."""
         return next(self.read([name]))[1]
 
 
-def read_tensors(path: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+def read_tensors(
+    path: Path, names: Iterable[str], *, rows: range | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """Read tensors of one safetensors file one at a time.
+
+    Args:
+        path: The file.
+        names: Names of the tensors.
+        rows: Consecutive indices of the first dimension; all by default.
 
     Raises:
         CheckpointError: The file or a tensor cannot be read.
@@ -164,7 +178,10 @@ def read_tensors(path: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor
     try:
         with safe_open(path, framework="pt") as file:
             for name in names:
-                yield name, file.get_tensor(name)
+                if rows is None:
+                    yield name, file.get_tensor(name)
+                else:
+                    yield name, file.get_slice(name)[rows.start : rows.stop]
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{path} cannot be read: {error}", hint="fetch or write the file again"

@@ -16,7 +16,8 @@ from tuckerize.errors import OutputError, TuckerizeError, UsageError
 from tuckerize.version import __version__
 
 if TYPE_CHECKING:
-    from tuckerize.format.tucker_checkpoint import OpenedSource, TuckerCheckpoint
+    from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
+    from tuckerize.moe.source import SourceModel
     from tuckerize.recipe import Recipe
 
 app = typer.Typer(
@@ -206,17 +207,17 @@ def plan(
 
     from tuckerize.calibration.calibration_pass import CalibrationPass
     from tuckerize.checkpoint.hub import resolve_model
-    from tuckerize.checkpoint.reader import Checkpoint
     from tuckerize.cli.progress import TerminalProgress
     from tuckerize.cli.tables import show
+    from tuckerize.moe.source import SourceModel
     from tuckerize.parallel.backends import choose_device
     from tuckerize.planning.curve import damage_curve
     from tuckerize.planning.plan import make_plan
 
-    source = Checkpoint.open(resolve_model(model))
+    source = SourceModel.open(resolve_model(model))
     make_plan(source, wanted)
     opened = CalibrationPass.open(source, wanted, choose_device(device.value, local_rank=0))
-    report = damage_curve(source, wanted, opened, TerminalProgress())
+    report = damage_curve(wanted, opened, TerminalProgress())
     _write_notes(report.notes)
     show(report, as_json=as_json)
 
@@ -323,9 +324,9 @@ def decompose(
     from tuckerize.calibration.calibration_pass import CalibrationPass
     from tuckerize.checkpoint.hub import resolve_model
     from tuckerize.checkpoint.output import OutputFolder
-    from tuckerize.checkpoint.reader import Checkpoint
     from tuckerize.cli.progress import TerminalProgress
     from tuckerize.cli.tables import show
+    from tuckerize.moe.source import SourceModel
     from tuckerize.parallel.backends import choose_device
     from tuckerize.parallel.processes import process_group
     from tuckerize.pipeline.compression import compress_model as run
@@ -342,15 +343,14 @@ def decompose(
         _refuse_calibration_of_several(wanted, processes.size)
 
         def prepare() -> tuple[Plan, CalibrationPass | None]:
-            source = resolve_model(model)
-            checkpoint = Checkpoint.open(source)
+            source = SourceModel.open(resolve_model(model))
             opened = None
-            draft = make_plan(checkpoint, wanted)
+            draft = make_plan(source, wanted)
             if wanted.calibration:
-                opened = CalibrationPass.open(checkpoint, wanted, own_device)
-                draft = draft_plan(checkpoint, wanted, opened)
+                opened = CalibrationPass.open(source, wanted, own_device)
+                draft = draft_plan(wanted, opened)
             if output is not None and not dry_run:
-                _refuse_overlap(output, source)
+                _refuse_overlap(output, source.checkpoint.folder)
                 folder = OutputFolder(output)
                 if processes.is_leader:
                     folder.claim(draft.fingerprint(), overwrite=overwrite)
@@ -358,7 +358,7 @@ def decompose(
                     folder.join(draft.fingerprint())
             if opened is None:
                 return draft, None
-            return plan_calibrated(checkpoint, wanted, opened, TerminalProgress()), opened
+            return plan_calibrated(wanted, opened, TerminalProgress()), opened
 
         plan, opened = processes.leader_first(prepare)
         if output is None or dry_run:
@@ -677,7 +677,7 @@ def _calibration(texts: list[str] | None, settings: dict[str, Any]) -> dict[str,
     return None
 
 
-def _source(model: str | None, tucker: TuckerCheckpoint, *, needed: bool) -> OpenedSource | None:
+def _source(model: str | None, tucker: TuckerCheckpoint, *, needed: bool) -> SourceModel | None:
     """The source model: the one named, else the recorded one where it is still there."""
     from tuckerize.format.tucker_checkpoint import open_source
 

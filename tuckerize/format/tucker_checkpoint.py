@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from tuckerize.errors import CheckpointError
 from tuckerize.format.manifest import TuckerManifest, read_tucker_manifest
 from tuckerize.linalg.selection import KeptNeurons, kept_neurons
 from tuckerize.linalg.tucker import TuckerFactors
-from tuckerize.moe.families import FAMILIES, Family, MoeModel, describe_moe
+from tuckerize.moe.families import FAMILIES, Family
+from tuckerize.moe.source import SourceModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,37 +100,52 @@ class TuckerCheckpoint:
         names = [prefix + name for name in self.group_headers(layer, group)]
         return {name.removeprefix(prefix): tensor for name, tensor in self.checkpoint.read(names)}
 
+    def router(self, layer: int) -> Tensor:
+        """Weight of the router of a layer, shape (E, I)."""
+        return self.checkpoint.read_one(self.family.router_weight.format(layer=layer))
+
+    def input_norm(self, layer: int) -> Tensor:
+        """Weight of the norm before the MoE block of a layer, shape (I,)."""
+        return self.checkpoint.read_one(self.family.input_norm.format(layer=layer))
+
+    def dense_layers(self) -> SourceModel | None:
+        """The layers that stayed dense as a model of their own; None if there are none.
+
+        Raises:
+            CheckpointError: Tensors of theirs are missing or of another shape or type.
+        """
+        tensors = {
+            name: header
+            for name, header in self.checkpoint.tensors.items()
+            if self.family.layer_of(name) not in self.manifest.layers
+        }
+        if not any(map(self.family.is_routed, tensors)):
+            return None
+        config = {k: v for k, v in self.config.items() if k != "quantization_config"}
+        return SourceModel.open(replace(self.checkpoint, config=config, tensors=tensors))
+
     def kept(self, layer: int, group: int) -> KeptNeurons | None:
         """Neurons that every expert of a group keeps; None if all."""
         kept_EH = self.manifest.kept_neurons(layer, group)
         return None if kept_EH is None else kept_neurons(torch.from_numpy(kept_EH))
 
 
-@dataclass(frozen=True, slots=True)
-class OpenedSource:
-    """The dense checkpoint that a Tucker checkpoint was made from."""
-
-    checkpoint: Checkpoint
-    model: MoeModel
-
-
-def open_source(model: str, tucker: TuckerCheckpoint) -> OpenedSource:
+def open_source(model: str, tucker: TuckerCheckpoint) -> SourceModel:
     """Open the source of a Tucker checkpoint, and check that it is the source.
 
     Raises:
         CheckpointError: It is missing, or another model.
     """
-    checkpoint = Checkpoint.open(resolve_model(model))
-    found = describe_moe(checkpoint.config, checkpoint.tensors)
+    source = SourceModel.open(resolve_model(model))
     recorded = {file.name: file.bytes for file in tucker.manifest.source.files}
-    present = {name: file.path.stat().st_size for name, file in checkpoint.files.items()}
-    if recorded != present or found.shape != tucker.manifest.shape:
+    present = {name: file.path.stat().st_size for name, file in source.checkpoint.files.items()}
+    if recorded != present or source.moe.shape != tucker.manifest.shape:
         raise CheckpointError(
             f"{model} is not the checkpoint that {tucker.folder} was made from: its weight files "
             "differ in name or size",
             hint=f"the source was {tucker.manifest.source.model}",
         )
-    return OpenedSource(checkpoint, found)
+    return source
 
 
 def _core_of(group: dict[str, Tensor], projection: Projection) -> Tensor:

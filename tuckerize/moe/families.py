@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from tuckerize.domain import Projection, StackShape, TensorHeader
 from tuckerize.errors import CheckpointError
+from tuckerize.moe.storage import PerExpert, Storage
 
 Config = Mapping[str, Any]
 
@@ -44,14 +45,14 @@ class Routing:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Names of one model family; `{layer}`, `{expert}` and `{projection}` are filled in.
+    """Names of one model family; `{layer}` is filled in.
 
     Attributes:
         model_type: `model_type` in config.json.
-        experts: Prefix of the routed experts of a layer.
-        expert_weight: Name of one expert's projection below that prefix.
+        experts: Module of the routed experts of a layer.
+        storage: Their layout on disk, with names below that module.
         router_weight: Weight of the router, shape (E, I).
-        input_norm: Weight of the norm in front of the MoE block, shape (I,).
+        input_norm: Weight of the norm before the MoE block, shape (I,).
         experts_keys: Configuration keys of the number of routed experts: the first that is there.
         intermediate_key: Configuration key of the experts' intermediate size.
         shared_key: Configuration key of the number of shared experts; None where there are none.
@@ -60,7 +61,7 @@ class Family:
 
     model_type: str
     experts: str
-    expert_weight: str
+    storage: Storage
     router_weight: str
     input_norm: str
     experts_keys: tuple[str, ...]
@@ -76,10 +77,9 @@ class Family:
         """Prefix of the routed experts of a layer, without the final dot."""
         return self.experts.format(layer=layer)
 
-    def weight_name(self, layer: int, expert: int, projection: Projection) -> str:
-        """Checkpoint name of one expert's weight matrix."""
-        below = self.expert_weight.format(expert=expert, projection=projection)
-        return f"{self.experts_prefix(layer)}.{below}"
+    def stored(self, layer: int) -> Storage:
+        """Layout of the routed experts of a layer, with names as in the checkpoint."""
+        return self.storage.within(self.experts_prefix(layer))
 
     def layer_of(self, name: str) -> int | None:
         """Index of the layer whose routed experts a tensor belongs to, or None."""
@@ -123,14 +123,6 @@ class MoeModel:
         """Whether a tensor, dense or factored, belongs to routed experts."""
         return self.family.is_routed(name)
 
-    def layer_weight_names(self, layer: int) -> list[str]:
-        """Checkpoint names of all routed weights of a layer."""
-        return [
-            self.family.weight_name(layer, expert, projection)
-            for expert in range(self.shape.experts)
-            for projection in Projection
-        ]
-
 
 def describe_moe(config: Config, tensors: Mapping[str, TensorHeader]) -> MoeModel:
     """Recognise the family of a checkpoint and check that its routed experts are complete.
@@ -157,7 +149,7 @@ def describe_moe(config: Config, tensors: Mapping[str, TensorHeader]) -> MoeMode
     if not layers:
         raise CheckpointError(
             f"no tensor is named like the routed experts of {family.model_type} "
-            f"({family.weight_name(0, 0, Projection.GATE)})",
+            f"({next(iter(family.stored(0).tensors(StackShape(1, 1, 1))))})",
             hint="the checkpoint may be incomplete, or saved in another layout",
         )
     shape = StackShape(
@@ -165,7 +157,7 @@ def describe_moe(config: Config, tensors: Mapping[str, TensorHeader]) -> MoeMode
         _positive(config, family.intermediate_key),
         _positive(config, "hidden_size"),
     )
-    first = family.weight_name(layers[0], 0, Projection.GATE)
+    first = next(iter(family.stored(layers[0]).tensors(shape)))
     model = MoeModel(
         family=family,
         layers=layers,
@@ -177,13 +169,6 @@ def describe_moe(config: Config, tensors: Mapping[str, TensorHeader]) -> MoeMode
     )
     _check_weights(model, tensors)
     return model
-
-
-def disk_shape(shape: StackShape, projection: Projection) -> tuple[int, int]:
-    """Shape of one expert's weight on disk: (H, I), or (I, H) for down_proj."""
-    if projection == Projection.DOWN:
-        return shape.hidden, shape.intermediate
-    return shape.intermediate, shape.hidden
 
 
 def _family(config: Config) -> Family:
@@ -209,13 +194,10 @@ def _positive(config: Config, *keys: str) -> int:
 
 def _check_weights(model: MoeModel, tensors: Mapping[str, TensorHeader]) -> None:
     for layer in model.layers:
-        for projection in Projection:
-            expected = disk_shape(model.shape, projection)
-            for expert in range(model.shape.experts):
-                name = model.family.weight_name(layer, expert, projection)
-                _check_weight(name, tensors.get(name), expected, model.dtype)
-        known = set(model.layer_weight_names(layer))
         prefix = model.family.experts_prefix(layer) + "."
+        known = model.family.stored(layer).tensors(model.shape)
+        for name, expected in known.items():
+            _check_weight(name, tensors.get(name), expected, model.dtype)
         extra = sorted(n for n in tensors if n.startswith(prefix) and n not in known)
         if extra:
             raise CheckpointError(
@@ -226,7 +208,7 @@ def _check_weights(model: MoeModel, tensors: Mapping[str, TensorHeader]) -> None
 
 
 def _check_weight(
-    name: str, header: TensorHeader | None, expected: tuple[int, int], dtype: str
+    name: str, header: TensorHeader | None, expected: tuple[int, ...], dtype: str
 ) -> None:
     if header is None:
         raise CheckpointError(
@@ -274,6 +256,12 @@ def _deepseek_v2_routing(config: Config) -> Routing:
     return routing
 
 
+_PER_PROJECTION = PerExpert(
+    gate="{expert}.gate_proj.weight",
+    up="{expert}.up_proj.weight",
+    down="{expert}.down_proj.weight",
+)
+
 # As their authors published them, and as transformers saves some of them.
 _EXPERTS_KEYS = ("num_experts", "num_local_experts")
 
@@ -295,7 +283,7 @@ def _llama_like(model_type: str, intermediate_key: str) -> Family:
     return Family(
         model_type=model_type,
         experts="model.layers.{layer}.mlp.experts",
-        expert_weight="{expert}.{projection}.weight",
+        storage=_PER_PROJECTION,
         router_weight="model.layers.{layer}.mlp.gate.weight",
         input_norm="model.layers.{layer}.post_attention_layernorm.weight",
         experts_keys=_EXPERTS_KEYS,
@@ -311,7 +299,7 @@ FAMILIES: Mapping[str, Family] = {
         Family(
             model_type="deepseek_v2",
             experts="model.layers.{layer}.mlp.experts",
-            expert_weight="{expert}.{projection}.weight",
+            storage=_PER_PROJECTION,
             router_weight="model.layers.{layer}.mlp.gate.weight",
             input_norm="model.layers.{layer}.post_attention_layernorm.weight",
             experts_keys=("n_routed_experts",),

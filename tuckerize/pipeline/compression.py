@@ -17,8 +17,8 @@ from tuckerize.checkpoint.other_files import copy_other_files
 from tuckerize.checkpoint.output import OutputFolder
 from tuckerize.checkpoint.reader import CONFIG, TORCH_DTYPES, WeightFile, measure_size
 from tuckerize.checkpoint.writer import copy_tensors, describe_file, write_index, write_tensors
-from tuckerize.domain import MultilinearRank, Projection, StackResult, coupling_name
-from tuckerize.errors import DecompositionError
+from tuckerize.domain import MultilinearRank, Projection, StackResult, coupling_name, group_experts
+from tuckerize.errors import located
 from tuckerize.format.card import with_loader, write_hub_files
 from tuckerize.format.config import FORMAT_VERSION, METHOD, announce_group
 from tuckerize.format.manifest import LayerRecord, SourceRecord, TuckerManifest
@@ -27,7 +27,6 @@ from tuckerize.linalg.rank_choice import rank_for_tolerance
 from tuckerize.linalg.tensorly_engine import tensorly_tucker
 from tuckerize.linalg.tucker import check_no_overflow, relative_residual
 from tuckerize.moe.families import Family
-from tuckerize.moe.stacks import group_experts, read_stack
 from tuckerize.parallel.processes import Processes
 from tuckerize.pipeline.decompose_calibrated import compress_layers
 from tuckerize.planning.estimate import work
@@ -130,7 +129,7 @@ def _carry_out(
     """Write the weight file of a piece; returns its record."""
     if isinstance(piece, TuckerPiece):
         return _decompose_piece(plan, piece, output, device)
-    source = plan.source.files[piece.source_file]
+    source = plan.source.checkpoint.files[piece.source_file]
     name = plan.weight_file(piece)
     written = copy_tensors(output / name, source, piece.tensors) if name else None
     return {
@@ -142,16 +141,14 @@ def _carry_out(
 def _decompose_piece(
     plan: Plan, piece: TuckerPiece, output: Path, device: torch.device
 ) -> dict[str, Any]:
-    prefix = plan.model.family.experts_prefix(piece.layer)
+    prefix = plan.source.moe.family.experts_prefix(piece.layer)
     tensors: dict[str, Tensor] = {}
     records: list[StackResult] = []
     for group, target in enumerate(piece.targets):
-        stacks = [stack.to(device) for stack in _read_stacks(plan, piece, group)]
-        try:
+        experts = group_experts(plan.source.moe.shape, plan.group_size, group)
+        stacks = [plan.source.stack(piece.layer, p, experts).to(device) for p in piece.coupling]
+        with located(f"layer {piece.layer}, group {group}, {coupling_name(piece.coupling)}"):
             result = _factorise(plan, stacks, target)
-        except DecompositionError as error:
-            place = f"layer {piece.layer}, group {group}, {coupling_name(piece.coupling)}"
-            raise type(error)(f"{place}: {error.message}", hint=error.hint) from None
         for projection, stack, factors in zip(piece.coupling, stacks, result.tensors, strict=True):
             stored = factors.to(TORCH_DTYPES[plan.dtype])
             for name, tensor in named_tensors(piece.coupling, projection, stored):
@@ -175,21 +172,6 @@ def _decompose_piece(
     }
 
 
-def _read_stacks(plan: Plan, piece: TuckerPiece, group: int) -> list[Tensor]:
-    return [
-        read_stack(
-            plan.source.read,
-            plan.model.family,
-            plan.model.shape,
-            layer=piece.layer,
-            experts=group_experts(plan.model.shape, plan.group_size, group),
-            projection=projection,
-            dtype=TORCH_DTYPES[plan.model.dtype],
-        )
-        for projection in piece.coupling
-    ]
-
-
 def _factorise(plan: Plan, stacks: list[Tensor], target: Target) -> Decomposition:
     rank = target.rank
     if rank is None:
@@ -208,34 +190,34 @@ def _finish(plan: Plan, folder: OutputFolder, model: str) -> TuckerManifest:
     calibrated = [LayerRecord(**r["calibrated"]) for r in records if "calibrated" in r]
     stacks = [stack for record in records for stack in read(record.get("stacks", []))]
     stacks.sort(key=lambda stack: (stack.layer, stack.group))
-    output = folder.folder
-    copy_other_files(plan.source.folder, output)
+    output, source, moe = folder.folder, plan.source.checkpoint, plan.source.moe
+    copy_other_files(source.folder, output)
     opened = [WeightFile.open(output / file.name) for file in files]
     headers = {name: place.header for file in opened for name, place in file.tensors.items()}
     manifest = TuckerManifest(
         tuckerize_version=__version__,
-        family=plan.model.family.model_type,
+        family=moe.family.model_type,
         source=SourceRecord(
             model=model,
-            config_sha256=sha256_of(plan.source.folder / CONFIG),
-            auto_map=plan.source.config.get("auto_map"),
+            config_sha256=sha256_of(source.folder / CONFIG),
+            auto_map=source.config.get("auto_map"),
             files=tuple(FileRecord(**record["source"]) for record in records if "source" in record),
         ),
         recipe=plan.recipe.model_dump(mode="json", exclude_none=True),
         dtype=plan.dtype,
-        shape=plan.model.shape,
+        shape=moe.shape,
         group_size=plan.group_size,
         joint=plan.joint,
         stacks=tuple(stacks),
         calibrated=tuple(calibrated),
-        before=measure_size(plan.source.tensors, is_routed=plan.model.is_routed),
-        after=measure_size(headers, is_routed=plan.model.is_routed),
+        before=plan.source.size,
+        after=measure_size(headers, is_routed=moe.is_routed),
         files=tuple(files),
     )
-    announced = _announce(plan.model.family, manifest)
-    config = plan.source.config
+    announced = _announce(moe.family, manifest)
+    config = source.config
     write_json(output / CONFIG, {**with_loader(config), "quantization_config": announced})
-    write_hub_files(plan.source.folder, output, manifest, config)
+    write_hub_files(source.folder, output, manifest, config)
     write_index(output, opened)
     folder.finish(manifest.model_dump(mode="json"))
     return manifest

@@ -19,10 +19,10 @@ from tuckerize.calibration.refine import Refinement, refine, relative_output_err
 from tuckerize.calibration.text import fingerprint
 from tuckerize.calibration.tokens import DenseGroup, LayerTokens
 from tuckerize.checkpoint.output import OutputFolder
-from tuckerize.checkpoint.reader import TORCH_DTYPES, Checkpoint
+from tuckerize.checkpoint.reader import TORCH_DTYPES
 from tuckerize.checkpoint.writer import write_tensors
 from tuckerize.domain import StackResult
-from tuckerize.errors import DecompositionError
+from tuckerize.errors import located
 from tuckerize.format.manifest import LayerRecord, pack_neurons
 from tuckerize.format.tucker_checkpoint import factors_of
 from tuckerize.linalg.tucker import (
@@ -46,18 +46,16 @@ class _Compressed(NamedTuple):
     notes: list[str]
 
 
-def draft_plan(source: Checkpoint, recipe: Recipe, calibration: CalibrationPass) -> Plan:
+def draft_plan(recipe: Recipe, calibration: CalibrationPass) -> Plan:
     """The plan of a recipe before its budget is shared out: what an output folder is claimed for.
 
     Raises:
         TuckerizeError: As `make_plan`.
     """
-    return make_plan(source, recipe, text=fingerprint(calibration.windows_SL))
+    return make_plan(calibration.source, recipe, text=fingerprint(calibration.windows_SL))
 
 
-def plan_calibrated(
-    source: Checkpoint, recipe: Recipe, calibration: CalibrationPass, progress: Progress
-) -> Plan:
+def plan_calibrated(recipe: Recipe, calibration: CalibrationPass, progress: Progress) -> Plan:
     """The plan of a recipe with calibration; profiles the model where a budget is to be shared out.
 
     Raises:
@@ -66,7 +64,7 @@ def plan_calibrated(
     profiles: Sequence[LayerProfile] = ()
     if any(rule.keep is not None for rule in recipe.rules):
         profiles = profile_model(calibration, progress)
-    return make_plan(source, recipe, profiles, fingerprint(calibration.windows_SL))
+    return make_plan(calibration.source, recipe, profiles, fingerprint(calibration.windows_SL))
 
 
 def compress_layers(
@@ -115,7 +113,7 @@ def _pass_layer(
 
     All else that was made of the layer is gone when this returns: the next needs the memory.
     """
-    if layer not in run.moe.layers:
+    if layer not in run.source.moe.layers:
         return run.run_layer(layer, hidden_SLI, None), None
     groups = run.groups(layer)
     dense = run.module([group.as_tensors() for group in groups])
@@ -146,7 +144,7 @@ def _compress_layer(
         moments = gather_moments(group, fit, activation=run.activation)
         few = (moments.routed_E < group.shape.intermediate).nonzero()[:, 0] + group.experts.start
         rare += few.tolist()
-        try:
+        with located(f"layer {piece.layer}, group {index}"):
             compressed.append(
                 compress_group(
                     group,
@@ -157,9 +155,6 @@ def _compress_layer(
                     activation=run.activation,
                 )
             )
-        except DecompositionError as error:
-            place = f"layer {piece.layer}, group {index}"
-            raise type(error)(f"{place}: {error.message}", hint=error.hint) from None
 
     def dense_output(part: LayerTokens) -> Tensor:
         with torch.no_grad():
@@ -228,7 +223,7 @@ def _write(
     output: Path,
 ) -> dict[str, Any]:
     """Write the weight file of a layer; returns its record."""
-    prefix = plan.model.family.experts_prefix(piece.layer)
+    prefix = plan.source.moe.family.experts_prefix(piece.layer)
     named: dict[str, Tensor] = {}
     results: list[StackResult] = []
     kept = []

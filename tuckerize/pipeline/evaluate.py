@@ -17,11 +17,11 @@ from tuckerize.calibration.stream import ExpertsCall, StreamedModel
 from tuckerize.calibration.text import parse_source, read_windows
 from tuckerize.checkpoint.output import MANIFEST
 from tuckerize.checkpoint.reader import Checkpoint, measure_size
-from tuckerize.domain import CORE, Projection, StackShape
+from tuckerize.domain import CORE, Projection
 from tuckerize.errors import CheckpointError
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
-from tuckerize.moe.families import Family, describe_moe
-from tuckerize.moe.stacks import read_stack
+from tuckerize.moe.families import Family
+from tuckerize.moe.source import SourceModel
 from tuckerize.progress import Progress
 from tuckerize.report import EvaluateReport, Evaluation
 from tuckerize.runtime.experts import Activation, TuckerExperts, activation_of
@@ -37,47 +37,49 @@ class Evaluated:
     Attributes:
         checkpoint: Its tensors.
         family: Its family.
-        shape: Sizes (E, H, I) of a projection's experts in a layer.
         activation: Between gate and up.
-        tucker: What is factored in it; None if nothing is.
+        tucker: Its factored layers; None if there are none.
+        dense: Its dense layers; None if there are none.
     """
 
     checkpoint: Checkpoint
     family: Family
-    shape: StackShape
     activation: Activation
     tucker: TuckerCheckpoint | None
+    dense: SourceModel | None
 
     def module(self, layer: int, device: torch.device) -> TuckerExperts:
-        """The routed experts of a layer, factored or dense, in float32."""
+        """The routed experts of a layer, factored or dense, in float32.
+
+        Raises:
+            CheckpointError: There are none, or they cannot be read.
+        """
         if self.tucker is not None and layer in self.tucker.manifest.layers:
             size = self.tucker.manifest.group_size
             groups = [
                 self.tucker.read_group(layer, group) for group in range(self.tucker.manifest.groups)
             ]
+        elif self.dense is not None:
+            size = self.dense.moe.shape.experts
+            groups = [_as_group(self.dense, layer)]
         else:
-            size = self.shape.experts
-            groups = [self._dense(layer)]
+            raise CheckpointError(
+                f"{self.checkpoint.folder} has no routed experts of layer {layer}",
+                hint="fetch or write the folder again",
+            )
         on_device = [
             {name: tensor.to(device, torch.float32) for name, tensor in group.items()}
             for group in groups
         ]
         return TuckerExperts(on_device, group_size=size, activation=self.activation)
 
-    def _dense(self, layer: int) -> dict[str, Tensor]:
-        """Dense experts as the tensors of a group of which every mode is full."""
-        return {
-            f"{projection}.{CORE}": read_stack(
-                self.checkpoint.read,
-                self.family,
-                self.shape,
-                layer=layer,
-                experts=range(self.shape.experts),
-                projection=projection,
-                dtype=torch.float32,
-            )
-            for projection in Projection
-        }
+
+def _as_group(source: SourceModel, layer: int) -> dict[str, Tensor]:
+    """Dense experts as the tensors of a group of which every mode is full."""
+    return {
+        f"{projection}.{CORE}": source.stack(layer, projection, dtype=torch.float32)
+        for projection in Projection
+    }
 
 
 def open_evaluated(folder: Path) -> Evaluated:
@@ -89,12 +91,14 @@ def open_evaluated(folder: Path) -> Evaluated:
     """
     if (folder / MANIFEST).exists():
         tucker = TuckerCheckpoint.open(folder)
-        shape, activation = tucker.manifest.shape, activation_of(tucker.config)
-        return Evaluated(tucker.checkpoint, tucker.family, shape, activation, tucker)
-    checkpoint = Checkpoint.open(folder)
-    model = describe_moe(checkpoint.config, checkpoint.tensors)
+        activation = activation_of(tucker.config)
+        return Evaluated(
+            tucker.checkpoint, tucker.family, activation, tucker, tucker.dense_layers()
+        )
+    source = SourceModel.open(folder)
+    checkpoint = source.checkpoint
     activation = activation_of(checkpoint.config)
-    return Evaluated(checkpoint, model.family, model.shape, activation, None)
+    return Evaluated(checkpoint, source.moe.family, activation, None, source)
 
 
 def evaluate(

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from tuckerize.checkpoint.output import MANIFEST
-from tuckerize.checkpoint.reader import Checkpoint, measure_size
+from tuckerize.checkpoint.reader import Checkpoint
 from tuckerize.domain import Size, coupling_name
 from tuckerize.format.consistency import carries_loader, check_loadable
 from tuckerize.format.manifest import sharding_name
 from tuckerize.format.shards import available_shardings
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
-from tuckerize.moe.families import describe_moe
+from tuckerize.moe.source import SourceModel
 from tuckerize.planning.estimate import peak_bytes, seconds
 from tuckerize.planning.plan import Plan
 from tuckerize.report import InspectReport, PlanReport, StackPlan, TuckerFacts
@@ -27,7 +27,8 @@ def inspect_model(folder: Path) -> InspectReport:
     announced = checkpoint.config.get("quantization_config") or {}
     if (folder / MANIFEST).exists() or announced.get("quant_method") == "tuckerize":
         return _describe_tucker(TuckerCheckpoint.open(folder))
-    model = describe_moe(checkpoint.config, checkpoint.tensors)
+    source = SourceModel.open(checkpoint)
+    model = source.moe
     return InspectReport(
         model=str(folder),
         family=model.family.model_type,
@@ -36,13 +37,13 @@ def inspect_model(folder: Path) -> InspectReport:
         top_k=model.routing.top_k,
         shared_experts=model.shared_experts,
         dtype=model.dtype,
-        size=measure_size(checkpoint.tensors, is_routed=model.is_routed),
+        size=source.size,
     )
 
 
 def describe_plan(plan: Plan) -> PlanReport:
     """What a plan will store, and what carrying it out will take."""
-    before = measure_size(plan.source.tensors, is_routed=plan.model.is_routed)
+    before = plan.source.size
     dense_bytes = before.routed_bytes // before.routed_parameters
     stacks, saved_parameters, saved_bytes = [], 0, 0
     for planned in [stacks for piece in plan.pieces for stacks in plan.stacks(piece)]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,10 @@ from tuckerize.checkpoint.other_files import copy_other_files
 from tuckerize.checkpoint.output import OutputFolder
 from tuckerize.checkpoint.reader import CONFIG, TORCH_DTYPES, WeightFile, measure_size
 from tuckerize.checkpoint.writer import copy_tensors, write_index, write_tensors
-from tuckerize.domain import Projection
+from tuckerize.domain import Coupling, Projection, coupling_name, group_experts
 from tuckerize.format.card import restore_card
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint, factors_of
 from tuckerize.linalg.tucker import with_zero_rows
-from tuckerize.moe.stacks import group_experts, to_stack_orientation
 from tuckerize.progress import Progress
 from tuckerize.report import ReconstructReport
 from tuckerize.version import __version__
@@ -63,7 +63,8 @@ def reconstruct(
         for name, file in tucker.checkpoint.files.items()
     }
     copies = [name for name, tensors in untouched.items() if tensors]
-    places = [(layer, projection) for layer in tucker.manifest.layers for projection in Projection]
+    together = tucker.family.storage.together
+    places = [(layer, own) for layer in tucker.manifest.layers for own in together]
     count = len(copies) + len(places)
     written = [output / f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
     progress.start(count)
@@ -72,11 +73,11 @@ def reconstruct(
             copy_tensors(path, tucker.checkpoint.files[name], untouched[name])
             folder.write_record(path.stem, {})
         progress.advance(1, name)
-    for path, (layer, projection) in zip(written[len(copies) :], places, strict=True):
+    for path, (layer, projections) in zip(written[len(copies) :], places, strict=True):
         if folder.record(path.stem) is None:
-            write_tensors(path, _expand(tucker, layer, projection))
+            write_tensors(path, _expand(tucker, layer, projections))
             folder.write_record(path.stem, {})
-        progress.advance(1, f"layer {layer}, {projection}")
+        progress.advance(1, f"layer {layer}, {coupling_name(projections)}")
     progress.close()
     copy_other_files(tucker.folder, output)
     restore_card(output)
@@ -93,21 +94,33 @@ def reconstruct(
     return ReconstructReport(str(output), size, tucker.manifest.layers)
 
 
-def _expand(tucker: TuckerCheckpoint, layer: int, projection: Projection) -> dict[str, Tensor]:
-    """The dense weights of one projection of all experts of a layer, by checkpoint name."""
-    dtype = TORCH_DTYPES[tucker.manifest.dtype]
-    wide = torch.promote_types(dtype, torch.float32)
-    weights = {}
+def _expand(tucker: TuckerCheckpoint, layer: int, projections: Coupling) -> dict[str, Tensor]:
+    """The dense weights of projections of all experts of a layer, by checkpoint name."""
+    return tucker.family.stored(layer).write(
+        tucker.manifest.shape,
+        projections,
+        (
+            (projection, expert, matrix_HI)
+            for projection in projections
+            for expert, matrix_HI in _expand_experts(tucker, layer, projection)
+        ),
+        TORCH_DTYPES[tucker.manifest.dtype],
+    )
+
+
+def _expand_experts(
+    tucker: TuckerCheckpoint, layer: int, projection: Projection
+) -> Iterator[tuple[int, Tensor]]:
+    """The experts of a layer and their dense matrices (H, I)."""
+    wide = torch.promote_types(TORCH_DTYPES[tucker.manifest.dtype], torch.float32)
+    rows = tucker.manifest.shape.intermediate
     for group in range(tucker.manifest.groups):
         factors = factors_of(tucker.read_group(layer, group), projection)
         experts = group_experts(tucker.manifest.shape, tucker.manifest.group_size, group)
         kept = tucker.kept(layer, group)
-        for place, (expert, slice_HI) in enumerate(
-            zip(experts, factors.expand_slices(wide), strict=True)
-        ):
-            if kept is not None:
-                rows = tucker.manifest.shape.intermediate
-                slice_HI = with_zero_rows(slice_HI, kept.places_EK[place], rows)  # noqa: PLW2901
-            weight = to_stack_orientation(slice_HI, projection).to(dtype)
-            weights[tucker.family.weight_name(layer, expert, projection)] = weight.contiguous()
-    return weights
+        slices = zip(experts, factors.expand_slices(wide), strict=True)
+        for place, (expert, slice_HI) in enumerate(slices):
+            if kept is None:
+                yield expert, slice_HI
+            else:
+                yield expert, with_zero_rows(slice_HI, kept.places_EK[place], rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tuckerize.calibration.calibration_pass import CalibrationPass
 from tuckerize.calibration.profile_pass import profile_model
-from tuckerize.checkpoint.reader import TORCH_DTYPES, Checkpoint, measure_size
+from tuckerize.checkpoint.reader import TORCH_DTYPES
 from tuckerize.errors import UsageError
 from tuckerize.planning.plan import DTYPES, choose_sizes
 from tuckerize.progress import Progress
@@ -15,27 +15,24 @@ KEEPS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35,
 """Budgets of the curve."""
 
 
-def damage_curve(
-    source: Checkpoint, recipe: Recipe, calibration: CalibrationPass, progress: Progress
-) -> CurveReport:
+def damage_curve(recipe: Recipe, calibration: CalibrationPass, progress: Progress) -> CurveReport:
     """Predicted damage at every budget of `KEEPS` that the sizes allow.
 
     Profiles the model if its profile is not in the cache; decomposes nothing.
 
     Args:
-        source: The checkpoint.
         recipe: Settings of the calibration; its rules do not matter.
         calibration: The model and its text.
         progress: Shows how far the profile is.
     """
     run = calibration
     profiles = profile_model(run, progress)
-    before = measure_size(source.tensors, is_routed=run.moe.is_routed)
-    number = TORCH_DTYPES[DTYPES[recipe.dtype] if recipe.dtype else run.moe.dtype].itemsize
+    source, before = run.source, run.source.size
+    number = (TORCH_DTYPES[DTYPES[recipe.dtype]] if recipe.dtype else source.dtype).itemsize
     points = []
     for keep in KEEPS:
         try:
-            choices = choose_sizes(recipe, run.moe, run.group_size, profiles, keep)
+            choices = choose_sizes(recipe, source.moe, run.group_size, profiles, keep)
         except UsageError:
             break
         stored = sum(choice.parameters for choice in choices)
@@ -48,4 +45,4 @@ def damage_curve(
                 largest_error=max(choice.error for choice in choices) ** 0.5,
             )
         )
-    return CurveReport(str(source.folder), before, tuple(points), calibration.notes)
+    return CurveReport(str(source.checkpoint.folder), before, tuple(points), calibration.notes)

@@ -28,7 +28,7 @@ _WORK_BYTES = 4
 def work(plan: Plan, piece: Piece) -> float:
     """Floating-point operations of a piece, roughly; copies count as little as they take."""
     if isinstance(piece, CopyPiece):
-        ranges = plan.source.files[piece.source_file].tensors.values()
+        ranges = plan.source.checkpoint.files[piece.source_file].tensors.values()
         return float(sum(place.header.bytes for place in ranges))
     if isinstance(piece, LayerPiece):
         return _layer_work(plan, piece)
@@ -57,8 +57,8 @@ def _layer_work(plan: Plan, piece: LayerPiece) -> float:
     settings = plan.recipe.calibration
     if settings is None:
         return 0.0
-    experts, neurons, hidden = plan.model.shape
-    rows = settings.tokens * plan.model.routing.top_k
+    experts, neurons, hidden = plan.source.moe.shape
+    rows = settings.tokens * plan.source.moe.routing.top_k
     layer = 2.0 * 3 * neurons * hidden
     # Moments and their refit, the dense layer forward some four times, and the profile.
     total = rows * (2.0 * (hidden**2 + 3 * neurons**2) + 6 * layer)
@@ -69,7 +69,7 @@ def _layer_work(plan: Plan, piece: LayerPiece) -> float:
         total += min(_LIKELY_SWEEPS, plan.recipe.max_sweeps) * sweep
     # Forward and backward of a batch a step.
     batch = min(2048, settings.tokens)
-    return total + settings.refine * batch * plan.model.routing.top_k * 3 * layer
+    return total + settings.refine * batch * plan.source.moe.routing.top_k * 3 * layer
 
 
 def peak_bytes(plan: Plan) -> int:
@@ -92,8 +92,8 @@ def _layer_bytes(plan: Plan, piece: LayerPiece) -> int:
     settings = plan.recipe.calibration
     if settings is None:
         return 0
-    experts, neurons, hidden = plan.model.shape
-    dense = len(Projection) * plan.model.shape.parameters * _WORK_BYTES
+    experts, neurons, hidden = plan.source.moe.shape
+    dense = len(Projection) * plan.source.moe.shape.parameters * _WORK_BYTES
     states = settings.tokens * hidden * _WORK_BYTES
     moments = experts * (hidden**2 + neurons**2) * _WORK_BYTES
     least_squares = experts * (15 * neurons * hidden + 2 * hidden**2) * _WORK_BYTES
@@ -104,7 +104,7 @@ def _layer_bytes(plan: Plan, piece: LayerPiece) -> int:
 def seconds(plan: Plan) -> float:
     """Estimated time of one process, from the rate of one matrix product on this machine."""
     rate = _product_rate()
-    copied = plan.source.bytes / _COPY_BYTES_PER_SECOND
+    copied = plan.source.checkpoint.bytes / _COPY_BYTES_PER_SECOND
     pieces: list[Piece] = [*plan.tucker_pieces, *plan.layer_pieces]
     return copied + sum(work(plan, piece) for piece in pieces) / rate
 
@@ -112,8 +112,7 @@ def seconds(plan: Plan) -> float:
 def _piece_bytes(plan: Plan, piece: TuckerPiece) -> int:
     """Largest sum of what lives at once: stacks, projections, cores, the file's tensors."""
     shape = plan.group_shape
-    source = next(iter(plan.source.tensors[n] for n in plan.model.layer_weight_names(piece.layer)))
-    stack = shape.parameters * source.bytes // source.parameters
+    stack = shape.parameters * plan.source.dtype.itemsize
     stored = plan.stored_parameters(piece) * plan.dtype_bytes
     working = 0
     for target in piece.targets:

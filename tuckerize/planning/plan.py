@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from tuckerize.calibration.compress import CompressionTarget
 from tuckerize.calibration.layer_profile import LayerProfile
-from tuckerize.checkpoint.reader import TORCH_DTYPES, Checkpoint
+from tuckerize.checkpoint.reader import TORCH_DTYPES
 from tuckerize.domain import (
     GATE_UP,
     Coupling,
@@ -22,7 +22,8 @@ from tuckerize.domain import (
 )
 from tuckerize.errors import RecipeError, UsageError
 from tuckerize.linalg.hooi import check_rank
-from tuckerize.moe.families import MoeModel, describe_moe
+from tuckerize.moe.families import MoeModel
+from tuckerize.moe.source import SourceModel
 from tuckerize.planning.allocation import Choice, allocate, check_keep
 from tuckerize.planning.uniform import BudgetUnit, ranks_for_keep
 from tuckerize.recipe import CalibrationSettings, Recipe, resolve_rank, select_layers
@@ -129,8 +130,7 @@ class Plan:
     """Everything that a decomposition will write.
 
     Attributes:
-        source: The checkpoint.
-        model: Its MoE facts.
+        source: The dense model.
         recipe: What was asked for.
         dtype: safetensors' name of the type of factors and cores.
         group_size: Experts in a group.
@@ -140,8 +140,7 @@ class Plan:
             without a calibrated budget.
     """
 
-    source: Checkpoint
-    model: MoeModel
+    source: SourceModel
     recipe: Recipe
     dtype: str
     group_size: int
@@ -152,7 +151,7 @@ class Plan:
     @property
     def group_shape(self) -> StackShape:
         """Sizes (E, H, I) of one stack."""
-        return self.model.shape._replace(experts=self.group_size)
+        return self.source.moe.shape._replace(experts=self.group_size)
 
     @property
     def tucker_pieces(self) -> tuple[TuckerPiece, ...]:
@@ -190,11 +189,11 @@ class Plan:
 
     def fingerprint(self) -> dict[str, Any]:
         """JSON values that determine every byte that is written."""
-        headers = json.dumps(sorted(self.source.tensors.items())).encode()
+        headers = json.dumps(sorted(self.source.checkpoint.tensors.items())).encode()
         return {
             "tuckerize_version": __version__,
             "recipe": self.recipe.model_dump(mode="json"),
-            "config": self.source.config,
+            "config": self.source.checkpoint.config,
             "tensors_sha256": hashlib.sha256(headers).hexdigest(),
             "text_sha256": self.text,
         }
@@ -212,7 +211,7 @@ class Plan:
                 PlannedStacks(
                     piece.layer, group, coupling, Target(piece.sizes.ranks[coupling[0]]), shape
                 )
-                for group in range(self.model.shape.experts // self.group_size)
+                for group in range(self.source.moe.shape.experts // self.group_size)
                 for coupling in piece.sizes.couplings
             ]
         return []
@@ -223,23 +222,22 @@ class Plan:
 
 
 def make_plan(
-    source: Checkpoint, recipe: Recipe, profiles: Sequence[LayerProfile] = (), text: str = ""
+    source: SourceModel, recipe: Recipe, profiles: Sequence[LayerProfile] = (), text: str = ""
 ) -> Plan:
     """Decide every stack's multilinear rank and every weight file; reads no weights.
 
     Args:
-        source: The checkpoint.
+        source: The dense model.
         recipe: What is asked for.
         profiles: Profiles of the layers, for the budgets of a recipe with calibration.
         text: Fingerprint of the calibration text.
 
     Raises:
-        CheckpointError: The family is not supported or routed weights are incomplete.
         RecipeError: The recipe does not fit the model.
         UsageError: A group size, type or size that cannot work.
         MultilinearRankError: A core size that no stack of the model can have.
     """
-    model = describe_moe(source.config, source.tensors)
+    model = source.moe
     for rule in recipe.rules:
         select_layers(rule.layers, model.layers)
     group_size = _group_size(recipe, model)
@@ -252,21 +250,19 @@ def make_plan(
         tucker = _tucker_pieces(recipe, model, group_size)
     else:
         tucker, damage = _layer_pieces(recipe, model, group_size, profiles)
-    routed = {
-        name for layer in {p.layer for p in tucker} for name in model.layer_weight_names(layer)
-    }
+    routed = {name for layer in {p.layer for p in tucker} for name in source.routed_tensors(layer)}
     copies = [
         CopyPiece(
             file,
             tuple(
                 name
                 for name in content.tensors
-                if name not in routed and source.file_of.get(name) == file
+                if name not in routed and source.checkpoint.file_of.get(name) == file
             ),
         )
-        for file, content in source.files.items()
+        for file, content in source.checkpoint.files.items()
     ]
-    return Plan(source, model, recipe, dtype, group_size, (*copies, *tucker), text, damage)
+    return Plan(source, recipe, dtype, group_size, (*copies, *tucker), text, damage)
 
 
 def _group_size(recipe: Recipe, model: MoeModel) -> int:

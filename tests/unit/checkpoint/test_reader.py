@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import shutil
 import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tuckerize.checkpoint.reader import INDEX, SINGLE_FILE, Checkpoint, WeightFile, read_tensors
+from tuckerize.checkpoint.files import write_json
+from tuckerize.checkpoint.reader import (
+    CONFIG,
+    INDEX,
+    SINGLE_FILE,
+    Checkpoint,
+    WeightFile,
+    read_tensors,
+)
+from tuckerize.checkpoint.writer import write_tensors
 from tuckerize.domain import TensorHeader
 from tuckerize.errors import CheckpointError
 
@@ -73,6 +85,33 @@ def test_read_of_tensors_in_several_files_gives_each_once(tiny_sharded_model: Pa
     read = list(checkpoint.read(reversed(list(expected))))
     assert len(read) == len(expected)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in read)
+
+
+def test_read_of_rows_gives_those_of_the_first_dimension(tmp_path: Path) -> None:
+    packed = torch.arange(60.0).view(5, 3, 4)
+    write_json(tmp_path / CONFIG, {})
+    write_tensors(tmp_path / SINGLE_FILE, {"packed": packed})
+    ((name, rows),) = Checkpoint.open(tmp_path).read(["packed"], rows=range(1, 3))
+    assert name == "packed"
+    assert torch.equal(rows, packed[1:3])
+
+
+def test_read_of_rows_does_not_load_the_rest(tmp_path: Path) -> None:
+    size = 4 * 2**30
+    packed = entry(0, size, dtype="BF16", shape=[2**11, 2**20])
+    path = write_file(tmp_path / SINGLE_FILE, {"packed": packed})
+    os.truncate(path, path.stat().st_size + size)  # zeros, which take no space
+    write_json(tmp_path / CONFIG, {})
+    before = peak_memory()
+    ((_, rows),) = Checkpoint.open(tmp_path).read(["packed"], rows=range(7, 8))
+    assert not rows.clone().any()
+    assert peak_memory() - before < size / 8
+
+
+def peak_memory() -> int:
+    """Bytes of memory that this process has had at most."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def test_read_of_an_unknown_tensor_is_refused(tiny_model: Path) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tuckerize.checkpoint.reader import Checkpoint
 from tuckerize.domain import MultilinearRank, StackShape
 from tuckerize.errors import MultilinearRankError, RecipeError, UsageError
+from tuckerize.moe.source import SourceModel
 from tuckerize.pipeline.inspect import describe_plan
 from tuckerize.planning.estimate import peak_bytes, seconds, work
 from tuckerize.planning.plan import CopyPiece, Plan, make_plan
@@ -17,7 +17,7 @@ from tuckerize.recipe import parse_recipe
 
 def plan_of(model: Path, *rules: dict[str, object], **how: object) -> Plan:
     recipe = parse_recipe({"rules": list(rules), **how}, place="test")
-    return make_plan(Checkpoint.open(model), recipe)
+    return make_plan(SourceModel.open(model), recipe)
 
 
 def ranks_of(plan: Plan) -> dict[tuple[int, str], list[MultilinearRank | None]]:
@@ -62,7 +62,7 @@ def test_plan_of_several_rules_follows_the_first_that_matches(tiny_model: Path) 
 def test_plan_of_keep_shares_one_budget_over_its_stacks(tiny_model: Path) -> None:
     plan = plan_of(tiny_model, {"keep": 0.5}, joint="gate_up")
     stored = sum(plan.stored_parameters(piece) for piece in plan.tucker_pieces)
-    budget = plan.model.routed_parameters * 0.5
+    budget = plan.source.moe.routed_parameters * 0.5
     assert budget - (8 * 24 + 32) < stored <= budget
 
 
@@ -83,9 +83,13 @@ def test_plan_copies_exactly_the_tensors_that_it_does_not_decompose(
     copied = [
         name for piece in plan.pieces if isinstance(piece, CopyPiece) for name in piece.tensors
     ]
-    routed = [n for n in plan.source.tensors if re.match(r"model\.layers\.2\.mlp\.experts\.", n)]
+    routed = [
+        n
+        for n in plan.source.checkpoint.tensors
+        if re.match(r"model\.layers\.2\.mlp\.experts\.", n)
+    ]
     assert len(routed) == 24
-    assert sorted(copied + routed) == sorted(plan.source.tensors)
+    assert sorted(copied + routed) == sorted(plan.source.checkpoint.tensors)
 
 
 @pytest.mark.parametrize("fixture", ["tiny_model", "tiny_sharded_model"])
@@ -210,7 +214,7 @@ def test_describe_plan_sums_up_its_stacks(tiny_model: Path) -> None:
     assert after.routed_bytes == sum(s.bytes_after for s in report.stacks)
     assert before.total_bytes - after.total_bytes == before.routed_bytes - after.routed_bytes
     assert after.routed_parameters * 2 == after.routed_bytes
-    assert before.total_bytes == plan.source.bytes
+    assert before.total_bytes == plan.source.checkpoint.bytes
 
 
 def test_describe_plan_of_a_tolerance_counts_the_dense_stacks_as_bound(tiny_model: Path) -> None:

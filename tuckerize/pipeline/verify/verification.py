@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tuckerize.checkpoint.reader import TORCH_DTYPES
-from tuckerize.domain import Projection
+from tuckerize.domain import Projection, group_experts
 from tuckerize.format.shards import Sharding
-from tuckerize.format.tucker_checkpoint import OpenedSource, TuckerCheckpoint, factors_of
+from tuckerize.format.tucker_checkpoint import TuckerCheckpoint, factors_of
 from tuckerize.linalg.tucker import relative_residual
 from tuckerize.moe.routing import Routes, route
-from tuckerize.moe.stacks import group_experts, read_stack
+from tuckerize.moe.source import SourceModel
 from tuckerize.parallel.backends import float32_products
 from tuckerize.parallel.collectives import counted
 from tuckerize.parallel.layouts import Layout, Traffic, layer_traffic
@@ -87,7 +86,7 @@ class Verification:
 
     tucker: TuckerCheckpoint
     sharding: Sharding | None
-    source: OpenedSource | None
+    source: SourceModel | None
     processes: Processes
     device: torch.device
     tokens: int
@@ -270,12 +269,12 @@ def _case(run: Verification, layer: int, activation: Activation, tokens: int) ->
     They are followed by as many zeros as the mesh needs.
     """
     tucker = run.tucker
-    weights = run.source.checkpoint if run.source else tucker.checkpoint
+    model = run.source or tucker
     generator = torch.Generator().manual_seed(_SEED + layer)
     x_TI = torch.randn(run.tokens, tucker.manifest.shape.hidden, generator=generator)
-    x_TI *= weights.read_one(tucker.family.input_norm.format(layer=layer)).float()
+    x_TI *= model.input_norm(layer).float()
     x_TI = functional.pad(x_TI, (0, 0, 0, tokens - run.tokens)).to(run.torch_dtype).float()
-    router_EI = weights.read_one(tucker.family.router_weight.format(layer=layer))
+    router_EI = model.router(layer)
     routes = route(x_TI, router_EI, tucker.family.routing(tucker.config))
     groups = _read_groups(tucker, layer)
 
@@ -309,9 +308,8 @@ def _against_source(
     source = run.source
 
     def read_expert(expert: int) -> ExpertWeights:
-        names = [source.model.family.weight_name(layer, expert, p) for p in Projection]
-        tensors = dict(source.checkpoint.read(names))
-        return ExpertWeights(*(tensors[name] for name in names))
+        gate_HI, up_HI, down_HI = source.expert(layer, expert)
+        return ExpertWeights(gate_HI, up_HI, down_HI.T)
 
     dense_TI = dense_output(
         case.x_TI.double(),
@@ -324,23 +322,16 @@ def _against_source(
     return _AgainstSource(error, _residual_difference(run.tucker, source, layer))
 
 
-def _residual_difference(tucker: TuckerCheckpoint, source: OpenedSource, layer: int) -> float:
+def _residual_difference(tucker: TuckerCheckpoint, source: SourceModel, layer: int) -> float:
     """Largest |measured − recorded| relative residual of a layer's stacks."""
     largest = 0.0
     for group in range(tucker.manifest.groups):
         tensors, kept = tucker.read_group(layer, group), tucker.kept(layer, group)
+        experts = group_experts(source.moe.shape, tucker.manifest.group_size, group)
         for recorded in tucker.manifest.stacks:
             if (recorded.layer, recorded.group) != (layer, group):
                 continue
-            stack_EHI = read_stack(
-                source.checkpoint.read,
-                source.model.family,
-                source.model.shape,
-                layer=layer,
-                experts=group_experts(source.model.shape, tucker.manifest.group_size, group),
-                projection=recorded.projection,
-                dtype=TORCH_DTYPES[source.model.dtype],
-            )
+            stack_EHI = source.stack(layer, recorded.projection, experts)
             measured = relative_residual(
                 stack_EHI, factors_of(tensors, recorded.projection), kept and kept.places_EK
             )

@@ -1,0 +1,207 @@
+"""Layouts of routed experts on disk, as values: which tensors hold them, and how.
+
+In a stack (E, H, I) every expert is a matrix (H, I). On disk a linear layer keeps its weight as
+(out, in), so gate and up lie as (H, I) and down as (I, H).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from tuckerize.checkpoint.reader import Checkpoint
+from tuckerize.domain import GATE_UP, Coupling, Projection, StackShape
+
+
+class Storage(ABC):
+    """Layout of the routed experts of one layer.
+
+    Names are those below the module of the layer's experts; `within` completes them.
+    """
+
+    @property
+    @abstractmethod
+    def together(self) -> tuple[Coupling, ...]:
+        """The projections; those that share a tensor stand together."""
+
+    @abstractmethod
+    def within(self, module: str) -> Self:
+        """The same layout, with names that begin with a module."""
+
+    @abstractmethod
+    def tensors(
+        self, shape: StackShape, projections: Iterable[Projection] = tuple(Projection)
+    ) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor that holds the projections of a layer.
+
+        Args:
+            shape: Sizes (E, H, I) of the layer's stacks.
+            projections: Which of them; all by default.
+        """
+
+    @abstractmethod
+    def matrix(self, tensors: Mapping[str, Tensor], projection: Projection, expert: int) -> Tensor:
+        """View of one expert's matrix (H, I) in the tensors of a layer."""
+
+    @abstractmethod
+    def read_into(
+        self, stack_EHI: Tensor, checkpoint: Checkpoint, projection: Projection, experts: range
+    ) -> None:
+        """Fill a stack with consecutive experts; the others are not loaded.
+
+        Raises:
+            CheckpointError: A tensor is missing or cannot be read.
+        """
+
+    def write(
+        self,
+        shape: StackShape,
+        projections: Coupling,
+        matrices: Iterable[tuple[Projection, int, Tensor]],
+        dtype: torch.dtype,
+    ) -> dict[str, Tensor]:
+        """Tensors that hold projections of a layer, by name.
+
+        Args:
+            shape: Sizes (E, H, I) of the layer's stacks.
+            projections: The projections, one or more members of `together`.
+            matrices: Projection, expert and matrix (H, I) of all experts of these projections, in
+                any order; one is taken at a time.
+            dtype: Type of the tensors.
+        """
+        tensors = {
+            name: torch.empty(size, dtype=dtype)
+            for name, size in self.tensors(shape, projections).items()
+        }
+        for projection, expert, matrix_HI in matrices:
+            self.matrix(tensors, projection, expert).copy_(matrix_HI)
+        return tensors
+
+
+@dataclass(frozen=True, slots=True)
+class PerExpert(Storage):
+    """One tensor per expert and projection.
+
+    Attributes:
+        gate: Name of the weight of gate_proj, with `{expert}` for the expert's index.
+        up: The same of up_proj.
+        down: The same of down_proj.
+    """
+
+    gate: str
+    up: str
+    down: str
+
+    @property
+    def together(self) -> tuple[Coupling, ...]:
+        """The projections; those that share a tensor stand together."""
+        return tuple((projection,) for projection in Projection)
+
+    def within(self, module: str) -> Self:
+        """The same layout, with names that begin with a module."""
+        return replace(
+            self,
+            gate=f"{module}.{self.gate}",
+            up=f"{module}.{self.up}",
+            down=f"{module}.{self.down}",
+        )
+
+    def tensors(
+        self, shape: StackShape, projections: Iterable[Projection] = tuple(Projection)
+    ) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor that holds the projections of a layer."""
+        wide, tall = (shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate)
+        return {
+            self._name(projection, expert): tall if projection == Projection.DOWN else wide
+            for projection in projections
+            for expert in range(shape.experts)
+        }
+
+    def matrix(self, tensors: Mapping[str, Tensor], projection: Projection, expert: int) -> Tensor:
+        """View of one expert's matrix (H, I) in the tensors of a layer."""
+        weight = tensors[self._name(projection, expert)]
+        return weight.T if projection == Projection.DOWN else weight
+
+    def read_into(
+        self, stack_EHI: Tensor, checkpoint: Checkpoint, projection: Projection, experts: range
+    ) -> None:
+        """Fill a stack with consecutive experts; the others are not loaded."""
+        expert_of = {self._name(projection, expert): expert for expert in experts}
+        for name, weight in checkpoint.read(expert_of):
+            expert = expert_of[name]
+            place = experts.index(expert)
+            stack_EHI[place] = self.matrix({name: weight}, projection, expert)
+
+    def _name(self, projection: Projection, expert: int) -> str:
+        names = dict(zip(Projection, (self.gate, self.up, self.down), strict=True))
+        return names[projection].format(expert=expert)
+
+
+@dataclass(frozen=True, slots=True)
+class Packed(Storage):
+    """One tensor for gate and up of all experts, one for down.
+
+    They are (E, 2H, I) and (E, I, H), as transformers' fused modules have them (Qwen3-MoE, say), or
+    (E, I, 2H) and (E, H, I) where those are transposed (Llama 4, gpt-oss).
+
+    Attributes:
+        gate_up: Name of the tensor of gate and up.
+        down: Name of the tensor of down.
+        interleaved: Whether rows of gate and up alternate, as in gpt-oss; all of gate come before
+            all of up otherwise.
+        transposed: Whether weights lie as (in, out).
+    """
+
+    gate_up: str
+    down: str
+    interleaved: bool = False
+    transposed: bool = False
+
+    @property
+    def together(self) -> tuple[Coupling, ...]:
+        """The projections; those that share a tensor stand together."""
+        return GATE_UP, (Projection.DOWN,)
+
+    def within(self, module: str) -> Self:
+        """The same layout, with names that begin with a module."""
+        return replace(self, gate_up=f"{module}.{self.gate_up}", down=f"{module}.{self.down}")
+
+    def tensors(
+        self, shape: StackShape, projections: Iterable[Projection] = tuple(Projection)
+    ) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor that holds the projections of a layer."""
+        experts, rows, columns = shape
+        gate_up, down = (2 * rows, columns), (columns, rows)
+        sizes = {self.gate_up: gate_up, self.down: down}
+        names = dict.fromkeys(map(self._name, projections))
+        return {
+            name: (experts, *(reversed(sizes[name]) if self.transposed else sizes[name]))
+            for name in names
+        }
+
+    def matrix(self, tensors: Mapping[str, Tensor], projection: Projection, expert: int) -> Tensor:
+        """View of one expert's matrix (H, I) in the tensors of a layer."""
+        return self._stack(tensors[self._name(projection)], projection)[expert]
+
+    def read_into(
+        self, stack_EHI: Tensor, checkpoint: Checkpoint, projection: Projection, experts: range
+    ) -> None:
+        """Fill a stack with consecutive experts; the others are not loaded."""
+        for _, weights in checkpoint.read([self._name(projection)], rows=experts):
+            stack_EHI.copy_(self._stack(weights, projection))
+
+    def _name(self, projection: Projection) -> str:
+        return self.down if projection == Projection.DOWN else self.gate_up
+
+    def _stack(self, weights: Tensor, projection: Projection) -> Tensor:
+        """View of the stack of one projection in the tensor of some experts."""
+        if projection == Projection.DOWN:
+            return weights if self.transposed else weights.mT
+        both = weights.mT if self.transposed else weights
+        place = GATE_UP.index(projection)
+        return both[:, place::2] if self.interleaved else both.chunk(2, dim=1)[place]
