@@ -6,31 +6,10 @@ Pure Python, so that planning and `--help` never import torch. Shapes are always
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Container
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from typing import NamedTuple
-
-CORE = "core"
-
-
-def expert_core_name(expert: int) -> str:
-    """Name of one expert's rows of a core, where the experts of a group differ in width."""
-    return f"{CORE}.{expert}"
-
-
-def expert_of(tensor: str) -> int | None:
-    """The expert whose rows of a core a tensor holds, from its name; None if all experts'."""
-    kind, _, expert = tensor.partition(".")
-    return int(expert) if kind == CORE and expert else None
-
-
-def expert_core_names(present: Container[str]) -> list[str]:
-    """Names of the experts' rows of a core, in order, as far as present; none of a whole core."""
-    names = map(expert_core_name, itertools.count())
-    return list(itertools.takewhile(present.__contains__, names))
 
 
 class Projection(StrEnum):

@@ -1,18 +1,19 @@
 """Names of the tensors of factored experts, in checkpoints and in modules.
 
-A factored layer lies in the place of its dense experts, `model.layers.3.mlp.experts`, say:
+A layer's factors are stored below the module of its routed experts, `model.layers.3.mlp.experts`:
 
-    <experts>.group_0.gate_proj.core      core of a stack, all experts of the group
-    <experts>.group_0.down_proj.core.5    rows of the core of expert 5, where widths differ
+    <experts>.group_0.gate_proj.core      core of all experts of the group
+    <experts>.group_0.down_proj.core.5    core rows of expert 5 of the group, where widths differ
     <experts>.group_0.down_proj.U_H       factor of a truncated mode
-    <experts>.group_0.gate_up_proj.U_I    U_I that gate_proj and up_proj share
+    <experts>.group_0.gate_up_proj.U_I    U_I shared by gate_proj and up_proj
 
-This is the only module that takes such names apart or puts them together.
+No other module parses or formats such names.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -20,41 +21,46 @@ from tuckerize.domain import SHARED_U_I, Coupling, Mode, Projection, coupling_na
 
 
 class TensorKind(StrEnum):
-    """What a tensor of a stack is: its core, or the factor of a mode."""
+    """Role of a tensor in its stack: core, or factor of a mode."""
 
     CORE = "core"
     U_E = "U_E"
     U_H = "U_H"
     U_I = "U_I"
 
-    @classmethod
-    def factor(cls, mode: Mode) -> TensorKind:
-        """The factor of a mode."""
-        return cls(mode.factor_name)
 
+GROUP_PATTERN = r"group_(?P<group>0|[1-9][0-9]*)"
+"""Regular expression of the module of a group."""
 
 _OWNERS = "|".join((*Projection, SHARED_U_I))
+_KINDS = "|".join(TensorKind)
+_INDICES = ("expert", "group")
 _NAME = re.compile(
-    rf"(?:(?:(?P<experts>.+)\.)?group_(?P<group>\d+)\.)?"
-    rf"(?P<owner>{_OWNERS})\.(?P<kind>core|U_E|U_H|U_I)(?:\.(?P<expert>\d+))?"
+    rf"(?:(?:(?P<experts>.+)\.)?{GROUP_PATTERN}\.)?"
+    rf"(?P<owner>{_OWNERS})\.(?P<kind>{_KINDS})(?:\.(?P<expert>0|[1-9][0-9]*))?",
+    re.DOTALL,
 )
 
 
 @dataclass(frozen=True, slots=True)
 class TensorName:
-    """Name of one stored tensor of a factored layer; `str` formats it.
+    """Name of one tensor of a factored layer; `str` formats it, `parse` is the inverse.
 
     Attributes:
-        owner: A projection, or `gate_up_proj` for a U_I that gate and up share.
-        kind: Core, or a factor.
-        expert: Place in the group of the expert whose core rows these are; None of all experts'.
-        group: Index of the group in the layer; None in a name below the group.
-        experts: Module of the layer's routed experts; None in a name below it.
+        owner: The projection, or `gate_up_proj` for a U_I shared by gate and up.
+        kind: Core or factor.
+        expert: Index in the group of the expert whose core rows these are; None for all experts.
+        group: Index of the group in the layer; None in names relative to the group.
+        experts: Module of the layer's routed experts; None in names relative to the layer.
+
+    Raises:
+        ValueError: No tensor has such a name: rows of a factor, a shared core, or experts without
+            a group.
 
     >>> TensorName.parse("model.layers.3.mlp.experts.group_0.down_proj.core.5").expert
     5
-    >>> str(TensorName("gate_up_proj", TensorKind.U_I, group=1))
-    'group_1.gate_up_proj.U_I'
+    >>> str(TensorName.core(Projection.UP).within(1))
+    'group_1.up_proj.core'
     """
 
     owner: str
@@ -63,24 +69,49 @@ class TensorName:
     group: int | None = None
     experts: str | None = None
 
+    def __post_init__(self) -> None:
+        if (
+            (self.expert is not None and self.kind != TensorKind.CORE)
+            or (self.owner == SHARED_U_I and self.kind != TensorKind.U_I)
+            or (self.experts is not None and self.group is None)
+        ):
+            raise ValueError(f"'{self}' is not the name of a tensor of factored experts")
+
+    @classmethod
+    def core(cls, projection: Projection, expert: int | None = None) -> TensorName:
+        """Core of a projection, or the rows of one expert; relative to the group."""
+        return cls(projection, TensorKind.CORE, expert)
+
+    @classmethod
+    def factor(
+        cls, mode: Mode, projection: Projection, coupling: Coupling | None = None
+    ) -> TensorName:
+        """Factor of a mode of a projection, relative to the group.
+
+        Args:
+            mode: The mode.
+            projection: The projection.
+            coupling: Projections that share one U_I with it; None if it has its own.
+        """
+        owner = coupling_name(coupling) if coupling and mode == Mode.HIDDEN else projection
+        return cls(owner, TensorKind(mode.factor_name))
+
     @classmethod
     def parse(cls, text: str) -> TensorName:
-        """Take a name apart, below the group (`gate_proj.core`), the layer, or the checkpoint.
+        """Parse a name relative to the group (`gate_proj.core`), the layer or the checkpoint.
 
         Raises:
             ValueError: It is not the name of a tensor of factored experts.
         """
         match = _NAME.fullmatch(text)
-        if match is None or (match["expert"] and match["kind"] != TensorKind.CORE):
-            raise ValueError(f"{text!r} is not the name of a tensor of factored experts")
-        expert, group = (
-            None if match[key] is None else int(match[key]) for key in ("expert", "group")
-        )
+        if match is None:
+            raise ValueError(f"'{text}' is not the name of a tensor of factored experts")
+        expert, group = (None if (n := match[key]) is None else int(n) for key in _INDICES)
         return cls(match["owner"], TensorKind(match["kind"]), expert, group, match["experts"])
 
     @classmethod
     def find(cls, text: str) -> TensorName | None:
-        """The same, or None for the name of any other tensor."""
+        """Parse a name; None if it is that of any other tensor."""
         try:
             return cls.parse(text)
         except ValueError:
@@ -88,34 +119,56 @@ class TensorName:
 
     @property
     def projection(self) -> Projection:
-        """The projection it belongs to; gate_proj for a U_I that gate and up share."""
+        """The projection it belongs to; gate_proj for a U_I shared by gate and up."""
         return Projection.GATE if self.owner == SHARED_U_I else Projection(self.owner)
 
     @property
-    def below_owner(self) -> str:
-        """Name below the projection: `core`, `core.5`, `U_I`."""
-        return self.kind if self.expert is None else f"{self.kind}.{self.expert}"
+    def within_owner(self) -> str:
+        """Name relative to the projection: `core`, `core.5`, `U_I`."""
+        return self.kind.value if self.expert is None else f"{self.kind.value}.{self.expert}"
 
     @property
-    def below_group(self) -> str:
-        """Name below the group: `gate_proj.core`."""
-        return f"{self.owner}.{self.below_owner}"
+    def within_group(self) -> TensorName:
+        """The same tensor, named relative to its group."""
+        return replace(self, group=None, experts=None)
 
     def within(self, group: int, experts: str | None = None) -> TensorName:
-        """The same tensor, named from the layer or from the checkpoint."""
+        """The same tensor, named relative to the layer, or to the checkpoint.
+
+        Args:
+            group: Index of the group in the layer.
+            experts: Module of the layer's routed experts.
+        """
         return replace(self, group=group, experts=experts)
 
+    @property
+    def module(self) -> str:
+        """Module of its group; empty in a name relative to the group."""
+        return "" if self.group is None else group_module(self.group, self.experts)
+
     def __str__(self) -> str:
-        parts = [] if self.experts is None else [self.experts]
-        parts += [] if self.group is None else [f"group_{self.group}"]
-        return ".".join([*parts, self.below_group])
+        below = f"{self.owner}.{self.within_owner}"
+        return f"{self.module}.{below}" if self.module else below
 
 
-def owner_of(kind: TensorKind, projection: Projection, coupling: Coupling) -> str:
-    """Owner of a tensor of a stack: the coupling of its U_I, the projection of everything else."""
-    return coupling_name(coupling) if kind == TensorKind.U_I else projection
+def group_module(group: int, experts: str | None = None) -> str:
+    """Module of a group.
+
+    Args:
+        group: Index of the group in the layer.
+        experts: Module of the layer's routed experts; None for a name relative to it.
+    """
+    return f"group_{group}" if experts is None else f"{experts}.group_{group}"
 
 
-def group_module(experts: str, group: int) -> str:
-    """Module of a group, in the module of a layer's routed experts."""
-    return f"{experts}.group_{group}"
+def expert_rows(names: Iterable[TensorName]) -> list[TensorName]:
+    """Names of the experts' core rows of one projection, in the order of the experts.
+
+    Args:
+        names: Names of the projection's tensors.
+
+    Returns:
+        One for each expert; none where the core is stored as a whole.
+    """
+    found = {name.expert: name for name in names if name.expert is not None}
+    return [found[expert] for expert in sorted(found)]

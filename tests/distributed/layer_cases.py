@@ -22,16 +22,8 @@ from torch.nn.functional import pad, silu
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tuckerize.domain import (
-    CORE,
-    SHARED_U_I,
-    Mode,
-    MultilinearRank,
-    Projection,
-    StackShape,
-    expert_core_name,
-    expert_of,
-)
+from tuckerize.domain import GATE_UP, Mode, MultilinearRank, Projection, StackShape
+from tuckerize.names import TensorName
 from tuckerize.parallel import mesh as meshes
 from tuckerize.parallel.collectives import counted
 from tuckerize.parallel.layouts import (
@@ -108,8 +100,8 @@ def cases(mesh: Parallelism) -> Iterator[Case]:
             yield replace(case, all_to_all=False, sequence_parallel=mesh.tp > 1)
 
 
-def make_group(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
-    """Random tensors of one group, by their names below it."""
+def make_group(case: Case, generator: torch.Generator) -> dict[TensorName, Tensor]:
+    """Random tensors of one group, by their names relative to it."""
 
     def random(*sizes: int) -> Tensor:
         return torch.randn(sizes, generator=generator, dtype=torch.float64) / 4
@@ -117,38 +109,35 @@ def make_group(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
     tensors = {}
     for projection in Projection:
         if case.widths is None:
-            tensors[f"{projection}.{CORE}"] = random(*case.rank)
+            tensors[TensorName.core(projection)] = random(*case.rank)
         else:
             for expert, width in enumerate(case.widths):
-                name = f"{projection}.{expert_core_name(expert)}"
-                tensors[name] = random(width, case.rank.hidden)
+                tensors[TensorName.core(projection, expert)] = random(width, case.rank.hidden)
         for mode in case.rank.truncated_modes(case.shape):
-            owner: str = projection
-            if mode == Mode.HIDDEN and case.joint and projection != Projection.DOWN:
-                owner = SHARED_U_I
-            tensors[f"{owner}.{mode.factor_name}"] = random(case.shape[mode], case.rank[mode])
+            coupling = GATE_UP if case.joint and projection != Projection.DOWN else None
+            name = TensorName.factor(mode, projection, coupling)
+            tensors[name] = random(case.shape[mode], case.rank[mode])
     return tensors
 
 
-def expand(case: Case, group: dict[str, Tensor], projection: Projection) -> Tensor:
+def expand(case: Case, group: dict[TensorName, Tensor], projection: Projection) -> Tensor:
     """The dense stack of one projection, zeros beyond the neurons of narrower experts."""
     shared = case.joint and projection != Projection.DOWN
     if case.widths is None:
-        core = group[f"{projection}.{CORE}"]
+        core = group[TensorName.core(projection)]
     else:
-        matrices = [group[f"{projection}.{expert_core_name(e)}"] for e in range(EXPERTS)]
+        matrices = [group[TensorName.core(projection, e)] for e in range(EXPERTS)]
         core = torch.stack([pad(m, (0, 0, 0, max(case.widths) - len(m))) for m in matrices])
-    for letters, name in (
-        ("abc,xa->xbc", f"{projection}.U_E"),
-        ("abc,xb->axc", f"{projection}.U_H"),
-        ("abc,xc->abx", f"{SHARED_U_I if shared else projection}.U_I"),
-    ):
+    for letters, mode in zip(("abc,xa->xbc", "abc,xb->axc", "abc,xc->abx"), Mode, strict=True):
+        name = TensorName.factor(mode, projection, GATE_UP if shared else None)
         if name in group:
             core = torch.einsum(letters, core, group[name])
     return core
 
 
-def dense(case: Case, groups: list[dict[str, Tensor]], x_TI: Tensor, shares_TE: Tensor) -> Tensor:
+def dense(
+    case: Case, groups: list[dict[TensorName, Tensor]], x_TI: Tensor, shares_TE: Tensor
+) -> Tensor:
     """Output of the dense experts, each computed on every token."""
     gate, up, down = (torch.cat([expand(case, g, p) for g in groups]) for p in Projection)
     gate_TEH, up_TEH = (torch.einsum("ti,ehi->teh", x_TI, stack) for stack in (gate, up))
@@ -156,8 +145,8 @@ def dense(case: Case, groups: list[dict[str, Tensor]], x_TI: Tensor, shares_TE: 
 
 
 def own_slices(
-    case: Case, groups: list[dict[str, Tensor]], position: Position
-) -> list[dict[str, Tensor]]:
+    case: Case, groups: list[dict[TensorName, Tensor]], position: Position
+) -> list[dict[TensorName, Tensor]]:
     """One process's slices of its groups."""
     tp, ep = position.tp, position.ep
     found = []
@@ -168,17 +157,15 @@ def own_slices(
         own = part(case.shape.experts, len(owners), owners.index(ep.rank))
         slices = {}
         for name, tensor in group.items():
-            owner, _, kind = name.partition(".")
-            expert = expert_of(kind)
-            if expert is not None and not own.start <= expert < own.stop:
+            if name.expert is not None and not own.start <= name.expert < own.stop:
                 continue
-            cut = cut_of(case.layout, case.sizes, index, name, ep=ep.size)
+            cut = cut_of(case.layout, name, case.sizes.ranks[index], case.shape)
             if cut.tp is not None:
                 tensor = tensor.narrow(cut.tp, *part(tensor.shape[cut.tp], tp.size, tp.rank))  # noqa: PLW2901
-            if cut.ep is not None:
-                tensor = tensor.narrow(cut.ep, *own)  # noqa: PLW2901
-            local = kind if expert is None else expert_core_name(expert - own.start)
-            slices[f"{owner}.{local}"] = tensor
+            if cut.experts is not None:
+                tensor = tensor.narrow(cut.experts, *own)  # noqa: PLW2901
+            expert = None if name.expert is None else name.expert - own.start
+            slices[replace(name, expert=expert)] = tensor
         found.append(slices)
     return found
 
@@ -238,7 +225,7 @@ def errors_of(case: Case, position: Position) -> tuple[float, float, float]:
 
     gradients = [{n: t.grad for n, t in g.items() if t.grad is not None} for g in groups]
     expected = {
-        f"group_{index}.{name}": gradient
+        str(name.within(index)): gradient
         for index, group in enumerate(own_slices(case, gradients, position))
         for name, gradient in group.items()
     }

@@ -31,6 +31,7 @@ from tuckerize.checkpoint.output import OutputFolder
 from tuckerize.domain import Projection
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 from tuckerize.moe.source import SourceModel
+from tuckerize.names import TensorName
 from tuckerize.pipeline import decompose_calibrated as calibrated_module
 from tuckerize.progress import SilentProgress
 from tuckerize.recipe import CalibrationSettings, Recipe, Rule
@@ -461,7 +462,9 @@ def test_nothing_of_a_layer_is_left_when_the_next_begins(
         left.append(sum(own() is not None for own in made))
         return groups(self, layer)
 
-    def noted_module(self: CalibrationPass, tensors: list[dict[str, Tensor]]) -> TuckerExperts:
+    def noted_module(
+        self: CalibrationPass, tensors: list[dict[TensorName, Tensor]]
+    ) -> TuckerExperts:
         result = module(self, tensors)
         made.append(weakref.ref(result))
         return result

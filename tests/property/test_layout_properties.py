@@ -10,16 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tuckerize.domain import MultilinearRank, Projection, StackShape
+from tuckerize.names import TensorName
 from tuckerize.parallel.layouts import (
     Collective,
     LayerShape,
     Layout,
     Parallelism,
+    cut_of,
     even_load,
     layer_traffic,
     part,
     smallest_split_size,
-    split_dimension,
 )
 
 SHAPE = StackShape(8, 24, 32)
@@ -55,11 +56,11 @@ def test_split_dimensions_are_never_below_the_smallest_split_size(
 ) -> None:
     smallest = smallest_split_size(layout, chosen, SHAPE)
     for projection, rank in chosen.items():
-        sizes = {"core": tuple(rank)}
+        sizes = {TensorName.core(projection): tuple(rank)}
         for mode in rank.truncated_modes(SHAPE):
-            sizes[mode.factor_name] = (SHAPE[mode], rank[mode])
+            sizes[TensorName.factor(mode, projection)] = (SHAPE[mode], rank[mode])
         for name, shape in sizes.items():
-            dimension = split_dimension(layout, projection, name, rank, SHAPE)
+            dimension = cut_of(layout, name, chosen, SHAPE).tp
             assert dimension is None or shape[dimension] >= smallest
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from tuckerize.errors import NonFiniteError, located
 from tuckerize.linalg.hooi import check_finite
 from tuckerize.linalg.tucker import largest_magnitude
 from tuckerize.moe.source import SourceModel
+from tuckerize.names import TensorName
 from tuckerize.recipe import Recipe
 from tuckerize.runtime.experts import ACTIVATIONS, Activation, TuckerExperts, activation_of
 
@@ -155,7 +156,7 @@ class CalibrationPass:
             stacks[projection] = stack.to(self.model.device, torch.float32)
         return DenseGroup(stacks, experts)
 
-    def module(self, groups: list[dict[str, Tensor]]) -> TuckerExperts:
+    def module(self, groups: Sequence[Mapping[TensorName, Tensor]]) -> TuckerExperts:
         """The routed experts of a layer from the tensors of its groups."""
         return TuckerExperts(groups, group_size=self.group_size, activation=self.activation)
 

@@ -21,6 +21,7 @@ from tuckerize.linalg.gram import leading_eigenvectors
 from tuckerize.linalg.selection import KeptNeurons, all_neurons, eliminate, refit_down
 from tuckerize.linalg.tucker import TuckerFactors
 from tuckerize.linalg.weighted import weighted_tucker
+from tuckerize.names import TensorName
 from tuckerize.runtime.experts import Activation, TuckerExperts, named_tensors
 
 
@@ -69,8 +70,8 @@ class CompressedGroup:
         """Neurons of every expert; None if all."""
         return None if self.kept is None else self.kept.widths
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors by their names below the group."""
+    def tensors(self) -> dict[TensorName, Tensor]:
+        """The tensors by their names relative to the group."""
         return {
             name: tensor
             for coupling in self.sizes.couplings
@@ -186,7 +187,10 @@ def _output_moment(
 
 
 def group_output(
-    tensors: Mapping[str, Tensor], experts: range, tokens: LayerTokens, activation: Activation
+    tensors: Mapping[TensorName, Tensor],
+    experts: range,
+    tokens: LayerTokens,
+    activation: Activation,
 ) -> Tensor:
     """Combined routed output of one group alone, shape (T, I)."""
     module = TuckerExperts([tensors], group_size=len(experts), activation=activation)

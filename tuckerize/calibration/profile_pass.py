@@ -26,7 +26,8 @@ from tuckerize.calibration.text import fingerprint
 from tuckerize.calibration.tokens import DenseGroup
 from tuckerize.checkpoint.reader import WeightFile, read_tensors
 from tuckerize.checkpoint.writer import write_tensors
-from tuckerize.domain import CORE, Projection
+from tuckerize.domain import Projection
+from tuckerize.names import TensorName
 from tuckerize.progress import Progress
 from tuckerize.version import __version__
 
@@ -189,7 +190,7 @@ def _profile_layer(
     return behind_SLI, missed / exact_TI.square().sum()
 
 
-def _silenced(group: DenseGroup, moments: GroupMoments) -> dict[str, Tensor]:
+def _silenced(group: DenseGroup, moments: GroupMoments) -> dict[TensorName, Tensor]:
     """The tensors of a group in which the neurons with the least output energy give nothing."""
     down_EHI = group.stacks[Projection.DOWN]
     energy_EH = moments.neurons_EHH.diagonal(dim1=1, dim2=2) * down_EHI.square().sum(2)
@@ -198,7 +199,7 @@ def _silenced(group: DenseGroup, moments: GroupMoments) -> dict[str, Tensor]:
     places = least_EM[:, :, None].expand(-1, -1, group.shape.hidden)
     return {
         **group.as_tensors(),
-        f"{Projection.DOWN}.{CORE}": down_EHI.scatter(1, places, 0.0),
+        TensorName.core(Projection.DOWN): down_EHI.scatter(1, places, 0.0),
     }
 
 

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tuckerize.domain import CORE, Projection, StackShape
+from tuckerize.domain import Projection, StackShape
+from tuckerize.names import TensorName
 
 # Every sixteenth block of so many tokens is held out: it decides, and is not fitted.
 _HELD_OUT_BLOCK = 512
@@ -98,6 +99,6 @@ class DenseGroup:
         """Sizes (E, H, I)."""
         return StackShape(*self.stacks[Projection.GATE].shape)
 
-    def as_tensors(self) -> dict[str, Tensor]:
+    def as_tensors(self) -> dict[TensorName, Tensor]:
         """As the tensors of a group of which every mode is full."""
-        return {f"{projection}.{CORE}": stack for projection, stack in self.stacks.items()}
+        return {TensorName.core(projection): stack for projection, stack in self.stacks.items()}

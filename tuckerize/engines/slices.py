@@ -7,24 +7,16 @@ expert-parallel ones the experts; both give partial sums of the routed output.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tuckerize.domain import (
-    CORE,
-    SHARED_U_I,
-    Mode,
-    MultilinearRank,
-    Projection,
-    StackShape,
-    expert_core_name,
-    expert_of,
-)
+from tuckerize.domain import MultilinearRank, Projection, StackShape
 from tuckerize.format.config import group_shapes, widths_of
-from tuckerize.parallel.layouts import Layout, part, split_dimension
+from tuckerize.names import TensorName
+from tuckerize.parallel.layouts import Layout, cut_of, part
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,50 +42,43 @@ class WorkerGroup:
     tp_rank: int = 0
 
     @property
-    def names(self) -> list[str]:
-        """Names below the group of all its tensors in the checkpoint."""
+    def names(self) -> list[TensorName]:
+        """Names relative to the group of all its tensors in the checkpoint."""
         return list(self._shapes())
 
-    def empty(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The worker's tensors without values, on the default device, by their names below it."""
+    def empty(self, dtype: torch.dtype) -> dict[TensorName, Tensor]:
+        """The worker's tensors without values, on the default device, by the worker's names."""
         tensors = {}
         for name, shape in self._shapes().items():
             if self.owns(name):
-                part_of = self.cut(name, torch.empty(shape, device="meta"))
-                tensors[self.own_name(name)] = torch.empty(part_of.shape, dtype=dtype)
+                own = self.cut(name, torch.empty(shape, device="meta"))
+                tensors[self.own_name(name)] = torch.empty(own.shape, dtype=dtype)
         return tensors
 
-    def owns(self, name: str) -> bool:
+    def owns(self, name: TensorName) -> bool:
         """Whether the worker owns a part of a tensor."""
-        expert = expert_of(name.partition(".")[2])
-        return expert is None or expert in self.own
+        return name.expert is None or name.expert in self.own
 
-    def own_name(self, name: str) -> str:
-        """The worker's name of a tensor that it owns a part of: experts are counted anew."""
-        owner, _, tensor = name.partition(".")
-        expert = expert_of(tensor)
-        if expert is None:
+    def own_name(self, name: TensorName) -> TensorName:
+        """The worker's name of a tensor that it owns a part of: its own experts are numbered."""
+        if name.expert is None:
             return name
-        return f"{owner}.{expert_core_name(list(self.own).index(expert))}"
+        return replace(name, expert=list(self.own).index(name.expert))
 
-    def cut(self, name: str, tensor: Tensor) -> Tensor:
+    def cut(self, name: TensorName, tensor: Tensor) -> Tensor:
         """The worker's part of a tensor of the checkpoint."""
-        owner, _, kind = name.partition(".")
-        projection = Projection.GATE if owner == SHARED_U_I else Projection(owner)
-        rank = MultilinearRank(*self.announced[projection])
-        by_expert = kind == Mode.EXPERT.factor_name or (
-            kind == CORE and rank.expert == self.experts
-        )
-        if by_expert:
-            tensor = tensor[list(self.own)]
+        ranks = {p: MultilinearRank(*self.announced[p]) for p in Projection}
         neurons = sum(widths_of(self.announced, self.experts)) // self.experts
         stack = StackShape(self.experts, neurons, self.hidden)
-        dimension = split_dimension(Layout.INTERMEDIATE, projection, kind, rank, stack)
-        if dimension is None:
+        cut = cut_of(Layout.INTERMEDIATE, name, ranks, stack)
+        if cut.experts is not None:
+            own = torch.tensor(self.own, dtype=torch.long, device=tensor.device)
+            tensor = tensor.index_select(cut.experts, own)
+        if cut.tp is None:
             return tensor
-        return tensor.narrow(dimension, *part(tensor.shape[dimension], self.tp_size, self.tp_rank))
+        return tensor.narrow(cut.tp, *part(tensor.shape[cut.tp], self.tp_size, self.tp_rank))
 
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
+    def _shapes(self) -> dict[TensorName, tuple[int, ...]]:
         return group_shapes(
             self.announced, experts=self.experts, hidden=self.hidden, joint=self.joint
         )

@@ -18,8 +18,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from tuckerize.domain import CORE, Mode
 from tuckerize.format.config import METHOD, check_format, group_shapes
+from tuckerize.names import TensorKind, TensorName
 from tuckerize.runtime.experts import TuckerExperts
 
 # transformers' tensor-parallel style of rows: the dimension before the last is split.
@@ -111,16 +111,13 @@ def _plan_parallel(model: Any) -> None:  # noqa: ANN401
 
 def _split_rows(module: TuckerExperts) -> list[str]:
     """Parameters whose rows are neurons: cores, or U_H where the intermediate mode is truncated."""
-    truncated = {
-        name.rpartition(".")[0]
-        for name, _ in module.named_parameters()
-        if name.endswith(f".{Mode.INTERMEDIATE.factor_name}")
-    }
+    names = [TensorName.parse(name) for name, _ in module.named_parameters()]
+    truncated = {(name.group, name.owner) for name in names if name.kind == TensorKind.U_H}
     return [
-        name
-        for name, _ in module.named_parameters()
-        if name.endswith(f".{Mode.INTERMEDIATE.factor_name}")
-        or (f".{CORE}" in name and name.partition(f".{CORE}")[0] not in truncated)
+        str(name)
+        for name in names
+        if name.kind == TensorKind.U_H
+        or (name.kind == TensorKind.CORE and (name.group, name.owner) not in truncated)
     ]
 
 

@@ -5,16 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tuckerize.domain import (
-    CORE,
-    GATE_UP,
-    Mode,
-    MultilinearRank,
-    Projection,
-    StackShape,
-    coupling_name,
-    expert_core_name,
-)
+from tuckerize.domain import GATE_UP, MultilinearRank, Projection, StackShape
+from tuckerize.names import TensorName
 
 METHOD = "tuckerize"
 """`quant_method`: the name by which transformers and vLLM find what loads the checkpoint."""
@@ -59,8 +51,8 @@ def widths_of(group: Mapping[str, Any], experts: int) -> list[int]:
 
 def group_shapes(
     group: Mapping[str, Any], *, experts: int, hidden: int, joint: str | None
-) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of one group, by their names below it.
+) -> dict[TensorName, tuple[int, ...]]:
+    """Shapes of the tensors of one group, by their names relative to it.
 
     Args:
         group: What `announce_group` gave.
@@ -70,18 +62,15 @@ def group_shapes(
     """
     widths = widths_of(group, experts)
     stack = StackShape(experts, sum(widths) // experts, hidden)
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes: dict[TensorName, tuple[int, ...]] = {}
     for projection in Projection:
         rank = MultilinearRank(*group[projection])
         if len(set(widths)) == 1:
-            shapes[f"{projection}.{CORE}"] = tuple(rank)
+            shapes[TensorName.core(projection)] = tuple(rank)
         else:
-            shapes |= {
-                f"{projection}.{expert_core_name(expert)}": (width, rank.hidden)
-                for expert, width in enumerate(widths)
-            }
-        coupling = GATE_UP if joint and projection in GATE_UP else (projection,)
+            for expert, width in enumerate(widths):
+                shapes[TensorName.core(projection, expert)] = (width, rank.hidden)
+        coupling = GATE_UP if joint and projection in GATE_UP else None
         for mode in rank.truncated_modes(stack):
-            owner = coupling_name(coupling) if mode == Mode.HIDDEN else projection
-            shapes[f"{owner}.{mode.factor_name}"] = (stack[mode], rank[mode])
+            shapes[TensorName.factor(mode, projection, coupling)] = (stack[mode], rank[mode])
     return shapes

@@ -6,6 +6,7 @@ from tuckerize.errors import CheckpointError
 from tuckerize.format.card import LOADER
 from tuckerize.format.config import METHOD, check_format, group_shapes
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
+from tuckerize.names import TensorName
 
 
 def check_loadable(tucker: TuckerCheckpoint) -> None:
@@ -29,15 +30,16 @@ def check_loadable(tucker: TuckerCheckpoint) -> None:
         "joint": announced["joint"],
     }
     expected = {
-        f"{module}.group_{index}.{name}": tuple(shape)
+        str(name.within(index, module)): tuple(shape)
         for module, groups in announced["modules"].items()
         for index, group in enumerate(groups)
         for name, shape in group_shapes(group, **sizes).items()
     }
+    below = tuple(f"{module}." for module in announced["modules"])
     found = {
         name: tuple(header.shape)
         for name, header in tucker.checkpoint.tensors.items()
-        if ".group_" in name
+        if name.startswith(below) or TensorName.find(name)
     }
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,14 @@ from tuckerize.checkpoint.files import sha256_of
 from tuckerize.checkpoint.hub import resolve_model
 from tuckerize.checkpoint.output import MANIFEST
 from tuckerize.checkpoint.reader import Checkpoint
-from tuckerize.domain import (
-    CORE,
-    SHARED_U_I,
-    Mode,
-    Projection,
-    TensorHeader,
-    expert_core_names,
-)
+from tuckerize.domain import GATE_UP, Mode, Projection, TensorHeader
 from tuckerize.errors import CheckpointError
 from tuckerize.format.manifest import TuckerManifest, read_tucker_manifest
 from tuckerize.linalg.selection import KeptNeurons, kept_neurons
 from tuckerize.linalg.tucker import TuckerFactors
 from tuckerize.moe.families import FAMILIES, Family
 from tuckerize.moe.source import SourceModel
+from tuckerize.names import TensorName, expert_rows, group_module
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +33,13 @@ class TuckerCheckpoint:
         manifest: What it is made of.
         checkpoint: Its tensors.
         family: Names of its model family.
+        groups: Names of the tensors of every group, by the group's module.
     """
 
     manifest: TuckerManifest
     checkpoint: Checkpoint
     family: Family
+    groups: Mapping[str, Sequence[TensorName]]
 
     @classmethod
     def open(cls, folder: Path) -> TuckerCheckpoint:
@@ -64,7 +61,10 @@ class TuckerCheckpoint:
             raise CheckpointError(
                 f"{folder} is of the family '{manifest.family}', which is unknown"
             )
-        return cls(manifest, checkpoint, FAMILIES[manifest.family])
+        groups: dict[str, list[TensorName]] = {}
+        for name in filter(None, map(TensorName.find, checkpoint.tensors)):
+            groups.setdefault(name.module, []).append(name)
+        return cls(manifest, checkpoint, FAMILIES[manifest.family], groups)
 
     @property
     def folder(self) -> Path:
@@ -81,24 +81,20 @@ class TuckerCheckpoint:
         """Hash of its manifest, and so of everything in it."""
         return sha256_of(self.folder / MANIFEST)
 
-    def group_prefix(self, layer: int, group: int) -> str:
-        """What the names of a group's tensors begin with."""
-        return f"{self.family.experts_prefix(layer)}.group_{group}."
+    def group_module(self, layer: int, group: int) -> str:
+        """Module of a group."""
+        return group_module(group, self.family.experts_prefix(layer))
 
-    def group_headers(self, layer: int, group: int) -> dict[str, TensorHeader]:
-        """Headers of a group's tensors by their names below the group."""
-        prefix = self.group_prefix(layer, group)
-        return {
-            name.removeprefix(prefix): header
-            for name, header in self.checkpoint.tensors.items()
-            if name.startswith(prefix)
-        }
+    def group_headers(self, layer: int, group: int) -> dict[TensorName, TensorHeader]:
+        """Headers of a group's tensors by their names relative to the group."""
+        names = self.groups.get(self.group_module(layer, group), ())
+        return {name.within_group: self.checkpoint.tensors[str(name)] for name in names}
 
-    def read_group(self, layer: int, group: int) -> dict[str, Tensor]:
-        """A group's tensors by their names below the group."""
-        prefix = self.group_prefix(layer, group)
-        names = [prefix + name for name in self.group_headers(layer, group)]
-        return {name.removeprefix(prefix): tensor for name, tensor in self.checkpoint.read(names)}
+    def read_group(self, layer: int, group: int) -> dict[TensorName, Tensor]:
+        """A group's tensors by their names relative to the group."""
+        names = self.groups.get(self.group_module(layer, group), ())
+        tensors = self.checkpoint.read(map(str, names))
+        return {TensorName.parse(name).within_group: tensor for name, tensor in tensors}
 
     def router(self, layer: int) -> Tensor:
         """Weight of the router of a layer, shape (E, I)."""
@@ -148,23 +144,16 @@ def open_source(model: str, tucker: TuckerCheckpoint) -> SourceModel:
     return source
 
 
-def _core_of(group: dict[str, Tensor], projection: Projection) -> Tensor:
-    """The core of a projection, zeros below the rows of narrower experts."""
-    own = {
-        n.removeprefix(f"{projection}."): t for n, t in group.items() if n.startswith(projection)
-    }
-    if CORE in own:
-        return own[CORE]
-    return pad_sequence([own[name] for name in expert_core_names(own)], batch_first=True)
+def factors_of(group: Mapping[TensorName, Tensor], projection: Projection) -> TuckerFactors:
+    """Tucker tensor of one projection from its group's tensors.
 
-
-def factors_of(group: dict[str, Tensor], projection: Projection) -> TuckerFactors:
-    """The Tucker tensor of one projection from its group's tensors."""
-    hidden = Mode.HIDDEN.factor_name
-    shared = None if projection == Projection.DOWN else group.get(f"{SHARED_U_I}.{hidden}")
-    return TuckerFactors(
-        core=_core_of(group, projection),
-        U_E=group.get(f"{projection}.{Mode.EXPERT.factor_name}"),
-        U_H=group.get(f"{projection}.{Mode.INTERMEDIATE.factor_name}"),
-        U_I=group.get(f"{projection}.{hidden}", shared),
-    )
+    Rows of the core beyond the width of an expert are zero.
+    """
+    own = {name: tensor for name, tensor in group.items() if name.owner == projection}
+    core = own.get(TensorName.core(projection))
+    if core is None:
+        core = pad_sequence([own[name] for name in expert_rows(own)], batch_first=True)
+    U_E, U_H, U_I = (own.get(TensorName.factor(mode, projection)) for mode in Mode)
+    if U_I is None and projection in GATE_UP:
+        U_I = group.get(TensorName.factor(Mode.HIDDEN, projection, GATE_UP))
+    return TuckerFactors(core, U_E, U_H, U_I)

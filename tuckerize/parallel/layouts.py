@@ -25,15 +25,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-from tuckerize.domain import (
-    CORE,
-    GATE_UP,
-    Mode,
-    MultilinearRank,
-    Projection,
-    StackShape,
-    coupling_name,
-)
+from tuckerize.domain import Mode, MultilinearRank, Projection, StackShape
+from tuckerize.names import TensorKind, TensorName
 
 
 class Layout(StrEnum):
@@ -149,10 +142,15 @@ class LayerShape:
 
 
 class Cut(NamedTuple):
-    """Dimensions of a stored tensor that are split over tp and over ep; None if replicated."""
+    """Dimensions along which a stored tensor is split; None if replicated.
+
+    Attributes:
+        tp: Over tensor-parallel processes.
+        experts: Over the owners of the group's experts.
+    """
 
     tp: int | None
-    ep: int | None
+    experts: int | None
 
 
 INDEX_BYTES = 8
@@ -169,51 +167,34 @@ def part(size: int, tp_size: int, tp_rank: int) -> Part:
     return Part(tp_rank * base + min(tp_rank, larger), base + (tp_rank < larger))
 
 
-def split_dimension(
-    layout: Layout, projection: Projection, tensor: str, rank: MultilinearRank, shape: StackShape
+def cut_of(layout: Layout, name: TensorName, ranks: RankByProjection, shape: StackShape) -> Cut:
+    """How a stored tensor is split; core rows of one expert belong to the owner of the expert.
+
+    Args:
+        layout: The layout.
+        name: Name of the tensor.
+        ranks: Core sizes of the projections of its group.
+        shape: Sizes of one stack of the group.
+    """
+    rank = ranks[name.projection]
+    whole_core = name.kind == TensorKind.CORE and name.expert is None
+    by_expert = name.kind == TensorKind.U_E or (whole_core and rank.expert == shape.experts)
+    return Cut(_split_over_tp(layout, name, rank, shape), 0 if by_expert else None)
+
+
+def _split_over_tp(
+    layout: Layout, name: TensorName, rank: MultilinearRank, shape: StackShape
 ) -> int | None:
-    """The dimension of a stored tensor that is split over the processes; None if replicated.
-
-    Args:
-        layout: The layout.
-        projection: Projection that the tensor belongs to; gate_proj for a U_I shared with up_proj.
-        tensor: `core`, the name of one expert's rows of it, or a factor name.
-        rank: Core sizes of the stack.
-        shape: Sizes of the stack.
-    """
-    if tensor == Mode.INTERMEDIATE.factor_name:
+    """The dimension of a stored tensor that is split over tp; None if replicated."""
+    if name.kind == TensorKind.U_H:
         return 0
-    full_rows = rank.intermediate == shape.intermediate
-    if layout == Layout.INTERMEDIATE and not full_rows:
+    on_hidden = layout == Layout.RANK and name.projection != Projection.DOWN
+    if name.kind != TensorKind.CORE:
+        return 1 if name.kind == TensorKind.U_I and on_hidden else None
+    if layout == Layout.INTERMEDIATE and rank.intermediate < shape.intermediate:
         return None
-    if layout == Layout.INTERMEDIATE:
-        return {CORE: 1}.get(tensor, 0 if tensor.startswith(CORE) else None)
-    if projection == Projection.DOWN:
-        return 1 if tensor == CORE else None
-    return {CORE: 2, Mode.HIDDEN.factor_name: 1}.get(tensor)
-
-
-def cut_of(layout: Layout, sizes: LayerShape, group: int, name: str, *, ep: int) -> Cut:
-    """How a stored tensor is split.
-
-    A matrix of one expert's core rows belongs to the owner of the expert.
-
-    Args:
-        layout: The layout.
-        sizes: Sizes of the layer.
-        group: The tensor's group.
-        name: Its name below the group: `gate_proj.core`.
-        ep: Expert-parallel processes.
-    """
-    owner, _, tensor = name.partition(".")
-    projection = Projection.GATE if owner == coupling_name(GATE_UP) else Projection(owner)
-    rank = sizes.ranks[group][projection]
-    full = rank.expert == sizes.shape.experts
-    by_expert = tensor == Mode.EXPERT.factor_name or (tensor == CORE and full)
-    return Cut(
-        tp=split_dimension(layout, projection, tensor, rank, sizes.shape),
-        ep=0 if by_expert and experts_are_split(sizes, ep) else None,
-    )
+    dimension = Mode.HIDDEN if on_hidden else Mode.INTERMEDIATE
+    return dimension if name.expert is None else dimension - 1
 
 
 def experts_are_split(sizes: LayerShape, ep: int) -> bool:

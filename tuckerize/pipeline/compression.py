@@ -152,7 +152,7 @@ def _decompose_piece(
         for projection, stack, factors in zip(piece.coupling, stacks, result.tensors, strict=True):
             stored = factors.to(TORCH_DTYPES[plan.dtype])
             for name, tensor in named_tensors(piece.coupling, projection, stored):
-                tensors[f"{prefix}.group_{group}.{name}"] = check_no_overflow(
+                tensors[str(name.within(group, prefix))] = check_no_overflow(
                     tensor, plan.dtype
                 ).cpu()
             records.append(

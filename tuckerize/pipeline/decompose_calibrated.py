@@ -31,6 +31,7 @@ from tuckerize.linalg.tucker import (
     orthonormalised,
     relative_residual,
 )
+from tuckerize.names import TensorName
 from tuckerize.planning.plan import LayerPiece, Plan, make_plan
 from tuckerize.progress import Progress
 from tuckerize.recipe import Recipe
@@ -41,7 +42,7 @@ class _Compressed(NamedTuple):
     """A layer as it will be stored."""
 
     groups: list[CompressedGroup]
-    tensors: list[dict[str, Tensor]]
+    tensors: list[dict[TensorName, Tensor]]
     refinement: Refinement
     notes: list[str]
 
@@ -191,12 +192,12 @@ def _is_dense(sizes: CompressionTarget, groups: Sequence[DenseGroup]) -> bool:
 
 def _orthonormal_groups(
     module: TuckerExperts, compressed: Sequence[CompressedGroup]
-) -> list[dict[str, Tensor]]:
+) -> list[dict[TensorName, Tensor]]:
     """The tensors of a layer with orthonormal columns in every factor, as the format has them."""
     groups = []
     for group, shapes in zip(module.groups, compressed, strict=True):
-        tensors = {name: value.detach() for name, value in group.named_parameters()}
-        own: dict[str, Tensor] = {}
+        tensors = {TensorName.parse(n): value.detach() for n, value in group.named_parameters()}
+        own: dict[TensorName, Tensor] = {}
         for coupling in shapes.sizes.couplings:
             for projection in coupling:
                 factors = _orthonormal(factors_of(tensors, projection))
@@ -230,7 +231,7 @@ def _write(
     for index, (group, own, tensors) in enumerate(
         zip(groups, compressed.groups, compressed.tensors, strict=True)
     ):
-        named.update({f"{prefix}.group_{index}.{n}": t.cpu() for n, t in tensors.items()})
+        named.update({str(n.within(index, prefix)): t.cpu() for n, t in tensors.items()})
         results += _results(piece, index, group, own, tensors)
         if own.kept is not None:
             kept.append(pack_neurons(own.kept.mask(group.shape.intermediate).numpy()))
@@ -258,12 +259,12 @@ def _results(
     index: int,
     group: DenseGroup,
     compressed: CompressedGroup,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[TensorName, Tensor],
 ) -> list[StackResult]:
     results = []
     places_EK = compressed.kept and compressed.kept.places_EK
     for projection, stack in group.stacks.items():
-        stored = factors_of(dict(tensors), projection)
+        stored = factors_of(tensors, projection)
         results.append(
             StackResult(
                 layer=piece.layer,

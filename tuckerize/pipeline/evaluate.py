@@ -17,11 +17,12 @@ from tuckerize.calibration.stream import ExpertsCall, StreamedModel
 from tuckerize.calibration.text import parse_source, read_windows
 from tuckerize.checkpoint.output import MANIFEST
 from tuckerize.checkpoint.reader import Checkpoint, measure_size
-from tuckerize.domain import CORE, Projection
+from tuckerize.domain import Projection
 from tuckerize.errors import CheckpointError
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 from tuckerize.moe.families import Family
 from tuckerize.moe.source import SourceModel
+from tuckerize.names import TensorName
 from tuckerize.progress import Progress
 from tuckerize.report import EvaluateReport, Evaluation
 from tuckerize.runtime.experts import Activation, TuckerExperts, activation_of
@@ -74,10 +75,10 @@ class Evaluated:
         return TuckerExperts(on_device, group_size=size, activation=self.activation)
 
 
-def _as_group(source: SourceModel, layer: int) -> dict[str, Tensor]:
+def _as_group(source: SourceModel, layer: int) -> dict[TensorName, Tensor]:
     """Dense experts as the tensors of a group of which every mode is full."""
     return {
-        f"{projection}.{CORE}": source.stack(layer, projection, dtype=torch.float32)
+        TensorName.core(projection): source.stack(layer, projection, dtype=torch.float32)
         for projection in Projection
     }
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from tuckerize.checkpoint.output import OutputFolder
 from tuckerize.checkpoint.writer import write_tensors
-from tuckerize.domain import MultilinearRank, Projection, TensorHeader, expert_of
+from tuckerize.domain import MultilinearRank, Projection, TensorHeader
 from tuckerize.errors import UsageError
 from tuckerize.format.manifest import (
     ShardManifest,
@@ -19,6 +19,7 @@ from tuckerize.format.manifest import (
     sharding_name,
 )
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
+from tuckerize.names import TensorName
 from tuckerize.parallel.layouts import (
     Cut,
     LayerShape,
@@ -55,26 +56,25 @@ class _Slices:
         experts: Experts of the group.
     """
 
-    headers: Mapping[str, TensorHeader]
-    cuts: Mapping[str, Cut]
+    headers: Mapping[TensorName, TensorHeader]
+    cuts: Mapping[TensorName, Cut]
     tp: int
     owners: range
     experts: int
 
-    def parts(self, ep_rank: int, tp_rank: int) -> dict[str, list[Part]]:
+    def parts(self, ep_rank: int, tp_rank: int) -> dict[TensorName, list[Part]]:
         """What a process owns of every dimension of the tensors that it owns something of."""
         found = {}
         place = self.owners.index(ep_rank)
         own = part(self.experts, len(self.owners), place)
         for name, header in self.headers.items():
-            expert = expert_of(name.partition(".")[2])
-            if expert is None or own.start <= expert < own.stop:
+            if name.expert is None or own.start <= name.expert < own.stop:
                 parts = [Part(0, size) for size in header.shape]
-                tp, ep = self.cuts[name]
+                tp, experts = self.cuts[name]
                 if tp is not None:
                     parts[tp] = part(header.shape[tp], self.tp, tp_rank)
-                if ep is not None:
-                    parts[ep] = part(header.shape[ep], len(self.owners), place)
+                if experts is not None:
+                    parts[experts] = own
                 found[name] = parts
         return found
 
@@ -90,7 +90,7 @@ class _Slices:
         )
 
     @property
-    def uneven(self) -> list[str]:
+    def uneven(self) -> list[TensorName]:
         """Tensors with a size that the processes do not divide."""
         return [
             name
@@ -218,8 +218,9 @@ def shard(
             record = {"shards": _write_group(tucker, layer, group, chosen, folder, mesh)}
             folder.write_record(piece, record)
         shards += [ShardRecord.model_validate(entry) for entry in record["shards"]]
-        prefix = tucker.group_prefix(layer, group)
-        uneven += [prefix + n for n in _slices(tucker, layer, group, chosen, mesh).uneven]
+        experts = tucker.family.experts_prefix(layer)
+        split = _slices(tucker, layer, group, chosen, mesh)
+        uneven += [str(name.within(group, experts)) for name in split.uneven]
         progress.advance(1, piece)
     progress.close()
     manifest = ShardManifest(
@@ -262,20 +263,22 @@ def _write_group(
     """Write the files of one group, one for each process that owns some of it; their records."""
     slices = _slices(tucker, layer, group, layout, mesh)
     tensors = tucker.read_group(layer, group)
-    prefix = tucker.group_prefix(layer, group)
+    experts = tucker.family.experts_prefix(layer)
     records: list[object] = []
     for ep_rank, tp_rank in itertools.product(slices.owners, range(mesh.tp)):
         rank, size = ep_rank * mesh.tp + tp_rank, mesh.ep * mesh.tp
         name = f"layer-{layer:05d}-group-{group:04d}-rank-{rank:05d}-of-{size:05d}"
         parts = slices.parts(ep_rank, tp_rank)
         sharding = {
-            prefix + tensor: {"saved_offsets": [part.start for part in own]}
+            str(tensor.within(group, experts)): {"saved_offsets": [part.start for part in own]}
             for tensor, own in parts.items()
         }
         file = write_tensors(
             folder.folder / f"{name}.safetensors",
             {
-                prefix + tensor: tensors[tensor][tuple(slice(p.start, p.stop) for p in own)]
+                str(tensor.within(group, experts)): tensors[tensor][
+                    tuple(slice(p.start, p.stop) for p in own)
+                ]
                 for tensor, own in parts.items()
             },
             {
@@ -300,7 +303,7 @@ def _slices(
     headers = tucker.group_headers(layer, group)
     return _Slices(
         headers,
-        {name: cut_of(layout, sizes, group, name, ep=mesh.ep) for name in headers},
+        {name: cut_of(layout, name, sizes.ranks[group], sizes.shape) for name in headers},
         mesh.tp,
         owners_of(group, groups=len(sizes.ranks), ep=mesh.ep),
         sizes.shape.experts,

@@ -18,18 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tuckerize.domain import (
-    CORE,
-    SHARED_U_I,
-    Coupling,
-    Mode,
-    Projection,
-    coupling_name,
-    expert_core_name,
-    expert_core_names,
-)
+from tuckerize.domain import GATE_UP, SHARED_U_I, Coupling, Mode, Projection
 from tuckerize.errors import CheckpointError
 from tuckerize.linalg.tucker import TuckerFactors
+from tuckerize.names import TensorKind, TensorName, expert_rows, group_module
 from tuckerize.runtime.exchange import Exchange, Tokens, WayBack, send_all
 from tuckerize.runtime.grouped import (
     Assignments,
@@ -73,8 +65,8 @@ def named_tensors(
     projection: Projection,
     factors: TuckerFactors,
     widths: Sequence[int] | None = None,
-) -> Iterator[tuple[str, Tensor]]:
-    """Names below the group, and values, of what is stored of one stack.
+) -> Iterator[tuple[TensorName, Tensor]]:
+    """Stored tensors of one stack, by their names relative to the group.
 
     One core for all experts, or, where their widths differ, a matrix of core rows for each.
 
@@ -85,20 +77,22 @@ def named_tensors(
         widths: Neurons of every expert; rows of the core beyond them are zero. None if all.
     """
     if widths is None or len(set(widths)) == 1:
-        yield f"{projection}.{CORE}", factors.core
+        yield TensorName.core(projection), factors.core
     else:
         for expert, width in enumerate(widths):
-            yield f"{projection}.{expert_core_name(expert)}", factors.core[expert, :width]
+            yield TensorName.core(projection, expert), factors.core[expert, :width]
     for mode, factor in zip(Mode, factors.factors, strict=True):
         if factor is not None:
-            owner = coupling_name(coupling) if mode == Mode.HIDDEN else projection
-            yield f"{owner}.{mode.factor_name}", factor
+            yield TensorName.factor(mode, projection, coupling), factor
 
 
 class TuckerStack(nn.Module):
     """Core and factors of one stack, whole or a process's slices; absent ones are None.
 
     The core is a list of the experts' matrices where their widths differ.
+
+    Args:
+        tensors: Tensors of one owner by their names, relative to the group.
     """
 
     core: Tensor | nn.ParameterList | None
@@ -106,14 +100,14 @@ class TuckerStack(nn.Module):
     U_H: Tensor | None
     U_I: Tensor | None
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: Mapping[TensorName, Tensor]) -> None:
         super().__init__()
-        for name in (CORE, *(mode.factor_name for mode in Mode)):
-            self.register_parameter(name, _parameter(tensors.get(name)))
-        matrices = [tensors[name] for name in expert_core_names(tensors)]
-        if matrices:
+        whole = {name.kind: tensor for name, tensor in tensors.items() if name.expert is None}
+        for kind in TensorKind:
+            self.register_parameter(kind.value, _parameter(whole.get(kind)))
+        if rows := expert_rows(tensors):
             del self.core  # a name is that of a parameter or of a module
-            self.core = nn.ParameterList(_parameter(matrix) for matrix in matrices)
+            self.core = nn.ParameterList(_parameter(tensors[name]) for name in rows)
 
     def multiply(self, rows_NX: Tensor, assigned: Assignments, *, transposed: bool) -> Tensor:
         """Multiply every row by the C_e of its expert, or by C_eᵀ.
@@ -146,16 +140,16 @@ def _parameter(tensor: Tensor | None) -> nn.Parameter | None:
 
 
 class TuckerGroup(nn.Module):
-    """The three projections of one group of experts."""
+    """The three projections of one group of experts.
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    Args:
+        tensors: Its tensors by their names, relative to the group.
+    """
+
+    def __init__(self, tensors: Mapping[TensorName, Tensor]) -> None:
         super().__init__()
         for owner in (*Projection, SHARED_U_I):
-            own = {
-                name.removeprefix(f"{owner}."): value
-                for name, value in tensors.items()
-                if name.startswith(f"{owner}.")
-            }
+            own = {name: value for name, value in tensors.items() if name.owner == owner}
             if own:
                 self.add_module(owner, TuckerStack(own))
 
@@ -170,7 +164,7 @@ class TuckerGroup(nn.Module):
         """U_I of a projection, its own or the shared one."""
         own = self.stack(projection).U_I
         if own is None and projection != Projection.DOWN and hasattr(self, SHARED_U_I):
-            return self.get_parameter(f"{SHARED_U_I}.{Mode.HIDDEN.factor_name}")
+            return self.get_parameter(str(TensorName.factor(Mode.HIDDEN, projection, GATE_UP)))
         return own
 
 
@@ -178,9 +172,8 @@ class TuckerExperts(nn.Module):
     """The routed experts of one layer.
 
     Args:
-        groups: Tensors of every group by their names below it (`gate_proj.core`), in any floating
-            dtype, whole or the slices of one process; products are computed in the dtype of the
-            tokens.
+        groups: Tensors of every group by their names relative to it, in any floating dtype, whole
+            or the slices of one process; products are computed in the dtype of the tokens.
         group_size: Experts in a group.
         activation: Between gate and up.
         exchange: How the processes of a layout complete each other; by default a process has all.
@@ -188,7 +181,7 @@ class TuckerExperts(nn.Module):
 
     def __init__(
         self,
-        groups: Sequence[Mapping[str, Tensor]],
+        groups: Sequence[Mapping[TensorName, Tensor]],
         *,
         group_size: int,
         activation: Activation,
@@ -197,7 +190,7 @@ class TuckerExperts(nn.Module):
         super().__init__()
         self.groups = [TuckerGroup(tensors) for tensors in groups]
         for index, group in enumerate(self.groups):
-            self.add_module(f"group_{index}", group)
+            self.add_module(group_module(index), group)
         self.group_size = group_size
         self.activation = activation
         self.exchange = exchange or Exchange()

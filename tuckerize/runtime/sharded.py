@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,13 +13,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from tuckerize.ascend.dispatch import ROW_STEP, FusedPair, FusedUse
 from tuckerize.checkpoint.files import read_json_object
 from tuckerize.checkpoint.reader import CONFIG, WeightFile, read_tensors
-from tuckerize.domain import Mode, Projection, expert_core_name, expert_of
+from tuckerize.domain import Projection
 from tuckerize.errors import CheckpointError
 from tuckerize.format.manifest import (
     read_tucker_manifest,
 )
 from tuckerize.format.shards import open_shards
 from tuckerize.moe.families import FAMILIES
+from tuckerize.names import TensorKind, TensorName, group_module
 from tuckerize.parallel.collectives import all_reduce
 from tuckerize.parallel.layouts import (
     LayerShape,
@@ -38,8 +40,8 @@ class ShardedExperts(TuckerExperts):
     """The routed experts of one layer, computed by all processes of a mesh together.
 
     Args:
-        groups: This process's slices of its groups, by their names below the group; experts with a
-            core of their own are counted from its first.
+        groups: This process's slices of its groups, by their names relative to the group; experts
+            with core rows of their own are numbered from its first.
         layout: How the tensors were split.
         sizes: Sizes of the whole layer.
         position: This process.
@@ -49,7 +51,7 @@ class ShardedExperts(TuckerExperts):
 
     def __init__(
         self,
-        groups: Sequence[Mapping[str, Tensor]],
+        groups: Sequence[Mapping[TensorName, Tensor]],
         *,
         layout: Layout,
         sizes: LayerShape,
@@ -108,10 +110,10 @@ class ShardedExperts(TuckerExperts):
         place, shards = open_shards(tucker, tp=tp.size, ep=ep.size)
         sizes = manifest.layer_shape(layer)
         first = sizes.experts // ep.size * ep.rank if experts_are_split(sizes, ep.size) else 0
-        prefix = FAMILIES[manifest.family].experts_prefix(layer)
+        experts = FAMILIES[manifest.family].experts_prefix(layer)
         return cls(
             [
-                _read_shard(place / shard.file.name, f"{prefix}.group_{shard.group}.", first)
+                _read_shard(place / shard.file.name, group_module(shard.group, experts), first)
                 for shard in shards.owned_by(tp_rank=tp.rank, ep_rank=ep.rank)
                 if shard.layer == layer
             ],
@@ -180,31 +182,37 @@ def fused_use(
     )
 
 
-def _read_shard(path: Path, prefix: str, first: int) -> dict[str, Tensor]:
-    """Tensors by their names behind a prefix; experts are counted from the first."""
+def _read_shard(path: Path, module: str, first: int) -> dict[TensorName, Tensor]:
+    """Tensors of a group by their names relative to it; experts are numbered from the first.
+
+    Raises:
+        CheckpointError: The file cannot be read, or holds another tensor.
+    """
     found = {}
-    for name, tensor in read_tensors(path, WeightFile.open(path).tensors):
-        owner, _, kind = name.removeprefix(prefix).partition(".")
-        expert = expert_of(kind)
-        local = kind if expert is None else expert_core_name(expert - first)
-        found[f"{owner}.{local}"] = tensor
+    for text, tensor in read_tensors(path, WeightFile.open(path).tensors):
+        name = TensorName.find(text)
+        if name is None or name.module != module:
+            raise CheckpointError(
+                f"{path} holds {text}, which is not of {module}", hint="write the shards again"
+            )
+        own = None if name.expert is None else name.expert - first
+        found[replace(name.within_group, expert=own)] = tensor
     return found
 
 
 def _axes_to_sum(
-    name: str, layout: Layout, sizes: LayerShape, low: Travel, position: Position
+    text: str, layout: Layout, sizes: LayerShape, low: Travel, position: Position
 ) -> set[str]:
     """The axes along which processes have parts of a parameter's gradient."""
-    group, _, below = name.partition(".")
-    owner, _, tensor = below.partition(".")
-    cut = cut_of(layout, sizes, int(group.removeprefix("group_")), below, ep=position.ep.size)
+    name = TensorName.parse(text)
+    cut = cut_of(layout, name, sizes.ranks[name.group or 0], sizes.shape)
     # What lies outside of the exchange over tp meets the same tokens on all of its processes.
-    outside = tensor == Mode.HIDDEN.factor_name and not position.sequence_parallel
-    outside &= low.low_output if owner == Projection.DOWN else low.low_input
+    outside = name.kind == TensorKind.U_I and not position.sequence_parallel
+    outside &= low.low_output if name.projection == Projection.DOWN else low.low_input
     split = experts_are_split(sizes, position.ep.size)
     parts = {
         "tp": cut.tp is None and not outside,
-        "ep": split and cut.ep is None and expert_of(tensor) is None,
+        "ep": split and cut.experts is None and name.expert is None,
         "cp": True,
     }
     return {axis for axis in AXES if parts[axis] and getattr(position, axis).size > 1}

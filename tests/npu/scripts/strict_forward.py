@@ -15,7 +15,8 @@ import torch
 import torch_npu
 from torch import Tensor
 
-from tuckerize.domain import Projection, expert_core_name
+from tuckerize.domain import Mode, Projection
+from tuckerize.names import TensorName
 from tuckerize.runtime.experts import ACTIVATIONS, TuckerExperts
 
 EXPERTS, INTERMEDIATE, HIDDEN, TOKENS, TOP_K = 6, 16, 20, 9, 2
@@ -33,21 +34,21 @@ CASES = {
 def layer(rank: tuple[int, int | None, int]) -> TuckerExperts:
     """A random layer."""
     generator = torch.Generator().manual_seed(0)
-    sizes = dict(zip(("U_E", "U_H", "U_I"), (EXPERTS, INTERMEDIATE, HIDDEN), strict=True))
+    sizes = dict(zip(Mode, (EXPERTS, INTERMEDIATE, HIDDEN), strict=True))
     tensors = {}
     mixed, neurons, hidden = rank
     for projection in Projection:
         if neurons is None:
             for expert, width in enumerate(WIDTHS):
                 matrix = torch.randn((width, hidden), generator=generator)
-                tensors[f"{projection}.{expert_core_name(expert)}"] = matrix
+                tensors[TensorName.core(projection, expert)] = matrix
         else:
             core = torch.randn((mixed, neurons, hidden), generator=generator)
-            tensors[f"{projection}.core"] = core
-        for (name, size), columns in zip(sizes.items(), rank, strict=True):
+            tensors[TensorName.core(projection)] = core
+        for (mode, size), columns in zip(sizes.items(), rank, strict=True):
             if columns is not None and columns < size:
                 factor = torch.randn((size, columns), generator=generator)
-                tensors[f"{projection}.{name}"] = factor
+                tensors[TensorName.factor(mode, projection)] = factor
     return TuckerExperts([tensors], group_size=EXPERTS, activation=ACTIVATIONS["silu"])
 
 

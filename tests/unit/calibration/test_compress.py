@@ -22,6 +22,7 @@ from tuckerize.calibration.moments import GroupMoments, gather_moments
 from tuckerize.calibration.tokens import DenseGroup, LayerTokens
 from tuckerize.domain import MultilinearRank, Projection, StackShape
 from tuckerize.linalg.tucker import with_zero_rows
+from tuckerize.names import TensorName
 from tuckerize.runtime.dense import ExpertWeights, dense_output
 
 SHAPE = StackShape(3, 10, 8)
@@ -104,7 +105,7 @@ def test_factored_output_is_that_of_the_expanded_experts(
     if sizes[0] < SHAPE.intermediate:
         assert found.kept is not None
         assert sum(found.kept.widths) == SHAPE.experts * sizes[0]
-        apart = f"{Projection.DOWN}.core.2" in found.tensors()
+        apart = TensorName.core(Projection.DOWN, 2) in found.tensors()
         assert apart == (len(set(found.kept.widths)) > 1)
 
 
@@ -114,8 +115,8 @@ def test_experts_that_matter_more_keep_more_neurons() -> None:
     found, error = compress(group, tokens, sizes_of(6, 5, 6))
     assert found.kept is not None
     assert found.kept.widths == (4, 10, 4)
-    assert found.tensors()["gate_proj.core.0"].shape == (4, 5)
-    assert found.tensors()["down_proj.core.1"].shape == (10, 6)
+    assert found.tensors()[TensorName.core(Projection.GATE, 0)].shape == (4, 5)
+    assert found.tensors()[TensorName.core(Projection.DOWN, 1)].shape == (10, 6)
     expected_TI = expanded_output(found, group.experts, tokens, SHAPE.intermediate)
     output_TI = group_output(found.tensors(), group.experts, tokens, silu)
     assert_close(output_TI.double(), expected_TI, rtol=1e-3, atol=1e-3)

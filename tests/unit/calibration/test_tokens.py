@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tests.expert_cases import make_group, make_tokens
 from tuckerize.calibration.tokens import LayerTokens
 from tuckerize.domain import Projection, StackShape
+from tuckerize.names import TensorName
 
 quick = settings(derandomize=True, max_examples=25, deadline=None, database=None)
 
@@ -84,5 +85,5 @@ def test_group_as_tensors_holds_full_cores() -> None:
     assert group.shape == StackShape(3, 4, 5)
     assert list(group.experts) == [6, 7, 8]
     tensors = group.as_tensors()
-    assert tensors.keys() == {f"{projection}.core" for projection in Projection}
-    assert tensors["up_proj.core"] is group.stacks[Projection.UP]
+    assert tensors.keys() == {TensorName.core(projection) for projection in Projection}
+    assert tensors[TensorName.core(Projection.UP)] is group.stacks[Projection.UP]

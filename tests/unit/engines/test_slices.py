@@ -11,6 +11,7 @@ from torch.nn.functional import silu
 from tuckerize.domain import MultilinearRank, Projection
 from tuckerize.engines.slices import WorkerGroup
 from tuckerize.format.config import announce_group, group_shapes
+from tuckerize.names import TensorName
 from tuckerize.runtime.experts import TuckerExperts
 
 EXPERTS, HIDDEN = 6, 12
@@ -42,13 +43,13 @@ GROUPS: dict[str, tuple[dict[str, Any], str | None]] = {
 }
 
 
-def tensors_of(announced: dict[str, Any], joint: str | None) -> dict[str, Tensor]:
+def tensors_of(announced: dict[str, Any], joint: str | None) -> dict[TensorName, Tensor]:
     generator = torch.Generator().manual_seed(0)
     shapes = group_shapes(announced, experts=EXPERTS, hidden=HIDDEN, joint=joint)
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def output_of(tensors: dict[str, Tensor], experts_Tk: Tensor, size: int) -> Tensor:
+def output_of(tensors: dict[TensorName, Tensor], experts_Tk: Tensor, size: int) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     x_TI = torch.randn(40, HIDDEN, generator=generator)
     weights_Tk = torch.rand(40, 2, generator=generator)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tuckerize.domain import MultilinearRank, Projection, StackShape
+from tuckerize.names import TensorKind, TensorName
 from tuckerize.parallel.layouts import (
     INDEX_BYTES,
     Collective,
@@ -19,7 +20,6 @@ from tuckerize.parallel.layouts import (
     owners_of,
     part,
     smallest_split_size,
-    split_dimension,
     width_over_ep,
 )
 
@@ -54,7 +54,7 @@ def test_part_of_all_processes_concatenated_is_the_whole(tp_size: int) -> None:
         (Layout.RANK, DOWN, TRUNCATED, 1, None, 0, None),
     ],
 )
-def test_split_dimension_of_every_tensor_is_that_of_the_layout(
+def test_cut_over_tp_of_every_tensor_is_that_of_the_layout(
     layout: Layout,
     projection: Projection,
     rank: MultilinearRank,
@@ -64,7 +64,8 @@ def test_split_dimension_of_every_tensor_is_that_of_the_layout(
     U_I: int | None,
 ) -> None:
     expected = {"core": core, "U_E": U_E, "U_H": U_H, "U_I": U_I}
-    found = {n: split_dimension(layout, projection, n, rank, SHAPE) for n in expected}
+    names = {kind: TensorName(projection, TensorKind(kind)) for kind in expected}
+    found = {k: cut_of(layout, name, {projection: rank}, SHAPE).tp for k, name in names.items()}
     assert found == expected
 
 
@@ -201,23 +202,35 @@ def test_even_load_is_that_of_all_choices_of_experts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "rank", "groups", "dimension"),
+    ("name", "rank", "dimension"),
     [
-        ("gate_proj.core", LATENT, 1, 0),
-        ("gate_proj.core", TRUNCATED, 1, None),
-        ("gate_proj.U_E", TRUNCATED, 1, 0),
-        ("gate_proj.U_H", TRUNCATED, 1, None),
-        ("gate_up_proj.U_I", LATENT, 1, None),
-        ("gate_proj.core", LATENT, 2, None),
-        ("gate_proj.U_E", TRUNCATED, 2, None),
+        ("gate_proj.core", LATENT, 0),
+        ("gate_proj.core", TRUNCATED, None),
+        ("gate_proj.core.2", LATENT, None),
+        ("gate_proj.U_E", TRUNCATED, 0),
+        ("gate_proj.U_H", TRUNCATED, None),
+        ("gate_up_proj.U_I", LATENT, None),
     ],
 )
-def test_cut_of_splits_experts_of_one_group_over_processes_and_leaves_whole_groups(
-    name: str, rank: MultilinearRank, groups: int, dimension: int | None
+@pytest.mark.parametrize("layout", Layout)
+def test_cut_over_experts_is_of_what_has_a_row_for_each(
+    layout: Layout, name: str, rank: MultilinearRank, dimension: int | None
 ) -> None:
-    sizes = sizes_of(rank, groups=groups)
-    assert cut_of(Layout.INTERMEDIATE, sizes, 0, name, ep=2).ep == dimension
-    assert cut_of(Layout.INTERMEDIATE, sizes, 0, name, ep=1).ep is None
+    ranks = dict.fromkeys(Projection, rank)
+    assert cut_of(layout, TensorName.parse(name), ranks, SHAPE).experts == dimension
+
+
+@pytest.mark.parametrize("projection", Projection)
+@pytest.mark.parametrize("layout", Layout)
+def test_cut_over_tp_of_one_experts_rows_is_that_of_the_whole_core(
+    layout: Layout, projection: Projection
+) -> None:
+    whole, rows = (
+        cut_of(layout, TensorName.core(projection, expert), {projection: LATENT}, SHAPE).tp
+        for expert in (None, 3)
+    )
+    assert whole is not None
+    assert rows == whole - 1
 
 
 def test_owners_of_groups_are_equally_many_in_order() -> None:

@@ -18,8 +18,9 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 )
 from vllm.platforms import current_platform
 
-from tuckerize.domain import CORE, Projection
+from tuckerize.domain import Projection
 from tuckerize.engines.slices import WorkerGroup
+from tuckerize.names import TensorName
 from tuckerize.parallel.layouts import part
 
 # The kernels know one hidden size: that of gate and up, or of down, is filled up with zeros.
@@ -65,10 +66,10 @@ class LatentKernel:
             return None
         return None if method.is_monolithic else cls(method)
 
-    def empty(self, layer: Any, group: WorkerGroup, dtype: torch.dtype) -> dict[str, Tensor]:  # noqa: ANN401
+    def empty(self, layer: Any, group: WorkerGroup, dtype: torch.dtype) -> dict[TensorName, Tensor]:  # noqa: ANN401
         """The worker's tensors without values; the cores are parts of the kernel's weights."""
         tensors = group.empty(dtype)
-        experts, neurons, _ = tensors[f"{Projection.GATE}.{CORE}"].shape
+        experts, neurons, _ = tensors[TensorName.core(Projection.GATE)].shape
         self.method.create_weights(layer, experts, self.method.moe.hidden_dim, neurons, dtype)
         gate_up = layer.w13_weight.data.zero_()
         weights = {
@@ -77,7 +78,7 @@ class LatentKernel:
             Projection.DOWN: layer.w2_weight.data.zero_().mT,
         }
         for projection, weight in weights.items():
-            name = f"{projection}.{CORE}"
+            name = TensorName.core(projection)
             tensors[name] = weight[..., : tensors[name].shape[2]]
         return tensors
 

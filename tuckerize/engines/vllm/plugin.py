@@ -26,10 +26,11 @@ from tuckerize.engines.slices import WorkerGroup
 from tuckerize.engines.vllm.ascend import AscendMoEMethod, dense_method
 from tuckerize.engines.vllm.latent import LatentKernel
 from tuckerize.format.config import METHOD, check_format
+from tuckerize.names import GROUP_PATTERN, TensorName, group_module
 from tuckerize.runtime.experts import ACTIVATIONS, TuckerExperts
 
 # Some of vLLM's models rename whatever has the name of a dense projection in it.
-_SHORT_NAMES = {
+_SHORT_NAMES: Mapping[str, str] = {
     Projection.GATE: "gate",
     Projection.UP: "up",
     Projection.DOWN: "down",
@@ -75,8 +76,8 @@ class TuckerConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not ins
         """From names in the checkpoint to names of parameters."""
         return WeightsMapper(
             orig_to_new_regex={
-                re.compile(rf"\.experts\.group_(\d+)\.{long}\."): (
-                    rf".experts.routed_experts.group_\1.{short}."
+                re.compile(rf"\.experts\.({GROUP_PATTERN})\.{long}\."): (
+                    rf".experts.routed_experts.\1.{short}."
                 )
                 for long, short in _SHORT_NAMES.items()
             }
@@ -194,10 +195,9 @@ class TuckerMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         A tensor of which the worker owns nothing has an empty one.
         """
         for name in group.names:
-            owner, _, rest = name.partition(".")
-            path = f"group_{index}.{_SHORT_NAMES[owner]}.{rest}"
+            path = f"{group_module(index)}.{_SHORT_NAMES[name.owner]}.{name.within_owner}"
             if module is not None and group.owns(name):
-                parameter: Any = module.get_parameter(group.own_name(name))
+                parameter: Any = module.get_parameter(str(group.own_name(name)))
                 parameter.weight_loader = partial(self._load, path, group, name)
                 self.waiting.add(path)
             else:
@@ -206,7 +206,7 @@ class TuckerMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             _set_parameter(layer, path, parameter)
 
     def _load(
-        self, path: str, group: WorkerGroup, name: str, parameter: Tensor, loaded: Tensor
+        self, path: str, group: WorkerGroup, name: TensorName, parameter: Tensor, loaded: Tensor
     ) -> None:
         """Copy the worker's part of a tensor of the checkpoint."""
         parameter.data.copy_(group.cut(name, loaded))

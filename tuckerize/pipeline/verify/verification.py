@@ -24,6 +24,7 @@ from tuckerize.format.tucker_checkpoint import TuckerCheckpoint, factors_of
 from tuckerize.linalg.tucker import relative_residual
 from tuckerize.moe.routing import Routes, route
 from tuckerize.moe.source import SourceModel
+from tuckerize.names import TensorName
 from tuckerize.parallel.backends import float32_products
 from tuckerize.parallel.collectives import counted
 from tuckerize.parallel.layouts import Layout, Traffic, layer_traffic
@@ -296,7 +297,7 @@ def _case(run: Verification, layer: int, activation: Activation, tokens: int) ->
     return _Case(x_TI, routes, reference_TI)
 
 
-def _read_groups(tucker: TuckerCheckpoint, layer: int) -> list[dict[str, Tensor]]:
+def _read_groups(tucker: TuckerCheckpoint, layer: int) -> list[dict[TensorName, Tensor]]:
     return [tucker.read_group(layer, group) for group in range(tucker.manifest.groups)]
 
 
