@@ -28,8 +28,8 @@ from transformers.cache_utils import DynamicCache
 
 import tuckerize
 from benchmarks.full_width import EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, lite_config
-from tuckerize.domain import Projection
-from tuckerize.format.config import group_shapes
+from tuckerize.domain import MultilinearRank, Projection
+from tuckerize.format.config import GroupShape
 from tuckerize.runtime.experts import ACTIVATIONS, TuckerExperts
 
 RESULTS = Path(__file__).parent / "results" / "forward.json"
@@ -101,13 +101,12 @@ def _eights(size: float) -> int:
 
 def tucker_experts(shape: Shape, dtype: torch.dtype) -> TuckerExperts:
     """A layer of a shape, gate and up with one U_I."""
-    rank = [EXPERTS, shape.neurons, shape.rank]
-    announced = {"neurons": shape.neurons} | {str(projection): rank for projection in Projection}
+    rank = MultilinearRank(EXPERTS, shape.neurons, shape.rank)
+    ranks = dict.fromkeys(Projection, rank)
+    group = GroupShape((shape.neurons,) * EXPERTS, ranks, joint=True)
     tensors = {
         name: torch.empty(sizes, dtype=dtype).normal_(std=0.02)
-        for name, sizes in group_shapes(
-            announced, experts=EXPERTS, hidden=HIDDEN, joint="gate_up"
-        ).items()
+        for name, sizes in group.tensor_shapes(HIDDEN).items()
     }
     return TuckerExperts([tensors], group_size=EXPERTS, activation=ACTIVATIONS["silu"])
 

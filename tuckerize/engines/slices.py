@@ -1,42 +1,36 @@
-"""The part of a group's tensors that one worker of a serving engine owns: pure slicing.
+"""Slices of a group's tensors that one worker of a serving engine owns.
 
-Over tensor-parallel workers every expert's neurons are split (the `intermediate` layout), over
-expert-parallel ones the experts; both give partial sums of the routed output.
+Tensor-parallel workers split the neurons of every expert (the `intermediate` layout),
+expert-parallel ones the experts; either way a worker computes a partial sum of the routed output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from tuckerize.domain import MultilinearRank, Projection, StackShape
-from tuckerize.format.config import group_shapes, widths_of
+from tuckerize.format.config import GroupShape
 from tuckerize.names import TensorName
 from tuckerize.parallel.layouts import Layout, cut_of, part
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerGroup:
-    """One group of experts as one worker has it.
+    """One worker's part of a group of experts.
 
     Attributes:
-        announced: What config.json announces of the group.
-        experts: Experts in the group, on all workers.
+        shape: Sizes of the whole group.
         hidden: Hidden size I.
-        joint: Projections that share one U_I.
         own: Places in the group of the experts that the worker owns, in its order.
         tp_size: Workers that share the neurons of an expert.
         tp_rank: Which of them it is.
     """
 
-    announced: Mapping[str, Any]
-    experts: int
+    shape: GroupShape
     hidden: int
-    joint: str | None
     own: Sequence[int]
     tp_size: int = 1
     tp_rank: int = 0
@@ -44,12 +38,12 @@ class WorkerGroup:
     @property
     def names(self) -> list[TensorName]:
         """Names relative to the group of all its tensors in the checkpoint."""
-        return list(self._shapes())
+        return list(self.shape.tensor_shapes(self.hidden))
 
     def empty(self, dtype: torch.dtype) -> dict[TensorName, Tensor]:
         """The worker's tensors without values, on the default device, by the worker's names."""
         tensors = {}
-        for name, shape in self._shapes().items():
+        for name, shape in self.shape.tensor_shapes(self.hidden).items():
             if self.owns(name):
                 own = self.cut(name, torch.empty(shape, device="meta"))
                 tensors[self.own_name(name)] = torch.empty(own.shape, dtype=dtype)
@@ -67,18 +61,11 @@ class WorkerGroup:
 
     def cut(self, name: TensorName, tensor: Tensor) -> Tensor:
         """The worker's part of a tensor of the checkpoint."""
-        ranks = {p: MultilinearRank(*self.announced[p]) for p in Projection}
-        neurons = sum(widths_of(self.announced, self.experts)) // self.experts
-        stack = StackShape(self.experts, neurons, self.hidden)
-        cut = cut_of(Layout.INTERMEDIATE, name, ranks, stack)
+        stack = self.shape.stack_shape(self.hidden)
+        cut = cut_of(Layout.INTERMEDIATE, name, self.shape.ranks, stack)
         if cut.experts is not None:
             own = torch.tensor(self.own, dtype=torch.long, device=tensor.device)
             tensor = tensor.index_select(cut.experts, own)
         if cut.tp is None:
             return tensor
         return tensor.narrow(cut.tp, *part(tensor.shape[cut.tp], self.tp_size, self.tp_rank))
-
-    def _shapes(self) -> dict[TensorName, tuple[int, ...]]:
-        return group_shapes(
-            self.announced, experts=self.experts, hidden=self.hidden, joint=self.joint
-        )

@@ -1,14 +1,14 @@
 """transformers: load a Tucker checkpoint as the model that it is, with factored routed experts.
 
 transformers takes a checkpoint whose config.json has a `quantization_config` through a quantizer of
-that name. Ours puts modules of factors, shaped as the configuration announces, in the place of the
-experts' before weights are loaded; transformers does the rest. `import tuckerize` registers it.
+that name. Ours replaces the experts by modules of factors, in the shapes of the configuration,
+before weights are loaded; transformers does the rest. `import tuckerize` registers it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from tuckerize.format.config import METHOD, check_format, group_shapes
+from tuckerize.format.config import METHOD, GroupShape, TuckerQuantization
 from tuckerize.names import TensorKind, TensorName
 from tuckerize.runtime.experts import TuckerExperts
 
@@ -36,13 +36,19 @@ _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 @register_quantization_config(METHOD)
 class TuckerConfig(QuantizationConfigMixin):
-    """`quantization_config` of a Tucker checkpoint, see docs/format.md."""
+    """`quantization_config` of a Tucker checkpoint, see docs/format.md.
 
-    def __init__(self, **announced: Any) -> None:  # noqa: ANN401
-        check_format(announced)
-        for name, value in announced.items():
-            setattr(self, name, value)
+    Raises:
+        ValueError: It is of another release, or malformed; the message names the key.
+    """
+
+    def __init__(self, **value: Any) -> None:  # noqa: ANN401
+        self.tucker = TuckerQuantization.parse(value)
         self.quant_method = METHOD  # type: ignore[assignment]  # one that transformers ships
+
+    def to_dict(self) -> dict[str, Any]:
+        """Contents of `quantization_config`, as on disk."""
+        return self.tucker.to_json()
 
 
 @register_quantizer(METHOD)
@@ -69,10 +75,10 @@ class TuckerQuantizer(HfQuantizer):
                 "transformers cannot share out the experts of a Tucker checkpoint over processes: "
                 "use tp_size, which splits every expert, in place of expert parallelism"
             )
-        announced: Any = self.quantization_config
-        for path, groups in announced.modules.items():
+        config: Any = self.quantization_config
+        for path, groups in config.tucker.modules.items():
             dense = model.get_submodule(path)
-            model.set_submodule(path, _factored(dense, groups, announced))
+            model.set_submodule(path, _factored(dense, groups))
         _plan_parallel(model)
         return model
 
@@ -143,21 +149,15 @@ def _sum_gradients(module: TuckerExperts, group: Any) -> None:  # noqa: ANN401
     module.register_forward_pre_hook(before_forward)
 
 
-def _factored(
-    dense: Any,  # noqa: ANN401
-    groups: list[Mapping[str, Any]],
-    config: Any,  # noqa: ANN401
-) -> TuckerExperts:
+def _factored(dense: Any, groups: Sequence[GroupShape]) -> TuckerExperts:  # noqa: ANN401
     """The factored module in the place of a dense one, without memory."""
     like = next(dense.parameters())
     tensors = [
         {
             name: torch.empty(shape, dtype=like.dtype, device=like.device)
-            for name, shape in group_shapes(
-                group, experts=config.group_size, hidden=dense.hidden_dim, joint=config.joint
-            ).items()
+            for name, shape in group.tensor_shapes(dense.hidden_dim).items()
         }
         for group in groups
     ]
-    module = TuckerExperts(tensors, group_size=config.group_size, activation=dense.act_fn)
+    module = TuckerExperts(tensors, group_size=groups[0].experts, activation=dense.act_fn)
     return module.requires_grad_()

@@ -1,76 +1,207 @@
-"""What config.json announces of a Tucker checkpoint (`quantization_config`), in docs/format.md."""
+"""`quantization_config` in config.json of a Tucker checkpoint, see docs/format.md."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from tuckerize.domain import GATE_UP, MultilinearRank, Projection, StackShape
+from tuckerize.format.manifest import TuckerManifest
+from tuckerize.moe.families import Family
 from tuckerize.names import TensorName
 
 METHOD = "tuckerize"
-"""`quant_method`: the name by which transformers and vLLM find what loads the checkpoint."""
+"""`quant_method`: the name under which transformers and vLLM look up the loader."""
 
 FORMAT_VERSION = 2
-"""`format_version` of what is announced."""
+
+_KEY = "quantization_config"
 
 
-def check_format(announced: Mapping[str, Any]) -> None:
-    """Refuse what another release has announced.
+@dataclass(frozen=True, slots=True)
+class GroupShape:
+    """Sizes of one group of factored experts.
 
-    Raises:
-        ValueError: The format has another version.
-    """
-    version = announced.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"the checkpoint has format_version {version!r}, this tuckerize reads "
-            f"{FORMAT_VERSION}: use the release that wrote it"
-        )
-
-
-def announce_group(
-    ranks: Mapping[Projection, MultilinearRank], widths: Sequence[int]
-) -> dict[str, Any]:
-    """What is announced of one group: the widths of its experts and the core sizes.
-
-    Args:
-        ranks: Core sizes of every projection.
+    Attributes:
         widths: Neurons of every expert.
+        ranks: Core sizes of every projection.
+        joint: Whether gate and up share one U_I.
     """
-    equal = len(set(widths)) == 1
-    sizes = {str(projection): list(rank) for projection, rank in ranks.items()}
-    return {"neurons": widths[0] if equal else list(widths), **sizes}
+
+    widths: tuple[int, ...]
+    ranks: Mapping[Projection, MultilinearRank]
+    joint: bool
+
+    @property
+    def experts(self) -> int:
+        """Experts of the group."""
+        return len(self.widths)
+
+    @property
+    def equal_widths(self) -> bool:
+        """Whether all experts have equally many neurons, and so one core."""
+        return len(set(self.widths)) == 1
+
+    def stack_shape(self, hidden: int) -> StackShape:
+        """Sizes of one stack; H is the mean width.
+
+        Args:
+            hidden: Hidden size I of the model.
+        """
+        return StackShape(self.experts, sum(self.widths) // self.experts, hidden)
+
+    def tensor_shapes(self, hidden: int) -> dict[TensorName, tuple[int, ...]]:
+        """Shapes of the stored tensors by their names relative to the group.
+
+        Args:
+            hidden: Hidden size I of the model.
+        """
+        stack = self.stack_shape(hidden)
+        shapes: dict[TensorName, tuple[int, ...]] = {}
+        for projection, rank in self.ranks.items():
+            if self.equal_widths:
+                shapes[TensorName.core(projection)] = tuple(rank)
+            else:
+                for expert, width in enumerate(self.widths):
+                    shapes[TensorName.core(projection, expert)] = (width, rank.hidden)
+            coupling = GATE_UP if self.joint and projection in GATE_UP else None
+            for mode in rank.truncated_modes(stack):
+                shapes[TensorName.factor(mode, projection, coupling)] = (stack[mode], rank[mode])
+        return shapes
 
 
-def widths_of(group: Mapping[str, Any], experts: int) -> list[int]:
-    """Neurons of every expert of a group, from what `announce_group` gave."""
-    neurons = group["neurons"]
-    return [neurons] * experts if isinstance(neurons, int) else list(neurons)
+@dataclass(frozen=True, slots=True)
+class TuckerQuantization:
+    """The factored experts of a Tucker checkpoint, as config.json describes them to engines.
 
-
-def group_shapes(
-    group: Mapping[str, Any], *, experts: int, hidden: int, joint: str | None
-) -> dict[TensorName, tuple[int, ...]]:
-    """Shapes of the tensors of one group, by their names relative to it.
-
-    Args:
-        group: What `announce_group` gave.
-        experts: Experts in the group.
-        hidden: Hidden size I.
-        joint: Projections that share one U_I.
+    Attributes:
+        group_size: Experts in a group.
+        joint: Projections that share one U_I, if any.
+        modules: Groups of every factored experts module, by the module's name in the checkpoint.
     """
-    widths = widths_of(group, experts)
-    stack = StackShape(experts, sum(widths) // experts, hidden)
-    shapes: dict[TensorName, tuple[int, ...]] = {}
-    for projection in Projection:
-        rank = MultilinearRank(*group[projection])
-        if len(set(widths)) == 1:
-            shapes[TensorName.core(projection)] = tuple(rank)
-        else:
-            for expert, width in enumerate(widths):
-                shapes[TensorName.core(projection, expert)] = (width, rank.hidden)
-        coupling = GATE_UP if joint and projection in GATE_UP else None
-        for mode in rank.truncated_modes(stack):
-            shapes[TensorName.factor(mode, projection, coupling)] = (stack[mode], rank[mode])
-    return shapes
+
+    group_size: int
+    joint: Literal["gate_up"] | None
+    modules: Mapping[str, tuple[GroupShape, ...]]
+
+    @classmethod
+    def of(cls, manifest: TuckerManifest, family: Family) -> TuckerQuantization:
+        """Describe the checkpoint of a manifest.
+
+        Args:
+            manifest: The manifest.
+            family: The model's family.
+        """
+        joint = manifest.joint is not None
+        modules = {
+            family.experts_prefix(layer): tuple(
+                GroupShape(manifest.widths(layer, group), ranks, joint)
+                for group, ranks in enumerate(manifest.ranks(layer))
+            )
+            for layer in manifest.layers
+        }
+        return cls(manifest.group_size, manifest.joint, modules)
+
+    @classmethod
+    def parse(cls, value: Mapping[str, Any]) -> TuckerQuantization:
+        """Parse `quantization_config`.
+
+        Args:
+            value: Its contents.
+
+        Raises:
+            ValueError: It has the format version of another release, or a key is missing or
+                invalid; the message names it.
+        """
+        version = value.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"the checkpoint has format_version {version!r}, this tuckerize reads "
+                f"{FORMAT_VERSION}: use the release that wrote it"
+            )
+        try:
+            found = _Contents.model_validate(value)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            raise _invalid(first["loc"], first["msg"]) from None
+        modules = {
+            module: tuple(
+                found.group_shape(group, (module, index)) for index, group in enumerate(groups)
+            )
+            for module, groups in found.modules.items()
+        }
+        return cls(found.group_size, found.joint, modules)
+
+    def to_json(self) -> dict[str, Any]:
+        """Contents of `quantization_config`."""
+        return {
+            "quant_method": METHOD,
+            "format_version": FORMAT_VERSION,
+            "group_size": self.group_size,
+            "joint": self.joint,
+            "modules": {
+                module: [
+                    {
+                        "neurons": group.widths[0] if group.equal_widths else list(group.widths),
+                        **{str(projection): list(rank) for projection, rank in group.ranks.items()},
+                    }
+                    for group in groups
+                ]
+                for module, groups in self.modules.items()
+            },
+        }
+
+
+def is_tucker(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of a Tucker checkpoint."""
+    value = config.get(_KEY)
+    return isinstance(value, Mapping) and value.get("quant_method") == METHOD
+
+
+def with_quantization(
+    config: Mapping[str, Any], quantization: TuckerQuantization
+) -> dict[str, Any]:
+    """A config.json that describes factored experts."""
+    return {**config, _KEY: quantization.to_json()}
+
+
+_Size = Annotated[int, Field(ge=1, strict=True)]
+_Widths = Annotated[
+    tuple[_Size, ...], BeforeValidator(lambda value: (value,) if isinstance(value, int) else value)
+]
+
+
+class _Group(BaseModel):
+    """One group on disk; `neurons` is one number where all experts are equally wide."""
+
+    neurons: _Widths
+    gate_proj: tuple[_Size, _Size, _Size]
+    up_proj: tuple[_Size, _Size, _Size]
+    down_proj: tuple[_Size, _Size, _Size]
+
+
+class _Contents(BaseModel):
+    """The whole on disk; unknown keys are ignored."""
+
+    group_size: _Size
+    joint: Literal["gate_up"] | None
+    modules: dict[str, Annotated[tuple[_Group, ...], Field(min_length=1)]]
+
+    def group_shape(self, group: _Group, place: tuple[str, int]) -> GroupShape:
+        """One group, checked against the number of its experts."""
+        widths = group.neurons * (self.group_size if len(group.neurons) == 1 else 1)
+        if len(widths) != self.group_size:
+            raise _invalid(
+                ("modules", *place, "neurons"),
+                f"{len(widths)} widths are not those of {self.group_size} experts",
+            )
+        ranks = (group.gate_proj, group.up_proj, group.down_proj)
+        named = {p: MultilinearRank(*rank) for p, rank in zip(Projection, ranks, strict=True)}
+        return GroupShape(widths, named, self.joint is not None)
+
+
+def _invalid(place: Sequence[str | int], message: str) -> ValueError:
+    return ValueError(f"{'.'.join(map(str, (_KEY, *place)))}: {message}")

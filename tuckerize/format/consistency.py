@@ -1,41 +1,35 @@
-"""Whether transformers and vLLM will find in a Tucker checkpoint what its config.json announces."""
+"""Consistency of a Tucker checkpoint: config.json against the weight files."""
 
 from __future__ import annotations
 
 from tuckerize.errors import CheckpointError
 from tuckerize.format.card import LOADER
-from tuckerize.format.config import METHOD, check_format, group_shapes
+from tuckerize.format.config import METHOD, TuckerQuantization, is_tucker
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 from tuckerize.names import TensorName
 
 
 def check_loadable(tucker: TuckerCheckpoint) -> None:
-    """Refuse a checkpoint whose factored experts would not be loaded as a whole.
+    """Refuse a checkpoint whose factored experts would not be loaded completely.
 
     Raises:
-        CheckpointError: config.json announces no experts, others than are there, or in a format of
-            another release.
+        CheckpointError: `quantization_config` is missing, malformed or of another release, or
+            describes other tensors than the weight files hold.
     """
     place = tucker.folder / "config.json"
-    announced = tucker.config.get("quantization_config") or {}
-    if announced.get("quant_method") != METHOD:
+    if not is_tucker(tucker.config):
         raise _damaged(f"{place} has no quantization_config of {METHOD}")
     try:
-        check_format(announced)
+        quantization = TuckerQuantization.parse(tucker.config["quantization_config"])
     except ValueError as error:
         raise _damaged(f"{place}: {error}") from error
-    sizes = {
-        "experts": announced["group_size"],
-        "hidden": tucker.manifest.shape.hidden,
-        "joint": announced["joint"],
-    }
     expected = {
-        str(name.within(index, module)): tuple(shape)
-        for module, groups in announced["modules"].items()
+        str(name.within(index, module)): shape
+        for module, groups in quantization.modules.items()
         for index, group in enumerate(groups)
-        for name, shape in group_shapes(group, **sizes).items()
+        for name, shape in group.tensor_shapes(tucker.manifest.shape.hidden).items()
     }
-    below = tuple(f"{module}." for module in announced["modules"])
+    below = tuple(f"{module}." for module in quantization.modules)
     found = {
         name: tuple(header.shape)
         for name, header in tucker.checkpoint.tensors.items()
@@ -50,7 +44,7 @@ def check_loadable(tucker: TuckerCheckpoint) -> None:
 
 
 def carries_loader(tucker: TuckerCheckpoint) -> bool:
-    """Whether it can be loaded with `trust_remote_code=True` as well as after the import."""
+    """Whether it can also be loaded with `trust_remote_code=True`, without importing tuckerize."""
     auto_map = tucker.config.get("auto_map") or {}
     module = str(auto_map.get("AutoModelForCausalLM", "")).partition(".")[0]
     return module == LOADER and (tucker.folder / f"{LOADER}.py").exists()

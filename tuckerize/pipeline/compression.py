@@ -17,16 +17,15 @@ from tuckerize.checkpoint.other_files import copy_other_files
 from tuckerize.checkpoint.output import OutputFolder
 from tuckerize.checkpoint.reader import CONFIG, TORCH_DTYPES, WeightFile, measure_size
 from tuckerize.checkpoint.writer import copy_tensors, describe_file, write_index, write_tensors
-from tuckerize.domain import MultilinearRank, Projection, StackResult, coupling_name, group_experts
+from tuckerize.domain import StackResult, coupling_name, group_experts
 from tuckerize.errors import located
 from tuckerize.format.card import with_loader, write_hub_files
-from tuckerize.format.config import FORMAT_VERSION, METHOD, announce_group
+from tuckerize.format.config import TuckerQuantization, with_quantization
 from tuckerize.format.manifest import LayerRecord, SourceRecord, TuckerManifest
 from tuckerize.linalg.hooi import Decomposition, hooi
 from tuckerize.linalg.rank_choice import rank_for_tolerance
 from tuckerize.linalg.tensorly_engine import tensorly_tucker
 from tuckerize.linalg.tucker import check_no_overflow, relative_residual
-from tuckerize.moe.families import Family
 from tuckerize.parallel.processes import Processes
 from tuckerize.pipeline.decompose_calibrated import compress_layers
 from tuckerize.planning.estimate import work
@@ -214,28 +213,10 @@ def _finish(plan: Plan, folder: OutputFolder, model: str) -> TuckerManifest:
         after=measure_size(headers, is_routed=moe.is_routed),
         files=tuple(files),
     )
-    announced = _announce(moe.family, manifest)
     config = source.config
-    write_json(output / CONFIG, {**with_loader(config), "quantization_config": announced})
+    quantization = TuckerQuantization.of(manifest, moe.family)
+    write_json(output / CONFIG, with_quantization(with_loader(config), quantization))
     write_hub_files(source.folder, output, manifest, config)
     write_index(output, opened)
     folder.finish(manifest.model_dump(mode="json"))
     return manifest
-
-
-def _announce(family: Family, manifest: TuckerManifest) -> dict[str, Any]:
-    """`quantization_config`: tells loaders which experts are factored, and their core sizes."""
-    ranks: dict[tuple[int, int], dict[Projection, MultilinearRank]] = {}
-    for stack in manifest.stacks:
-        ranks.setdefault((stack.layer, stack.group), {})[stack.projection] = stack.multilinear_rank
-    modules: dict[str, list[dict[str, Any]]] = {}
-    for (layer, group), own in ranks.items():
-        groups = modules.setdefault(family.experts_prefix(layer), [])
-        groups.append(announce_group(own, manifest.widths(layer, group)))
-    return {
-        "quant_method": METHOD,
-        "format_version": FORMAT_VERSION,
-        "group_size": manifest.group_size,
-        "joint": manifest.joint,
-        "modules": modules,
-    }

@@ -7,6 +7,7 @@ from pathlib import Path
 from tuckerize.checkpoint.output import MANIFEST
 from tuckerize.checkpoint.reader import Checkpoint
 from tuckerize.domain import Size, coupling_name
+from tuckerize.format.config import is_tucker
 from tuckerize.format.consistency import carries_loader, check_loadable
 from tuckerize.format.manifest import sharding_name
 from tuckerize.format.shards import available_shardings
@@ -24,8 +25,7 @@ def inspect_model(folder: Path) -> InspectReport:
         CheckpointError: It is neither, or engines would not load it as a whole.
     """
     checkpoint = Checkpoint.open(folder)
-    announced = checkpoint.config.get("quantization_config") or {}
-    if (folder / MANIFEST).exists() or announced.get("quant_method") == "tuckerize":
+    if (folder / MANIFEST).exists() or is_tucker(checkpoint.config):
         return _describe_tucker(TuckerCheckpoint.open(folder))
     source = SourceModel.open(checkpoint)
     model = source.moe

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import pytest
 import torch
@@ -10,43 +9,40 @@ from torch.nn.functional import silu
 
 from tuckerize.domain import MultilinearRank, Projection
 from tuckerize.engines.slices import WorkerGroup
-from tuckerize.format.config import announce_group, group_shapes
+from tuckerize.format.config import GroupShape
 from tuckerize.names import TensorName
 from tuckerize.runtime.experts import TuckerExperts
 
 EXPERTS, HIDDEN = 6, 12
 
-GROUPS: dict[str, tuple[dict[str, Any], str | None]] = {
-    "hidden mode": (
-        announce_group(dict.fromkeys(Projection, MultilinearRank(6, 9, 5)), [9] * 6),
-        "gate_up",
+GROUPS = {
+    "hidden mode": GroupShape(
+        (9,) * 6, dict.fromkeys(Projection, MultilinearRank(6, 9, 5)), joint=True
     ),
-    "all modes": (
-        announce_group(dict.fromkeys(Projection, MultilinearRank(4, 7, 5)), [9] * 6),
-        None,
+    "all modes": GroupShape(
+        (9,) * 6, dict.fromkeys(Projection, MultilinearRank(4, 7, 5)), joint=False
     ),
-    "one mode each": (
-        announce_group(
-            {
-                Projection.GATE: MultilinearRank(4, 9, 12),
-                Projection.UP: MultilinearRank(6, 7, 12),
-                Projection.DOWN: MultilinearRank(6, 9, 5),
-            },
-            [9] * 6,
-        ),
-        None,
+    "one mode each": GroupShape(
+        (9,) * 6,
+        {
+            Projection.GATE: MultilinearRank(4, 9, 12),
+            Projection.UP: MultilinearRank(6, 7, 12),
+            Projection.DOWN: MultilinearRank(6, 9, 5),
+        },
+        joint=False,
     ),
-    "widths": (
-        announce_group(dict.fromkeys(Projection, MultilinearRank(6, 6, 5)), [3, 9, 6, 4, 8, 6]),
-        "gate_up",
+    "widths": GroupShape(
+        (3, 9, 6, 4, 8, 6), dict.fromkeys(Projection, MultilinearRank(6, 6, 5)), joint=True
     ),
 }
 
 
-def tensors_of(announced: dict[str, Any], joint: str | None) -> dict[TensorName, Tensor]:
+def tensors_of(shape: GroupShape) -> dict[TensorName, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    shapes = group_shapes(announced, experts=EXPERTS, hidden=HIDDEN, joint=joint)
-    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return {
+        name: torch.randn(sizes, generator=generator)
+        for name, sizes in shape.tensor_shapes(HIDDEN).items()
+    }
 
 
 def output_of(tensors: dict[TensorName, Tensor], experts_Tk: Tensor, size: int) -> Tensor:
@@ -64,14 +60,13 @@ def output_of(tensors: dict[TensorName, Tensor], experts_Tk: Tensor, size: int) 
 def test_outputs_of_all_workers_add_up_to_that_of_the_group(
     kind: str, tp_size: int, owned: list[int]
 ) -> None:
-    announced, joint = GROUPS[kind]
-    tensors = tensors_of(announced, joint)
+    tensors = tensors_of(GROUPS[kind])
     experts_Tk = torch.rand(40, 6, generator=torch.Generator().manual_seed(2)).topk(2).indices
     total_TI = torch.zeros(40, HIDDEN)
     stops = list(itertools.accumulate(owned))
     for tp_rank, (stop, count) in itertools.product(range(tp_size), zip(stops, owned, strict=True)):
         own = list(range(stop - count, stop))[::-1]  # in any order
-        worker = WorkerGroup(announced, EXPERTS, HIDDEN, joint, own, tp_size, tp_rank)
+        worker = WorkerGroup(GROUPS[kind], HIDDEN, own, tp_size, tp_rank)
         assert worker.names == list(tensors)
         cut = {
             worker.own_name(name): worker.cut(name, tensor)
@@ -89,9 +84,8 @@ def test_outputs_of_all_workers_add_up_to_that_of_the_group(
 
 @pytest.mark.parametrize("kind", GROUPS)
 def test_workers_store_their_share_and_little_more(kind: str) -> None:
-    announced, joint = GROUPS[kind]
-    whole = sum(t.numel() for t in tensors_of(announced, joint).values())
-    worker = WorkerGroup(announced, EXPERTS, HIDDEN, joint, range(3))
+    whole = sum(t.numel() for t in tensors_of(GROUPS[kind]).values())
+    worker = WorkerGroup(GROUPS[kind], HIDDEN, range(3))
     own = sum(t.numel() for t in worker.empty(torch.bfloat16).values())
     assert own < whole  # a core that experts share is on every worker
     assert all(t.dtype == torch.bfloat16 for t in worker.empty(torch.bfloat16).values())

@@ -6,7 +6,7 @@ ordinary MoE layer of hidden size r between two projections that experts share.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import copy
 from typing import Any
 
@@ -20,10 +20,11 @@ from vllm.platforms import current_platform
 
 from tuckerize.domain import Projection
 from tuckerize.engines.slices import WorkerGroup
+from tuckerize.format.config import GroupShape
 from tuckerize.names import TensorName
 from tuckerize.parallel.layouts import part
 
-# The kernels know one hidden size: that of gate and up, or of down, is filled up with zeros.
+# The kernels have one hidden size: the smaller r_I of gate and up, and of down, is zero-padded.
 _LARGEST_GROWTH = 1.1
 
 
@@ -41,23 +42,21 @@ class LatentKernel:
     def find(
         cls,
         moe: Any,  # noqa: ANN401
-        groups: Sequence[Mapping[str, Any]],
-        joint: str | None,
+        groups: Sequence[GroupShape],
     ) -> LatentKernel | None:
         """The kernel of a layer; None if it has another shape, or the engine none for its sizes.
 
         Args:
             moe: The engine's settings of the layer.
-            groups: What config.json announces of its groups.
-            joint: Projections that share one U_I.
+            groups: Sizes of its groups.
         """
         parallel = moe.moe_parallel_config
-        width = _latent_width(moe, groups, joint)
+        width = _latent_width(moe, groups)
         if width is None or parallel.use_ep or current_platform.is_out_of_tree():
             return None
         settings = copy(moe)
         settings.hidden_dim = settings.hidden_dim_unpadded = width
-        _, neurons = part(groups[0]["neurons"], parallel.tp_size, parallel.tp_rank)
+        _, neurons = part(groups[0].widths[0], parallel.tp_size, parallel.tp_rank)
         settings.intermediate_size_per_partition = neurons
         settings.intermediate_size_per_partition_unpadded = neurons
         try:
@@ -105,17 +104,13 @@ class LatentKernel:
         return output
 
 
-def _latent_width(
-    moe: Any,  # noqa: ANN401
-    groups: Sequence[Mapping[str, Any]],
-    joint: str | None,
-) -> int | None:
+def _latent_width(moe: Any, groups: Sequence[GroupShape]) -> int | None:  # noqa: ANN401
     """Hidden size r of a layer of the latent shape; None if it has another one."""
-    if len(groups) > 1 or not joint or not isinstance(groups[0]["neurons"], int):
+    if len(groups) > 1 or not groups[0].joint or not groups[0].equal_widths:
         return None
-    whole = [moe.num_experts, groups[0]["neurons"]]
-    ranks = [groups[0][projection] for projection in Projection]
-    sizes = [rank[2] for rank in ranks]
+    whole = (moe.num_experts, groups[0].widths[0])
+    ranks = [groups[0].ranks[projection] for projection in Projection]
+    sizes = [rank.hidden for rank in ranks]
     factors_elsewhere = any(rank[:2] != whole for rank in ranks)
     if factors_elsewhere or sizes[0] != sizes[1] or max(sizes) >= moe.hidden_dim:
         return None

@@ -25,7 +25,7 @@ from tuckerize.domain import SHARED_U_I, Projection
 from tuckerize.engines.slices import WorkerGroup
 from tuckerize.engines.vllm.ascend import AscendMoEMethod, dense_method
 from tuckerize.engines.vllm.latent import LatentKernel
-from tuckerize.format.config import METHOD, check_format
+from tuckerize.format.config import METHOD, GroupShape, TuckerQuantization
 from tuckerize.names import GROUP_PATTERN, TensorName, group_module
 from tuckerize.runtime.experts import ACTIVATIONS, TuckerExperts
 
@@ -39,12 +39,15 @@ _SHORT_NAMES: Mapping[str, str] = {
 
 
 class TuckerConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not installed here
-    """`quantization_config` of a Tucker checkpoint, see docs/format.md."""
+    """`quantization_config` of a Tucker checkpoint, see docs/format.md.
 
-    def __init__(self, announced: Mapping[str, Any]) -> None:
+    Args:
+        tucker: Its contents.
+    """
+
+    def __init__(self, tucker: TuckerQuantization) -> None:
         super().__init__()
-        check_format(announced)
-        self.announced = announced
+        self.tucker = tucker
 
     @classmethod
     def get_name(cls) -> str:
@@ -68,8 +71,12 @@ class TuckerConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not ins
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> TuckerConfig:
-        """From config.json."""
-        return cls(config)
+        """From config.json.
+
+        Raises:
+            ValueError: It is of another release, or malformed; the message names the key.
+        """
+        return cls(TuckerQuantization.parse(config))
 
     @staticmethod
     def get_checkpoint_weight_mapper() -> WeightsMapper:
@@ -95,12 +102,12 @@ class TuckerConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not ins
             return UnquantizedLinearMethod()
         if not hasattr(layer, "moe_config"):
             return None
-        groups = self.announced["modules"].get(prefix)
+        groups = self.tucker.modules.get(prefix)
         if groups is None:
             return dense_method(layer.moe_config, **ascend) if ascend else None
         method = getattr(layer, "quant_method", None)  # it has one where it is asked again
         if not isinstance(method, TuckerMoEMethod):
-            method = TuckerMoEMethod(layer.moe_config, groups, self.announced)
+            method = TuckerMoEMethod(layer.moe_config, groups)
         return AscendMoEMethod(method) if ascend else method
 
 
@@ -109,21 +116,14 @@ class TuckerMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
 
     Args:
         moe: The engine's settings of the layer.
-        groups: What config.json announces of its groups.
-        announced: All that it announces.
+        groups: Sizes of its groups.
     """
 
-    def __init__(
-        self,
-        moe: Any,  # noqa: ANN401
-        groups: Sequence[Mapping[str, Any]],
-        announced: Mapping[str, Any],
-    ) -> None:
+    def __init__(self, moe: Any, groups: Sequence[GroupShape]) -> None:  # noqa: ANN401
         super().__init__(moe)
         self.groups = groups
-        self.group_size: int = announced["group_size"]
-        self.joint: str | None = announced["joint"]
-        self.kernel = LatentKernel.find(moe, groups, self.joint)
+        self.group_size = groups[0].experts
+        self.kernel = LatentKernel.find(moe, groups)
         self.waiting: set[str] = set()
         self.experts: TuckerExperts | None = None
 
@@ -143,16 +143,8 @@ class TuckerMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         """
         parallel = self.moe.moe_parallel_config
         groups = {
-            index: WorkerGroup(
-                announced,
-                experts=self.group_size,
-                hidden=hidden_size,
-                joint=self.joint,
-                own=own,
-                tp_size=parallel.tp_size,
-                tp_rank=parallel.tp_rank,
-            )
-            for index, announced in enumerate(self.groups)
+            index: WorkerGroup(shape, hidden_size, own, parallel.tp_size, parallel.tp_rank)
+            for index, shape in enumerate(self.groups)
             if (own := self._own_experts(layer, index))
         }
         sizes = {len(group.own) for group in groups.values()}
@@ -172,10 +164,8 @@ class TuckerMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             activation=ACTIVATIONS[layer.activation.value],
         )
         modules = dict(zip(groups, self.experts.groups, strict=True))
-        for index, announced in enumerate(self.groups):
-            group = groups.get(index) or WorkerGroup(
-                announced, self.group_size, hidden_size, self.joint, own=()
-            )
+        for index, shape in enumerate(self.groups):
+            group = groups.get(index) or WorkerGroup(shape, hidden_size, own=())
             self._register(layer, index, group, modules.get(index))
         layer.load_weights = partial(_load_weights, layer)
 
