@@ -13,17 +13,17 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tuckerize.ascend.dispatch import FusedPair
 from tuckerize.cli import main
 from tuckerize.domain import Projection
+from tuckerize.format.shards import Sharding
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 from tuckerize.parallel.collectives import all_reduce
 from tuckerize.parallel.layouts import part
-from tuckerize.parallel.mesh import Axis, axis_of
+from tuckerize.parallel.mesh import Axis, Position
 from tuckerize.pipeline.verify import verification as verify
 from tuckerize.runtime import exchange
 from tuckerize.runtime.exchange import RankExchange, Share, Tokens, WayBack
@@ -35,23 +35,17 @@ class SeedExperts(TuckerExperts):
     """The published layer, for one group: whole cores, factors cut by columns, one all-reduce."""
 
     @classmethod
-    def from_shards(
-        cls,
-        folder: str | Path,
-        layer: int,
-        mesh: DeviceMesh,
-        *,
-        sequence_parallel: bool,
-        fused: FusedPair | None,
+    def of_layer(
+        cls, sharding: Sharding, layer: int, position: Position, *, fused: FusedPair | None
     ) -> SeedExperts:
         """The published layer loads whole factors and cuts them itself."""
-        del sequence_parallel, fused
-        tucker = TuckerCheckpoint.open(Path(folder))
+        del fused
+        tucker = TuckerCheckpoint.open(sharding.checkpoint)
         return cls(
             [tucker.read_group(layer, 0)],
             group_size=tucker.manifest.group_size,
             activation=ACTIVATIONS["silu"],
-            exchange=RankExchange(tp=axis_of(mesh, "tp")),
+            exchange=RankExchange(tp=position.tp),
         )
 
     def forward(self, x_TI: Tensor, experts_Tk: Tensor, weights_Tk: Tensor) -> Tensor:

@@ -1,30 +1,42 @@
-"""The shardings of a Tucker checkpoint on disk: find the one that fits, and check it."""
+"""Shards of a Tucker checkpoint: find those of a mesh, check their files, read them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from tuckerize.checkpoint.files import sha256_of
+from torch import Tensor
+
+from tuckerize.checkpoint.files import read_json_object, sha256_of
 from tuckerize.checkpoint.output import MANIFEST
-from tuckerize.checkpoint.reader import WeightFile
+from tuckerize.checkpoint.reader import CONFIG, WeightFile, read_tensors
 from tuckerize.errors import CheckpointError, ParallelError
-from tuckerize.format.manifest import ShardManifest, ShardRecord, read_shard_manifest, sharding_name
-from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
-from tuckerize.parallel.layouts import Parallelism
+from tuckerize.format.manifest import (
+    ShardManifest,
+    ShardRecord,
+    TuckerManifest,
+    read_shard_manifest,
+    read_tucker_manifest,
+    sharding_name,
+)
+from tuckerize.format.tucker_checkpoint import TuckerCheckpoint, family_of
+from tuckerize.moe.families import Family
+from tuckerize.names import TensorName, group_module
+from tuckerize.parallel.layouts import LayerShape, Layout, Parallelism, experts_are_split
 from tuckerize.parallel.mesh import Position, check_world
 
 
 @dataclass(frozen=True, slots=True)
 class ShardFault:
-    """A shard file that is not what was written.
+    """A shard file that differs from its record in the manifest.
 
     Attributes:
         layer: Layer whose shard it is.
-        message: What is wrong.
-        readable: Whether its tensors can be read all the same.
+        message: How it differs.
+        readable: Whether its tensors can still be read.
     """
 
     layer: int
@@ -34,30 +46,108 @@ class ShardFault:
 
 @dataclass(frozen=True, slots=True)
 class Sharding:
-    """The shards of one mesh.
+    """The shards of a Tucker checkpoint for one mesh; manifests are read and compared once.
 
     Attributes:
-        folder: Where the files are.
-        manifest: What they are.
-        cp: Context-parallel processes that have the same ones.
+        checkpoint: Folder of the Tucker checkpoint.
+        tucker: Its manifest.
+        config: Its config.json.
+        family: Its model family.
+        manifest: Manifest of the shards.
+        cp: Context-parallel processes; all of them have the same shards.
     """
 
-    folder: Path
+    checkpoint: Path
+    tucker: TuckerManifest
+    config: Mapping[str, Any]
+    family: Family
     manifest: ShardManifest
     cp: int = 1
+
+    @classmethod
+    def open(cls, checkpoint: Path, *, tp: int, ep: int) -> Sharding:
+        """Open shards by the folder of their checkpoint, whose weight files need not be there.
+
+        Args:
+            checkpoint: Folder of the Tucker checkpoint.
+            tp: Tensor-parallel processes.
+            ep: Expert-parallel processes.
+
+        Raises:
+            ParallelError: There are no shards for the mesh; the hint gives the command.
+            CheckpointError: They were cut from another version of the checkpoint, or a manifest
+                cannot be read.
+        """
+        tucker = read_tucker_manifest(checkpoint)
+        family = family_of(tucker, checkpoint)
+        manifest = _open_manifest(checkpoint, sha256_of(checkpoint / MANIFEST), tp=tp, ep=ep)
+        return cls(checkpoint, tucker, read_json_object(checkpoint / CONFIG), family, manifest)
+
+    @classmethod
+    def of(cls, tucker: TuckerCheckpoint, mesh: Parallelism) -> Sharding:
+        """Open shards of an open checkpoint.
+
+        Raises:
+            ParallelError: There are no shards for the mesh; the hint gives the command.
+            CheckpointError: They were cut from another version of the checkpoint.
+        """
+        manifest = _open_manifest(tucker.folder, tucker.manifest_sha256, tp=mesh.tp, ep=mesh.ep)
+        return cls(tucker.folder, tucker.manifest, tucker.config, tucker.family, manifest, mesh.cp)
+
+    @property
+    def folder(self) -> Path:
+        """Where the files are."""
+        return self.checkpoint / sharding_name(tp=self.manifest.tp_size, ep=self.manifest.ep_size)
 
     @property
     def mesh(self) -> Parallelism:
         """The mesh."""
         return Parallelism(self.manifest.tp_size, self.manifest.ep_size, self.cp)
 
-    def damage(self, position: Position, layers: Collection[int]) -> list[ShardFault]:
-        """Files of one process that are missing or changed since they were written."""
-        place = {"tp_rank": position.tp.rank, "ep_rank": position.ep.rank}
-        owned = (s for s in self.manifest.owned_by(**place) if s.layer in layers)
-        return [damage for shard in owned if (damage := self._damage(shard)) is not None]
+    @property
+    def layout(self) -> Layout:
+        """How tensors are split."""
+        return Layout(self.manifest.layout)
 
-    def _damage(self, shard: ShardRecord) -> ShardFault | None:
+    def layer_shape(self, layer: int) -> LayerShape:
+        """Sizes of a whole layer.
+
+        Raises:
+            CheckpointError: The layer is not decomposed.
+        """
+        if layer not in self.tucker.layers:
+            raise CheckpointError(
+                f"layer {layer} of {self.checkpoint} is not decomposed",
+                hint=f"decomposed layers: {', '.join(map(str, self.tucker.layers))}",
+            )
+        return self.tucker.layer_shape(layer)
+
+    def read_layer(self, layer: int, position: Position) -> list[dict[TensorName, Tensor]]:
+        """Slices of one process of a layer's groups, by their names relative to the group.
+
+        Experts with core rows of their own are numbered from the first of the process.
+
+        Raises:
+            CheckpointError: The layer is not decomposed, or a file cannot be read.
+        """
+        sizes, ep = self.layer_shape(layer), position.ep
+        first = sizes.experts // ep.size * ep.rank if experts_are_split(sizes, ep.size) else 0
+        experts = self.family.experts_prefix(layer)
+        return [
+            _read_shard(self.folder / shard.file.name, group_module(shard.group, experts), first)
+            for shard in self._owned_by(position)
+            if shard.layer == layer
+        ]
+
+    def faults(self, position: Position, layers: Collection[int]) -> list[ShardFault]:
+        """Files of one process that are missing or changed since they were written."""
+        owned = (shard for shard in self._owned_by(position) if shard.layer in layers)
+        return [fault for shard in owned if (fault := self._fault(shard)) is not None]
+
+    def _owned_by(self, position: Position) -> list[ShardRecord]:
+        return self.manifest.owned_by(tp_rank=position.tp.rank, ep_rank=position.ep.rank)
+
+    def _fault(self, shard: ShardRecord) -> ShardFault | None:
         path = self.folder / shard.file.name
         if not path.exists():
             return ShardFault(shard.layer, f"{path.name} is missing", readable=False)
@@ -100,7 +190,7 @@ def find_sharding(
         ep = ep or max(1, processes // ((tp or 1) * cp))
         mesh = Parallelism(tp or max(1, processes // (ep * cp)), ep, cp)
         check_world(processes, mesh)
-    return Sharding(*open_shards(tucker.folder, tp=mesh.tp, ep=mesh.ep), cp)
+    return Sharding.of(tucker, mesh)
 
 
 def _fitting(tucker: TuckerCheckpoint, processes: int, cp: int) -> Parallelism:
@@ -125,13 +215,8 @@ def _fitting(tucker: TuckerCheckpoint, processes: int, cp: int) -> Parallelism:
     )
 
 
-def open_shards(tucker: Path, *, tp: int, ep: int) -> tuple[Path, ShardManifest]:
-    """Folder and manifest of the shards of a Tucker checkpoint for a mesh.
-
-    Raises:
-        ParallelError: There are none; the hint gives the command.
-        CheckpointError: They were cut from another version of the checkpoint.
-    """
+def _open_manifest(tucker: Path, tucker_sha256: str, *, tp: int, ep: int) -> ShardManifest:
+    """Manifest of the shards for a mesh, checked against that of their checkpoint."""
     folder = tucker / sharding_name(tp=tp, ep=ep)
     command = f"tuckerize shard {tucker} --tp {tp}" + (f" --ep {ep}" if ep > 1 else "")
     if not (folder / MANIFEST).exists():
@@ -139,12 +224,30 @@ def open_shards(tucker: Path, *, tp: int, ep: int) -> tuple[Path, ShardManifest]
             f"{tucker} has no shards for tp x ep = {tp} x {ep}", hint=f"run: {command}"
         )
     manifest = read_shard_manifest(folder)
-    if manifest.tucker_manifest_sha256 != sha256_of(tucker / MANIFEST):
+    if manifest.tucker_manifest_sha256 != tucker_sha256:
         raise CheckpointError(
             f"{folder} was cut from another version of {tucker}",
             hint=f"run: {command} --overwrite",
         )
-    return folder, manifest
+    return manifest
+
+
+def _read_shard(path: Path, module: str, first: int) -> dict[TensorName, Tensor]:
+    """Tensors of a group by their names relative to it; experts are numbered from the first.
+
+    Raises:
+        CheckpointError: The file cannot be read, or holds another tensor.
+    """
+    found = {}
+    for text, tensor in read_tensors(path, WeightFile.open(path).tensors):
+        name = TensorName.find(text)
+        if name is None or name.module != module:
+            raise CheckpointError(
+                f"{path} holds {text}, which is not of {module}", hint="write the shards again"
+            )
+        own = None if name.expert is None else name.expert - first
+        found[replace(name.within_group, expert=own)] = tensor
+    return found
 
 
 def _opens(path: Path) -> bool:

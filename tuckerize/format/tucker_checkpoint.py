@@ -1,4 +1,4 @@
-"""An opened Tucker checkpoint: manifest, tensors and model facts together."""
+"""A Tucker checkpoint on disk: manifest, config.json and tensors, opened and checked together."""
 
 from __future__ import annotations
 
@@ -30,13 +30,15 @@ class TuckerCheckpoint:
     """A finished Tucker checkpoint.
 
     Attributes:
-        manifest: What it is made of.
-        checkpoint: Its tensors.
-        family: Names of its model family.
+        manifest: Its manifest.
+        manifest_sha256: Hash of the manifest, and so of everything in the checkpoint.
+        checkpoint: config.json and tensors.
+        family: Its model family.
         groups: Names of the tensors of every group, by the group's module.
     """
 
     manifest: TuckerManifest
+    manifest_sha256: str
     checkpoint: Checkpoint
     family: Family
     groups: Mapping[str, Sequence[TensorName]]
@@ -57,14 +59,11 @@ class TuckerCheckpoint:
                     f"{folder / file.name} has {size} bytes, the manifest says {file.bytes}",
                     hint="the file was changed: run 'tuckerize decompose' with --overwrite",
                 )
-        if manifest.family not in FAMILIES:
-            raise CheckpointError(
-                f"{folder} is of the family '{manifest.family}', which is unknown"
-            )
+        family = family_of(manifest, folder)
         groups: dict[str, list[TensorName]] = {}
         for name in filter(None, map(TensorName.find, checkpoint.tensors)):
             groups.setdefault(name.module, []).append(name)
-        return cls(manifest, checkpoint, FAMILIES[manifest.family], groups)
+        return cls(manifest, sha256_of(folder / MANIFEST), checkpoint, family, groups)
 
     @property
     def folder(self) -> Path:
@@ -75,11 +74,6 @@ class TuckerCheckpoint:
     def config(self) -> dict[str, Any]:
         """config.json."""
         return self.checkpoint.config
-
-    @property
-    def manifest_sha256(self) -> str:
-        """Hash of its manifest, and so of everything in it."""
-        return sha256_of(self.folder / MANIFEST)
 
     def group_module(self, layer: int, group: int) -> str:
         """Module of a group."""
@@ -124,6 +118,17 @@ class TuckerCheckpoint:
         """Neurons that every expert of a group keeps; None if all."""
         kept_EH = self.manifest.kept_neurons(layer, group)
         return None if kept_EH is None else kept_neurons(torch.from_numpy(kept_EH))
+
+
+def family_of(manifest: TuckerManifest, folder: Path) -> Family:
+    """Model family of a Tucker checkpoint.
+
+    Raises:
+        CheckpointError: It is not known.
+    """
+    if manifest.family not in FAMILIES:
+        raise CheckpointError(f"{folder} is of the family '{manifest.family}', which is unknown")
+    return FAMILIES[manifest.family]
 
 
 def open_source(model: str, tucker: TuckerCheckpoint) -> SourceModel:

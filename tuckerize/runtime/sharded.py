@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,16 +10,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from tuckerize.ascend.dispatch import ROW_STEP, FusedPair, FusedUse
-from tuckerize.checkpoint.files import read_json_object
-from tuckerize.checkpoint.reader import CONFIG, WeightFile, read_tensors
 from tuckerize.domain import Projection
-from tuckerize.errors import CheckpointError
-from tuckerize.format.manifest import (
-    read_tucker_manifest,
-)
-from tuckerize.format.shards import open_shards
-from tuckerize.moe.families import FAMILIES
-from tuckerize.names import TensorKind, TensorName, group_module
+from tuckerize.format.shards import Sharding
+from tuckerize.names import TensorKind, TensorName
 from tuckerize.parallel.collectives import all_reduce
 from tuckerize.parallel.layouts import (
     LayerShape,
@@ -99,28 +91,30 @@ class ShardedExperts(TuckerExperts):
             CheckpointError: The shards, or the checkpoint, are not usable.
         """
         position = Position.on(mesh, sequence_parallel=sequence_parallel)
-        tp, ep = position.tp, position.ep
-        tucker = Path(folder)
-        manifest = read_tucker_manifest(tucker)
-        if layer not in manifest.layers:
-            raise CheckpointError(
-                f"layer {layer} of {tucker} is not decomposed",
-                hint=f"decomposed layers: {', '.join(map(str, manifest.layers))}",
-            )
-        place, shards = open_shards(tucker, tp=tp.size, ep=ep.size)
-        sizes = manifest.layer_shape(layer)
-        first = sizes.experts // ep.size * ep.rank if experts_are_split(sizes, ep.size) else 0
-        experts = FAMILIES[manifest.family].experts_prefix(layer)
+        sharding = Sharding.open(Path(folder), tp=position.tp.size, ep=position.ep.size)
+        return cls.of_layer(sharding, layer, position, fused=fused)
+
+    @classmethod
+    def of_layer(
+        cls, sharding: Sharding, layer: int, position: Position, *, fused: FusedPair | None = None
+    ) -> ShardedExperts:
+        """Load the shards of one layer; on the host, in the dtype of the checkpoint.
+
+        Args:
+            sharding: Shards for the mesh of the position.
+            layer: Index of the layer.
+            position: The process.
+            fused: As in `from_shards`.
+
+        Raises:
+            CheckpointError: The layer is not decomposed, or a file cannot be read.
+        """
         return cls(
-            [
-                _read_shard(place / shard.file.name, group_module(shard.group, experts), first)
-                for shard in shards.owned_by(tp_rank=tp.rank, ep_rank=ep.rank)
-                if shard.layer == layer
-            ],
-            layout=Layout(shards.layout),
-            sizes=sizes,
+            sharding.read_layer(layer, position),
+            layout=sharding.layout,
+            sizes=sharding.layer_shape(layer),
             position=position,
-            activation=activation_of(read_json_object(tucker / CONFIG)),
+            activation=activation_of(sharding.config),
             fused=fused,
         )
 
@@ -163,41 +157,41 @@ def fused_use(
         sequence_parallel: Whether each of the tp processes has its own tokens.
     """
     position = Position.on(mesh, sequence_parallel=sequence_parallel)
-    tucker = Path(folder)
-    manifest = read_tucker_manifest(tucker)
-    _, shards = open_shards(tucker, tp=position.tp.size, ep=position.ep.size)
+    sharding = Sharding.open(Path(folder), tp=position.tp.size, ep=position.ep.size)
+    device = torch.device(mesh.device_type)
+    return fused_use_of(sharding, position, device, tokens=tokens, dtype=dtype)
+
+
+def fused_use_of(
+    sharding: Sharding,
+    position: Position,
+    device: torch.device,
+    *,
+    tokens: int,
+    dtype: torch.dtype,
+) -> FusedUse:
+    """The same for open shards.
+
+    Args:
+        sharding: Shards for the mesh of the position.
+        position: This process.
+        device: Its device.
+        tokens: Most tokens of a process.
+        dtype: Their type.
+    """
     widths = (
-        width_over_ep(Layout(shards.layout), manifest.layer_shape(layer), position.parallelism)
-        for layer in manifest.layers
+        width_over_ep(sharding.layout, sharding.layer_shape(layer), position.parallelism)
+        for layer in sharding.tucker.layers
     )
-    routing = FAMILIES[manifest.family].routing(read_json_object(tucker / CONFIG))
     return FusedUse.on(
-        torch.device(mesh.device_type),
-        max_tokens=tokens * (position.tp.size if sequence_parallel else 1),
+        device,
+        max_tokens=tokens * (position.tp.size if position.sequence_parallel else 1),
         hidden=-(-max(widths) // ROW_STEP) * ROW_STEP,
-        top_k=routing.top_k,
-        num_experts=manifest.shape.experts,
+        top_k=sharding.family.routing(sharding.config).top_k,
+        num_experts=sharding.tucker.shape.experts,
         ep_size=position.ep.size,
         dtype=dtype,
     )
-
-
-def _read_shard(path: Path, module: str, first: int) -> dict[TensorName, Tensor]:
-    """Tensors of a group by their names relative to it; experts are numbered from the first.
-
-    Raises:
-        CheckpointError: The file cannot be read, or holds another tensor.
-    """
-    found = {}
-    for text, tensor in read_tensors(path, WeightFile.open(path).tensors):
-        name = TensorName.find(text)
-        if name is None or name.module != module:
-            raise CheckpointError(
-                f"{path} holds {text}, which is not of {module}", hint="write the shards again"
-            )
-        own = None if name.expert is None else name.expert - first
-        found[replace(name.within_group, expert=own)] = tensor
-    return found
 
 
 def _axes_to_sum(

@@ -1,4 +1,4 @@
-"""A process on the mesh of the shards, and what it sends tokens to their experts with."""
+"""Position of this process on the device mesh, and its dispatch method."""
 
 from __future__ import annotations
 
@@ -6,32 +6,29 @@ from datetime import timedelta
 from typing import NamedTuple
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
 
 from tuckerize.ascend.dispatch import FusedPair
 from tuckerize.format.shards import Sharding
 from tuckerize.parallel.mesh import Position, make_mesh, new_group_along, own_tokens, padded_count
-from tuckerize.runtime.sharded import fused_use
+from tuckerize.runtime.sharded import fused_use_of
 
 
 class Place(NamedTuple):
-    """Where a process is.
+    """Position of a process, and its dispatch.
 
     Attributes:
-        mesh: The mesh of the shards; None where layers are not sharded.
-        position: This process on it.
+        position: This process on the mesh of the shards.
         fused: Ascend's fused dispatch and combine, where they are used.
         unmet: On an NPU, why they are not: the first of their constraints that is not met.
     """
 
-    mesh: DeviceMesh | None
     position: Position
     fused: FusedPair | None = None
     unmet: str | None = None
 
     @property
     def dispatch(self) -> str | None:
-        """What sends tokens to their experts; None where experts are not split."""
+        """Kind of dispatch; None where experts are not split."""
         if self.position.ep.size == 1:
             return None
         return "plain" if self.fused is None else "fused"
@@ -60,15 +57,15 @@ def place_on(
     mesh = make_mesh(device.type, tp=sizes.tp, ep=sizes.ep, cp=sizes.cp, timeout=timeout)
     position = Position.on(mesh, sequence_parallel=sequence_parallel)
     if device.type != "npu" or sizes.ep == 1:
-        return Place(mesh, position)
-    use = fused_use(
-        sharding.folder.parent,
-        mesh,
+        return Place(position)
+    use = fused_use_of(
+        sharding,
+        position,
+        device,
         tokens=len(own_tokens(padded_count(tokens, position.parallelism), position)),
         dtype=dtype,
-        sequence_parallel=sequence_parallel,
     )
     if use.unmet:
-        return Place(mesh, position, unmet=str(use.unmet[0]))
+        return Place(position, unmet=str(use.unmet[0]))
     pair = FusedPair.create(use, new_group_along(mesh, "ep", timeout=timeout))
-    return Place(mesh, position, pair)
+    return Place(position, pair)

@@ -188,7 +188,7 @@ def verify(
 def _place(run: Verification) -> Place:
     """Where this process is; all processes make the communicators of the run here."""
     if run.sharding is None:
-        return Place(None, Position())
+        return Place(Position())
     return place_on(
         run.device,
         run.sharding,
@@ -201,14 +201,8 @@ def _place(run: Verification) -> Place:
 
 def _load(run: Verification, layer: int, place: Place, activation: Activation) -> TuckerExperts:
     """This process's shards of a layer, or all of it."""
-    if place.mesh is not None:
-        return ShardedExperts.from_shards(
-            run.tucker.folder,
-            layer,
-            place.mesh,
-            sequence_parallel=run.sequence_parallel,
-            fused=place.fused,
-        )
+    if run.sharding is not None:
+        return ShardedExperts.of_layer(run.sharding, layer, place.position, fused=place.fused)
     groups = _read_groups(run.tucker, layer)
     size = run.tucker.manifest.group_size
     return TuckerExperts(groups, group_size=size, activation=activation)
@@ -219,10 +213,10 @@ def _damaged_files(
 ) -> dict[int, list[tuple[str, bool]]]:
     """What is wrong with shard files of all processes, and whether they can be read, by layer."""
     reads = run.sharding is not None and position.cp.rank == 0
-    own = run.sharding.damage(position, layers) if run.sharding and reads else []
+    own = run.sharding.faults(position, layers) if run.sharding and reads else []
     found: dict[int, list[tuple[str, bool]]] = {layer: [] for layer in layers}
-    for damage in (d for part in run.processes.gather(own) for d in part):
-        found[damage.layer].append((damage.message, damage.readable))
+    for fault in (fault for part in run.processes.gather(own) for fault in part):
+        found[fault.layer].append((fault.message, fault.readable))
     return found
 
 
@@ -256,7 +250,7 @@ def _predicted(run: Verification, layer: int, case: _Case, place: Place) -> tupl
     load = load_of(case.routes.experts, sizes, mesh)
     number_bytes = run.torch_dtype.itemsize
     width = None if place.fused is None else place.fused.use.hidden
-    layout = Layout(run.sharding.manifest.layout)
+    layout = run.sharding.layout
     dense = dense_sizes(run.tucker.manifest)
     return (
         layer_traffic(layout, sizes, mesh, load, number_bytes=number_bytes, fused_width=width),
