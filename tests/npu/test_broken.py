@@ -17,7 +17,7 @@ MESSAGE = (
     f"{MISSING}\n\nhint: source CANN's set_env.sh first, or uninstall torch_npu"
 )
 ONE_MORE = (
-    ", or set TORCH_DEVICE_BACKEND_AUTOLOAD=0 for what runs on the CPU and does not need "
+    ", or set TORCH_DEVICE_BACKEND_AUTOLOAD=0 for commands that run on the CPU without "
     "transformers\n"
 )
 
