@@ -18,7 +18,7 @@ from tuckerize.errors import ParallelError
 
 PACKAGE = "torch_npu"
 
-AUTOLOAD = "TORCH_DEVICE_BACKENDAUTOLOAD"
+AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 """Variable that tells torch whether to import installed device backends."""
 
 INSTALL_HINT = "pip install 'tuckerize[npu]' with the same minor version of torch"
