@@ -16,12 +16,12 @@ from torch import Tensor
 
 from tuckerize.linalg.threads import Workers
 
-# Columns of a row block of a symmetric product. Below the diagonal only blocks on it are computed,
-# so narrow ones save more; still narrower ones are multiplied slower.
+# Width of the row blocks of a symmetric product. Only blocks on or above the diagonal are computed:
+# narrow blocks save more work, but still narrower ones run at a lower rate.
 _BLOCK_COLUMNS = 128
-# LAPACK's eigensolver gives other bits with another number of threads: from this many columns on it
-# gets this many, whatever the number of processes on the host. Few, since each step of it waits for
-# all of them, also where another process holds a core.
+# (minimum columns, threads). `eigh` is not bitwise reproducible across thread counts, so the count
+# depends on the matrix size alone. It is small, since the threads meet at every step of the solver,
+# which is slow where another process holds a core.
 _EIGENSOLVER_THREADS = ((4096, 8), (512, 2), (0, 1))
 
 
@@ -29,9 +29,9 @@ def add_gram(gram_NN: Tensor, matrix_MN: Tensor, workers: Workers) -> None:
     """Add matrixᵀ matrix to the upper triangle of a Gram matrix, in place.
 
     Args:
-        gram_NN: Accumulator, shape (N, N); entries below the diagonal blocks stay as they are.
-        matrix_MN: Rows to add, shape (M, N), the dtype of the accumulator.
-        workers: Multiply row blocks side by side.
+        gram_NN: Accumulator, shape (N, N); entries below the diagonal blocks are left alone.
+        matrix_MN: Rows to add, shape (M, N), in the dtype of the accumulator.
+        workers: Threads that multiply row blocks in parallel.
     """
     columns = matrix_MN.shape[1]
     blocks = max(1, columns // _BLOCK_COLUMNS)

@@ -1,10 +1,10 @@
-"""HOOI on expert stacks, started by ST-HOSVD (and, where that is cheap, by HOSVD as well).
+"""HOOI on expert stacks, started from ST-HOSVD (and, where that is cheap, from HOSVD as well).
 
 A sweep updates every truncated factor once, in the order E, H, I, each from the stack projected on
 the other factors. A sweep that starts from identities is exactly ST-HOSVD, so one function serves
-as the start and as the iteration. Stacks stay in their own dtype and are widened expert by expert;
-no mode is unfolded in memory. On a host every product has one thread and is shared out, see
-`threads`, so that the bits of a result do not depend on the number of threads.
+as the start and as the iteration. Stacks stay in their own dtype and are cast to the work dtype
+expert by expert; no unfolding is copied. On a host the bits of the result do not depend on the
+number of threads, see `threads`.
 """
 
 from __future__ import annotations
@@ -19,37 +19,37 @@ from torch import Tensor
 from tuckerize.domain import Mode, MultilinearRank, StackShape
 from tuckerize.errors import MultilinearRankError, NonFiniteError
 from tuckerize.linalg.gram import add_gram, leading_eigenvectors
-from tuckerize.linalg.threads import Workers, side_by_side
+from tuckerize.linalg.threads import Workers, parallel_workers
 from tuckerize.linalg.tucker import (
     TuckerFactors,
     largest_magnitude,
     mode_name,
-    on_multiplier,
-    power_of_two_unit,
+    on_capable_device,
+    power_of_two_scale,
     scaled_slice,
     squared_norm,
 )
 
-# A float32 Gram matrix disturbs captured energy by about 1e-6 of the total. Where less than 1e-4 of
-# it is discarded (relative residual below 1e-2) that is no longer negligible: work in float64.
+# A float32 Gram matrix perturbs the captured energy by about 1e-6 of the total. Below a relative
+# residual of 1e-2 (1e-4 of the energy discarded) that is not negligible: work in float64.
 _FLOAT32_RESIDUAL_FLOOR = 1e-2
-# Numbers of a column block of the expert unfolding that a thread widens (16 MiB in float32).
-_EXPERT_BLOCK_NUMBERS = 4 * 2**20
-# HOOI ends in a local optimum. On small stacks with flat spectra the one reached from ST-HOSVD can
-# be worse by 1e-2 than the one reached from HOSVD; the gap falls with size, to about 1e-4 at a
-# million numbers. Up to this many numbers both starts are tried, which costs a second at most.
-_TWO_STARTS_NUMBERS = 2**22
+# Values of the expert unfolding that a thread casts at a time (16 MiB in float32).
+_EXPERT_BLOCK_VALUES = 4 * 2**20
+# HOOI converges to a local optimum. On small stacks with flat spectra the residual reached from
+# ST-HOSVD can be worse by 1e-2 than from HOSVD; the gap falls with size, to about 1e-4 at a million
+# values. Up to this size both starts are tried, which takes a second at most.
+_TWO_STARTS_VALUES = 2**22
 
 
 @dataclass(frozen=True, slots=True)
 class Decomposition:
-    """What HOOI found.
+    """Result of HOOI.
 
     Attributes:
-        tensors: One Tucker tensor a stack, in the work dtype (float32, or float64, which an NPU's
-            stacks get on the host); coupled stacks share the object U_I.
+        tensors: One Tucker tensor per stack, in the work dtype (float32, or float64, then on the
+            host for stacks on an NPU); coupled stacks share the object U_I.
         projected_residuals: Relative projected residual (unitless) of all stacks together, after
-            the ST-HOSVD start and after every sweep.
+            the ST-HOSVD start and after each sweep.
     """
 
     tensors: tuple[TuckerFactors, ...]
@@ -76,9 +76,9 @@ def hooi(
     Args:
         stacks: Expert stacks of one shape (E, H, I), any floating dtype, any device. Not modified.
         rank: Core sizes, each between 1 and the size of its mode; a full mode gets no factor.
-        max_sweeps: Upper bound; one sweep updates every factor once. None is made where ST-HOSVD is
-            already optimal, that is with at most one truncated mode.
-        tolerance: Stop when the projected residual (unitless) falls by less in one sweep.
+        max_sweeps: Maximum number of sweeps; one sweep updates every factor once. There are none
+            where ST-HOSVD is already optimal, that is with at most one truncated mode.
+        tolerance: Stop when a sweep reduces the projected residual (unitless) by less.
 
     Returns:
         Factors with orthonormal columns, cores, and the projected residual after each sweep.
@@ -106,10 +106,10 @@ def hooi(
 
 
 def check_rank(rank: MultilinearRank, shape: StackShape, *, coupled: int = 1) -> None:
-    """Raise MultilinearRankError unless stacks of the shape can have the multilinear rank.
+    """Raise MultilinearRankError unless stacks of a shape can have a multilinear rank.
 
-    That is 1 <= r_n <= n for every mode, and r_n at most the product of the other two core sizes
-    where the mode is truncated; times the number of coupled stacks for r_I, which all of them fill.
+    That is, 1 <= r_n <= n for every mode, and for truncated modes r_n at most the product of the
+    other two core sizes, times the number of coupled stacks for r_I, which they share.
     """
     for mode in Mode:
         if not 1 <= rank[mode] <= shape[mode]:
@@ -129,7 +129,7 @@ def check_rank(rank: MultilinearRank, shape: StackShape, *, coupled: int = 1) ->
 
 
 def is_reachable(rank: MultilinearRank, shape: StackShape, *, coupled: int = 1) -> bool:
-    """Whether every truncated mode's core size is one that cores can use, see `check_rank`."""
+    """Whether cores can use the size of every truncated mode, see `check_rank`."""
     truncated = rank.truncated_modes(shape)
     return all(rank[mode] <= _reachable(rank, mode, coupled) for mode in truncated)
 
@@ -139,7 +139,7 @@ def _reachable(rank: MultilinearRank, mode: Mode, coupled: int) -> int:
 
 
 def check_finite(stack_EHI: Tensor) -> None:
-    """Raise NonFiniteError, naming the first index, if a stack holds NaN or infinity."""
+    """Raise NonFiniteError with the first index if a stack holds NaN or infinity."""
     if math.isfinite(largest_magnitude(stack_EHI)):
         return
     for expert, slice_HI in enumerate(stack_EHI):
@@ -157,24 +157,24 @@ _Start = Callable[[list["_Block"], MultilinearRank], Tensor | None]
 
 
 class _Block:
-    """One stack during the iteration: its source, its own factors, its projection on them."""
+    """One stack during the iteration: its source, its own factors, and its projection on them."""
 
     def __init__(
-        self, source_EHI: Tensor, dtype: torch.dtype, unit: float, workers: Workers
+        self, source_EHI: Tensor, dtype: torch.dtype, scale: float, workers: Workers
     ) -> None:
         self.workers = workers
         self.source_EHI = source_EHI
         self.dtype = dtype
-        self.unit = unit
+        self.scale = scale
         self.U_E: Tensor | None = None
         self.U_H: Tensor | None = None
         self.projected_PQI: Tensor | None = None
         self.squared_norm = sum(
-            workers.map(lambda slice_HI: squared_norm(self._widened(slice_HI)), source_EHI)
+            workers.map(lambda slice_HI: squared_norm(self._cast_source(slice_HI)), source_EHI)
         )
 
     def start_independently(self, rank: MultilinearRank) -> None:
-        """Set U_E and U_H by HOSVD, each from the stack itself, and project the stack on both."""
+        """Compute U_E and U_H by HOSVD, each from the stack itself, and project it on both."""
         experts, rows, _ = self.source_EHI.shape
         if rank.expert < experts:
             self.U_E = leading_eigenvectors(self._expert_gram(None), rank.expert)
@@ -184,7 +184,7 @@ class _Block:
         self._project_intermediate()
 
     def update(self, rank: MultilinearRank, U_I: Tensor | None) -> None:
-        """Refresh U_E and U_H where truncated, in turn, and project the stack on both."""
+        """Update U_E and U_H where truncated, in turn, and project the stack on both."""
         experts, rows, _ = self.source_EHI.shape
         self.projected_PQI = None
         if rank.expert < experts:
@@ -200,17 +200,17 @@ class _Block:
 
         def project(matrix_QI: Tensor, out_QR: Tensor) -> None:
             if U_I is None:
-                out_QR.copy_(self._wide(matrix_QI))
+                out_QR.copy_(self._cast(matrix_QI))
             else:
-                torch.mm(self._wide(matrix_QI), U_I, out=out_QR)
+                torch.mm(self._cast(matrix_QI), U_I, out=out_QR)
 
         self.workers.do(project, self._matrices(), core_PQR)
         self.projected_PQI = None
         return core_PQR
 
     def add_hidden_gram(self, gram_II: Tensor) -> None:
-        """Add the Gram matrix of the hidden mode of the stack projected on U_E and U_H so far."""
-        for matrix_QI in self.workers.map(self._wide, self._matrices()):
+        """Add the hidden mode's Gram matrix of the stack projected on the current U_E and U_H."""
+        for matrix_QI in self.workers.map(self._cast, self._matrices()):
             add_gram(gram_II, matrix_QI, self.workers)
 
     def _project_experts(self) -> None:
@@ -224,7 +224,7 @@ class _Block:
         flat_PM = projected_PQI.flatten(1)
 
         def project(part: slice) -> None:
-            torch.mm(U_E.T, self._widened(flat_EM[:, part]), out=flat_PM[:, part])
+            torch.mm(U_E.T, self._cast_source(flat_EM[:, part]), out=flat_PM[:, part])
 
         self.workers.do(project, _column_parts(flat_EM))
         self.projected_PQI = projected_PQI
@@ -239,7 +239,7 @@ class _Block:
         )
 
         def project(matrix_HI: Tensor, out_QI: Tensor) -> None:
-            torch.mm(U_H.T, self._wide(matrix_HI), out=out_QI)
+            torch.mm(U_H.T, self._cast(matrix_HI), out=out_QI)
 
         self.workers.do(project, matrices, projected_PQI)
         self.projected_PQI = projected_PQI
@@ -248,11 +248,11 @@ class _Block:
         """Gram matrix of the expert mode of the source projected on U_H and U_I."""
         if self.U_H is None and U_I is None:
             flat_EM = self.source_EHI.flatten(1)
-            return self._tall_gram(flat_EM, lambda part: self._widened(flat_EM[:, part]))
+            return self._tall_gram(flat_EM, lambda part: self._cast_source(flat_EM[:, part]))
         U_H = self.U_H
 
         def project(slice_HI: Tensor) -> Tensor:
-            wide_HI = self._widened(slice_HI)
+            wide_HI = self._cast_source(slice_HI)
             projected = wide_HI if U_H is None else U_H.T @ wide_HI
             return (projected if U_I is None else projected @ U_I).flatten()
 
@@ -260,7 +260,7 @@ class _Block:
         return self._tall_gram(projected_EM, lambda part: projected_EM[:, part])
 
     def _tall_gram(self, flat_EM: Tensor, wide: Callable[[slice], Tensor]) -> Tensor:
-        """Sum over its column parts, in their order, of the Gram matrix of a matrix's rows."""
+        """Gram matrix of a matrix's rows, summed over its column blocks in order."""
 
         def gram(part: slice) -> Tensor:
             part_EM = wide(part)
@@ -272,12 +272,12 @@ class _Block:
         return result
 
     def _intermediate_gram(self, U_I: Tensor | None) -> Tensor:
-        """Gram matrix of the intermediate mode of the stack projected on U_E so far and U_I."""
+        """Intermediate mode's Gram matrix of the stack projected on the current U_E and U_I."""
         rows = self.source_EHI.shape[1]
         gram = self.source_EHI.new_zeros((rows, rows), dtype=self.dtype)
 
         def project(matrix_HI: Tensor) -> Tensor:
-            wide_HI = self._wide(matrix_HI)
+            wide_HI = self._cast(matrix_HI)
             return wide_HI if U_I is None else wide_HI @ U_I
 
         for projected in self.workers.map(project, self._matrices()):
@@ -285,22 +285,22 @@ class _Block:
         return gram
 
     def _matrices(self) -> Tensor:
-        """The stack projected on U_E and U_H so far, shape (r_E or E, r_H or H, I)."""
+        """The stack projected on the current U_E and U_H, shape (r_E or E, r_H or H, I)."""
         return self.source_EHI if self.projected_PQI is None else self.projected_PQI
 
-    def _wide(self, matrix: Tensor) -> Tensor:
-        """One of `_matrices` in the work dtype and unit."""
-        return self._widened(matrix) if self.projected_PQI is None else matrix
+    def _cast(self, matrix: Tensor) -> Tensor:
+        """One of `_matrices`, cast and scaled."""
+        return self._cast_source(matrix) if self.projected_PQI is None else matrix
 
-    def _widened(self, part: Tensor) -> Tensor:
-        """A part of the source in the work dtype and unit."""
-        return scaled_slice(part, self.dtype, self.unit)
+    def _cast_source(self, part: Tensor) -> Tensor:
+        """A part of the source, cast and scaled."""
+        return scaled_slice(part, self.dtype, self.scale)
 
 
 def _column_parts(flat_EM: Tensor) -> Iterator[slice]:
-    """Where columns of an expert unfolding are divided: by its shape alone."""
+    """Column blocks of an expert unfolding, which depend on its shape alone."""
     experts, columns = flat_EM.shape
-    width = max(1, _EXPERT_BLOCK_NUMBERS // experts)
+    width = max(1, _EXPERT_BLOCK_VALUES // experts)
     for start in range(0, columns, width):
         yield slice(start, min(start + width, columns))
 
@@ -313,14 +313,14 @@ def _best_start(
     dtype: torch.dtype,
 ) -> Decomposition:
     starts: list[_Start] = [_sweep_from_identity]
-    if max_sweeps > 0 and sum(stack.numel() for stack in stacks) <= _TWO_STARTS_NUMBERS:
+    if max_sweeps > 0 and sum(stack.numel() for stack in stacks) <= _TWO_STARTS_VALUES:
         starts.append(_hosvd)
-    stacks = [on_multiplier(stack, dtype) for stack in stacks]
-    unit = power_of_two_unit(*stacks)
+    stacks = [on_capable_device(stack, dtype) for stack in stacks]
+    scale = power_of_two_scale(*stacks)
     results = []
-    with side_by_side(stacks[0].device) as workers:
+    with parallel_workers(stacks[0].device) as workers:
         for start in starts:
-            blocks = [_Block(stack, dtype, unit, workers) for stack in stacks]
+            blocks = [_Block(stack, dtype, scale, workers) for stack in stacks]
             results.append(_iterate(blocks, rank, start, max_sweeps, tolerance))
     return min(results, key=lambda result: result.projected_residuals[-1])
 
@@ -345,7 +345,7 @@ def _iterate(
             break
     return Decomposition(
         tuple(
-            TuckerFactors(core.div_(block.unit), block.U_E, block.U_H, U_I)
+            TuckerFactors(core.div_(block.scale), block.U_E, block.U_H, U_I)
             for block, core in zip(blocks, cores, strict=True)
         ),
         tuple(residuals),
@@ -353,12 +353,12 @@ def _iterate(
 
 
 def _sweep_from_identity(blocks: list[_Block], rank: MultilinearRank) -> Tensor | None:
-    """ST-HOSVD: one sweep that starts from full factors; returns the shared U_I."""
+    """ST-HOSVD: one sweep from identity factors; returns the shared U_I."""
     return _sweep(blocks, rank, None)
 
 
 def _hosvd(blocks: list[_Block], rank: MultilinearRank) -> Tensor | None:
-    """Every factor from the stacks themselves; returns the shared U_I."""
+    """HOSVD: compute each factor from the stacks themselves; returns the shared U_I."""
     U_I = _hidden_factor(blocks, rank)
     for block in blocks:
         block.start_independently(rank)
@@ -373,7 +373,7 @@ def _sweep(blocks: list[_Block], rank: MultilinearRank, U_I: Tensor | None) -> T
 
 
 def _hidden_factor(blocks: list[_Block], rank: MultilinearRank) -> Tensor | None:
-    """U_I from the stacks as projected so far; None where the hidden mode is full."""
+    """U_I from the current projections of the stacks; None if the hidden mode is full."""
     columns = blocks[0].source_EHI.shape[2]
     if rank.hidden == columns:
         return None

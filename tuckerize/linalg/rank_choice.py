@@ -1,4 +1,4 @@
-"""The cheapest multilinear rank that keeps a stack within a relative residual."""
+"""Choice of the cheapest multilinear rank within a relative residual."""
 
 from __future__ import annotations
 
@@ -12,27 +12,32 @@ from torch import Tensor
 from tuckerize.domain import Mode, MultilinearRank, StackShape, stored_parameters
 from tuckerize.linalg.gram import add_gram, eigenvalues_and_vectors
 from tuckerize.linalg.hooi import check_finite, is_reachable
-from tuckerize.linalg.threads import Workers, side_by_side
-from tuckerize.linalg.tucker import on_multiplier, power_of_two_unit, scaled_slice, squared_norm
+from tuckerize.linalg.threads import Workers, parallel_workers
+from tuckerize.linalg.tucker import (
+    on_capable_device,
+    power_of_two_scale,
+    scaled_slice,
+    squared_norm,
+)
 
-# float32 Gram matrices resolve relative residuals down to about 3e-4; below 1e-2 take float64.
+# float32 Gram matrices resolve relative residuals down to about 3e-4; below 1e-2, use float64.
 _FLOAT32_TOLERANCE_FLOOR = 1e-2
-# Roundings of the work dtype by which an eigenvalue may be short, as a share of the total; measured
-# at most 2. Kept back, so that the residual is not above the tolerance by that.
+# Rounding error of the eigenvalue sum, in units of the work dtype's eps relative to the total
+# (measured: at most 2). Subtracted from the allowance, so that the tolerance holds exactly.
 _ROUNDINGS = 4
 
 
 def rank_for_tolerance(stacks: Sequence[Tensor], tolerance: float) -> MultilinearRank:
-    """The multilinear rank with the fewest stored parameters within a residual tolerance.
+    """Find the multilinear rank with the fewest stored parameters within a residual tolerance.
 
     ‖X − X̂‖² of ST-HOSVD is at most the sum over the modes of the discarded eigenvalues of the Gram
     matrix of that mode's unfolding. Of all core sizes that `hooi` accepts and that keep the sum
-    within tolerance² ‖X‖² this is the one that stores least, full modes costing no factor; all
-    modes full where nothing else is smaller than the dense stack.
+    within tolerance² ‖X‖², the result stores the fewest parameters (a full mode stores no factor).
+    All modes are full if nothing is smaller than the dense stack.
 
     Args:
-        stacks: Coupled expert stacks of one shape (E, H, I), any floating dtype. Each of them is
-            kept within the tolerance.
+        stacks: Coupled expert stacks of one shape (E, H, I), any floating dtype. The
+            tolerance holds for each of them.
         tolerance: Relative residual (unitless), above 0 and below 1.
 
     Raises:
@@ -47,39 +52,39 @@ def rank_for_tolerance(stacks: Sequence[Tensor], tolerance: float) -> Multilinea
     dtype = torch.float32 if tolerance >= _FLOAT32_TOLERANCE_FLOOR else torch.float64
     if any(stack.dtype == torch.float64 for stack in stacks):
         dtype = torch.float64
-    stacks = [on_multiplier(stack, dtype) for stack in stacks]
-    unit = power_of_two_unit(*stacks)
+    stacks = [on_capable_device(stack, dtype) for stack in stacks]
+    scale = power_of_two_scale(*stacks)
     share = tolerance**2 - _ROUNDINGS * torch.finfo(dtype).eps
-    with side_by_side(stacks[0].device) as workers:
-        allowance = share * min(_squared_norm(stack, dtype, unit, workers) for stack in stacks)
+    with parallel_workers(stacks[0].device) as workers:
+        allowance = share * min(_squared_norm(stack, dtype, scale, workers) for stack in stacks)
         own = [
-            [_discarded(_gram([stack], mode, dtype, unit, workers)) for stack in stacks]
+            [_discarded(_gram([stack], mode, dtype, scale, workers)) for stack in stacks]
             for mode in (Mode.EXPERT, Mode.INTERMEDIATE)
         ]
-        shared = _discarded(_gram(stacks, Mode.HIDDEN, dtype, unit, workers))
+        shared = _discarded(_gram(stacks, Mode.HIDDEN, dtype, scale, workers))
     tails = [*([sum(of_stacks) for of_stacks in zip(*tail, strict=True)] for tail in own), shared]
     return _cheapest(shape, tails, allowance, coupled=len(stacks))
 
 
-def _squared_norm(stack_EHI: Tensor, dtype: torch.dtype, unit: float, workers: Workers) -> float:
+def _squared_norm(stack_EHI: Tensor, dtype: torch.dtype, scale: float, workers: Workers) -> float:
     return sum(
-        workers.map(lambda slice_HI: squared_norm(scaled_slice(slice_HI, dtype, unit)), stack_EHI)
+        workers.map(lambda slice_HI: squared_norm(scaled_slice(slice_HI, dtype, scale)), stack_EHI)
     )
 
 
 def _gram(
-    stacks: Sequence[Tensor], mode: Mode, dtype: torch.dtype, unit: float, workers: Workers
+    stacks: Sequence[Tensor], mode: Mode, dtype: torch.dtype, scale: float, workers: Workers
 ) -> Tensor:
     """Upper triangle of the summed Gram matrices of the mode's unfoldings."""
     size = stacks[0].shape[mode]
     gram = torch.zeros((size, size), dtype=dtype, device=stacks[0].device)
 
     def of_row(row_EI: Tensor) -> Tensor:
-        wide_EI = scaled_slice(row_EI, dtype, unit)
+        wide_EI = scaled_slice(row_EI, dtype, scale)
         return wide_EI @ wide_EI.T
 
     def rows(slice_HI: Tensor) -> Tensor:
-        wide_HI = scaled_slice(slice_HI, dtype, unit)
+        wide_HI = scaled_slice(slice_HI, dtype, scale)
         return wide_HI if mode == Mode.HIDDEN else wide_HI.T
 
     for stack in stacks:
@@ -93,7 +98,7 @@ def _gram(
 
 
 def _discarded(gram_NN: Tensor) -> list[float]:
-    """Discarded energy for every core size 1..N; 0 for N."""
+    """Discarded energy for each core size 1..N (0 for N)."""
     values = eigenvalues_and_vectors(gram_NN)[0].cpu().double()
     tail: list[float] = values.flip(0).cumsum(0).flip(0).tolist()
     return [*tail[1:], 0.0]
@@ -110,7 +115,7 @@ def _cheapest(
         for intermediate in _sizes_within(intermediate_tail, left_E):
             left_EH = left_E - intermediate_tail[intermediate - 1]
             smallest = _sizes_within(hidden_tail, left_EH).start
-            # The full size comes without a factor, so it can cost less than a smaller one.
+            # A full mode stores no factor, so it can cost less than a smaller core size.
             for hidden in (smallest, shape.hidden):
                 rank = MultilinearRank(expert, intermediate, hidden)
                 parameters = stored_parameters(shape, rank, coupled=coupled)
@@ -120,6 +125,6 @@ def _cheapest(
 
 
 def _sizes_within(tail: list[float], allowance: float) -> range:
-    """Core sizes whose discarded energy is at most the allowance; the full size always is."""
+    """Core sizes whose discarded energy is within the allowance; always includes the full size."""
     smallest = bisect_left(tail, -allowance, key=operator.neg) + 1
     return range(min(smallest, len(tail)), len(tail) + 1)

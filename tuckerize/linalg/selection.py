@@ -1,8 +1,8 @@
-"""Neuron selection: which intermediate neurons experts keep, and how down does without the rest.
+"""Neuron selection: which intermediate neurons experts keep, and how down compensates the rest.
 
-Neurons are eliminated one after another. Removing neuron j from h, with least-squares compensation
-by those that are left, adds ‖d_j‖² / (Σ^{-1})_jj to the squared error of the output, where Σ is the
-routing-weighted second moment of h and d_j the (compensated) row of down. The cheapest goes first.
+Neurons are eliminated greedily, the cheapest first. Removing neuron j from h, with least-squares
+compensation by the remaining ones, adds ‖d_j‖² / (Σ^{-1})_jj to the squared error of the output,
+where Σ is the routing-weighted second moment of h and d_j the (compensated) row of down.
 """
 
 from __future__ import annotations
@@ -17,44 +17,44 @@ from torch.nn.utils.rnn import pad_sequence
 from tuckerize.domain import StackShape
 from tuckerize.linalg.tucker import in_float64
 
-# Added to the diagonal of a moment, as a share of its mean: what few tokens do not tell apart must
-# not look as if one neuron could replace another exactly.
+# Ridge of a moment, relative to the mean of its diagonal. Without it, neurons that too few tokens
+# tell apart would seem to replace each other exactly.
 _RIDGE = 1e-4
-# Of the refit of down, in the same unit.
+# Ridge of the refit of down, in the same unit.
 _REFIT_RIDGE = 1e-3
-# An elimination is done in this many rounds at most, each removing the cheapest few at once.
-_MOST_ROUNDS = 256
-# After so many rounds the rows of what is gone are dropped: until then they are only zero.
-_ROUNDS_A_COPY = 8
-# An expert keeps at least this share of the mean width: another text may ask more of it.
-_LEAST_SHARE = 0.25
+# Maximum number of elimination rounds; each removes the cheapest few neurons at once.
+_MAX_ROUNDS = 256
+# Compact the matrices every 8 rounds; in between, pruned rows are only zeroed.
+_COMPACTION_INTERVAL = 8
+# Minimum width of an expert relative to the mean: calibration text may under-use it.
+_MIN_RELATIVE_WIDTH = 0.25
 
 
 class KeptNeurons(NamedTuple):
-    """Which neurons every expert of a group keeps.
+    """Neurons that each expert of a group keeps.
 
     Attributes:
-        places_EK: Neurons of every expert, shape (E, K), K the largest width: the kept ones first,
-            ascending, then dropped ones, whose rows are zero where stacks are this wide.
-        widths: How many every expert keeps.
+        places_EK: Neuron indices per expert, shape (E, K), K the largest width: the kept ones
+            first, ascending, then pruned ones as padding, whose rows are zero in stacks of width K.
+        widths: Number of kept neurons per expert.
     """
 
     places_EK: Tensor
     widths: tuple[int, ...]
 
     def of_expert(self, expert: int) -> Tensor:
-        """The neurons that one expert keeps, ascending, shape (K_e,)."""
+        """Neuron indices that one expert keeps, ascending, shape (K_e,)."""
         return self.places_EK[expert, : self.widths[expert]]
 
     def mask(self, neurons: int) -> Tensor:
-        """True where a neuron of all H is kept, shape (E, H)."""
+        """Mask of the kept ones among all H neurons, shape (E, H)."""
         kept_EH = torch.zeros((len(self.widths), neurons), dtype=torch.bool)
         for expert in range(len(self.widths)):
             kept_EH[expert, self.of_expert(expert)] = True
         return kept_EH
 
     def rows(self, stack_EHI: Tensor) -> Tensor:
-        """The kept rows of every expert, zeros below the narrower ones, shape (E, K, I)."""
+        """Kept rows of each expert, zero-padded to the largest width, shape (E, K, I)."""
         kept = [
             matrix_HI[self.of_expert(expert).to(matrix_HI.device)]
             for expert, matrix_HI in enumerate(stack_EHI)
@@ -63,25 +63,25 @@ class KeptNeurons(NamedTuple):
 
 
 def kept_neurons(kept_EH: Tensor) -> KeptNeurons:
-    """The neurons for which a mask of shape (E, H) is true."""
+    """Kept neurons from a mask of shape (E, H)."""
     widths = tuple(int(width) for width in kept_EH.sum(1))
     order_EH = torch.argsort(~kept_EH, dim=1, stable=True)
     return KeptNeurons(order_EH[:, : max(widths)].contiguous(), widths)
 
 
 def all_neurons(shape: StackShape) -> KeptNeurons:
-    """Every neuron of every expert."""
+    """All neurons of all experts."""
     places_EH = torch.arange(shape.intermediate).expand(shape.experts, -1)
     return KeptNeurons(places_EH, (shape.intermediate,) * shape.experts)
 
 
 @dataclass(frozen=True, slots=True)
 class Elimination:
-    """In which order the neurons of every expert go, and at what cost.
+    """Elimination order of each expert's neurons, and their costs.
 
     Attributes:
-        order_EH: Neurons of every expert, the first to go first, shape (E, H).
-        costs_EH: What the squared output error grows by as each of them goes, shape (E, H), in the
+        order_EH: Neuron indices per expert in elimination order, shape (E, H).
+        costs_EH: Increase of the squared output error at each elimination, shape (E, H), in the
             unit of the moments.
     """
 
@@ -89,14 +89,14 @@ class Elimination:
     costs_EH: Tensor
 
     def kept(self, width: int, *, multiple: int = 1, equal: bool = False) -> KeptNeurons:
-        """What is left of `width` neurons an expert on average.
+        """Neurons kept at a mean width of `width` per expert.
 
-        Each expert has its own width: those whose neurons cost more keep more.
+        Each expert has its own width: experts whose neurons cost more keep more.
 
         Args:
-            width: Mean width; `multiple` divides the neurons of all experts together.
-            multiple: Every width is a multiple of this.
-            equal: All experts are equally wide.
+            width: Mean width; `multiple` divides the sum of all widths.
+            multiple: Alignment of every width.
+            equal: Whether all experts get the same width.
         """
         experts, neurons = self.order_EH.shape
         if equal:
@@ -104,10 +104,10 @@ class Elimination:
             kept_EH = torch.ones((experts, neurons), dtype=torch.bool)
             return kept_neurons(kept_EH.scatter_(1, gone_EM, value=False))
         steps = neurons // multiple
-        # A neuron cannot go before those that go before it: what is asked is what the worst costs.
+        # Neurons go in order, so a prefix costs at least as much as its most expensive neuron.
         worst_EH = self.costs_EH.cummax(1).values.flip(1)[:, : steps * multiple]
         gains_ES = worst_EH.reshape(experts, steps, multiple).sum(2)
-        least = max(1, int(_LEAST_SHARE * width) // multiple)
+        least = max(1, int(_MIN_RELATIVE_WIDTH * width) // multiple)
         gains_ES[:, :least] = torch.inf
         best = gains_ES.flatten().argsort(stable=True, descending=True)
         counts = torch.bincount(best[: experts * width // multiple] // steps, minlength=experts)
@@ -119,7 +119,7 @@ class Elimination:
 
     @property
     def errors_H(self) -> Tensor:  # noqa: N802
-        """Squared output error at mean widths H, H-1, ..., 0, shape (H + 1,); never falling."""
+        """Squared output error at mean widths H, H-1, ..., 0, shape (H + 1,); non-decreasing."""
         experts = len(self.order_EH)
         cheapest_first = self.costs_EH.cummax(1).values.flatten().argsort(stable=True)
         total = self.costs_EH.flatten()[cheapest_first].cumsum(0)
@@ -127,23 +127,23 @@ class Elimination:
 
     @property
     def equal_errors_H(self) -> Tensor:  # noqa: N802
-        """The same with experts that are equally wide."""
+        """The same for experts of equal width."""
         total = self.costs_EH.sum(0).cumsum(0)
         return torch.cat([total.new_zeros(1), total])
 
 
 def eliminate(moments_EHH: Tensor, down_EHI: Tensor) -> Elimination:
-    """Order the neurons of every expert by what the output loses without them.
+    """Order the neurons of each expert by the output error of removing them.
 
     Args:
-        moments_EHH: Routing-weighted second moment of every expert's neurons, shape (E, H, H).
-        down_EHI: down_proj of every expert in stack orientation, shape (E, H, I).
+        moments_EHH: Routing-weighted second moment of each expert's neurons, shape (E, H, H).
+        down_EHI: down_proj of each expert in stack orientation, shape (E, H, I).
 
     Source:
         The optimal brain surgeon (Hassibi & Stork 1993) for whole columns, as Kurtic et al. 2023
         (ZipLM).
     """
-    # One expert after another: its two matrices are all that is changed, thousands of times.
+    # One expert at a time: its two matrices alone are updated, thousands of times.
     results = [
         _eliminate_of_expert(moment_HH, down_HI)
         for moment_HH, down_HI in zip(moments_EHH, down_EHI, strict=True)
@@ -152,7 +152,7 @@ def eliminate(moments_EHH: Tensor, down_EHI: Tensor) -> Elimination:
 
 
 def _eliminate_of_expert(moment_HH: Tensor, down_HI: Tensor) -> tuple[Tensor, Tensor]:
-    """Order of one expert's neurons, and what each costs."""
+    """Elimination order of one expert's neurons, and their costs."""
     inverse_HH = _inverse(in_float64(moment_HH))
     down_HI = in_float64(down_HI).clone()
     neurons = len(down_HI)
@@ -160,9 +160,9 @@ def _eliminate_of_expert(moment_HH: Tensor, down_HI: Tensor) -> tuple[Tensor, Te
     gone_H = torch.zeros_like(left_H, dtype=torch.bool)
     order: list[Tensor] = []
     costs: list[Tensor] = []
-    count = -(-neurons // _MOST_ROUNDS)
+    count = -(-neurons // _MAX_ROUNDS)
     for first in range(0, neurons, count):
-        if first % (count * _ROUNDS_A_COPY) == 0:
+        if first % (count * _COMPACTION_INTERVAL) == 0:
             inverse_HH, down_HI = inverse_HH[~gone_H][:, ~gone_H], down_HI[~gone_H]
             left_H, gone_H = left_H[~gone_H], gone_H[~gone_H]
         take = min(count, neurons - first)
@@ -173,7 +173,7 @@ def _eliminate_of_expert(moment_HH: Tensor, down_HI: Tensor) -> tuple[Tensor, Te
         lost = _remove(inverse_HH, down_HI, cheapest_M)
         gone_H[cheapest_M] = True
         order.append(left_H[cheapest_M])
-        # Within a round the cost is spread evenly.
+        # The cost of a round is divided evenly among its neurons.
         costs.append((lost / take).expand(take))
     return torch.cat(order).cpu(), torch.cat(costs).cpu()
 
@@ -181,14 +181,14 @@ def _eliminate_of_expert(moment_HH: Tensor, down_HI: Tensor) -> tuple[Tensor, Te
 def refit_down(
     kept_moments_EKK: Tensor, cross_moments_EKH: Tensor, down_EHI: Tensor, kept: KeptNeurons
 ) -> Tensor:
-    """down_proj on the kept neurons, fitted to what the experts gave before, shape (E, K, I).
+    """Refit down_proj on the kept neurons to the original outputs, shape (E, K, I).
 
-    Least squares with a ridge towards the rows of down that are kept; zeros below narrower experts.
+    Least squares with a ridge towards the kept rows of down; narrower experts are zero-padded.
 
     Args:
-        kept_moments_EKK: Second moment of the neurons as they are now, shape (E, K, K).
-        cross_moments_EKH: Their moment with the neurons as they were, shape (E, K, H).
-        down_EHI: down_proj as it was, in stack orientation, shape (E, H, I).
+        kept_moments_EKK: Second moment of the compressed neurons, shape (E, K, K).
+        cross_moments_EKH: Their cross moment with the original neurons, shape (E, K, H).
+        down_EHI: Original down_proj in stack orientation, shape (E, H, I).
         kept: The kept neurons.
     """
     result = []
@@ -205,7 +205,7 @@ def refit_down(
 
 
 def _inverse(moment_HH: Tensor) -> Tensor:
-    """Inverse of a moment with its ridge."""
+    """Inverse of a moment plus its ridge."""
     mean = float(moment_HH.diagonal().mean())
     ridge = _RIDGE * mean if mean > 0 else 1.0
     identity = torch.eye(len(moment_HH), dtype=moment_HH.dtype, device=moment_HH.device)
@@ -214,14 +214,14 @@ def _inverse(moment_HH: Tensor) -> Tensor:
 
 
 def _remove(inverse_HH: Tensor, down_HI: Tensor, gone_M: Tensor) -> Tensor:
-    """Remove neurons of an expert, compensate in place; returns the squared error."""
+    """Remove neurons of one expert and compensate in place; returns the squared error."""
     columns_HM = inverse_HH[:, gone_M]
     block_MM, rows_MI = columns_HM[gone_M], down_HI[gone_M]
     solved_MI = torch.linalg.solve(block_MM, rows_MI)
     lost: Tensor = (solved_MI * rows_MI).sum().clamp_min(0)
     down_HI.addmm_(columns_HM, solved_MI, alpha=-1)
     inverse_HH.addmm_(columns_HM, torch.linalg.solve(block_MM, columns_HM.T), alpha=-1)
-    # Rounding must not bring a neuron back: it stands alone from now on.
+    # Decouple pruned neurons exactly; rounding errors must not reintroduce them.
     down_HI[gone_M] = 0.0
     inverse_HH[gone_M] = 0.0
     inverse_HH[:, gone_M] = 0.0

@@ -1,4 +1,4 @@
-"""TensorLy's own Tucker decomposition behind the signature of `hooi`: the slow reference."""
+"""TensorLy's Tucker decomposition with the signature of `hooi`: the slow reference."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from tuckerize.domain import MultilinearRank, StackShape
 from tuckerize.errors import UsageError
 from tuckerize.linalg.hooi import Decomposition, check_finite, check_rank
-from tuckerize.linalg.tucker import TuckerFactors, power_of_two_unit, scaled_slice, squared_norm
+from tuckerize.linalg.tucker import TuckerFactors, power_of_two_scale, scaled_slice, squared_norm
 
 
 def tensorly_tucker(
@@ -33,11 +33,11 @@ def tensorly_tucker(
         tolerance: TensorLy's `tol`.
 
     Returns:
-        The same result as `hooi`; the projected residuals are that of the HOSVD start and
-        the errors that TensorLy reports, one a sweep.
+        As `hooi`; the projected residuals are that of the HOSVD start and the errors that TensorLy
+        reports, one per sweep.
 
     Raises:
-        UsageError: More than one stack, or no sweep: TensorLy knows neither.
+        UsageError: More than one stack, or no sweep; TensorLy supports neither.
         MultilinearRankError: A core size is below 1 or above its mode.
         NonFiniteError: The stack holds NaN or infinity.
     """
@@ -54,9 +54,9 @@ def tensorly_tucker(
     modes = rank.truncated_modes(StackShape(*stack_EHI.shape))
     if not modes:
         return Decomposition((TuckerFactors(stack_EHI),), (0.0,))
-    unit = power_of_two_unit(stack_EHI)
+    scale = power_of_two_scale(stack_EHI)
     dtype = torch.promote_types(stack_EHI.dtype, torch.float32)
-    scaled_EHI = scaled_slice(stack_EHI, dtype, unit)
+    scaled_EHI = scaled_slice(stack_EHI, dtype, scale)
     options: dict[str, Any] = {
         "rank": [rank[mode] for mode in modes],
         "modes": [int(mode) for mode in modes],
@@ -69,7 +69,7 @@ def tensorly_tucker(
         )
     named = {mode.factor_name: f for mode, f in zip(modes, factors, strict=True)}
     return Decomposition(
-        (TuckerFactors(core / unit, **named),),
+        (TuckerFactors(core / scale, **named),),
         (_start_residual(scaled_EHI, start[0]), *(_finite(error) for error in errors)),
     )
 

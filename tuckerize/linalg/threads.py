@@ -1,7 +1,7 @@
-"""Products side by side, so that no bit of a result depends on the number of threads.
+"""Parallel GEMMs whose results do not depend on the number of threads.
 
-A BLAS divides one product among its threads, and where it divides otherwise it rounds otherwise.
-Here every product has one thread, and independent ones run at the same time.
+A multithreaded GEMM splits its work by thread count, and the rounding changes with the split. Here
+each GEMM runs on one thread, and independent GEMMs run in parallel.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ T = TypeVar("T")
 
 
 class Workers:
-    """Carries out independent calls, on several threads where it has a pool."""
+    """Runs independent calls, on several threads if it has a pool."""
 
     def __init__(self, pool: ThreadPoolExecutor | None = None, count: int = 1) -> None:
         self._pool = pool
         self._count = count
 
     def map(self, function: Callable[..., T], *items: Iterable[object]) -> Iterator[T]:
-        """What calls with one item of each return, in their order.
+        """Yield `function` of one item of each iterable, in order, like the built-in `map`.
 
-        Calls start as results are taken, a few in advance.
+        Calls are submitted as results are taken, as many ahead as there are threads.
         """
         calls = zip(*items, strict=True)
         if self._pool is None:
@@ -47,15 +47,15 @@ class Workers:
                 future.cancel()
 
     def do(self, function: Callable[..., None], *items: Iterable[object]) -> None:
-        """The same calls, for what they do."""
+        """Make the same calls for their side effects."""
         deque(self.map(function, *items), maxlen=0)
 
 
 @contextmanager
-def side_by_side(device: torch.device) -> Iterator[Workers]:
-    """Workers for tensors on a device: as many as torch has threads; torch has one meanwhile.
+def parallel_workers(device: torch.device) -> Iterator[Workers]:
+    """Workers for tensors on a device: as many as torch has threads, while torch itself gets one.
 
-    Work of an accelerator is queued by this thread alone, one call after another.
+    On an accelerator calls run one after another on the calling thread, which queues their work.
     """
     count = torch.get_num_threads()
     if device.type != "cpu" or count == 1:
@@ -63,7 +63,7 @@ def side_by_side(device: torch.device) -> Iterator[Workers]:
         return
     torch.set_num_threads(1)
     try:
-        # The BLAS of a thread asks that thread how many it may use, not torch.
+        # BLAS takes its thread count from the calling thread, not from torch.
         with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             yield Workers(pool, count)
     finally:

@@ -1,4 +1,4 @@
-"""A Tucker tensor of an expert stack, its expansion and its relative residual."""
+"""Tucker tensor of an expert stack, its expansion and its relative residual."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from tuckerize.domain import Mode, MultilinearRank, StackShape
 from tuckerize.errors import NonFiniteError
-from tuckerize.linalg.threads import side_by_side
+from tuckerize.linalg.threads import parallel_workers
 
-# Products in float32 disturb a difference by about 1e-6 of the stack: residuals smaller than this,
-# of stacks that are stored precisely enough, are formed in float64.
+# float32 products perturb the difference by about 1e-6 of the stack: residuals below this bound are
+# recomputed in float64, if the stack itself is stored in float32.
 _FLOAT32_DIFFERENCE_FLOOR = 1e-3
-# Magnitudes within 2^-20 .. 2^20 can be squared and summed in float32 without a unit.
+# Magnitudes within 2^-20 .. 2^20 can be squared and summed in float32 without scaling.
 _ORDINARY_EXPONENT = 20
 
 
@@ -50,7 +50,7 @@ class TuckerFactors:
 
     @property
     def shape(self) -> StackShape:
-        """Sizes (E, H, I) of the stack that the factors stand for."""
+        """Sizes (E, H, I) of the dense stack."""
         return StackShape(
             *(
                 size if factor is None else factor.shape[0]
@@ -77,13 +77,13 @@ class TuckerFactors:
             return TuckerTensor((self.core, full))
 
     def expand_slices(self, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
-        """The experts' matrices of X̂ one by one, see `expand_slice`."""
+        """Yield the matrices of X̂ expert by expert, see `expand_slice`."""
         source = self.ready_to_expand(dtype)
         for expert in range(self.shape.experts):
             yield source.expand_slice(expert, dtype)
 
     def ready_to_expand(self, dtype: torch.dtype | None = None) -> TuckerFactors:
-        """The same, a core that experts share widened once in place of once an expert."""
+        """The same tensor, with a shared core cast once instead of once per expert."""
         return self if self.U_E is None else self.to(dtype)
 
     def expand_slice(self, expert: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -91,7 +91,7 @@ class TuckerFactors:
 
         Args:
             expert: Index of the expert.
-            dtype: In which it is computed; the core's own if absent.
+            dtype: Type of the computation; None for the dtype of the core.
         """
         dtype = dtype or self.core.dtype
         if self.U_E is None:
@@ -115,9 +115,9 @@ def relative_residual(
 
     Args:
         stack_EHI: The stack X, shape (E, H, I), any floating dtype.
-        tucker: Its approximation, of any floating dtype.
-        kept_EK: Rows of every expert that the approximation stands for, shape (E, K), all others
-            being zero in it; None for all rows.
+        tucker: Its approximation, any floating dtype.
+        kept_EK: Rows of each expert that the approximation covers, shape (E, K), the others being
+            zero; None for all rows.
 
     Returns:
         The residual; 0 where X and X̂ are both zero, infinity where only X is.
@@ -137,19 +137,19 @@ def relative_residual(
 def _residual(
     stack_EHI: Tensor, tucker: TuckerFactors, kept_EK: Tensor | None, dtype: torch.dtype
 ) -> float:
-    stack_EHI = on_multiplier(stack_EHI.to(tucker.core.device), dtype)
+    stack_EHI = on_capable_device(stack_EHI.to(tucker.core.device), dtype)
     tucker = tucker.to(device=stack_EHI.device).ready_to_expand(dtype)
-    unit = power_of_two_unit(stack_EHI)
+    scale = power_of_two_scale(stack_EHI)
 
     def squares(expert: int, slice_HI: Tensor) -> tuple[float, float]:
-        exact_HI = scaled_slice(slice_HI, dtype, unit)
+        exact_HI = scaled_slice(slice_HI, dtype, scale)
         expanded_HI = tucker.expand_slice(expert, dtype)
         if kept_EK is not None:
             expanded_HI = with_zero_rows(expanded_HI, kept_EK[expert], len(exact_HI))
-        missed_HI = exact_HI - scaled_slice(expanded_HI, dtype, unit)
+        missed_HI = exact_HI - scaled_slice(expanded_HI, dtype, scale)
         return squared_norm(missed_HI), squared_norm(exact_HI)
 
-    with side_by_side(stack_EHI.device) as workers:
+    with parallel_workers(stack_EHI.device) as workers:
         found = list(workers.map(squares, range(tucker.shape.experts), stack_EHI))
     missed, total = (sum(of_experts) for of_experts in zip(*found, strict=True))
     if total == 0.0:
@@ -158,12 +158,12 @@ def _residual(
 
 
 def with_zero_rows(matrix_KI: Tensor, kept_K: Tensor, rows: int) -> Tensor:
-    """The matrix of an expert with its neurons in their old places, zeros in those of the others.
+    """Scatter the kept rows of an expert's matrix to their original indices, shape (rows, I).
 
     Args:
         matrix_KI: Rows of the kept neurons, shape (K, I).
-        kept_K: Their places, shape (K,).
-        rows: Number of places.
+        kept_K: Their original indices, shape (K,).
+        rows: Number of rows of the result; the others are zero.
     """
     matrix_HI = matrix_KI.new_zeros((rows, matrix_KI.shape[1]))
     matrix_HI[kept_K.to(matrix_KI.device)] = matrix_KI
@@ -172,25 +172,25 @@ def with_zero_rows(matrix_KI: Tensor, kept_K: Tensor, rows: int) -> Tensor:
 
 def squared_norm(tensor: Tensor) -> float:
     """Sum of squares, accumulated in float64."""
-    tensor = on_multiplier(tensor, torch.float64)
+    tensor = on_capable_device(tensor, torch.float64)
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
 
 
-def on_multiplier(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor on its device, or on the host where that multiplies no such numbers.
+def on_capable_device(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Move the tensor to the host if its device cannot compute in a dtype.
 
-    An NPU has no float64: it refuses products and sums, and its `.double()` gives float32.
+    An NPU has no float64: it refuses products and sums in it, and its `.double()` gives float32.
     """
     return tensor.cpu() if dtype == torch.float64 and tensor.device.type == "npu" else tensor
 
 
 def in_float64(tensor: Tensor) -> Tensor:
-    """The tensor in float64, on the host where its device has none."""
-    return on_multiplier(tensor, torch.float64).double()
+    """The tensor in float64, on the host if its device has no float64."""
+    return on_capable_device(tensor, torch.float64).double()
 
 
 def orthonormalised(matrix_NR: Tensor) -> tuple[Tensor, Tensor]:
-    """An orthonormal basis Q (N, R) of the columns, and the R (R, R) with Q R = the matrix.
+    """QR decomposition: an orthonormal basis (N, R) of the columns, and the mixing matrix (R, R).
 
     Runs on the host, where every platform has LAPACK, and returns tensors on the device of the
     argument.
@@ -199,31 +199,31 @@ def orthonormalised(matrix_NR: Tensor) -> tuple[Tensor, Tensor]:
     return basis_NR.to(matrix_NR.device), mixing_RR.to(matrix_NR.device)
 
 
-def power_of_two_unit(*stacks: Tensor) -> float:
-    """The power of two that brings the largest magnitude of stacks near 1, where that is needed.
+def power_of_two_scale(*stacks: Tensor) -> float:
+    """Power of two that scales the largest magnitude of the stacks to about 1, if that is needed.
 
-    Multiplying by it is exact and keeps squares inside the range of float32. Stacks of ordinary
-    magnitude, and zero ones, get 1, so that they need not be copied.
+    Multiplying by it is exact and keeps squares within the range of float32. Stacks of ordinary
+    magnitude and zero stacks get 1, so that they need not be copied.
     """
     largest = max(largest_magnitude(stack) for stack in stacks)
     exponent = math.frexp(largest)[1]
     if largest == 0.0 or abs(exponent) <= _ORDINARY_EXPONENT:
         return 1.0
     widest = max(torch.finfo(stack.dtype).max for stack in stacks)
-    # Subnormal magnitudes ask for a unit beyond the work dtype; the largest power will do.
+    # Subnormal magnitudes would need a scale beyond the work dtype; its largest power suffices.
     return 2.0 ** min(-exponent, 126 if widest <= torch.finfo(torch.float32).max else 1022)
 
 
 def largest_magnitude(stack: Tensor) -> float:
-    """Largest absolute value of a stack; not finite if an entry is not."""
+    """Largest absolute value of a stack; not finite if any entry is not."""
     low, high = torch.aminmax(stack)
     return float(torch.maximum(-low, high))
 
 
-def scaled_slice(slice_HI: Tensor, dtype: torch.dtype, unit: float) -> Tensor:
-    """A matrix in a work dtype, times a unit; the argument itself where neither changes it."""
+def scaled_slice(slice_HI: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
+    """A matrix cast to the work dtype and scaled; the argument itself if neither changes it."""
     wide = slice_HI.to(dtype)
-    return wide if unit == 1.0 else wide * unit
+    return wide if scale == 1.0 else wide * scale
 
 
 def mode_name(mode: Mode) -> str:
@@ -232,10 +232,10 @@ def mode_name(mode: Mode) -> str:
 
 
 def check_no_overflow(tensor: Tensor, dtype: str) -> Tensor:
-    """Return a tensor that was rounded to a type, if no value of it overflowed.
+    """Return a tensor that was cast to a dtype, provided that no value overflowed.
 
     Raises:
-        NonFiniteError: One did.
+        NonFiniteError: A value overflowed.
     """
     if not math.isfinite(largest_magnitude(tensor)):
         raise NonFiniteError(

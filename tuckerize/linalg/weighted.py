@@ -1,9 +1,9 @@
-"""Activation-aware Tucker decomposition: the error of the outputs, not of the weights.
+"""Activation-aware Tucker decomposition: minimises the error of the outputs, not of the weights.
 
-With the second moment Σ_e = Σ_t g_t² x_t x_tᵀ of what expert e saw (tokens x_t, routing weights
-g_t), the error of its products is ‖(W_e − Ŵ_e) Σ_e^{1/2}‖². HOOI on the stack whitened by the
-pooled moment minimises it as if all experts saw the same; weighted alternating least squares then
-takes each expert's own.
+With the second moment Σ_e = Σ_t g_t² x_t x_tᵀ of the inputs of expert e (tokens x_t, routing
+weights g_t), the squared error of its products is ‖(W_e − Ŵ_e) Σ_e^{1/2}‖². HOOI on the stack
+whitened by the pooled moment minimises it as if all experts had the same inputs; weighted
+alternating least squares then uses each expert's own moment.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from torch import Tensor
 from tuckerize.domain import MultilinearRank, StackShape
 from tuckerize.linalg.gram import eigenvalues_and_vectors
 from tuckerize.linalg.hooi import check_rank, hooi
-from tuckerize.linalg.tucker import TuckerFactors, in_float64, orthonormalised, power_of_two_unit
+from tuckerize.linalg.tucker import TuckerFactors, in_float64, orthonormalised, power_of_two_scale
 
 EIGENVALUE_FLOOR = 1e-6
 """Eigenvalues of a second moment below this share of the largest are raised to it."""
 
 _CONJUGATE_GRADIENT_STEPS = 10
-# With the preconditioner of U_I more of them change nothing before the next sweep does.
+# U_I is preconditioned: further steps gain nothing before the next sweep.
 _HIDDEN_FACTOR_STEPS = 2
 _CONJUGATE_GRADIENT_TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
 class WeightedDecomposition:
-    """What the weighted least squares found.
+    """Result of the weighted least squares.
 
     Attributes:
-        tensors: One Tucker tensor a stack; coupled stacks share the object U_I. Factors have
+        tensors: One Tucker tensor per stack; coupled stacks share the object U_I. Factors have
             orthonormal columns.
         errors: Relative weighted error (unitless) of all stacks together, after the whitened HOOI
-            and after every sweep: never rising.
+            and after each sweep; decreasing.
     """
 
     tensors: tuple[TuckerFactors, ...]
@@ -49,9 +49,9 @@ class WeightedDecomposition:
 
 
 def matrix_roots(moment_NN: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ^{1/2} and Σ^{-1/2} of a second moment, with its relative eigenvalue floor, in float64.
+    """Compute Σ^{1/2} and Σ^{-1/2} of a second moment with floored eigenvalues, in float64.
 
-    A zero moment counts as the identity: without data all directions are alike.
+    A zero moment is replaced by the identity: without data all directions are equal.
     """
     values, vectors = eigenvalues_and_vectors(moment_NN.cpu().double())
     if values[0] <= 0:
@@ -62,9 +62,9 @@ def matrix_roots(moment_NN: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def floored(moments_ENN: Tensor) -> Tensor:
-    """Second moments with the floor added to the diagonal, so that systems can be solved.
+    """Second moments with the floor added to the diagonal, so that they can be inverted.
 
-    Experts without any data get the identity.
+    Experts without data get the identity.
     """
     mean_E = moments_ENN.diagonal(dim1=-2, dim2=-1).mean(-1)
     added_E = torch.where(mean_E > 0, EIGENVALUE_FLOOR * mean_E, torch.ones_like(mean_E))
@@ -81,21 +81,21 @@ def weighted_tucker(
     max_sweeps: int = 10,
     tolerance: float = 5e-3,
 ) -> WeightedDecomposition:
-    """Approximate expert stacks so that their products with the experts' inputs are right.
+    """Approximate expert stacks with the smallest error of their products with the inputs.
 
     Minimises Σ_e ‖(X_e − U_H C_e U_Iᵀ) Σ_e^{1/2}‖² with C_e = Σ_a U_E[e, a] core_a. One sweep
-    solves for the cores, U_E, U_H (closed forms; conjugate gradients for cores that experts share)
-    and U_I (conjugate gradients) in turn, each exactly or downhill, so the error never rises.
+    solves for the cores, U_E, U_H (closed forms; conjugate gradients for shared cores) and U_I
+    (conjugate gradients) in turn. No step increases the error.
 
     Args:
         stacks: Coupled stacks of one shape (E, H, I); they share one U_I.
-        moments_EII: Second moment of every expert's inputs, shape (E, I, I), any scale.
+        moments_EII: Second moment of each expert's inputs, shape (E, I, I), any scale.
         rank: Core sizes; a full mode gets no factor.
-        max_sweeps: Sweeps of weighted least squares at most.
-        tolerance: Stop when the relative error falls by less than this share of it in one sweep.
+        max_sweeps: Maximum number of sweeps of weighted least squares.
+        tolerance: Stop when a sweep reduces the relative error by less than this fraction.
 
     Raises:
-        MultilinearRankError: A core size is below 1 or above what its mode can use.
+        MultilinearRankError: A core size is below 1 or above the largest that its mode can use.
         NonFiniteError: A stack holds NaN or infinity.
 
     Source:
@@ -106,9 +106,9 @@ def weighted_tucker(
     check_rank(rank, shape, coupled=len(stacks))
     if rank == MultilinearRank(*shape):
         return WeightedDecomposition(tuple(TuckerFactors(stack) for stack in stacks), (0.0,))
-    unit = power_of_two_unit(*stacks)
-    if unit != 1.0:
-        stacks = [stack * unit for stack in stacks]
+    scale = power_of_two_scale(*stacks)
+    if scale != 1.0:
+        stacks = [stack * scale for stack in stacks]
     tensors = _whitened_hooi(stacks, moments_EII.sum(0), rank)
     problem = _Problem(stacks, floored(moments_EII.to(stacks[0].dtype)))
     errors = [problem.error(tensors)]
@@ -121,17 +121,17 @@ def weighted_tucker(
         errors.append(error)
         if errors[-2] - error < tolerance * errors[-2]:
             break
-    if unit != 1.0:
-        tensors = [TuckerFactors(factors.core / unit, *factors.factors) for factors in tensors]
+    if scale != 1.0:
+        tensors = [TuckerFactors(factors.core / scale, *factors.factors) for factors in tensors]
     return WeightedDecomposition(tuple(tensors), tuple(errors))
 
 
 def _whitened_hooi(
     stacks: list[Tensor], pooled_II: Tensor, rank: MultilinearRank
 ) -> list[TuckerFactors]:
-    """The best for inputs that are alike for all experts, up to what HOOI finds."""
+    """HOOI on the whitened stacks, which assumes the same input moment for all experts."""
     root_II, inverse_II = (root.to(stacks[0]) for root in matrix_roots(pooled_II))
-    # HOOI goes over to float64 where it finds next to no residual.
+    # HOOI switches to float64 where the residual is tiny.
     whitened = [
         factors.to(stacks[0].dtype, stacks[0].device)
         for factors in hooi([stack @ root_II for stack in stacks], rank).tensors
@@ -142,7 +142,7 @@ def _whitened_hooi(
             TuckerFactors(factors.core @ inverse_II, factors.U_E, factors.U_H)
             for factors in whitened
         ]
-    # The factor of the whitened stack, taken back to the stack's own inputs, orthonormalised.
+    # Map the factor of the whitened stack back to the original inputs and orthonormalise it.
     shared_IR, mixing_RR = orthonormalised(inverse_II @ whitened_IR)
     return [
         TuckerFactors(factors.core @ mixing_RR.T, factors.U_E, factors.U_H, shared_IR)
@@ -175,11 +175,11 @@ class _Problem:
         return (max(0.0, missed) / self.total) ** 0.5 if self.total > 0 else 0.0
 
     def sweep(self, tensors: list[TuckerFactors]) -> list[TuckerFactors]:
-        """Update everything once: cores, U_E, U_H of every stack, then the shared U_I."""
+        """Update the cores, U_E and U_H of each stack once, then the shared U_I."""
         U_I = tensors[0].U_I
         small_ERR = self.moments_EII
         if U_I is not None:
-            # One expert after another: a stack of the products between would be large.
+            # Expert by expert: the intermediate products of all experts would take much memory.
             small_ERR = U_I.new_empty(len(self.moments_EII), *[U_I.shape[1]] * 2)
             for small_RR, moment_II in zip(small_ERR, self.moments_EII, strict=True):
                 torch.mm(U_I.T, moment_II @ U_I, out=small_RR)
@@ -196,9 +196,9 @@ class _Problem:
         ]
 
     def _hidden_factor(self, tensors: list[TuckerFactors], start_IR: Tensor) -> Tensor:
-        """U_I by conjugate gradients on Σ_e Σ_e U (C_eᵀ C_e) = Σ_e Σ_e X_eᵀ U_H C_e.
+        """Solve Σ_e Σ_e U (C_eᵀ C_e) = Σ_e Σ_e X_eᵀ U_H C_e for U_I by conjugate gradients.
 
-        Preconditioned by what would solve it if all experts had the same moment.
+        The preconditioner is the exact solution for equal moments of all experts.
         """
         right_IR = torch.zeros_like(start_IR)
         grams_ERR = start_IR.new_zeros((len(self.moments_EII), *[start_IR.shape[1]] * 2))
@@ -228,10 +228,10 @@ class _Problem:
 
 
 def _update_stack(factors: TuckerFactors, target_EHR: Tensor, small_ERR: Tensor) -> TuckerFactors:
-    """Cores, U_E and U_H of one stack for a fixed U_I.
+    """Update the cores, U_E and U_H of one stack for a fixed U_I.
 
     Args:
-        factors: The tensor so far.
+        factors: The current Tucker tensor.
         target_EHR: X_e Σ_e U_I.
         small_ERR: U_Iᵀ Σ_e U_I.
     """
@@ -253,7 +253,7 @@ def _update_stack(factors: TuckerFactors, target_EHR: Tensor, small_ERR: Tensor)
 
 
 def _expert_cores(factors: TuckerFactors) -> Tensor:
-    """C_e of every expert, shape (E, r_H, r_I)."""
+    """C_e of each expert, shape (E, r_H, r_I)."""
     if factors.U_E is None:
         return factors.core
     mixed: Tensor = torch.tensordot(factors.U_E, factors.core, dims=1)
@@ -263,7 +263,7 @@ def _expert_cores(factors: TuckerFactors) -> Tensor:
 def _shared_cores(
     U_E: Tensor, start_PQR: Tensor, projected_EQR: Tensor, small_ERR: Tensor
 ) -> Tensor:
-    """Cores that experts share, by conjugate gradients."""
+    """Solve for shared cores by conjugate gradients."""
     right_PQR = torch.tensordot(U_E.T, projected_EQR, dims=1)
 
     def normal(core_PQR: Tensor) -> Tensor:
@@ -275,7 +275,7 @@ def _shared_cores(
 
 
 def _expert_factor(core_PQR: Tensor, projected_EQR: Tensor, small_ERR: Tensor) -> Tensor:
-    """U_E by one small least-squares problem an expert, shape (E, r_E)."""
+    """Solve for U_E by one small least-squares problem per expert, shape (E, r_E)."""
     flat_PM = core_PQR.flatten(1)
     rows = []
     for projected_QR, small_RR in zip(projected_EQR, small_ERR, strict=True):
@@ -291,7 +291,7 @@ def _least_squares(gram_NN: Tensor, right_NK: Tensor) -> Tensor:
 
 
 def _solve(grams_ENN: Tensor, right_ENK: Tensor) -> Tensor:
-    """Solve well-conditioned systems in float64, one expert after another: they are large."""
+    """Solve well-conditioned systems in float64, one large one per expert at a time."""
     solution = torch.empty_like(right_ENK)
     for own_NK, gram_NN, right_NK in zip(solution, grams_ENN, right_ENK, strict=True):
         own_NK.copy_(torch.linalg.solve(in_float64(gram_NN), in_float64(right_NK)))
@@ -306,7 +306,7 @@ def _conjugate_gradients(
     steps: int = _CONJUGATE_GRADIENT_STEPS,
     precondition: Callable[[Tensor], Tensor] = torch.clone,
 ) -> Tensor:
-    """Solve normal(Z) = right from a start; every step lowers the quadratic that it belongs to."""
+    """Solve normal(Z) = right from a start; each step lowers the corresponding quadratic."""
     solution = start.clone()
     residual = right - normal(solution)
     conditioned = precondition(residual)

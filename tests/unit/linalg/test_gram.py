@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tuckerize.linalg.gram import add_gram, eigenvalues_and_vectors, leading_eigenvectors
-from tuckerize.linalg.threads import Workers, side_by_side
+from tuckerize.linalg.threads import Workers, parallel_workers
 
 # (rows, columns): wide, tall, in equal and unequal row blocks.
 SIZES = [(3, 7), (50, 7), (1000, 20), (300, 256), (300, 513)]
@@ -86,7 +86,7 @@ def test_add_gram_with_any_number_of_threads_gives_identical_bits(
         for number in (1, 2, 3):
             torch.set_num_threads(number)
             grams.append(torch.zeros((columns, columns), dtype=dtype))
-            with side_by_side(torch.device("cpu")) as workers:
+            with parallel_workers(torch.device("cpu")) as workers:
                 add_gram(grams[-1], matrix(rows, columns, dtype), workers)
     finally:
         torch.set_num_threads(before)

@@ -134,7 +134,7 @@ def test_hooi_of_flat_stack_improves_on_its_start() -> None:
 
 
 def test_hooi_from_one_start_improves_on_st_hosvd(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hooi_module, "_TWO_STARTS_NUMBERS", 0)
+    monkeypatch.setattr(hooi_module, "_TWO_STARTS_VALUES", 0)
     stack = make_stack(Kind.FLAT, SHAPE, RANK)
     start = hooi([stack], RANK, max_sweeps=0)
     best = hooi([stack], RANK, tolerance=0)
@@ -147,7 +147,7 @@ def test_hooi_from_one_start_with_expert_unfolding_in_blocks_gives_the_same(
 ) -> None:
     stack = make_stack(Kind.FLAT, SHAPE, RANK, dtype=torch.float64)
     whole = hooi([stack], RANK)
-    monkeypatch.setattr(hooi_module, "_EXPERT_BLOCK_NUMBERS", 100)
+    monkeypatch.setattr(hooi_module, "_EXPERT_BLOCK_VALUES", 100)
     blocks = hooi([stack], RANK)
     assert blocks.projected_residuals == pytest.approx(whole.projected_residuals, rel=1e-9)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tuckerize.linalg.threads import Workers, side_by_side
+from tuckerize.linalg.threads import Workers, parallel_workers
 
 CPU = torch.device("cpu")
 
@@ -20,7 +20,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def test_results_come_in_the_order_of_the_items(threads: int) -> None:
-    with side_by_side(CPU) as workers:
+    with parallel_workers(CPU) as workers:
         assert list(workers.map(lambda a, b: a - b, range(50), range(50, 0, -1))) == [
             2 * number - 50 for number in range(50)
         ]
@@ -34,7 +34,7 @@ def test_calls_run_at_the_same_time_and_torch_has_one_thread_in_each(threads: in
         together.wait()
         return torch.get_num_threads()
 
-    with side_by_side(CPU) as workers:
+    with parallel_workers(CPU) as workers:
         assert list(workers.map(call, range(2 * threads))) == [1] * 2 * threads
 
 
@@ -51,7 +51,7 @@ def test_products_have_the_bits_of_one_thread(threads: int, dtype: torch.dtype) 
     torch.set_num_threads(1)
     expected = list(map(torch.mm, lefts, rights))
     torch.set_num_threads(threads)
-    with side_by_side(CPU) as workers:
+    with parallel_workers(CPU) as workers:
         found = list(workers.map(torch.mm, lefts, rights))
     assert all(map(torch.equal, found, expected))
 
@@ -64,7 +64,7 @@ def test_few_calls_are_made_before_their_results_are_taken(threads: int) -> None
             asked.append(number)
             yield number
 
-    with side_by_side(CPU) as workers:
+    with parallel_workers(CPU) as workers:
         results = workers.map(abs, items())
         assert next(results) == 0
         assert len(asked) <= threads + 1
@@ -74,7 +74,7 @@ def test_error_of_a_call_is_raised_and_torch_gets_its_threads_back(threads: int)
     def call(number: int) -> None:
         raise ValueError(number)
 
-    with pytest.raises(ValueError, match="0"), side_by_side(CPU) as workers:
+    with pytest.raises(ValueError, match="0"), parallel_workers(CPU) as workers:
         workers.do(call, range(10))
     assert torch.get_num_threads() == threads
 
@@ -82,7 +82,7 @@ def test_error_of_a_call_is_raised_and_torch_gets_its_threads_back(threads: int)
 @pytest.mark.usefixtures("threads")
 def test_work_of_an_accelerator_is_queued_by_the_calling_thread() -> None:
     before = torch.get_num_threads()
-    with side_by_side(torch.device("meta")) as workers:
+    with parallel_workers(torch.device("meta")) as workers:
         assert torch.get_num_threads() == before
         called = set(workers.map(lambda _: threading.get_ident(), range(8)))
     assert called == {threading.get_ident()}

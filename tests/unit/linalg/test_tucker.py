@@ -23,7 +23,7 @@ from tuckerize.linalg.tucker import (
     expand,
     largest_magnitude,
     mode_name,
-    power_of_two_unit,
+    power_of_two_scale,
     relative_residual,
     squared_norm,
     with_zero_rows,
@@ -126,7 +126,7 @@ def test_squared_norm_of_many_float32_numbers_is_summed_in_float64() -> None:
 
 
 @pytest.mark.parametrize(
-    ("magnitude", "dtype", "unit"),
+    ("magnitude", "dtype", "scale"),
     [
         (0.0, torch.float32, 1.0),
         (1.0, torch.float32, 1.0),
@@ -140,11 +140,11 @@ def test_squared_norm_of_many_float32_numbers_is_summed_in_float64() -> None:
     ],
 )
 def test_unit_of_a_magnitude_is_the_power_that_brings_it_near_one(
-    magnitude: float, dtype: torch.dtype, unit: float
+    magnitude: float, dtype: torch.dtype, scale: float
 ) -> None:
     stack = torch.tensor([[[magnitude, -magnitude]]], dtype=dtype)
-    assert power_of_two_unit(stack) == unit
-    assert power_of_two_unit(torch.zeros(1, 1, 2), stack) == unit
+    assert power_of_two_scale(stack) == scale
+    assert power_of_two_scale(torch.zeros(1, 1, 2), stack) == scale
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
