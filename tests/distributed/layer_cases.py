@@ -31,10 +31,10 @@ from tuckerize.parallel.layouts import (
     LayerShape,
     Layout,
     Parallelism,
-    cut_of,
     layer_traffic,
+    owned_slice,
     owners_of,
-    part,
+    split_dimensions,
 )
 from tuckerize.parallel.mesh import Position, make_mesh, own_tokens, padded_count
 from tuckerize.pipeline.verify.traffic import load_of
@@ -154,14 +154,14 @@ def own_slices(
         owners = owners_of(index, groups=len(groups), ep=ep.size)
         if ep.rank not in owners:
             continue
-        own = part(case.shape.experts, len(owners), owners.index(ep.rank))
+        own = owned_slice(case.shape.experts, len(owners), owners.index(ep.rank))
         slices = {}
         for name, tensor in group.items():
             if name.expert is not None and not own.start <= name.expert < own.stop:
                 continue
-            cut = cut_of(case.layout, name, case.sizes.ranks[index], case.shape)
+            cut = split_dimensions(case.layout, name, case.sizes.ranks[index], case.shape)
             if cut.tp is not None:
-                tensor = tensor.narrow(cut.tp, *part(tensor.shape[cut.tp], tp.size, tp.rank))  # noqa: PLW2901
+                tensor = tensor.narrow(cut.tp, *owned_slice(tensor.shape[cut.tp], tp.size, tp.rank))  # noqa: PLW2901
             if cut.experts is not None:
                 tensor = tensor.narrow(cut.experts, *own)  # noqa: PLW2901
             expert = None if name.expert is None else name.expert - own.start
@@ -254,7 +254,7 @@ def traffic_error(
     # A process has 1 / (ep cp) of the tokens, and there are tp ep cp processes.
     counted_bytes = (total / (len(experts_Tk) * mesh.tp)).tolist()
     load = load_of(experts_Tk, case.sizes, mesh)
-    predicted = layer_traffic(case.layout, case.sizes, mesh, load, number_bytes=8)
+    predicted = layer_traffic(case.layout, case.sizes, mesh, load, value_bytes=8)
     differences = [
         abs(found - predicted[kind]) / max(1.0, predicted[kind])
         for kind, found in zip(Collective, counted_bytes, strict=True)

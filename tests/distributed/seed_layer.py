@@ -22,11 +22,11 @@ from tuckerize.domain import Projection
 from tuckerize.format.shards import Sharding
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 from tuckerize.parallel.collectives import all_reduce
-from tuckerize.parallel.layouts import part
+from tuckerize.parallel.layouts import owned_slice
 from tuckerize.parallel.mesh import Axis, Position
 from tuckerize.pipeline.verify import verification as verify
 from tuckerize.runtime import exchange
-from tuckerize.runtime.exchange import RankExchange, Share, Tokens, WayBack
+from tuckerize.runtime.exchange import Combine, RankExchange, ReplicatedDispatch, Tokens
 from tuckerize.runtime.experts import ACTIVATIONS, TuckerExperts, TuckerStack
 from tuckerize.runtime.grouped import Assignments, assign
 
@@ -74,10 +74,10 @@ class SeedExperts(TuckerExperts):
         return middle[:, own_far] @ far.float()[:, own_far].T
 
 
-class NoLastSum(Share):
+class NoLastSum(ReplicatedDispatch):
     """Our layer without the last all-reduce."""
 
-    def send(self, tokens: Tokens) -> tuple[Tokens, WayBack]:
+    def dispatch(self, tokens: Tokens) -> tuple[Tokens, Combine]:
         """Keep the partial sums."""
         return tokens, _keep
 
@@ -87,7 +87,7 @@ def _keep(outputs: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def _own_columns(factor: Tensor, tp: Axis) -> slice:
-    own = part(factor.shape[1], tp.size, tp.rank)
+    own = owned_slice(factor.shape[1], tp.size, tp.rank)
     return slice(own.start, own.stop)
 
 
@@ -95,5 +95,5 @@ if __name__ == "__main__":
     if sys.argv.pop(1) == "columns":
         vars(verify)["ShardedExperts"] = SeedExperts
     else:
-        vars(exchange)["Share"] = NoLastSum
+        vars(exchange)["ReplicatedDispatch"] = NoLastSum
     main()

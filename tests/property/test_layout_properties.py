@@ -16,11 +16,11 @@ from tuckerize.parallel.layouts import (
     LayerShape,
     Layout,
     Parallelism,
-    cut_of,
     even_load,
     layer_traffic,
-    part,
+    owned_slice,
     smallest_split_size,
+    split_dimensions,
 )
 
 SHAPE = StackShape(8, 24, 32)
@@ -35,7 +35,7 @@ def test_slices_of_all_processes_concatenated_are_the_tensor(
     tensor = torch.arange(torch.Size(sizes).numel()).reshape(sizes)
     dimension = data.draw(st.integers(0, len(sizes) - 1))
     slices = [
-        tensor.narrow(dimension, *part(sizes[dimension], tp_size, tp_rank))
+        tensor.narrow(dimension, *owned_slice(sizes[dimension], tp_size, tp_rank))
         for tp_rank in range(tp_size)
     ]
     assert torch.equal(torch.cat(slices, dim=dimension), tensor)
@@ -43,7 +43,7 @@ def test_slices_of_all_processes_concatenated_are_the_tensor(
 
 @given(st.integers(0, 10_000), st.integers(1, 300))
 def test_parts_are_even_and_in_order(size: int, tp_size: int) -> None:
-    parts = [part(size, tp_size, tp_rank) for tp_rank in range(tp_size)]
+    parts = [owned_slice(size, tp_size, tp_rank) for tp_rank in range(tp_size)]
     assert [p.start for p in parts] == [0, *(p.stop for p in parts[:-1])]
     assert parts[-1].stop == size
     assert max(p.length for p in parts) == -(-size // tp_size)
@@ -60,7 +60,7 @@ def test_split_dimensions_are_never_below_the_smallest_split_size(
         for mode in rank.truncated_modes(SHAPE):
             sizes[TensorName.factor(mode, projection)] = (SHAPE[mode], rank[mode])
         for name, shape in sizes.items():
-            dimension = cut_of(layout, name, chosen, SHAPE).tp
+            dimension = split_dimensions(layout, name, chosen, SHAPE).tp
             assert dimension is None or shape[dimension] >= smallest
 
 
@@ -81,12 +81,12 @@ def test_traffic_equals_a_count_of_the_collectives(
     sizes = LayerShape([chosen] * groups, SHAPE, joint=False)
     load = even_load(top_k, experts=sizes.experts, groups=groups, ep=1)
     mesh = Parallelism(tp=4)
-    moved = layer_traffic(Layout.RANK, sizes, mesh, load, number_bytes=2)
+    moved = layer_traffic(Layout.RANK, sizes, mesh, load, value_bytes=2)
     assert moved[Collective.ALL_REDUCE] == pytest.approx(all_reduce * 3)
     assert moved[Collective.REDUCE_SCATTER] == pytest.approx(reduce_scatter * 1.5)
-    megatron = layer_traffic(Layout.INTERMEDIATE, sizes, mesh, load, number_bytes=2)
+    megatron = layer_traffic(Layout.INTERMEDIATE, sizes, mesh, load, value_bytes=2)
     assert sum(megatron.values()) == 3 * min(groups * down.hidden, SHAPE.hidden)
-    alone = layer_traffic(Layout.RANK, sizes, Parallelism(), load, number_bytes=2)
+    alone = layer_traffic(Layout.RANK, sizes, Parallelism(), load, value_bytes=2)
     assert sum(alone.values()) == 0
 
 
@@ -102,8 +102,8 @@ def test_tokens_never_travel_as_more_numbers_than_they_have(
     for ep in (1, 4):
         mesh = Parallelism(ep=ep)
         load = even_load(2, experts=8, groups=groups, ep=ep)
-        moved = layer_traffic(layout, sizes, mesh, load, number_bytes=2)
+        moved = layer_traffic(layout, sizes, mesh, load, value_bytes=2)
         most = layer_traffic(
-            Layout.INTERMEDIATE, dense, mesh, replace(load, rows=[2]), number_bytes=2
+            Layout.INTERMEDIATE, dense, mesh, replace(load, rows=[2]), value_bytes=2
         )
         assert sum(moved.values()) <= sum(most.values())

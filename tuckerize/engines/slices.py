@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tuckerize.format.config import GroupShape
 from tuckerize.names import TensorName
-from tuckerize.parallel.layouts import Layout, cut_of, part
+from tuckerize.parallel.layouts import Layout, owned_slice, split_dimensions
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +62,10 @@ class WorkerGroup:
     def cut(self, name: TensorName, tensor: Tensor) -> Tensor:
         """The worker's part of a tensor of the checkpoint."""
         stack = self.shape.stack_shape(self.hidden)
-        cut = cut_of(Layout.INTERMEDIATE, name, self.shape.ranks, stack)
+        cut = split_dimensions(Layout.INTERMEDIATE, name, self.shape.ranks, stack)
         if cut.experts is not None:
             own = torch.tensor(self.own, dtype=torch.long, device=tensor.device)
             tensor = tensor.index_select(cut.experts, own)
         if cut.tp is None:
             return tensor
-        return tensor.narrow(cut.tp, *part(tensor.shape[cut.tp], self.tp_size, self.tp_rank))
+        return tensor.narrow(cut.tp, *owned_slice(tensor.shape[cut.tp], self.tp_size, self.tp_rank))

@@ -1,8 +1,8 @@
-"""Collectives over one axis of the mesh: differentiable, counted, several tensors in one call.
+"""Collectives over one axis of the mesh: differentiable, counted, several tensors per call.
 
-The gradients of a collective go through its counterpart, as in Megatron-LM (Shoeybi et al. 2019,
-figure 3; Korthikanti et al. 2022, section 4.2): a sum passes them as they are and `spread` sums
-them, a gather of rows scatters sums of them and the other way round, an exchange goes back.
+The backward of a collective is its counterpart, as in Megatron-LM (Shoeybi et al. 2019, figure 3;
+Korthikanti et al. 2022, section 4.2): identity for an all-reduce, all-reduce for `replicate`,
+reduce-scatter for an all-gather and vice versa, and the reverse all-to-all for an all-to-all.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tuckerize.parallel.layouts import Collective, Part, Traffic, part
+from tuckerize.parallel.layouts import Collective, Slice, Traffic, owned_slice
 from tuckerize.parallel.mesh import Axis
 
-_Change = Callable[[Tensor], Tensor]
+_Transform = Callable[[Tensor], Tensor]
 
 _counters: list[dict[Collective, float]] = []
 
 
 @contextmanager
 def counted() -> Iterator[Traffic]:
-    """Count the bytes that this process sends, by kind of collective, with ring algorithms.
+    """Count the bytes that this process sends by kind of collective, assuming ring algorithms.
 
-    The few bytes that tell the processes how many rows come are not counted.
+    The few bytes of exchanged row counts are not included.
 
     Source:
         Thakur et al. 2005: with n processes an all-reduce sends 2(n-1)/n of its payload, a
-        reduce-scatter (n-1)/n; an all-gather sends what it is given n-1 times.
+        reduce-scatter (n-1)/n; an all-gather sends its input n-1 times.
     """
     counter = dict.fromkeys(Collective, 0.0)
     _counters.append(counter)
@@ -42,49 +42,49 @@ def counted() -> Iterator[Traffic]:
         _counters.pop()
 
 
-def count_others(kind: Collective, sent: Callable[[], float]) -> None:
-    """Count bytes that something else sends, found out only while bytes are counted."""
+def count_sent(kind: Collective, sent: Callable[[], float]) -> None:
+    """Count bytes sent by other means; `sent` is called only inside `counted`."""
     if _counters:
         _count(kind, sent())
 
 
 def all_reduce(tensors: Sequence[Tensor], axis: Axis) -> list[Tensor]:
-    """Sum tensors over an axis; every process gets the sums, and does the same with them."""
+    """Sum tensors over an axis; all processes get the sums and use them alike."""
     return _packed(tensors, lambda buffer: _paired(buffer, partial(_sum, axis=axis), _same))
 
 
-def spread(tensors: Sequence[Tensor], axis: Axis) -> list[Tensor]:
-    """Tensors that are the same on every process of an axis, and of which each uses a part."""
+def replicate(tensors: Sequence[Tensor], axis: Axis) -> list[Tensor]:
+    """Pass on tensors that are equal on all processes of an axis, of which each uses a part."""
     if not any(tensor.requires_grad for tensor in tensors):
         return list(tensors)
     return _packed(tensors, lambda buffer: _paired(buffer, _same, partial(_sum, axis=axis)))
 
 
 def gather_rows(rows: Tensor, axis: Axis) -> Tensor:
-    """The rows of all processes, equally many of each, of which every process uses a part."""
+    """All-gather rows, the same number from each process, of which each process uses a part."""
     return _paired(rows, partial(_gather, axis=axis), partial(_scatter, axis=axis))
 
 
 def scatter_rows(rows: Tensor, axis: Axis) -> Tensor:
-    """Sum over an axis; every process gets an equal share of the rows."""
+    """Reduce-scatter rows over an axis in equal shares."""
     return _paired(rows, partial(_scatter, axis=axis), partial(_gather, axis=axis))
 
 
 def exchange_rows(rows: Tensor, sent: Sequence[int], received: Sequence[int], axis: Axis) -> Tensor:
-    """Give every process of an axis its rows.
+    """All-to-all of rows.
 
     Args:
-        rows: The rows for all of them, in their order.
-        sent: How many are for each.
-        received: How many come from each.
-        axis: The processes.
+        rows: Rows to send, sorted by receiver.
+        sent: Number of rows for each process.
+        received: Number of rows from each process.
+        axis: The mesh axis.
     """
     there = partial(_swap, sent=sent, received=received, axis=axis)
     return _paired(rows, there, partial(_swap, sent=received, received=sent, axis=axis))
 
 
 def exchange_counts(counts: Sequence[int], axis: Axis, device: torch.device) -> list[int]:
-    """How many rows come from every process of an axis, from how many go to each."""
+    """Number of rows from each process of an axis, given the number for each."""
     outgoing = torch.tensor(counts, device=device)
     incoming = torch.empty_like(outgoing)
     dist.all_to_all_single(incoming, outgoing, group=axis.group)
@@ -93,28 +93,28 @@ def exchange_counts(counts: Sequence[int], axis: Axis, device: torch.device) -> 
 
 
 def largest_count(count: int, axis: Axis, device: torch.device) -> int:
-    """The largest number of rows that a process of an axis has."""
+    """Largest count over the processes of an axis."""
     largest = torch.tensor(count, device=device)
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=axis.group)
     return int(largest)
 
 
 def reduce_scatter_columns(matrices: Sequence[Tensor], axis: Axis) -> list[Tensor]:
-    """Sum matrices over an axis; every process gets its own columns of the sums.
+    """Reduce-scatter matrices by columns over an axis.
 
     Args:
-        matrices: Matrices of shapes (rows, columns), the same on every process.
-        axis: The processes.
+        matrices: Matrices of shapes (rows, columns), the same shapes on every process.
+        axis: The mesh axis.
 
     Returns:
-        Columns `part(columns, axis.size, axis.rank)` of every sum. Where the processes do not
-        divide the columns, what is sent is padded with zeros to equal sizes.
+        Columns `owned_slice(columns, axis.size, axis.rank)` of each sum. If the processes do not
+        divide the columns, the messages are zero-padded to equal sizes.
     """
     widths = [-(-matrix.shape[1] // axis.size) for matrix in matrices]
     outgoing = [
         torch.cat(
             [
-                _columns(matrix, part(matrix.shape[1], axis.size, receiver), width)
+                _columns(matrix, owned_slice(matrix.shape[1], axis.size, receiver), width)
                 for matrix, width in zip(matrices, widths, strict=True)
             ]
         )
@@ -123,7 +123,9 @@ def reduce_scatter_columns(matrices: Sequence[Tensor], axis: Axis) -> list[Tenso
     incoming = scatter_rows(torch.cat(outgoing), axis)
     sizes = [len(matrix) * width for matrix, width in zip(matrices, widths, strict=True)]
     return [
-        piece.view(len(matrix), width)[:, : part(matrix.shape[1], axis.size, axis.rank).length]
+        piece.view(len(matrix), width)[
+            :, : owned_slice(matrix.shape[1], axis.size, axis.rank).length
+        ]
         for piece, matrix, width in zip(
             incoming.split_with_sizes(sizes), matrices, widths, strict=True
         )
@@ -131,10 +133,10 @@ def reduce_scatter_columns(matrices: Sequence[Tensor], axis: Axis) -> list[Tenso
 
 
 class _Pair(torch.autograd.Function):
-    """A change of a tensor, and the change that gradients go through."""
+    """A transform of a tensor, and the transform of its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, there: _Change, back: _Change) -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, tensor: Tensor, there: _Transform, back: _Transform) -> Tensor:  # noqa: ANN401
         ctx.back = back
         return there(tensor.contiguous())
 
@@ -143,14 +145,14 @@ class _Pair(torch.autograd.Function):
         return ctx.back(gradients[0].contiguous()), None, None
 
 
-def _paired(tensor: Tensor, there: _Change, back: _Change) -> Tensor:
+def _paired(tensor: Tensor, there: _Transform, back: _Transform) -> Tensor:
     result: Tensor = _Pair.apply(tensor, there, back)  # type: ignore[no-untyped-call]
     return result
 
 
-def _packed(tensors: Sequence[Tensor], change: _Change) -> list[Tensor]:
-    """Change tensors as one."""
-    buffer = change(torch.cat([tensor.flatten() for tensor in tensors]))
+def _packed(tensors: Sequence[Tensor], transform: _Transform) -> list[Tensor]:
+    """Transform several tensors as one buffer."""
+    buffer = transform(torch.cat([tensor.flatten() for tensor in tensors]))
     pieces = buffer.split_with_sizes([tensor.numel() for tensor in tensors])
     return [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]
 
@@ -197,7 +199,7 @@ def _count(kind: Collective, sent: float) -> None:
         counter[kind] += sent
 
 
-def _columns(matrix: Tensor, own: Part, width: int) -> Tensor:
-    """Some columns of a matrix, padded with zeros to a width, flattened."""
+def _columns(matrix: Tensor, own: Slice, width: int) -> Tensor:
+    """A slice of columns, zero-padded to a width and flattened."""
     padding = (0, width - own.length)
     return torch.nn.functional.pad(matrix[:, own.start : own.stop], padding).flatten()

@@ -1,20 +1,20 @@
-"""Which slice of every tensor a process owns, and what a layout costs: pure arithmetic.
+"""Slices that each process owns, and the communication of a layout: pure arithmetic.
 
-Over a tensor-parallel mesh of tp processes, for x of T tokens with k experts a token:
+Over a tensor-parallel axis of tp processes, for T tokens with k experts per token:
 
 `intermediate` is Megatron's: cores are split on H (U_H by rows where the mode is truncated), all
-else is replicated. gate and up give the process's own columns, down gives a partial sum, and one
-all-reduce of T·r_I numbers ends the layer.
+else is replicated. gate and up yield the process's own columns, down yields a partial sum, and one
+all-reduce of T·r_I values completes the layer.
 
-`rank` splits U_I of gate and up by columns, their cores on r_I, the core of down on r_H, and every
-U_H by rows; only U_E and the U_I of down are replicated. One all-reduce of T·k·2·r_H numbers
-completes gate and up before the activation (a reduce-scatter where H is not truncated), one
-reduce-scatter of T·k·r_H completes the middle of down (none where H is not truncated), and one
-all-reduce ends the layer.
+`rank` splits U_I of gate and up by columns, their cores on r_I, the core of down on r_H, and each
+U_H by rows; only U_E and the U_I of down are replicated. One all-reduce of T·k·2·r_H values
+completes gate and up before the activation (a reduce-scatter if H is not truncated), one
+reduce-scatter of T·k·r_H values completes the input of down's core (none if H is not truncated),
+and one all-reduce completes the layer.
 
-Over an expert-parallel axis a process owns whole groups, or, where a layer is one group, the rows
-of U_E or core that belong to its experts. U_H and U_I, and the core where there is a U_E, are on
-all processes then, so that tokens can travel as what U_I makes of them.
+Over an expert-parallel axis a process owns whole groups or, in a layer of one group, the rows of
+U_E or core of its experts. U_H and U_I, and the core if there is a U_E, are then replicated, so
+that tokens can be dispatched in the latent space.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from tuckerize.names import TensorKind, TensorName
 
 
 class Layout(StrEnum):
-    """How the tensors of a layer are split over the processes."""
+    """How the tensors of a layer are split over the tensor-parallel processes."""
 
     INTERMEDIATE = "intermediate"
     RANK = "rank"
 
 
-class Part(NamedTuple):
-    """The slice of one dimension that a process owns: first index and how many."""
+class Slice(NamedTuple):
+    """A slice of one dimension: first index and length."""
 
     start: int
     length: int
 
     @property
     def stop(self) -> int:
-        """Index behind the last."""
+        """Index after the last."""
         return self.start + self.length
 
 
@@ -58,19 +58,19 @@ class Collective(StrEnum):
 
 
 Traffic = Mapping[Collective, float]
-"""Bytes that a process sends on average for each of its tokens, by kind, with ring algorithms."""
+"""Average bytes that a process sends per token of its own, by kind, with ring algorithms."""
 
 
 @dataclass(frozen=True, slots=True)
 class Parallelism:
-    """Sizes of a mesh, and how tokens travel on it.
+    """Sizes of a mesh, and how tokens are communicated on it.
 
     Attributes:
         tp: Tensor-parallel processes.
-        ep: Expert-parallel ones.
-        cp: Context-parallel ones.
-        sequence_parallel: Whether each of the tp processes has its own tokens.
-        all_to_all: Whether tokens are sent to the processes that own their experts only, or to all.
+        ep: Expert-parallel processes.
+        cp: Context-parallel processes.
+        sequence_parallel: Whether each tp process has its own tokens.
+        all_to_all: Whether tokens are sent to the owners of their experts only, not to all.
     """
 
     tp: int = 1
@@ -81,14 +81,14 @@ class Parallelism:
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
-    """Where the experts of tokens are, on average over tokens.
+class ExpertLoad:
+    """Location of a token's experts, averaged over tokens.
 
     Attributes:
-        top_k: Experts a token.
-        rows: How many of them are in each group.
-        copies: Expert-parallel processes, other than its own, that a token has experts on.
-        remote: How many of its experts are on these.
+        top_k: Experts per token.
+        rows: Number of them in each group.
+        copies: Number of other expert-parallel processes that own any of them.
+        remote: Number of them on other processes.
     """
 
     top_k: int
@@ -97,11 +97,16 @@ class Load:
     remote: float = 0.0
 
 
-class Travel(NamedTuple):
-    """Whether tokens and outputs move as numbers of the hidden core sizes rather than of I."""
+class CommunicationSpace(NamedTuple):
+    """Space in which activations are communicated: latent (r_I values per token) or hidden (I).
 
-    low_input: bool
-    low_output: bool
+    Attributes:
+        latent_input: Whether tokens are dispatched in the latent space.
+        latent_output: Whether outputs are combined in the latent space.
+    """
+
+    latent_input: bool
+    latent_output: bool
 
 
 RankByProjection = Mapping[Projection, MultilinearRank]
@@ -109,10 +114,10 @@ RankByProjection = Mapping[Projection, MultilinearRank]
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """What decides how a layer is split.
+    """Shape of a layer, as needed to split it.
 
     Attributes:
-        ranks: Core sizes of the projections of every group.
+        ranks: Core sizes of the projections of each group.
         shape: Sizes of one stack.
         joint: Whether gate and up share one U_I.
     """
@@ -128,7 +133,7 @@ class LayerShape:
 
     @property
     def input_ranks(self) -> list[int]:
-        """Numbers of what each U_I of gate and up makes of a token; without, it stays itself."""
+        """Values per token after each distinct U_I of gate and up; I without a U_I."""
         found = []
         for ranks in self.ranks:
             gate, up = ranks[Projection.GATE].hidden, ranks[Projection.UP].hidden
@@ -137,11 +142,11 @@ class LayerShape:
 
     @property
     def output_ranks(self) -> list[int]:
-        """Numbers of a token that go into the U_I of down of every group."""
+        """Values per token before the U_I of down of each group."""
         return [ranks[Projection.DOWN].hidden for ranks in self.ranks]
 
 
-class Cut(NamedTuple):
+class SplitDimensions(NamedTuple):
     """Dimensions along which a stored tensor is split; None if replicated.
 
     Attributes:
@@ -154,21 +159,23 @@ class Cut(NamedTuple):
 
 
 INDEX_BYTES = 8
-"""Bytes of the number of an expert, as it travels with a token."""
+"""Bytes of an expert index sent with a token."""
 
 
-def part(size: int, tp_size: int, tp_rank: int) -> Part:
-    """The slice of a dimension that a process owns; sizes differ by one at most, nothing is lost.
+def owned_slice(size: int, tp_size: int, tp_rank: int) -> Slice:
+    """Slice of a dimension that a process owns; lengths differ by one at most.
 
-    >>> [part(10, 4, tp_rank).length for tp_rank in range(4)]
+    >>> [owned_slice(10, 4, tp_rank).length for tp_rank in range(4)]
     [3, 3, 2, 2]
     """
     base, larger = divmod(size, tp_size)
-    return Part(tp_rank * base + min(tp_rank, larger), base + (tp_rank < larger))
+    return Slice(tp_rank * base + min(tp_rank, larger), base + (tp_rank < larger))
 
 
-def cut_of(layout: Layout, name: TensorName, ranks: RankByProjection, shape: StackShape) -> Cut:
-    """How a stored tensor is split; core rows of one expert belong to the owner of the expert.
+def split_dimensions(
+    layout: Layout, name: TensorName, ranks: RankByProjection, shape: StackShape
+) -> SplitDimensions:
+    """Dimensions along which a stored tensor is split; one expert's core rows belong to its owner.
 
     Args:
         layout: The layout.
@@ -179,13 +186,13 @@ def cut_of(layout: Layout, name: TensorName, ranks: RankByProjection, shape: Sta
     rank = ranks[name.projection]
     whole_core = name.kind == TensorKind.CORE and name.expert is None
     by_expert = name.kind == TensorKind.U_E or (whole_core and rank.expert == shape.experts)
-    return Cut(_split_over_tp(layout, name, rank, shape), 0 if by_expert else None)
+    return SplitDimensions(_split_over_tp(layout, name, rank, shape), 0 if by_expert else None)
 
 
 def _split_over_tp(
     layout: Layout, name: TensorName, rank: MultilinearRank, shape: StackShape
 ) -> int | None:
-    """The dimension of a stored tensor that is split over tp; None if replicated."""
+    """Dimension of a stored tensor that is split over tp; None if replicated."""
     if name.kind == TensorKind.U_H:
         return 0
     on_hidden = layout == Layout.RANK and name.projection != Projection.DOWN
@@ -198,12 +205,12 @@ def _split_over_tp(
 
 
 def experts_are_split(sizes: LayerShape, ep: int) -> bool:
-    """Whether expert-parallel processes own experts of one group, rather than whole groups."""
+    """Whether expert-parallel processes share the experts of one group, not own whole groups."""
     return ep > 1 and len(sizes.ranks) == 1
 
 
 def owners_of(group: int, *, groups: int, ep: int) -> range:
-    """The expert-parallel processes that own a group, or share its experts.
+    """Expert-parallel processes that own a group, or share its experts.
 
     >>> owners_of(3, groups=4, ep=2), owners_of(0, groups=1, ep=2)
     (range(1, 2), range(0, 2))
@@ -215,7 +222,7 @@ def owners_of(group: int, *, groups: int, ep: int) -> range:
 
 
 def smallest_split_size(layout: Layout, ranks: RankByProjection, shape: StackShape) -> int:
-    """The smallest size that the layout splits: with more processes some would own nothing."""
+    """Smallest size that a layout splits, and so its maximum number of tp processes."""
     sizes = [shape.intermediate]
     if layout == Layout.RANK:
         sizes += [ranks[projection].hidden for projection in (Projection.GATE, Projection.UP)]
@@ -223,90 +230,92 @@ def smallest_split_size(layout: Layout, ranks: RankByProjection, shape: StackSha
     return min(sizes)
 
 
-def even_load(top_k: int, *, experts: int, groups: int, ep: int) -> Load:
-    """The load of a router that takes any `top_k` experts of a layer equally often.
+def even_load(top_k: int, *, experts: int, groups: int, ep: int) -> ExpertLoad:
+    """Load of a router that selects all sets of `top_k` experts of a layer equally often.
 
     >>> even_load(2, experts=4, groups=1, ep=2)
-    Load(top_k=2, rows=[2.0], copies=0.8333333333333334, remote=1.0)
+    ExpertLoad(top_k=2, rows=[2.0], copies=0.8333333333333334, remote=1.0)
     """
     absent = math.comb(experts - experts // ep, top_k) / math.comb(experts, top_k)
     remote = top_k * (ep - 1) / ep
-    return Load(top_k, [top_k / groups] * groups, (ep - 1) * (1 - absent), remote)
+    return ExpertLoad(top_k, [top_k / groups] * groups, (ep - 1) * (1 - absent), remote)
 
 
-def travel(layout: Layout, sizes: LayerShape, mesh: Parallelism) -> Travel:
-    """How a layer's tokens and outputs travel: with fewer numbers, where every process can."""
+def communication_space(layout: Layout, sizes: LayerShape, mesh: Parallelism) -> CommunicationSpace:
+    """Choose the space of fewer values, where every process can project into it."""
     if mesh.ep > 1 and not experts_are_split(sizes, mesh.ep):
-        return Travel(low_input=False, low_output=False)
+        return CommunicationSpace(latent_input=False, latent_output=False)
     width_in = sum(sizes.input_ranks) / (mesh.tp if layout == Layout.RANK else 1)
     width_out = sum(sizes.output_ranks)
-    return Travel(width_in < sizes.shape.hidden, width_out <= sizes.shape.hidden)
+    return CommunicationSpace(width_in < sizes.shape.hidden, width_out <= sizes.shape.hidden)
 
 
 def width_over_ep(layout: Layout, sizes: LayerShape, mesh: Parallelism) -> int:
-    """Most numbers of a row that travels over ep, there or back."""
-    low = travel(layout, sizes, mesh)
+    """Largest width of the rows sent over ep, of dispatch and combine."""
+    space = communication_space(layout, sizes, mesh)
     cut = mesh.tp if layout == Layout.RANK else 1
     there = sum(-(-rank // cut) for rank in sizes.input_ranks)
     back = sum(sizes.output_ranks)
     hidden = sizes.shape.hidden
-    return max(there if low.low_input else hidden, back if low.low_output else hidden)
+    return max(there if space.latent_input else hidden, back if space.latent_output else hidden)
 
 
 def layer_traffic(
     layout: Layout,
     sizes: LayerShape,
     mesh: Parallelism,
-    load: Load,
+    load: ExpertLoad,
     *,
-    number_bytes: int,
+    value_bytes: int,
     fused_width: int | None = None,
 ) -> Traffic:
-    """What a layer's collectives move.
+    """Predict the traffic of a layer's collectives.
 
     Args:
         layout: The layout.
         sizes: Sizes of the layer.
         mesh: The mesh.
-        load: Where the experts of tokens are.
-        number_bytes: Bytes of one number of the tokens.
-        fused_width: Numbers of a row of the fused dispatch and combine, which send one for each of
-            a token's experts and leave its routes out of it; None for the plain collectives.
+        load: Location of the tokens' experts.
+        value_bytes: Bytes per value of the tokens.
+        fused_width: Row width of the fused dispatch and combine, which send one row per expert of a
+            token, without its routing; None for the plain collectives.
 
     Source:
-        Thakur et al. 2005: of a payload n processes send (n-1)/n each in a reduce-scatter, as much
-        in an all-gather, and twice that in an all-reduce.
+        Thakur et al. 2005: with n processes each sends (n-1)/n of the payload in a reduce-scatter
+        or an all-gather, and twice that in an all-reduce.
     """
-    low = travel(layout, sizes, mesh)
-    token = sum(sizes.input_ranks) if low.low_input else sizes.shape.hidden
-    output = sum(sizes.output_ranks) if low.low_output else sizes.shape.hidden
-    output *= number_bytes
-    routes = load.top_k * (number_bytes + INDEX_BYTES)
+    space = communication_space(layout, sizes, mesh)
+    token = sum(sizes.input_ranks) if space.latent_input else sizes.shape.hidden
+    output = sum(sizes.output_ranks) if space.latent_output else sizes.shape.hidden
+    output *= value_bytes
+    routes = load.top_k * (value_bytes + INDEX_BYTES)
     share = (mesh.tp - 1) / mesh.tp
     moved = dict.fromkeys(Collective, 0.0)
     if mesh.sequence_parallel:
         whole = sizes.shape.hidden if layout == Layout.RANK else token
-        moved[Collective.ALL_GATHER] += share * (whole * number_bytes + routes)
+        moved[Collective.ALL_GATHER] += share * (whole * value_bytes + routes)
         moved[Collective.REDUCE_SCATTER] += share * output
     else:
         moved[Collective.ALL_REDUCE] += share * 2 * output
-    sent = token * number_bytes / (mesh.tp if layout == Layout.RANK and low.low_input else 1)
+    sent = token * value_bytes / (mesh.tp if layout == Layout.RANK and space.latent_input else 1)
     if fused_width is not None:
-        moved[Collective.ALL_TO_ALL] += load.remote * 2 * fused_width * number_bytes
+        moved[Collective.ALL_TO_ALL] += load.remote * 2 * fused_width * value_bytes
     elif mesh.all_to_all:
         moved[Collective.ALL_TO_ALL] += load.copies * (sent + routes + output)
     else:
         moved[Collective.ALL_GATHER] += (mesh.ep - 1) * (sent + routes)
         moved[Collective.REDUCE_SCATTER] += (mesh.ep - 1) * output
     if layout == Layout.RANK:
-        for kind, numbers in _middles(sizes, mesh.tp, load):
+        for kind, values in _inner_collectives(sizes, mesh.tp, load):
             rounds = 2 if kind == Collective.ALL_REDUCE else 1
-            moved[kind] += share * rounds * numbers * number_bytes
+            moved[kind] += share * rounds * values * value_bytes
     return moved
 
 
-def _middles(sizes: LayerShape, tp: int, load: Load) -> Iterator[tuple[Collective, float]]:
-    """The collectives of the rank layout inside a layer: kind, and numbers for one token."""
+def _inner_collectives(
+    sizes: LayerShape, tp: int, load: ExpertLoad
+) -> Iterator[tuple[Collective, float]]:
+    """Collectives of the rank layout inside a layer: kind, and values per token."""
     for ranks, rows in zip(sizes.ranks, load.rows, strict=True):
         for projection in Projection:
             neurons = ranks[projection].intermediate
@@ -314,5 +323,5 @@ def _middles(sizes: LayerShape, tp: int, load: Load) -> Iterator[tuple[Collectiv
             if projection != Projection.DOWN and truncated:
                 yield Collective.ALL_REDUCE, rows * neurons
             elif projection != Projection.DOWN or truncated:
-                # What is scattered has equal sizes.
+                # Scattered slices are padded to equal sizes.
                 yield Collective.REDUCE_SCATTER, rows * -(-neurons // tp) * tp

@@ -1,6 +1,6 @@
-"""The device mesh of a run, with axes cp, ep and tp, and the tokens of each of its positions.
+"""Device mesh with axes cp, ep and tp, and the tokens of each position.
 
-Tokens are split over cp and ep, experts over ep, and what an expert is made of over tp.
+cp and ep split tokens, ep splits experts, tp splits each expert's weights.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from tuckerize.errors import ParallelError
-from tuckerize.parallel.layouts import Parallelism, part
+from tuckerize.parallel.layouts import Parallelism, owned_slice
 
 AXES = ("cp", "ep", "tp")
-"""Axes of the mesh; the ranks of the last are neighbours."""
+"""Mesh axes from slowest to fastest varying rank."""
 
 
 # https://docs.pytorch.org/docs/stable/distributed.html#backends; hccl: Ascend's API table.
@@ -25,12 +25,12 @@ _WITH_ALL_TO_ALL = {"gloo", "mpi", "nccl", "hccl", "xccl"}
 
 
 class Axis(NamedTuple):
-    """The processes along one axis of the mesh, seen from one of them.
+    """The processes along one axis of the mesh.
 
     Attributes:
-        size: How many they are.
-        rank: Which this one is.
-        group: Their process group; None where there is one process only.
+        size: Number of processes.
+        rank: Rank of this process along the axis.
+        group: Their process group; None for a single process.
     """
 
     size: int = 1
@@ -39,7 +39,7 @@ class Axis(NamedTuple):
 
     @property
     def has_all_to_all(self) -> bool:
-        """Whether the backend of the group exchanges rows."""
+        """Whether the backend of the group supports all-to-all."""
         if self.group is None:
             return True
         backends = str(dist.get_backend(self.group)).split(",")  # cpu:gloo,npu:hccl
@@ -49,22 +49,22 @@ class Axis(NamedTuple):
 def make_mesh(
     device_type: str, *, tp: int, ep: int = 1, cp: int = 1, timeout: timedelta | None = None
 ) -> DeviceMesh:
-    """The mesh of all processes of the run.
+    """Make the mesh of all processes of the run.
 
     Args:
         device_type: Type of the devices: `cpu`, `npu`, `cuda`.
-        tp: Tensor-parallel processes.
-        ep: Expert-parallel ones.
-        cp: Context-parallel ones.
-        timeout: How long processes wait for each other; torch's default, if None.
+        tp: Size of the tensor-parallel axis.
+        ep: Size of the expert-parallel axis.
+        cp: Size of the context-parallel axis.
+        timeout: How long processes wait for each other; None for torch's default.
 
     Raises:
-        ParallelError: The processes have not met, or are not tp x ep x cp.
+        ParallelError: There is no process group, or it does not have tp x ep x cp processes.
     """
-    _check_processes_have_met()
+    _check_process_group()
     check_world(dist.get_world_size(), Parallelism(tp, ep, cp))
     ranks = torch.arange(dist.get_world_size()).view(cp, ep, tp)
-    # init_device_mesh makes groups with torch's default time-out, whatever that of the run is.
+    # init_device_mesh would give the groups torch's default time-out.
     groups = [_group(_along(ranks, axis), timeout) for axis in range(len(AXES))]
     return DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=AXES)
 
@@ -77,16 +77,16 @@ def new_group_along(
     Args:
         mesh: The mesh of all processes of the run.
         name: Name of the axis.
-        timeout: How long processes wait for each other; torch's default, if None.
+        timeout: How long processes wait for each other; None for torch's default.
     """
     return _new_group(_along(mesh.mesh, (mesh.mesh_dim_names or ()).index(name)), timeout)
 
 
 def check_world(processes: int, mesh: Parallelism) -> None:
-    """Check that the sizes of a mesh fit the number of processes.
+    """Check that the sizes of a mesh match the number of processes.
 
     Raises:
-        ParallelError: They do not; the hint gives sizes that do.
+        ParallelError: They do not; the hint lists sizes that do.
     """
     sizes = (mesh.tp, mesh.ep, mesh.cp)
     if min(sizes) >= 1 and math.prod(sizes) == processes:
@@ -110,7 +110,7 @@ def check_world(processes: int, mesh: Parallelism) -> None:
 
 
 def axis_of(mesh: DeviceMesh, name: str) -> Axis:
-    """One axis of a mesh; of one process if the mesh has no such axis."""
+    """One axis of a mesh; a single process if the mesh lacks the axis."""
     if name not in (mesh.mesh_dim_names or ()):
         return Axis()
     group = mesh.get_group(name)
@@ -118,7 +118,14 @@ def axis_of(mesh: DeviceMesh, name: str) -> Axis:
 
 
 class Position(NamedTuple):
-    """Where a process is on the mesh."""
+    """Position of a process on the mesh.
+
+    Attributes:
+        tp: Its tensor-parallel axis.
+        ep: Its expert-parallel axis.
+        cp: Its context-parallel axis.
+        sequence_parallel: Whether each tp process has its own tokens.
+    """
 
     tp: Axis = Axis()
     ep: Axis = Axis()
@@ -127,14 +134,14 @@ class Position(NamedTuple):
 
     @classmethod
     def on(cls, mesh: DeviceMesh, *, sequence_parallel: bool = False) -> Position:
-        """The position of this process; a mesh may lack axes of one process."""
-        _check_processes_have_met()
+        """The position of this process; a mesh may lack axes of size 1."""
+        _check_process_group()
         tp, ep, cp = (axis_of(mesh, name) for name in ("tp", "ep", "cp"))
         return cls(tp, ep, cp, sequence_parallel)
 
     @property
     def parallelism(self) -> Parallelism:
-        """The sizes of the mesh, and how tokens travel on it."""
+        """Sizes of the mesh, and how tokens are communicated on it."""
         return Parallelism(
             self.tp.size,
             self.ep.size,
@@ -145,7 +152,7 @@ class Position(NamedTuple):
 
 
 def padded_count(tokens: int, mesh: Parallelism) -> int:
-    """The next number of tokens that divides over the positions of a mesh.
+    """Round a number of tokens up so that it divides evenly over a mesh.
 
     Source:
         Megatron-LM, megatron/core/models/multimodal/context_parallel.py, `get_padding`: a sequence
@@ -157,10 +164,10 @@ def padded_count(tokens: int, mesh: Parallelism) -> int:
 
 
 def own_tokens(tokens: int, position: Position) -> torch.Tensor:
-    """Indices of the tokens that a process has, of as many as `padded_count` gives.
+    """Indices of the tokens of a process, for a number of tokens as `padded_count` returns.
 
-    A sequence is cut into 2 cp chunks of which position r has numbers r and 2 cp - 1 - r, so that
-    causal attention is the same work everywhere; the positions of ep have equal parts of these.
+    A sequence is split into 2 cp chunks, of which cp rank r gets chunks r and 2 cp - 1 - r, so that
+    causal attention is balanced. The processes along ep share these tokens equally.
 
     Source:
         Megatron-LM, megatron/core/utils.py, `get_batch_on_this_cp_rank`.
@@ -170,7 +177,7 @@ def own_tokens(tokens: int, position: Position) -> torch.Tensor:
         chunks = own.chunk(2 * position.cp.size)
         own = torch.cat([chunks[position.cp.rank], chunks[-1 - position.cp.rank]])
     for axis in (position.ep, position.tp if position.sequence_parallel else Axis()):
-        own = own.narrow(0, *part(len(own), axis.size, axis.rank))
+        own = own.narrow(0, *owned_slice(len(own), axis.size, axis.rank))
     return own
 
 
@@ -192,7 +199,7 @@ def _along(ranks: torch.Tensor, axis: int) -> list[list[int]]:
     return rows
 
 
-def _check_processes_have_met() -> None:
+def _check_process_group() -> None:
     if not dist.is_initialized():
         raise ParallelError(
             "sharded layers need a process group, and there is none yet",

@@ -1,4 +1,4 @@
-"""The processes of one run: alone, or started by torchrun."""
+"""Processes of a run: one alone, or several started by torchrun."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ _NEXT = "tuckerize/next"
 
 @dataclass(slots=True)
 class Processes:
-    """This process among those of the run.
+    """The processes of the run, seen from one of them.
 
     Attributes:
         rank: Index of this process (`process_rank`).
         size: Number of processes.
-        local_rank: Index among the processes of this host.
-        local_size: Number of processes of this host.
-        store: Key-value store that all share; None when alone.
-        timeout: How long one waits for the others.
+        local_rank: Index of this process on its host.
+        local_size: Number of processes on this host.
+        store: Key-value store shared by all processes; None for a single process.
+        timeout: How long a process waits for the others.
     """
 
     rank: int = 0
@@ -56,15 +56,15 @@ class Processes:
 
     @property
     def is_leader(self) -> bool:
-        """Whether this is process 0, the one that reports."""
+        """Whether this is process 0, which does the reporting."""
         return self.rank == 0
 
     def leader_first(self, work: Callable[[], T]) -> T:
-        """Do the same work everywhere, process 0 first, so that an error is reported once.
+        """Do the same work on all processes, on process 0 first, so that an error is reported once.
 
         Raises:
-            LeaderFailedError: On the other processes, when process 0 failed.
-            ParallelError: On another process, when the work failed there only.
+            LeaderFailedError: On the other processes, if process 0 failed.
+            ParallelError: On another process, if the work failed there only.
         """
         if self.store is None:
             return work()
@@ -77,7 +77,7 @@ class Processes:
             except TuckerizeError as error:
                 raise ParallelError(
                     f"on {socket.gethostname()}, in {Path.cwd()}: {error.message}",
-                    hint="process 0 sees it otherwise: models, outputs and shards must be on "
+                    hint="process 0 had no such error: models, outputs and shards must be on "
                     "storage that all nodes see under the same path",
                 ) from error
         try:
@@ -89,13 +89,13 @@ class Processes:
         return result
 
     def queue(self, count: int) -> Iterator[int]:
-        """Indices below `count` in order, each given to the first process that is free."""
+        """Yield indices below `count` in order, each to the first process that is free."""
         while (index := self._take()) < count:
             yield index
 
     @contextmanager
     def while_others_wait(self) -> Iterator[None]:
-        """Use all cores of the host for work that the other processes wait for."""
+        """Use all cores of the host while the other processes wait."""
         before = torch.get_num_threads()
         if self.size > 1:
             torch.set_num_threads(os.cpu_count() or 1)
@@ -110,7 +110,7 @@ class Processes:
             dist.barrier()
 
     def gather(self, value: T) -> list[T]:
-        """The values of all processes, on every process."""
+        """Values of all processes, on every process."""
         if self.size == 1:
             return [value]
         values: list[T | None] = [None] * self.size
@@ -118,7 +118,7 @@ class Processes:
         return [value for value in values if value is not None]
 
     def broadcast(self, value: T | None) -> T:
-        """The value of process 0, on every process; the others pass None."""
+        """Value of process 0, on every process; the others pass None."""
         values = [value]
         if self.size > 1:
             dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
@@ -143,17 +143,17 @@ def started_by_torchrun() -> bool:
 def process_group(
     choose: Callable[[int], torch.device], timeout: timedelta | None = None
 ) -> Iterator[tuple[Processes, torch.device]]:
-    """Join the processes of the run and leave them at the end.
+    """Join the process group of the run, and leave it at the end.
 
     Args:
-        choose: Chooses this process's device from its index on the host.
-        timeout: How long one waits for the others; by default 2 hours on NPUs, else 24.
+        choose: Chooses the device of this process from its index on the host.
+        timeout: How long a process waits for the others; by default 2 hours on NPUs, else 24.
 
     Yields:
-        The processes, and this process's device.
+        The processes, and the device of this process.
 
     Raises:
-        ParallelError: Another process has ended, or has not answered for that long.
+        ParallelError: Another process has ended, or has not responded within the time-out.
     """
     if not started_by_torchrun():
         yield Processes(), choose(0)
@@ -165,12 +165,12 @@ def process_group(
         timeout = MAX_CONNECT_TIMEOUT if device.type == "npu" else _TIMEOUT
     if device.type == "npu":
         set_hccl_timeouts(timeout)
-    with _losses_explained(timeout):
+    with _explain_losses(timeout):
         store, rank, size = next(rendezvous("env://", timeout=timeout))
         dist.init_process_group(
             backend_for(device), store=store, rank=rank, world_size=size, timeout=timeout
         )
-        # Otherwise every process of a host takes all of its cores, or, under torchrun, only one.
+        # By default each process would use all cores of the host, or, under torchrun, only one.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
         try:
             yield Processes(rank, size, local_rank, local_size, store, timeout), device
@@ -179,18 +179,18 @@ def process_group(
 
 
 @contextmanager
-def _losses_explained(timeout: timedelta) -> Iterator[None]:
-    """Raise ParallelError in the place of what a library says when another process is lost."""
+def _explain_losses(timeout: timedelta) -> Iterator[None]:
+    """Raise ParallelError instead of a library's error when another process is lost."""
     try:
         yield
     except RuntimeError as error:
         if any(words in str(error) for words in _LOST):
             raise ParallelError(
-                "another process of the run has ended", hint="its own message says why"
+                "another process of the run has ended", hint="see its own error message"
             ) from error
         if any(words in str(error) for words in _LATE):
             raise ParallelError(
                 f"the other processes have not answered for {timeout}",
-                hint="find the one that hangs, or wait longer with --collective-timeout",
+                hint="find the process that hangs, or wait longer with --collective-timeout",
             ) from error
         raise

@@ -21,17 +21,17 @@ from tuckerize.format.manifest import (
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 from tuckerize.names import TensorName
 from tuckerize.parallel.layouts import (
-    Cut,
     LayerShape,
     Layout,
     Parallelism,
-    Part,
-    cut_of,
+    Slice,
+    SplitDimensions,
     even_load,
     layer_traffic,
+    owned_slice,
     owners_of,
-    part,
     smallest_split_size,
+    split_dimensions,
 )
 from tuckerize.progress import Progress
 from tuckerize.report import LayoutCost, ShardReport
@@ -57,22 +57,22 @@ class _Slices:
     """
 
     headers: Mapping[TensorName, TensorHeader]
-    cuts: Mapping[TensorName, Cut]
+    cuts: Mapping[TensorName, SplitDimensions]
     tp: int
     owners: range
     experts: int
 
-    def parts(self, ep_rank: int, tp_rank: int) -> dict[TensorName, list[Part]]:
+    def parts(self, ep_rank: int, tp_rank: int) -> dict[TensorName, list[Slice]]:
         """What a process owns of every dimension of the tensors that it owns something of."""
         found = {}
         place = self.owners.index(ep_rank)
-        own = part(self.experts, len(self.owners), place)
+        own = owned_slice(self.experts, len(self.owners), place)
         for name, header in self.headers.items():
             if name.expert is None or own.start <= name.expert < own.stop:
-                parts = [Part(0, size) for size in header.shape]
+                parts = [Slice(0, size) for size in header.shape]
                 tp, experts = self.cuts[name]
                 if tp is not None:
-                    parts[tp] = part(header.shape[tp], self.tp, tp_rank)
+                    parts[tp] = owned_slice(header.shape[tp], self.tp, tp_rank)
                 if experts is not None:
                     parts[experts] = own
                 found[name] = parts
@@ -303,7 +303,7 @@ def _slices(
     headers = tucker.group_headers(layer, group)
     return _Slices(
         headers,
-        {name: cut_of(layout, name, sizes.ranks[group], sizes.shape) for name in headers},
+        {name: split_dimensions(layout, name, sizes.ranks[group], sizes.shape) for name in headers},
         mesh.tp,
         owners_of(group, groups=len(sizes.ranks), ep=mesh.ep),
         sizes.shape.experts,
@@ -315,7 +315,7 @@ def _traffic(
 ) -> float:
     """Bytes that a process sends for a token that an even router sends through layers."""
     header = next(iter(tucker.group_headers(tucker.manifest.layers[0], 0).values()))
-    number_bytes = header.bytes // header.parameters  # activations have the type of the weights
+    value_bytes = header.bytes // header.parameters  # activations have the type of the weights
     top_k = tucker.family.routing(tucker.config).top_k
     return math.fsum(
         sum(
@@ -324,7 +324,7 @@ def _traffic(
                 sizes,
                 mesh,
                 even_load(top_k, experts=sizes.experts, groups=len(sizes.ranks), ep=mesh.ep),
-                number_bytes=number_bytes,
+                value_bytes=value_bytes,
             ).values()
         )
         for sizes in layers

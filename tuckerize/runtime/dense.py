@@ -1,4 +1,4 @@
-"""The routed experts of a dense layer, one at a time: what a Tucker layer is compared with."""
+"""Routed experts of a dense layer, expert by expert: the reference of a Tucker layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tuckerize.runtime.experts import Activation
 
 
 class ExpertWeights(NamedTuple):
-    """The matrices of one expert as on disk: gate and up (H, I), down (I, H)."""
+    """Matrices of one expert as on disk: gate and up (H, I), down (I, H)."""
 
     gate_HI: Tensor
     up_HI: Tensor
@@ -30,10 +30,10 @@ def dense_output(
 
     Args:
         x_TI: Tokens, shape (T, I).
-        experts_Tk: Experts of every token, shape (T, k).
-        weights_Tk: Their weights, shape (T, k).
-        expert_weights: Reads the matrices of one expert; called once for each that has tokens.
-        activation: Between gate and up.
+        experts_Tk: Experts of each token, shape (T, k).
+        weights_Tk: Routing weights, shape (T, k).
+        expert_weights: Reads the matrices of one expert; called once per expert with tokens.
+        activation: Activation of gate.
     """
     output_TI = x_TI.new_zeros(x_TI.shape)
     for expert in sorted(set(experts_Tk.flatten().tolist())):

@@ -22,7 +22,7 @@ from tuckerize.domain import GATE_UP, SHARED_U_I, Coupling, Mode, Projection
 from tuckerize.errors import CheckpointError
 from tuckerize.linalg.tucker import TuckerFactors
 from tuckerize.names import TensorKind, TensorName, expert_rows, group_module
-from tuckerize.runtime.exchange import Exchange, Tokens, WayBack, send_all
+from tuckerize.runtime.exchange import Combine, Exchange, Tokens, dispatch_all
 from tuckerize.runtime.grouped import (
     Assignments,
     assign,
@@ -204,9 +204,11 @@ class TuckerExperts(nn.Module):
             weights_Tk: Their weights, shape (T, k).
         """
         tokens = Tokens([x_TI], experts_Tk, weights_Tk)
-        tokens, ways_early = send_all(self.exchange.early, tokens)
+        tokens, hidden_combines = dispatch_all(self.exchange.hidden_steps, tokens)
         low = self._low(tokens.vectors[0])
-        tokens, ways_late = send_all(self.exchange.late, tokens._replace(vectors=[*low.values()]))
+        tokens, latent_combines = dispatch_all(
+            self.exchange.latent_steps, tokens._replace(vectors=[*low.values()])
+        )
         low = dict(zip(low, tokens.vectors, strict=True))
         assigned = [
             assign(tokens.experts_Tk, range(start, start + self.group_size))
@@ -214,7 +216,7 @@ class TuckerExperts(nn.Module):
         ]
         neurons = self._gate_up(low, assigned)
         outputs = self._down(neurons, assigned, tokens.weights_Tk)
-        return self._complete(outputs, [*ways_late, *ways_early])
+        return self._complete(outputs, [*latent_combines, *hidden_combines])
 
     def _low(self, x_TI: Tensor) -> dict[Tensor | None, Tensor]:
         """What every U_I of gate and up makes of the tokens; without one, the tokens themselves."""
@@ -264,13 +266,13 @@ class TuckerExperts(nn.Module):
             for middle, stack, rows in zip(completed, stacks, assigned, strict=True)
         ]
 
-    def _complete(self, outputs: Sequence[Tensor], ways: Sequence[WayBack]) -> Tensor:
+    def _complete(self, outputs: Sequence[Tensor], combines: Sequence[Combine]) -> Tensor:
         """Bring the outputs back, as they are or expanded, whatever is less."""
         factors = [group.hidden_factor(Projection.DOWN) for group in self.groups]
-        low = self.exchange.low_output
+        low = self.exchange.latent_output
         outputs = outputs if low else [_expand(outputs, factors)]
-        for way in ways:
-            outputs = way(outputs)
+        for combine in combines:
+            outputs = combine(outputs)
         return _expand(outputs, factors) if low else outputs[0]
 
 

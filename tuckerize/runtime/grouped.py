@@ -1,12 +1,12 @@
-"""Rows of tokens, sorted by expert, times the matrices of their experts.
+"""Grouped GEMM: rows sorted by expert times the matrices of their experts.
 
-How many rows an expert has is known to the device alone. Where it has a grouped matrix product, the
-host never asks; elsewhere experts are multiplied one after another, and it asks once a layer.
+Row counts per expert live on the device. A grouped GEMM needs no host synchronisation; the fallback
+loop over experts synchronises once per layer.
 
-Experts of different widths are filled up to the widest for a grouped product, in a copy that lives
-as long as the product. It is made where asking is dear: a host that waits in every layer cannot run
-ahead of its device, and a graph that asks cannot be captured. On the CPU asking is free. For few
-tokens the copy moves more bytes than the product: experts of equal widths need neither.
+A grouped GEMM of experts of unequal widths multiplies a temporary copy, zero-padded to the widest.
+Without it the host would wait in every layer, could not run ahead of the device, and a graph could
+not be captured. On the CPU nothing waits, so there is no copy. For few tokens the copy moves more
+bytes than the GEMM; experts of equal widths need neither copy nor synchronisation.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tuckerize.ascend.grouped_matmul import grouped_matmul, has_grouped_matmul
 
-# Rows and columns of the matrices must be whole blocks of so many bytes, and as far apart.
+# Sizes and strides of the matrices must be multiples of this, in bytes.
 _ALIGNMENT = 16
-# The first generation of CUDA devices with the product.
+# Lowest compute capability with a grouped GEMM.
 _CUDA_CAPABILITY = (8, 0)
 
 
 @dataclass(frozen=True)
 class Assignments:
-    """The rows of one group: tokens with one of their experts each, sorted by expert.
+    """Rows of one group, each a pair of a token and one of its experts, sorted by expert.
 
-    On the host these are the rows of the group's experts. A device does not know how many that are:
-    all T·k rows are there, those of other groups last.
+    On the CPU these are the rows of the group's experts only. On a device their number is unknown
+    to the host: all T·k rows are present, those of other groups last.
 
     Attributes:
-        places_N: Place among the T·k pairs of a token and an expert of every row, shape (N,).
-        experts_N: Its expert, counted in the group, shape (N,); E for those of other groups.
-        counts_E: Rows of every expert of the group, shape (E,).
-        top_k: Experts a token.
+        places_N: Index of each row among the T·k pairs, shape (N,).
+        experts_N: Expert of each row, counted within the group, shape (N,); E for other groups.
+        counts_E: Rows per expert of the group, shape (E,).
+        top_k: Experts per token.
     """
 
     places_N: Tensor
@@ -49,31 +49,31 @@ class Assignments:
 
     @cached_property
     def tokens_N(self) -> Tensor:  # noqa: N802
-        """Token of every row, shape (N,)."""
+        """Token of each row, shape (N,)."""
         return torch.div(self.places_N, self.top_k, rounding_mode="floor")
 
     @cached_property
     def counts(self) -> list[int]:
-        """Rows of every expert, on the host: the one question to the device."""
+        """Rows per expert, on the host: the one synchronisation."""
         return [int(count) for count in self.counts_E.tolist()]
 
     @cached_property
-    def _foreign_N1(self) -> Tensor | None:  # noqa: N802
-        """True for rows of other groups, shape (N, 1); None where there are none."""
+    def _is_foreign_N1(self) -> Tensor | None:  # noqa: N802
+        """Mask of rows of other groups, shape (N, 1); None if there cannot be any."""
         if self.places_N.device.type == "cpu":
             return None
         return (self.experts_N == len(self.counts_E)).unsqueeze(1)
 
     def own_rows(self, rows_NX: Tensor) -> Tensor:
-        """The rows, with zeros in those of other groups."""
-        if self._foreign_N1 is None:
+        """Zero the rows of other groups."""
+        if self._is_foreign_N1 is None:
             return rows_NX
-        return rows_NX.masked_fill(self._foreign_N1, 0.0)
+        return rows_NX.masked_fill(self._is_foreign_N1, 0.0)
 
     def sum_over_experts(self, rows_NX: Tensor, weights_Tk: Tensor) -> Tensor:
-        """Weighted sum of every token's rows, shape (T, X), in the dtype of the rows."""
+        """Weighted sum of each token's rows, shape (T, X), in the dtype of the rows."""
         width = rows_NX.shape[1]
-        # Every place gets one row: added to zero it is neither rounded nor subject to an order.
+        # Each index gets at most one row: adding it to zero is exact and independent of order.
         rows_PX = rows_NX.new_zeros(weights_Tk.numel(), width)
         rows_PX.index_add_(0, self.places_N, rows_NX)
         rows_TkX = rows_PX.view(*weights_Tk.shape, width)
@@ -84,16 +84,16 @@ def assign(experts_Tk: Tensor, experts: range) -> Assignments:
     """Sort the pairs of a token and one of its experts by the experts of a group.
 
     Args:
-        experts_Tk: Experts of every token, shape (T, k); a number that is none of the layer's,
-            such as -1, is an expert of another process.
-        experts: The group's.
+        experts_Tk: Experts of each token, shape (T, k); an index outside of the layer, such as -1,
+            is an expert of another process.
+        experts: Experts of the group.
     """
-    number = len(experts)
+    num_experts = len(experts)
     flat = experts_Tk.flatten().long() - experts.start
-    flat = flat.masked_fill((flat < 0) | (flat >= number), number)
+    flat = flat.masked_fill((flat < 0) | (flat >= num_experts), num_experts)
     experts_N, places_N = flat.sort(stable=True)
-    counts = torch.zeros(number + 1, dtype=torch.int64, device=flat.device)
-    counts_E = counts.scatter_add_(0, flat, torch.ones_like(flat))[:number]
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=flat.device)
+    counts_E = counts.scatter_add_(0, flat, torch.ones_like(flat))[:num_experts]
     if flat.device.type == "cpu":
         own = int(counts_E.sum())
         experts_N, places_N = experts_N[:own], places_N[:own]
@@ -101,14 +101,14 @@ def assign(experts_Tk: Tensor, experts: range) -> Assignments:
 
 
 def multiply(rows_NX: Tensor, matrices_EXY: Tensor, assigned: Assignments) -> Tensor:
-    """Every row times the matrix of its expert, shape (N, Y).
+    """Multiply each row by the matrix of its expert, shape (N, Y).
 
     Args:
         rows_NX: Rows, shape (N, X).
-        matrices_EXY: A matrix for each expert of the group, shape (E, X, Y), in the rows' dtype.
-        assigned: Which expert each row belongs to.
+        matrices_EXY: One matrix per expert of the group, shape (E, X, Y), in the rows' dtype.
+        assigned: Assignment of rows to experts.
     """
-    if not _has_grouped_product(rows_NX, matrices_EXY):
+    if not _has_grouped_gemm(rows_NX, matrices_EXY):
         return multiply_one_by_one(rows_NX, list(matrices_EXY), assigned)
     own_NX = assigned.own_rows(rows_NX.contiguous())
     if own_NX.device.type == "npu":
@@ -122,20 +122,24 @@ def multiply(rows_NX: Tensor, matrices_EXY: Tensor, assigned: Assignments) -> Te
 def multiply_uneven(
     rows_NX: Tensor, matrices_EXY: Sequence[Tensor], assigned: Assignments
 ) -> Tensor:
-    """The same with matrices that may differ in one of their sizes, X or Y.
+    """Multiply each row by the matrix of its expert; matrices may differ in X or in Y.
 
-    An expert's rows are as wide as its matrix is high, zeros behind; results are as wide as the
-    widest matrix, zeros behind.
+    Rows narrower than the widest are zero-padded on the right, as are results.
+
+    Args:
+        rows_NX: Rows, shape (N, X), X the largest.
+        matrices_EXY: One matrix per expert of the group, in the rows' dtype.
+        assigned: Assignment of rows to experts.
     """
     widest = max(matrices_EXY, key=Tensor.numel)
     like_EXY = widest.expand(len(matrices_EXY), -1, -1)  # takes no memory
-    if rows_NX.device.type == "cpu" or not _has_grouped_product(rows_NX, like_EXY):
+    if rows_NX.device.type == "cpu" or not _has_grouped_gemm(rows_NX, like_EXY):
         return multiply_one_by_one(rows_NX, matrices_EXY, assigned)
-    return multiply(rows_NX, filled_up(matrices_EXY), assigned)
+    return multiply(rows_NX, zero_padded(matrices_EXY), assigned)
 
 
-def filled_up(matrices_EXY: Sequence[Tensor]) -> Tensor:
-    """Matrices that differ in one of their sizes, with zeros behind, shape (E, X, Y)."""
+def zero_padded(matrices_EXY: Sequence[Tensor]) -> Tensor:
+    """Stack matrices that differ in X or in Y, zero-padded, shape (E, X, Y)."""
     if len({len(matrix) for matrix in matrices_EXY}) > 1:
         return pad_sequence([*matrices_EXY], batch_first=True)
     return pad_sequence([matrix.mT for matrix in matrices_EXY], batch_first=True).mT
@@ -144,7 +148,7 @@ def filled_up(matrices_EXY: Sequence[Tensor]) -> Tensor:
 def multiply_one_by_one(
     rows_NX: Tensor, matrices_EXY: Sequence[Tensor], assigned: Assignments
 ) -> Tensor:
-    """The same with a product for each expert that has rows, without a copy."""
+    """`multiply_uneven` with one GEMM per expert that has rows, without a copy."""
     width = max(matrix.shape[1] for matrix in matrices_EXY)
     results: list[Tensor] = []
     first = 0
@@ -161,33 +165,33 @@ def multiply_one_by_one(
 def mix_and_multiply(
     rows_NX: Tensor, U_E: Tensor, matrices_PXY: Tensor, assigned: Assignments
 ) -> Tensor:
-    """Multiply where an expert's matrix is a mixture of shared ones, shape (N, Y).
+    """Multiply each row by the matrix of its expert, a mixture of shared matrices, shape (N, Y).
 
-    Few rows are multiplied by all shared matrices, which are read once; for many the experts'
-    matrices are mixed first, for the length of the product.
+    Few rows are multiplied by all shared matrices, which are read once. For many rows the experts'
+    matrices are formed first, in temporary memory.
 
     Args:
         rows_NX: Rows, shape (N, X).
-        U_E: Shares of the matrices in every expert's, shape (E, P).
-        matrices_PXY: The shared matrices, shape (P, X, Y).
-        assigned: Which expert each row belongs to.
+        U_E: Coefficients of the shared matrices per expert, shape (E, P).
+        matrices_PXY: Shared matrices, shape (P, X, Y).
+        assigned: Assignment of rows to experts.
     """
-    experts = len(U_E)
-    if len(rows_NX) > experts:
+    num_experts = len(U_E)
+    if len(rows_NX) > num_experts:
         return multiply(rows_NX, torch.tensordot(U_E, matrices_PXY, dims=1), assigned)
-    shares_NP = assigned.own_rows(U_E[assigned.experts_N.clamp_max(experts - 1)])
+    shares_NP = assigned.own_rows(U_E[assigned.experts_N.clamp_max(num_experts - 1)])
     mixed_PNX = shares_NP.T.unsqueeze(2) * rows_NX
     return torch.bmm(mixed_PNX, matrices_PXY).sum(0)
 
 
-def _has_grouped_product(rows_NX: Tensor, matrices_EXY: Tensor) -> bool:
-    """Whether groups of such rows can be multiplied by such matrices on their device."""
+def _has_grouped_gemm(rows_NX: Tensor, matrices_EXY: Tensor) -> bool:
+    """Whether the device has a grouped GEMM for these operands."""
     device, dtype = matrices_EXY.device, matrices_EXY.dtype
     if device.type == "npu":
-        experts, inner, outer = matrices_EXY.shape
+        num_experts, inner, outer = matrices_EXY.shape
         trained = rows_NX.requires_grad or matrices_EXY.requires_grad
         has_gradient = torch.is_grad_enabled() and trained
-        return not has_gradient and has_grouped_matmul(experts, inner, outer, dtype)
+        return not has_gradient and has_grouped_matmul(num_experts, inner, outer, dtype)
     if not hasattr(functional, "grouped_mm"):  # torch before 2.10
         return False
     if dtype not in {torch.bfloat16, torch.float16, torch.float32}:

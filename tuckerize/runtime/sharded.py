@@ -15,12 +15,12 @@ from tuckerize.format.shards import Sharding
 from tuckerize.names import TensorKind, TensorName
 from tuckerize.parallel.collectives import all_reduce
 from tuckerize.parallel.layouts import (
+    CommunicationSpace,
     LayerShape,
     Layout,
-    Travel,
-    cut_of,
+    communication_space,
     experts_are_split,
-    travel,
+    split_dimensions,
     width_over_ep,
 )
 from tuckerize.parallel.mesh import AXES, Position
@@ -53,16 +53,18 @@ class ShardedExperts(TuckerExperts):
     ) -> None:
         ep = position.ep.size
         split = experts_are_split(sizes, ep)
-        low = travel(layout, sizes, position.parallelism)
+        space = communication_space(layout, sizes, position.parallelism)
         super().__init__(
             groups,
             group_size=sizes.shape.experts // (ep if split else 1),
             activation=activation,
-            exchange=exchange_for(layout, position, low, experts=sizes.experts // ep, fused=fused),
+            exchange=exchange_for(
+                layout, position, space, num_experts=sizes.experts // ep, fused=fused
+            ),
         )
         self.position = position
         self._summed = {
-            name: _axes_to_sum(name, layout, sizes, low, position)
+            name: _axes_to_sum(name, layout, sizes, space, position)
             for name, _ in self.named_parameters()
         }
 
@@ -195,14 +197,14 @@ def fused_use_of(
 
 
 def _axes_to_sum(
-    text: str, layout: Layout, sizes: LayerShape, low: Travel, position: Position
+    text: str, layout: Layout, sizes: LayerShape, space: CommunicationSpace, position: Position
 ) -> set[str]:
     """The axes along which processes have parts of a parameter's gradient."""
     name = TensorName.parse(text)
-    cut = cut_of(layout, name, sizes.ranks[name.group or 0], sizes.shape)
+    cut = split_dimensions(layout, name, sizes.ranks[name.group or 0], sizes.shape)
     # What lies outside of the exchange over tp meets the same tokens on all of its processes.
     outside = name.kind == TensorKind.U_I and not position.sequence_parallel
-    outside &= low.low_output if name.projection == Projection.DOWN else low.low_input
+    outside &= space.latent_output if name.projection == Projection.DOWN else space.latent_input
     split = experts_are_split(sizes, position.ep.size)
     parts = {
         "tp": cut.tp is None and not outside,

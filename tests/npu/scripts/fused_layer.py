@@ -77,7 +77,7 @@ def found_of(case: Case, pair: FusedPair, mesh: Any) -> dict[str, Any]:  # noqa:
         result[name] = {"error": float(error), "waits": waits, "sent": sent}
     load = load_of(experts_Tk, case.sizes, position.parallelism)
     sizes = (case.layout, case.sizes, position.parallelism, load)
-    moved = layer_traffic(*sizes, number_bytes=2, fused_width=pair.use.hidden)
+    moved = layer_traffic(*sizes, value_bytes=2, fused_width=pair.use.hidden)
     result["predicted"] = moved[Collective.ALL_TO_ALL] * TOKENS / position.ep.size
     return result
 

@@ -10,16 +10,16 @@ from tuckerize.names import TensorKind, TensorName
 from tuckerize.parallel.layouts import (
     INDEX_BYTES,
     Collective,
+    ExpertLoad,
     LayerShape,
     Layout,
-    Load,
     Parallelism,
-    cut_of,
     even_load,
     layer_traffic,
+    owned_slice,
     owners_of,
-    part,
     smallest_split_size,
+    split_dimensions,
     width_over_ep,
 )
 
@@ -34,7 +34,7 @@ GATE, UP, DOWN = Projection
 def test_part_of_all_processes_concatenated_is_the_whole(tp_size: int) -> None:
     for size in range(33):
         tensor = torch.arange(size)
-        parts = [part(size, tp_size, tp_rank) for tp_rank in range(tp_size)]
+        parts = [owned_slice(size, tp_size, tp_rank) for tp_rank in range(tp_size)]
         assert torch.equal(torch.cat([tensor[p.start : p.stop] for p in parts]), tensor)
         lengths = [p.length for p in parts]
         assert lengths == sorted(lengths, reverse=True)
@@ -65,7 +65,9 @@ def test_cut_over_tp_of_every_tensor_is_that_of_the_layout(
 ) -> None:
     expected = {"core": core, "U_E": U_E, "U_H": U_H, "U_I": U_I}
     names = {kind: TensorName(projection, TensorKind(kind)) for kind in expected}
-    found = {k: cut_of(layout, name, {projection: rank}, SHAPE).tp for k, name in names.items()}
+    found = {
+        k: split_dimensions(layout, name, {projection: rank}, SHAPE).tp for k, name in names.items()
+    }
     assert found == expected
 
 
@@ -84,8 +86,8 @@ def bytes_of(
     layout: Layout, sizes: LayerShape, mesh: Parallelism, *, top_k: int = 3, copies: float = 0.0
 ) -> dict[Collective, float]:
     """Bytes of collectives that move something, with numbers of one byte."""
-    load = Load(top_k, [top_k / len(sizes.ranks)] * len(sizes.ranks), copies)
-    moved = layer_traffic(layout, sizes, mesh, load, number_bytes=1)
+    load = ExpertLoad(top_k, [top_k / len(sizes.ranks)] * len(sizes.ranks), copies)
+    moved = layer_traffic(layout, sizes, mesh, load, value_bytes=1)
     return {kind: sent for kind, sent in moved.items() if sent}
 
 
@@ -164,9 +166,9 @@ def test_traffic_without_all_to_all_brings_every_token_to_all() -> None:
 
 
 def test_traffic_of_the_fused_pair_is_a_row_for_every_expert_elsewhere_and_back() -> None:
-    load = Load(3, [3.0], copies=0.5, remote=1.25)
+    load = ExpertLoad(3, [3.0], copies=0.5, remote=1.25)
     mesh, sizes = Parallelism(ep=2), sizes_of(LATENT, joint=True)
-    moved = layer_traffic(Layout.INTERMEDIATE, sizes, mesh, load, number_bytes=2, fused_width=32)
+    moved = layer_traffic(Layout.INTERMEDIATE, sizes, mesh, load, value_bytes=2, fused_width=32)
     assert {kind: sent for kind, sent in moved.items() if sent} == {
         Collective.ALL_TO_ALL: 1.25 * 2 * 32 * 2
     }
@@ -217,7 +219,7 @@ def test_cut_over_experts_is_of_what_has_a_row_for_each(
     layout: Layout, name: str, rank: MultilinearRank, dimension: int | None
 ) -> None:
     ranks = dict.fromkeys(Projection, rank)
-    assert cut_of(layout, TensorName.parse(name), ranks, SHAPE).experts == dimension
+    assert split_dimensions(layout, TensorName.parse(name), ranks, SHAPE).experts == dimension
 
 
 @pytest.mark.parametrize("projection", Projection)
@@ -226,7 +228,9 @@ def test_cut_over_tp_of_one_experts_rows_is_that_of_the_whole_core(
     layout: Layout, projection: Projection
 ) -> None:
     whole, rows = (
-        cut_of(layout, TensorName.core(projection, expert), {projection: LATENT}, SHAPE).tp
+        split_dimensions(
+            layout, TensorName.core(projection, expert), {projection: LATENT}, SHAPE
+        ).tp
         for expert in (None, 3)
     )
     assert whole is not None

@@ -9,11 +9,11 @@ from torch import Tensor
 from tuckerize.runtime.grouped import (
     Assignments,
     assign,
-    filled_up,
     mix_and_multiply,
     multiply,
     multiply_one_by_one,
     multiply_uneven,
+    zero_padded,
 )
 
 EXPERTS = 5
@@ -91,13 +91,15 @@ def test_gradients_are_those_of_the_naive_product(route: str, dtype: torch.dtype
     )
 
 
-def multiply_filled_up(rows: Tensor, matrices: list[Tensor], assigned: Assignments) -> Tensor:
+def multiply_zero_padded(rows: Tensor, matrices: list[Tensor], assigned: Assignments) -> Tensor:
     """What `multiply_uneven` does on an accelerator."""
-    return multiply(rows, filled_up(matrices), assigned)
+    return multiply(rows, zero_padded(matrices), assigned)
 
 
 @pytest.mark.parametrize(
-    "way", [multiply_uneven, multiply_one_by_one, multiply_filled_up], ids=lambda way: way.__name__
+    "way",
+    [multiply_uneven, multiply_one_by_one, multiply_zero_padded],
+    ids=lambda way: way.__name__,
 )
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("wide_result", [False, True])

@@ -22,7 +22,7 @@ from tuckerize.domain import Projection
 from tuckerize.engines.slices import WorkerGroup
 from tuckerize.format.config import GroupShape
 from tuckerize.names import TensorName
-from tuckerize.parallel.layouts import part
+from tuckerize.parallel.layouts import owned_slice
 
 # The kernels have one hidden size: the smaller r_I of gate and up, and of down, is zero-padded.
 _LARGEST_GROWTH = 1.1
@@ -56,7 +56,7 @@ class LatentKernel:
             return None
         settings = copy(moe)
         settings.hidden_dim = settings.hidden_dim_unpadded = width
-        _, neurons = part(groups[0].widths[0], parallel.tp_size, parallel.tp_rank)
+        _, neurons = owned_slice(groups[0].widths[0], parallel.tp_size, parallel.tp_rank)
         settings.intermediate_size_per_partition = neurons
         settings.intermediate_size_per_partition_unpadded = neurons
         try:

@@ -13,7 +13,7 @@ from tuckerize.parallel.mesh import Position, make_mesh, new_group_along, own_to
 from tuckerize.runtime.sharded import fused_use_of
 
 
-class Place(NamedTuple):
+class Placement(NamedTuple):
     """Position of a process, and its dispatch.
 
     Attributes:
@@ -34,7 +34,7 @@ class Place(NamedTuple):
         return "plain" if self.fused is None else "fused"
 
 
-def place_on(
+def make_placement(
     device: torch.device,
     sharding: Sharding,
     *,
@@ -42,7 +42,7 @@ def place_on(
     dtype: torch.dtype,
     sequence_parallel: bool,
     timeout: timedelta,
-) -> Place:
+) -> Placement:
     """Make the communicators of the run, which all processes do together.
 
     Args:
@@ -57,7 +57,7 @@ def place_on(
     mesh = make_mesh(device.type, tp=sizes.tp, ep=sizes.ep, cp=sizes.cp, timeout=timeout)
     position = Position.on(mesh, sequence_parallel=sequence_parallel)
     if device.type != "npu" or sizes.ep == 1:
-        return Place(position)
+        return Placement(position)
     use = fused_use_of(
         sharding,
         position,
@@ -66,6 +66,6 @@ def place_on(
         dtype=dtype,
     )
     if use.unmet:
-        return Place(position, unmet=str(use.unmet[0]))
+        return Placement(position, unmet=str(use.unmet[0]))
     pair = FusedPair.create(use, new_group_along(mesh, "ep", timeout=timeout))
-    return Place(position, pair)
+    return Placement(position, pair)

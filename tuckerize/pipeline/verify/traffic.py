@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tuckerize.parallel.layouts import Collective, LayerShape, Load, Parallelism, Traffic
+from tuckerize.parallel.layouts import Collective, ExpertLoad, LayerShape, Parallelism, Traffic
 from tuckerize.parallel.mesh import Axis, Position, own_tokens
 from tuckerize.parallel.processes import Processes
 from tuckerize.report import CollectiveTraffic
@@ -29,7 +29,7 @@ class LayerMoved(NamedTuple):
     dense: Traffic
 
 
-def load_of(experts_Tk: Tensor, sizes: LayerShape, mesh: Parallelism) -> Load:
+def load_of(experts_Tk: Tensor, sizes: LayerShape, mesh: Parallelism) -> ExpertLoad:
     """Where the experts of tokens are.
 
     Args:
@@ -50,7 +50,7 @@ def load_of(experts_Tk: Tensor, sizes: LayerShape, mesh: Parallelism) -> Load:
             )
             remote += int((own_Tk != ep_rank).sum())
     rows = [count / tokens for count in groups.tolist()]
-    return Load(top_k, rows, copies / tokens, remote / tokens)
+    return ExpertLoad(top_k, rows, copies / tokens, remote / tokens)
 
 
 def compare(

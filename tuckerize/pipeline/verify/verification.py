@@ -31,7 +31,7 @@ from tuckerize.parallel.layouts import Layout, Traffic, layer_traffic
 from tuckerize.parallel.mesh import Position, own_tokens, padded_count
 from tuckerize.parallel.processes import Processes
 from tuckerize.pipeline.shard import dense_sizes
-from tuckerize.pipeline.verify.placement import Place, place_on
+from tuckerize.pipeline.verify.placement import Placement, make_placement
 from tuckerize.pipeline.verify.traffic import LayerMoved, compare, load_of
 from tuckerize.progress import Progress
 from tuckerize.report import LayerVerdict, VerifyReport
@@ -185,11 +185,11 @@ def verify(
     )
 
 
-def _place(run: Verification) -> Place:
+def _place(run: Verification) -> Placement:
     """Where this process is; all processes make the communicators of the run here."""
     if run.sharding is None:
-        return Place(Position())
-    return place_on(
+        return Placement(Position())
+    return make_placement(
         run.device,
         run.sharding,
         tokens=run.tokens,
@@ -199,7 +199,7 @@ def _place(run: Verification) -> Place:
     )
 
 
-def _load(run: Verification, layer: int, place: Place, activation: Activation) -> TuckerExperts:
+def _load(run: Verification, layer: int, place: Placement, activation: Activation) -> TuckerExperts:
     """This process's shards of a layer, or all of it."""
     if run.sharding is not None:
         return ShardedExperts.of_layer(run.sharding, layer, place.position, fused=place.fused)
@@ -242,19 +242,21 @@ def _sharding_error(experts: TuckerExperts, case: _Case, run: Verification) -> f
     return float((difference_T / scale_T.clamp_min(torch.finfo(torch.float32).tiny)).max())
 
 
-def _predicted(run: Verification, layer: int, case: _Case, place: Place) -> tuple[Traffic, Traffic]:
+def _predicted(
+    run: Verification, layer: int, case: _Case, place: Placement
+) -> tuple[Traffic, Traffic]:
     """What the tokens of a layer should move, and would move in the dense model."""
     if run.sharding is None:
         return {}, {}
     sizes, mesh = run.tucker.manifest.layer_shape(layer), place.position.parallelism
     load = load_of(case.routes.experts, sizes, mesh)
-    number_bytes = run.torch_dtype.itemsize
+    value_bytes = run.torch_dtype.itemsize
     width = None if place.fused is None else place.fused.use.hidden
     layout = run.sharding.layout
     dense = dense_sizes(run.tucker.manifest)
     return (
-        layer_traffic(layout, sizes, mesh, load, number_bytes=number_bytes, fused_width=width),
-        layer_traffic(Layout.INTERMEDIATE, dense, mesh, load, number_bytes=number_bytes),
+        layer_traffic(layout, sizes, mesh, load, value_bytes=value_bytes, fused_width=width),
+        layer_traffic(Layout.INTERMEDIATE, dense, mesh, load, value_bytes=value_bytes),
     )
 
 
