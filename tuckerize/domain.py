@@ -20,6 +20,68 @@ class Projection(StrEnum):
     DOWN = "down_proj"
 
 
+class Device(StrEnum):
+    """Type of the device that computes; `auto` takes the accelerator where there is one."""
+
+    AUTO = "auto"
+    NPU = "npu"
+    CUDA = "cuda"
+    CPU = "cpu"
+
+
+class Dtype(StrEnum):
+    """Type in which factors are stored or layers are computed."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+    @property
+    def safetensors_name(self) -> str:
+        """Name of the type in the header of a weight file."""
+        return {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[self]
+
+
+class Engine(StrEnum):
+    """Implementation of HOOI: our own, or TensorLy's as the slow reference."""
+
+    TUCKERIZE = "tuckerize"
+    TENSORLY = "tensorly"
+
+
+class Joint(StrEnum):
+    """Projections that share one U_I."""
+
+    GATE_UP = "gate_up"
+
+
+class Truncation(StrEnum):
+    """Modes that a calibrated budget may truncate.
+
+    `latent` truncates the hidden mode, `neurons` the width of the experts, `full` all three modes
+    of every stack. `auto` takes for each layer the one with the smallest predicted error.
+    """
+
+    AUTO = "auto"
+    LATENT = "latent"
+    NEURONS = "neurons"
+    FULL = "full"
+
+
+class Allocation(StrEnum):
+    """Distribution of a calibrated budget over the layers: by predicted error, or evenly."""
+
+    ERROR = "error"
+    UNIFORM = "uniform"
+
+
+class Layout(StrEnum):
+    """How the tensors of a layer are split over tensor-parallel processes."""
+
+    INTERMEDIATE = "intermediate"
+    RANK = "rank"
+
+
 class Mode(IntEnum):
     """A mode of a stack; the value is the tensor dimension."""
 

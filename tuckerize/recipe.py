@@ -9,7 +9,16 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from tuckerize.domain import MultilinearRank, Projection, StackShape
+from tuckerize.domain import (
+    Allocation,
+    Dtype,
+    Engine,
+    Joint,
+    MultilinearRank,
+    Projection,
+    StackShape,
+    Truncation,
+)
 from tuckerize.errors import RecipeError
 
 _LAYER = re.compile(r"\d+")
@@ -97,8 +106,8 @@ class CalibrationSettings(_Schema):
     window: Annotated[int, Field(ge=2)] = 512
     random_share: Annotated[float, Field(ge=0, lt=1)] = 0.5
     sequential: bool = True
-    shape: Literal["auto", "latent", "neurons", "full"] = "auto"
-    allocate: Literal["error", "uniform"] = "error"
+    shape: Truncation = Truncation.AUTO
+    allocate: Allocation = Allocation.ERROR
     multiple: Annotated[int, Field(ge=1)] | None = None
     equal_widths: bool = False
     refine: Annotated[int, Field(ge=0)] = 300
@@ -125,17 +134,17 @@ class Recipe(_Schema):
     schema_version: Literal[1] = 1
     rules: Annotated[tuple[Rule, ...], Field(min_length=1)]
     group_size: Annotated[int, Field(ge=1)] | None = None
-    joint: Literal["gate_up"] | None = None
-    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    joint: Joint | None = None
+    dtype: Dtype | None = None
     max_sweeps: Annotated[int, Field(ge=0)] = 10
-    engine: Literal["tuckerize", "tensorly"] = "tuckerize"
+    engine: Engine = Engine.TUCKERIZE
     calibration: CalibrationSettings | None = None
 
     @model_validator(mode="after")
     def _fits_calibration(self) -> Recipe:
         if self.calibration is None:
             return self
-        if self.engine != "tuckerize":
+        if self.engine != Engine.TUCKERIZE:
             raise ValueError(f"the engine {self.engine} is data-free: it takes no calibration")
         for rule in self.rules:
             if rule.tolerance is not None:

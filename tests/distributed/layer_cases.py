@@ -22,14 +22,13 @@ from torch.nn.functional import pad, silu
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tuckerize.domain import GATE_UP, Mode, MultilinearRank, Projection, StackShape
+from tuckerize.domain import GATE_UP, Layout, Mode, MultilinearRank, Projection, StackShape
 from tuckerize.names import TensorName
 from tuckerize.parallel import mesh as meshes
 from tuckerize.parallel.collectives import counted
 from tuckerize.parallel.layouts import (
     Collective,
     LayerShape,
-    Layout,
     Parallelism,
     layer_traffic,
     owned_slice,

@@ -9,12 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuckerize.domain import MultilinearRank, Projection, StackShape
+from tuckerize.domain import Layout, MultilinearRank, Projection, StackShape
 from tuckerize.names import TensorName
 from tuckerize.parallel.layouts import (
     Collective,
     LayerShape,
-    Layout,
     Parallelism,
     even_load,
     layer_traffic,

@@ -12,6 +12,7 @@ import typer
 
 from tuckerize.ascend.environment import MAX_CONNECT_TIMEOUT
 from tuckerize.cli.boundary import NO, boundary
+from tuckerize.domain import Allocation, Device, Dtype, Engine, Joint, Layout, Truncation
 from tuckerize.errors import OutputError, TuckerizeError, UsageError
 from tuckerize.version import __version__
 
@@ -30,58 +31,12 @@ app = typer.Typer(
 )
 
 
-class Device(StrEnum):
-    """Where products run."""
-
-    AUTO = "auto"
-    NPU = "npu"
-    CUDA = "cuda"
-    CPU = "cpu"
-
-
 class LayoutOption(StrEnum):
     """How shards are split."""
 
     AUTO = "auto"
     INTERMEDIATE = "intermediate"
     RANK = "rank"
-
-
-class Engine(StrEnum):
-    """Who computes the decomposition."""
-
-    TUCKERIZE = "tuckerize"
-    TENSORLY = "tensorly"
-
-
-class Joint(StrEnum):
-    """Projections that share one U_I."""
-
-    GATE_UP = "gate_up"
-
-
-class ShapeOption(StrEnum):
-    """What a calibrated budget may truncate."""
-
-    AUTO = "auto"
-    LATENT = "latent"
-    FULL = "full"
-    NEURONS = "neurons"
-
-
-class Allocate(StrEnum):
-    """How a calibrated budget is shared out over the layers."""
-
-    ERROR = "error"
-    UNIFORM = "uniform"
-
-
-class Dtype(StrEnum):
-    """Type of stored factors, or of what is computed."""
-
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-    FLOAT32 = "float32"
 
 
 _TEXTS = typer.Option(
@@ -101,11 +56,11 @@ RandomShare = Annotated[
     ),
 ]
 ShapeChoice = Annotated[
-    ShapeOption | None,
+    Truncation | None,
     typer.Option(help="What a calibrated --keep truncates; auto chooses for every layer."),
 ]
 AllocateChoice = Annotated[
-    Allocate | None,
+    Allocation | None,
     typer.Option(help="Share a calibrated --keep out by predicted error, or evenly."),
 ]
 Multiple = Annotated[
@@ -216,7 +171,7 @@ def plan(
 
     source = SourceModel.open(resolve_model(model))
     make_plan(source, wanted)
-    opened = CalibrationPass.open(source, wanted, choose_device(device.value, local_rank=0))
+    opened = CalibrationPass.open(source, wanted, choose_device(device, local_rank=0))
     report = damage_curve(wanted, opened, TerminalProgress())
     _write_notes(report.notes)
     show(report, as_json=as_json)
@@ -338,7 +293,7 @@ def decompose(
     from tuckerize.planning.plan import Plan, make_plan
 
     with process_group(
-        lambda local: choose_device(device.value, local_rank=local), _seconds(collective_timeout)
+        lambda local: choose_device(device, local_rank=local), _seconds(collective_timeout)
     ) as (processes, own_device):
         _refuse_calibration_of_several(wanted, processes.size)
 
@@ -398,7 +353,7 @@ def shard(
     from tuckerize.cli.progress import TerminalProgress
     from tuckerize.cli.tables import show
     from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
-    from tuckerize.parallel.layouts import Layout, Parallelism
+    from tuckerize.parallel.layouts import Parallelism
     from tuckerize.pipeline.shard import shard as run
 
     report = run(
@@ -467,7 +422,7 @@ def verify(
     if deterministic:
         make_deterministic()
     with process_group(
-        lambda local: choose_device(device.value, local_rank=local), _seconds(collective_timeout)
+        lambda local: choose_device(device, local_rank=local), _seconds(collective_timeout)
     ) as (processes, own_device):
 
         def prepare() -> tuple[Verification, tuple[int, ...]]:
@@ -492,7 +447,7 @@ def verify(
                 own_device,
                 tokens,
                 sequence_parallel,
-                dtype.value,
+                dtype,
             )
             return run_of, chosen
 
@@ -568,7 +523,7 @@ def evaluate(
         text,
         tokens=tokens,
         window=window,
-        device=choose_device(device.value),
+        device=choose_device(device),
         progress=TerminalProgress(),
     )
     _write_notes(report.notes)
@@ -592,7 +547,7 @@ def generate(
     from tuckerize.pipeline.generate import generate as run
 
     tucker = TuckerCheckpoint.open(folder)
-    typer.echo(run(tucker.folder, prompt, tokens=tokens, device=choose_device(device.value)))
+    typer.echo(run(tucker.folder, prompt, tokens=tokens, device=choose_device(device)))
 
 
 @app.command()

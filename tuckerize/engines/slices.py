@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from tuckerize.domain import Layout
 from tuckerize.format.config import GroupShape
 from tuckerize.names import TensorName
-from tuckerize.parallel.layouts import Layout, owned_slice, split_dimensions
+from tuckerize.parallel.layouts import owned_slice, split_dimensions
 
 
 @dataclass(frozen=True, slots=True)

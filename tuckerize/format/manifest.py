@@ -22,7 +22,15 @@ from tuckerize.checkpoint.files import (
     read_json_object,
 )
 from tuckerize.checkpoint.output import MANIFEST
-from tuckerize.domain import MultilinearRank, Projection, Size, StackResult, StackShape
+from tuckerize.domain import (
+    Joint,
+    Layout,
+    MultilinearRank,
+    Projection,
+    Size,
+    StackResult,
+    StackShape,
+)
 from tuckerize.errors import CheckpointError
 from tuckerize.parallel.layouts import LayerShape
 
@@ -97,7 +105,7 @@ class TuckerManifest(Record):
     dtype: str
     shape: StackShape
     group_size: Annotated[int, Field(ge=1)]
-    joint: Literal["gate_up"] | None
+    joint: Joint | None
     stacks: Annotated[tuple[StackResult, ...], Field(min_length=1)]
     calibrated: tuple[LayerRecord, ...] = ()
     before: Size
@@ -198,7 +206,7 @@ class ShardManifest(Record):
 
     schema_version: Literal[1] = 1
     tuckerize_version: str
-    layout: Literal["intermediate", "rank"]
+    layout: Layout
     tp_size: Annotated[int, Field(ge=1)]
     ep_size: Annotated[int, Field(ge=1)] = 1
     tucker_manifest_sha256: Sha256

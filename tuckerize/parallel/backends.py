@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import os
-from typing import Literal
 
 import torch
 import torch.distributed as dist
 
 from tuckerize.ascend import environment
 from tuckerize.ascend.npu import import_torch_npu
+from tuckerize.domain import Device
 from tuckerize.errors import ParallelError
-
-DeviceChoice = Literal["auto", "npu", "cuda", "cpu"]
 
 # torch before 2.8 has no table of default backends.
 _BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
 
 
-def choose_device(choice: DeviceChoice, *, local_rank: int = 0) -> torch.device:
+def choose_device(choice: Device, *, local_rank: int = 0) -> torch.device:
     """Choose the device to work on and make it current.
 
     Args:
@@ -28,11 +26,11 @@ def choose_device(choice: DeviceChoice, *, local_rank: int = 0) -> torch.device:
     Raises:
         ParallelError: The device is not available, or the host has fewer devices than processes.
     """
-    if choice == "npu":
+    if choice == Device.NPU:
         import_torch_npu()
     found = torch.accelerator.current_accelerator(check_available=True)
     available = "cpu" if found is None else found.type
-    kind = available if choice == "auto" else choice
+    kind = available if choice == Device.AUTO else choice
     if kind == "cpu":
         return torch.device("cpu")
     if kind != available:

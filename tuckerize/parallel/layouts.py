@@ -25,15 +25,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-from tuckerize.domain import Mode, MultilinearRank, Projection, StackShape
+from tuckerize.domain import Layout, Mode, MultilinearRank, Projection, StackShape
 from tuckerize.names import TensorKind, TensorName
-
-
-class Layout(StrEnum):
-    """How the tensors of a layer are split over the tensor-parallel processes."""
-
-    INTERMEDIATE = "intermediate"
-    RANK = "rank"
 
 
 class Slice(NamedTuple):

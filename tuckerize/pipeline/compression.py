@@ -17,7 +17,7 @@ from tuckerize.checkpoint.other_files import copy_other_files
 from tuckerize.checkpoint.output import OutputFolder
 from tuckerize.checkpoint.reader import CONFIG, TORCH_DTYPES, WeightFile, measure_size
 from tuckerize.checkpoint.writer import copy_tensors, describe_file, write_index, write_tensors
-from tuckerize.domain import StackResult, coupling_name, group_experts
+from tuckerize.domain import Engine, StackResult, coupling_name, group_experts
 from tuckerize.errors import located
 from tuckerize.format.card import with_loader, write_hub_files
 from tuckerize.format.config import TuckerQuantization, with_quantization
@@ -35,7 +35,7 @@ from tuckerize.report import DecomposeReport, LayerOutcome
 from tuckerize.runtime.experts import named_tensors
 from tuckerize.version import __version__
 
-_ENGINES = {"tuckerize": hooi, "tensorly": tensorly_tucker}
+_ENGINES = {Engine.TUCKERIZE: hooi, Engine.TENSORLY: tensorly_tucker}
 
 
 def compress_model(

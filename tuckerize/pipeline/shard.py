@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from tuckerize.checkpoint.output import OutputFolder
 from tuckerize.checkpoint.writer import write_tensors
-from tuckerize.domain import MultilinearRank, Projection, TensorHeader
+from tuckerize.domain import Layout, MultilinearRank, Projection, TensorHeader
 from tuckerize.errors import UsageError
 from tuckerize.format.manifest import (
     ShardManifest,
@@ -22,7 +22,6 @@ from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 from tuckerize.names import TensorName
 from tuckerize.parallel.layouts import (
     LayerShape,
-    Layout,
     Parallelism,
     Slice,
     SplitDimensions,

@@ -5,13 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from tuckerize.calibration.layer_profile import LayerProfile
-from tuckerize.domain import Mode, MultilinearRank, StackShape, stored_parameters
+from tuckerize.domain import (
+    Allocation,
+    Mode,
+    MultilinearRank,
+    StackShape,
+    Truncation,
+    stored_parameters,
+)
 from tuckerize.errors import UsageError
 
 Array = npt.NDArray[np.float64]
@@ -22,9 +29,6 @@ _EXPERT_STEPS = 16
 _UNITS = 16384
 # A layer to which the prediction seems not to listen at all still counts a little.
 _LEAST_SENSITIVITY = 1e-12
-
-Allocate = Literal["error", "uniform"]
-Shape = Literal["auto", "latent", "neurons", "full"]
 
 
 class Sizes(NamedTuple):
@@ -105,8 +109,8 @@ def allocate(
     groups: int,
     keep: float,
     multiples: tuple[int, int],
-    allowed: Shape = "auto",
-    how: Allocate = "error",
+    allowed: Truncation = Truncation.AUTO,
+    how: Allocation = Allocation.ERROR,
     equal_widths: bool = False,
 ) -> list[Choice]:
     """Sizes of all layers within `keep` of their dense parameters.
@@ -139,7 +143,7 @@ def allocate(
     step = multiples[0] // (1 if equal_widths else math.gcd(multiples[0], shape.experts))
     frontiers = [_frontier(p, shape, groups, multiples, step, allowed) for p in profiles]
     dense = _dense_parameters(shape, groups)
-    if how == "uniform":
+    if how == Allocation.UNIFORM:
         return [f.choice(f.best_within(math.floor(keep * dense))) for f in frontiers]
     return _least_damage(frontiers, math.floor(keep * dense * len(profiles)))
 
@@ -150,7 +154,7 @@ def check_keep(
     groups: int,
     keep: float,
     multiples: tuple[int, int],
-    allowed: Shape = "auto",
+    allowed: Truncation = Truncation.AUTO,
 ) -> None:
     """Refuse a budget that does not pay for the smallest sizes; see `allocate` for the arguments.
 
@@ -158,9 +162,9 @@ def check_keep(
         UsageError: It does not; the hint names the smallest that does.
     """
     least = np.inf
-    if allowed != "full":
+    if allowed != Truncation.FULL:
         least = _latent_grid(shape, multiples, multiples[0], allowed)[1].min()
-    if allowed in ("auto", "full"):
+    if allowed in (Truncation.AUTO, Truncation.FULL):
         smallest = sum(_tucker_grid(shape, multiples, coupled=n)[1].min() for n in (1, 2))
         least = min(least, smallest)
     dense = _dense_parameters(shape, groups)
@@ -213,12 +217,12 @@ def _frontier(
     groups: int,
     multiples: tuple[int, int],
     width_step: int,
-    allowed: Shape,
+    allowed: Truncation,
 ) -> _Frontier:
     points = []
-    if allowed != "full":
+    if allowed != Truncation.FULL:
         points.append(_latent_points(profile, shape, multiples, width_step, allowed))
-    if allowed in ("auto", "full"):
+    if allowed in (Truncation.AUTO, Truncation.FULL):
         points.append(_full_points(profile, shape, multiples))
     sizes, parameters, errors = _undominated(*map(np.concatenate, zip(*points, strict=True)))
     sensitivity = max(profile.sensitivity, _LEAST_SENSITIVITY)
@@ -230,7 +234,7 @@ def _latent_points(
     shape: StackShape,
     multiples: tuple[int, int],
     width_step: int,
-    allowed: Shape,
+    allowed: Truncation,
 ) -> _Points:
     """Widths with truncated hidden modes."""
     sizes, parameters = _latent_grid(shape, multiples, width_step, allowed)
@@ -245,11 +249,13 @@ def _latent_points(
 
 
 def _latent_grid(
-    shape: StackShape, multiples: tuple[int, int], width_step: int, allowed: Shape
+    shape: StackShape, multiples: tuple[int, int], width_step: int, allowed: Truncation
 ) -> tuple[Array, Array]:
     """Sizes of all mean widths with truncated hidden modes, and the numbers that a group stores."""
-    widths = _steps(shape.intermediate, multiples[0], truncate=allowed != "latent", step=width_step)
-    hidden = _steps(shape.hidden, multiples[1], truncate=allowed != "neurons")
+    widths = _steps(
+        shape.intermediate, multiples[0], truncate=allowed != Truncation.LATENT, step=width_step
+    )
+    hidden = _steps(shape.hidden, multiples[1], truncate=allowed != Truncation.NEURONS)
     grid = np.meshgrid(widths, hidden, hidden, indexing="ij")
     neurons, gate_up, down = (axis.reshape(-1) for axis in grid)
     experts = np.full_like(neurons, shape.experts)

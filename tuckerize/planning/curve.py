@@ -6,7 +6,7 @@ from tuckerize.calibration.calibration_pass import CalibrationPass
 from tuckerize.calibration.profile_pass import profile_model
 from tuckerize.checkpoint.reader import TORCH_DTYPES
 from tuckerize.errors import UsageError
-from tuckerize.planning.plan import DTYPES, choose_sizes
+from tuckerize.planning.plan import choose_sizes
 from tuckerize.progress import Progress
 from tuckerize.recipe import Recipe
 from tuckerize.report import CurvePoint, CurveReport
@@ -28,7 +28,8 @@ def damage_curve(recipe: Recipe, calibration: CalibrationPass, progress: Progres
     run = calibration
     profiles = profile_model(run, progress)
     source, before = run.source, run.source.size
-    number = (TORCH_DTYPES[DTYPES[recipe.dtype]] if recipe.dtype else source.dtype).itemsize
+    dtype = TORCH_DTYPES[recipe.dtype.safetensors_name] if recipe.dtype else source.dtype
+    number = dtype.itemsize
     points = []
     for keep in KEEPS:
         try:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from tuckerize.calibration.compress import CompressionTarget
 from tuckerize.calibration.layer_profile import LayerProfile
@@ -14,6 +14,8 @@ from tuckerize.checkpoint.reader import TORCH_DTYPES
 from tuckerize.domain import (
     GATE_UP,
     Coupling,
+    Engine,
+    Joint,
     MultilinearRank,
     Projection,
     StackShape,
@@ -28,9 +30,6 @@ from tuckerize.planning.allocation import Choice, allocate, check_keep
 from tuckerize.planning.uniform import BudgetUnit, ranks_for_keep
 from tuckerize.recipe import CalibrationSettings, Recipe, resolve_rank, select_layers
 from tuckerize.version import __version__
-
-DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-"""safetensors' names of the types that factors can be stored in."""
 
 # Half a unit in the last place: about the relative error of rounding a core and its factors.
 ROUNDING = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24, "F64": 2.0**-53}
@@ -169,10 +168,10 @@ class Plan:
         return tuple(sorted({p.layer for p in self.pieces if not isinstance(p, CopyPiece)}))
 
     @property
-    def joint(self) -> Literal["gate_up"] | None:
+    def joint(self) -> Joint | None:
         """Projections that share one U_I, if any; those of calibrated budgets do."""
         if any(piece.sizes.joint for piece in self.layer_pieces):
-            return "gate_up"
+            return Joint.GATE_UP
         return self.recipe.joint
 
     def weight_file(self, piece: Piece) -> str | None:
@@ -241,7 +240,7 @@ def make_plan(
     for rule in recipe.rules:
         select_layers(rule.layers, model.layers)
     group_size = _group_size(recipe, model)
-    dtype = DTYPES[recipe.dtype] if recipe.dtype else model.dtype
+    dtype = recipe.dtype.safetensors_name if recipe.dtype else model.dtype
     _check_engine(recipe)
     _check_tolerances(recipe, dtype)
     tucker: list[TuckerPiece] | list[LayerPiece]
@@ -278,7 +277,7 @@ def _group_size(recipe: Recipe, model: MoeModel) -> int:
 
 
 def _check_engine(recipe: Recipe) -> None:
-    if recipe.engine == "tensorly" and (recipe.joint or recipe.max_sweeps < 1):
+    if recipe.engine == Engine.TENSORLY and (recipe.joint or recipe.max_sweeps < 1):
         what = "share one U_I between projections" if recipe.joint else "run without a sweep"
         raise UsageError(f"the engine tensorly cannot {what}", hint="use --engine tuckerize")
 

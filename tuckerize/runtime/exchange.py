@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tuckerize.ascend.dispatch import FusedPair
+from tuckerize.domain import Layout
 from tuckerize.parallel.collectives import (
     all_reduce,
     count_sent,
@@ -23,7 +24,7 @@ from tuckerize.parallel.collectives import (
     replicate,
     scatter_rows,
 )
-from tuckerize.parallel.layouts import Collective, CommunicationSpace, Layout, owned_slice
+from tuckerize.parallel.layouts import Collective, CommunicationSpace, owned_slice
 from tuckerize.parallel.mesh import Axis, Position
 
 Matrices = Sequence[Tensor]

@@ -10,14 +10,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from tuckerize.ascend.dispatch import ROW_STEP, FusedPair, FusedUse
-from tuckerize.domain import Projection
+from tuckerize.domain import Layout, Projection
 from tuckerize.format.shards import Sharding
 from tuckerize.names import TensorKind, TensorName
 from tuckerize.parallel.collectives import all_reduce
 from tuckerize.parallel.layouts import (
     CommunicationSpace,
     LayerShape,
-    Layout,
     communication_space,
     experts_are_split,
     split_dimensions,

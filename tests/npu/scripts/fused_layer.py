@@ -23,11 +23,11 @@ sys.path.insert(0, str(Path(__file__).parents[3]))
 
 from tests.distributed.layer_cases import Case, dense, make_group, own_slices
 from tuckerize.ascend.dispatch import ROW_STEP, FusedPair, FusedUse
-from tuckerize.domain import MultilinearRank, StackShape
+from tuckerize.domain import Device, Layout, MultilinearRank, StackShape
 from tuckerize.errors import ParallelError
 from tuckerize.parallel.backends import choose_device
 from tuckerize.parallel.collectives import counted
-from tuckerize.parallel.layouts import Collective, Layout, layer_traffic, width_over_ep
+from tuckerize.parallel.layouts import Collective, layer_traffic, width_over_ep
 from tuckerize.parallel.mesh import Position, make_mesh, new_group_along, own_tokens
 from tuckerize.parallel.processes import process_group
 from tuckerize.pipeline.verify.traffic import load_of
@@ -131,7 +131,10 @@ def left_to_the_plain_collectives(pair: FusedPair, mesh: Any) -> list[str]:  # n
 
 
 if __name__ == "__main__":
-    with process_group(lambda local: choose_device("npu", local_rank=local)) as (processes, device):
+    with process_group(lambda local: choose_device(Device.NPU, local_rank=local)) as (
+        processes,
+        device,
+    ):
         tp = int(os.environ["TP"])
         ep = processes.size // tp
         mesh = make_mesh("npu", tp=tp, ep=ep)

@@ -13,6 +13,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
 from tuckerize.ascend.dispatch import FusedPair, FusedUse
+from tuckerize.domain import Device
 from tuckerize.parallel.backends import choose_device
 from tuckerize.parallel.processes import process_group
 
@@ -65,7 +66,7 @@ def refusal() -> str:
 
 
 if __name__ == "__main__":
-    with process_group(lambda local: choose_device("npu", local_rank=local)) as (processes, _):
+    with process_group(lambda local: choose_device(Device.NPU, local_rank=local)) as (processes, _):
         # The last process has fewer tokens.
         tokens = MOST_TOKENS - 4 * (processes.rank == processes.size - 1)
         errors = {

@@ -5,26 +5,26 @@ import importlib.util
 import pytest
 import torch
 
+from tuckerize.domain import Device
 from tuckerize.errors import ParallelError
-from tuckerize.parallel.backends import DeviceChoice, backend_for, choose_device
+from tuckerize.parallel.backends import backend_for, choose_device
 
 has_accelerator = torch.accelerator.is_available()
 
 
 def test_choose_device_cpu_is_always_there() -> None:
-    assert choose_device("cpu", local_rank=7) == torch.device("cpu")
+    assert choose_device(Device.CPU, local_rank=7) == torch.device("cpu")
 
 
 @pytest.mark.skipif(has_accelerator, reason="there is an accelerator")
 def test_choose_device_auto_without_an_accelerator_is_the_cpu() -> None:
-    assert choose_device("auto") == torch.device("cpu")
+    assert choose_device(Device.AUTO) == torch.device("cpu")
 
 
 @pytest.mark.skipif(has_accelerator, reason="there is an accelerator")
 def test_choose_device_that_is_not_there_says_what_is() -> None:
-    choice: DeviceChoice = "cuda"
     with pytest.raises(ParallelError) as caught:
-        choose_device(choice)
+        choose_device(Device.CUDA)
     assert caught.value.message == (
         f"device 'cuda' is not available: torch {torch.__version__} finds cpu only"
     )
@@ -34,7 +34,7 @@ def test_choose_device_that_is_not_there_says_what_is() -> None:
 @pytest.mark.skipif(importlib.util.find_spec("torch_npu") is not None, reason="has torch_npu")
 def test_choose_device_npu_without_its_package_says_what_to_install() -> None:
     with pytest.raises(ParallelError) as caught:
-        choose_device("npu")
+        choose_device(Device.NPU)
     assert caught.value.message == (
         "device 'npu' needs the package torch_npu, which is not installed"
     )

@@ -5,14 +5,13 @@ import itertools
 import pytest
 import torch
 
-from tuckerize.domain import MultilinearRank, Projection, StackShape
+from tuckerize.domain import Layout, MultilinearRank, Projection, StackShape
 from tuckerize.names import TensorKind, TensorName
 from tuckerize.parallel.layouts import (
     INDEX_BYTES,
     Collective,
     ExpertLoad,
     LayerShape,
-    Layout,
     Parallelism,
     even_load,
     layer_traffic,

@@ -11,13 +11,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tuckerize.calibration.layer_profile import LayerProfile
-from tuckerize.domain import MultilinearRank, StackShape, stored_parameters
+from tuckerize.domain import Allocation, MultilinearRank, StackShape, Truncation, stored_parameters
 from tuckerize.errors import UsageError
 from tuckerize.linalg.hooi import is_reachable
 from tuckerize.planning.allocation import (
-    Allocate,
     Choice,
-    Shape,
     Sizes,
     allocate,
     layer_parameters,
@@ -145,14 +143,14 @@ def problems(draw: st.DrawFn) -> tuple[list[LayerProfile], StackShape, int, tupl
 @given(
     problem=problems(),
     keep=st.floats(0.02, 1),
-    allowed=st.sampled_from(["auto", "latent", "neurons"]),
-    how=st.sampled_from(["error", "uniform"]),
+    allowed=st.sampled_from([Truncation.AUTO, Truncation.LATENT, Truncation.NEURONS]),
+    how=st.sampled_from(list(Allocation)),
 )
 def test_any_budget_is_never_exceeded(
     problem: tuple[list[LayerProfile], StackShape, int, tuple[int, int]],
     keep: float,
-    allowed: Shape,
-    how: Allocate,
+    allowed: Truncation,
+    how: Allocation,
 ) -> None:
     profiles, shape, groups, multiples = problem
     try:
@@ -181,9 +179,9 @@ def test_any_budget_is_never_exceeded(
 
 @pytest.mark.parametrize("keep", [0.35, 0.5, 0.6, 0.75, 0.85, 0.97])
 @pytest.mark.parametrize("layers", [6, 11])
-@pytest.mark.parametrize("allowed", ["auto", "latent", "neurons"])
+@pytest.mark.parametrize("allowed", [Truncation.AUTO, Truncation.LATENT, Truncation.NEURONS])
 def test_budget_of_several_layers_is_used_to_one_percent(
-    keep: float, layers: int, allowed: Shape
+    keep: float, layers: int, allowed: Truncation
 ) -> None:
     profiles = make_profiles(layers, WIDE, seed=layers)
     choices = allocate(profiles, WIDE, groups=1, keep=keep, multiples=(8, 8), allowed=allowed)
@@ -208,7 +206,7 @@ def test_more_budget_never_has_more_predicted_damage(
         raise
     more = allocate(profiles, shape, groups=groups, keep=high, multiples=multiples)
     assert damage(more) <= damage(less) * (1 + 1e-9)
-    for how in ("error", "uniform"):
+    for how in Allocation:
         whole = allocate(profiles, shape, groups=groups, keep=1, multiples=multiples, how=how)
         full = latent(shape, shape.intermediate, shape.hidden, shape.hidden)
         assert [choice.sizes for choice in whole] == [full] * len(profiles)
@@ -271,7 +269,7 @@ def test_real_sizes_use_the_budget_whose_parameters_are_counted_in_units(
 def test_layers_share_by_sensitivity_and_alike_layers_equally() -> None:
     alike = [make_profile(layer, WIDE, seed=5) for layer in range(6)]
     even = allocate(alike, WIDE, groups=1, keep=0.6, multiples=(8, 8))
-    uniform = allocate(alike, WIDE, groups=1, keep=0.6, multiples=(8, 8), how="uniform")
+    uniform = allocate(alike, WIDE, groups=1, keep=0.6, multiples=(8, 8), how=Allocation.UNIFORM)
     assert damage(even) <= damage(uniform)
     assert max(c.parameters for c in even) <= 1.2 * min(c.parameters for c in even)
     uneven = [make_profile(layer, WIDE, seed=5, sensitivity=10.0**layer) for layer in range(6)]
@@ -279,7 +277,7 @@ def test_layers_share_by_sensitivity_and_alike_layers_equally() -> None:
         c.parameters for c in allocate(uneven, WIDE, groups=1, keep=0.6, multiples=(8, 8))
     ]
     assert parameters[0] < parameters[-1]
-    uniform = allocate(uneven, WIDE, groups=1, keep=0.6, multiples=(8, 8), how="uniform")
+    uniform = allocate(uneven, WIDE, groups=1, keep=0.6, multiples=(8, 8), how=Allocation.UNIFORM)
     assert len({choice.sizes for choice in uniform}) == 1
 
 
@@ -316,15 +314,15 @@ def test_straight_curves_stay_within_the_budget() -> None:
         ]
         for keep in (0.3, 0.51, 0.77):
             choices = allocate(
-                profiles, shape, groups=1, keep=keep, multiples=(1, 1), allowed="neurons"
+                profiles, shape, groups=1, keep=keep, multiples=(1, 1), allowed=Truncation.NEURONS
             )
             assert stored(choices) <= keep * 3 * dense_parameters(shape) * (1 + 1e-12)
 
 
-@pytest.mark.parametrize("how", ["error", "uniform"])
-@pytest.mark.parametrize("allowed", ["auto", "latent", "full"])
+@pytest.mark.parametrize("how", list(Allocation))
+@pytest.mark.parametrize("allowed", [Truncation.AUTO, Truncation.LATENT, Truncation.FULL])
 def test_budget_below_the_smallest_sizes_names_the_smallest_that_works(
-    allowed: Shape, how: Allocate
+    allowed: Truncation, how: Allocation
 ) -> None:
     profiles = make_profiles(2, WIDE)
     with pytest.raises(UsageError, match=r"keep 0\.001 is below") as caught:
@@ -350,12 +348,12 @@ def test_full_tucker_is_taken_where_it_is_predicted_to_lose_least() -> None:
         replace(profile, gate_up_expert_E=expert, down_expert_E=expert) for profile in profiles
     ]
 
-    def best(allowed: Shape) -> list[Choice]:
+    def best(allowed: Truncation) -> list[Choice]:
         return allocate(redundant, WIDE, groups=1, keep=0.5, multiples=(8, 8), allowed=allowed)
 
-    assert damage(best("auto")) < damage(best("latent"))
-    assert any(choice.sizes.gate_up.expert < WIDE.experts for choice in best("auto"))
-    for choice in (*best("auto"), *best("full")):
+    assert damage(best(Truncation.AUTO)) < damage(best(Truncation.LATENT))
+    assert any(choice.sizes.gate_up.expert < WIDE.experts for choice in best(Truncation.AUTO))
+    for choice in (*best(Truncation.AUTO), *best(Truncation.FULL)):
         assert choice.parameters == layer_parameters(WIDE, 1, choice.sizes)
         slim = WIDE._replace(intermediate=choice.sizes.neurons)
         assert is_reachable(choice.sizes.gate_up, slim, coupled=2)

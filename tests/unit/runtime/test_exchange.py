@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tuckerize.ascend.dispatch import FusedPair, FusedUse
-from tuckerize.parallel.layouts import CommunicationSpace, Layout
+from tuckerize.domain import Layout
+from tuckerize.parallel.layouts import CommunicationSpace
 from tuckerize.parallel.mesh import Axis, Position
 from tuckerize.runtime.exchange import (
     AllGatherDispatch,

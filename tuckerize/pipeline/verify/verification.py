@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tuckerize.domain import Projection, group_experts
+from tuckerize.domain import Dtype, Layout, Projection, group_experts
 from tuckerize.format.shards import Sharding
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint, factors_of
 from tuckerize.linalg.tucker import relative_residual
@@ -27,7 +27,7 @@ from tuckerize.moe.source import SourceModel
 from tuckerize.names import TensorName
 from tuckerize.parallel.backends import float32_products
 from tuckerize.parallel.collectives import counted
-from tuckerize.parallel.layouts import Layout, Traffic, layer_traffic
+from tuckerize.parallel.layouts import Traffic, layer_traffic
 from tuckerize.parallel.mesh import Position, own_tokens, padded_count
 from tuckerize.parallel.processes import Processes
 from tuckerize.pipeline.shard import dense_sizes
@@ -43,7 +43,11 @@ from tuckerize.runtime.sharded import ShardedExperts
 # in a slice that a token uses moves that token's output by orders of magnitude more.
 SHARDING_TOLERANCE = 1e-5
 # The same of types of two bytes, which round to 4e-3 and 5e-4: only gross faults are told from it.
-_TOLERANCES = {"float32": SHARDING_TOLERANCE, "bfloat16": 4e-2, "float16": 5e-3}
+_TOLERANCES = {
+    Dtype.FLOAT32: SHARDING_TOLERANCE,
+    Dtype.BFLOAT16: 4e-2,
+    Dtype.FLOAT16: 5e-3,
+}
 # Measured from the same stored numbers as the recorded one; only the order of sums differs.
 RESIDUAL_TOLERANCE = 1e-4
 
@@ -92,7 +96,7 @@ class Verification:
     device: torch.device
     tokens: int
     sequence_parallel: bool = False
-    dtype: str = "float32"
+    dtype: Dtype = Dtype.FLOAT32
 
     @property
     def torch_dtype(self) -> torch.dtype:
