@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
-from typing import NamedTuple
+from typing import NamedTuple, Self
+
+from tuckerize.errors import UsageError
 
 
 class Projection(StrEnum):
@@ -20,7 +22,28 @@ class Projection(StrEnum):
     DOWN = "down_proj"
 
 
-class Device(StrEnum):
+class Choice(StrEnum):
+    """Base of the closed sets of options."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The member of that value.
+
+        >>> Device.parse("cpu") is Device.CPU
+        True
+
+        Raises:
+            UsageError: There is none.
+        """
+        try:
+            return cls(text)
+        except ValueError:
+            raise UsageError(
+                f"{cls.__name__.lower()} '{text}' is not one of: {', '.join(cls)}"
+            ) from None
+
+
+class Device(Choice):
     """Type of the device that computes; `auto` takes the accelerator where there is one."""
 
     AUTO = "auto"
@@ -29,7 +52,7 @@ class Device(StrEnum):
     CPU = "cpu"
 
 
-class Dtype(StrEnum):
+class Dtype(Choice):
     """Type in which factors are stored or layers are computed."""
 
     BFLOAT16 = "bfloat16"
@@ -42,20 +65,20 @@ class Dtype(StrEnum):
         return {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[self]
 
 
-class Engine(StrEnum):
+class Engine(Choice):
     """Implementation of HOOI: our own, or TensorLy's as the slow reference."""
 
     TUCKERIZE = "tuckerize"
     TENSORLY = "tensorly"
 
 
-class Joint(StrEnum):
+class Joint(Choice):
     """Projections that share one U_I."""
 
     GATE_UP = "gate_up"
 
 
-class Truncation(StrEnum):
+class Truncation(Choice):
     """Modes that a calibrated budget may truncate.
 
     `latent` truncates the hidden mode, `neurons` the width of the experts, `full` all three modes
@@ -68,14 +91,14 @@ class Truncation(StrEnum):
     FULL = "full"
 
 
-class Allocation(StrEnum):
+class Allocation(Choice):
     """Distribution of a calibrated budget over the layers: by predicted error, or evenly."""
 
     ERROR = "error"
     UNIFORM = "uniform"
 
 
-class Layout(StrEnum):
+class Layout(Choice):
     """How the tensors of a layer are split over tensor-parallel processes."""
 
     INTERMEDIATE = "intermediate"

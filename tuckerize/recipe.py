@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -19,7 +20,7 @@ from tuckerize.domain import (
     StackShape,
     Truncation,
 )
-from tuckerize.errors import RecipeError
+from tuckerize.errors import RecipeError, UsageError
 
 _LAYER = re.compile(r"\d+")
 _RANGE = re.compile(r"(\d*)\s*-\s*(\d*)")
@@ -161,6 +162,67 @@ class Recipe(_Schema):
         return None
 
 
+Texts = str | Path | Sequence[str | Path]
+"""One source of text or several: a text or JSONL file or a data set, as PATH or PATH:WEIGHT."""
+
+
+def list_of_texts(texts: Texts) -> list[str]:
+    """Sources of text as a list, each as a user types it."""
+    if isinstance(texts, str | Path):
+        return [str(texts)]
+    return [str(text) for text in texts]
+
+
+def recipe_of_options(
+    recipe: str | Path | Mapping[str, Any] | None,
+    *,
+    sizes: Mapping[str, object],
+    where: Mapping[str, object],
+    how: Mapping[str, object],
+) -> Recipe:
+    """The recipe from a file, or from options; exactly one of them says the size.
+
+    Args:
+        recipe: A YAML file, the name of a shipped recipe, or its keys and values.
+        sizes: Options of a rule's size: rank, keep, tolerance. None stands for not given.
+        where: Options of the stacks that a rule is for: layers, projections.
+        how: Options that are keys of a recipe; `calibration` may be a text, or several.
+
+    Raises:
+        UsageError: No size is given, or options exclude each other.
+        RecipeError: The recipe cannot be read, or a value is not possible.
+    """
+    given = [name for name, value in {**sizes, "recipe": recipe}.items() if value is not None]
+    if len(given) != 1:
+        raise UsageError(
+            "no size was given" if not given else f"--{' and --'.join(given)} exclude each other",
+            hint="give exactly one of:\n"
+            "  --keep 0.75             keep 75 % of the routed parameters\n"
+            "  --rank full,full,75%    core sizes r_E,r_H,r_I: numbers, percentages, or 'full'\n"
+            "  --tolerance 0.1         relative residual that each stack may have\n"
+            "or --recipe FILE, which says it for each range of layers",
+        )
+    if recipe is not None:
+        also = [name for name, value in {**where, **how}.items() if value is not None]
+        if also:
+            raise UsageError(
+                f"--{also[0].replace('_', '-')} and --recipe exclude each other",
+                hint=f"write {also[0]} into "
+                + ("the recipe" if isinstance(recipe, Mapping) else str(recipe)),
+            )
+        if isinstance(recipe, Mapping):
+            return parse_recipe(recipe, place="the recipe")
+        return read_recipe(find_recipe(str(recipe)))
+    rule = {name: value for name, value in {**sizes, **where}.items() if value is not None}
+    if isinstance(rule.get("projections"), str):
+        rule["projections"] = [part.strip() for part in str(rule["projections"]).split(",")]
+    settings = {name: value for name, value in how.items() if value is not None}
+    texts = settings.get("calibration")
+    if isinstance(texts, str | Path | Sequence):
+        settings["calibration"] = {"texts": list_of_texts(texts)}
+    return parse_recipe({"rules": [rule], **settings}, place="the options")
+
+
 def find_recipe(name: str) -> Path:
     """A recipe file: a path, or the name of a shipped one (`deepseek-v2-lite-keep75`).
 
@@ -209,7 +271,7 @@ def parse_recipe(value: object, *, place: str) -> Recipe:
     Raises:
         RecipeError: They do not follow the schema; the message names the first key that does not.
     """
-    if not isinstance(value, dict):
+    if not isinstance(value, Mapping):
         raise RecipeError(f"{place} holds {value!r}, expected keys and values")
     try:
         return Recipe.model_validate(value)

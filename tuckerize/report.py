@@ -292,6 +292,7 @@ class VerifyReport:
         dispatch: How tokens went to the processes of their experts: with `plain` collectives or
             Ascend's `fused` operators; None where experts are not split.
         fused_unmet: On an NPU, the first constraint of the fused operators that is not met.
+        notes: Remarks for the user: what was not compared or verified.
     """
 
     folder: str
@@ -309,6 +310,7 @@ class VerifyReport:
     float32_products: str = "float32"
     dispatch: str | None = None
     fused_unmet: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:

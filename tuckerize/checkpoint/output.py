@@ -134,6 +134,20 @@ class OutputFolder:
         shutil.rmtree(self._work)
 
 
+def refuse_overlap(output: Path, source: Path) -> None:
+    """Refuse an output folder that is the source, lies in it, or contains it.
+
+    Raises:
+        OutputError: It does.
+    """
+    new, old = output.resolve(), source.resolve()
+    if new == old or new in old.parents or old in new.parents:
+        raise OutputError(
+            f"the output {output} and the source {source} lie in one another",
+            hint="choose an output folder elsewhere",
+        )
+
+
 def _plain(plan: object) -> dict[str, Any]:
     """The plan as it reads back from JSON."""
     value: dict[str, Any] = json.loads(json.dumps(plan))

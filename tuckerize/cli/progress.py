@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import time
-from typing import NoReturn
+from types import TracebackType
+from typing import NoReturn, Self
 
 from tqdm import tqdm
 
 
 class TerminalProgress:
-    """Draws a bar with the time left on stderr.
+    """A bar with the remaining time on stderr; leaving its context closes the bar.
 
     Where stderr is no terminal, processes that torchrun started write a line for every stage, so
     that a log tells slow work from a dead job; a single process writes nothing.
@@ -21,34 +22,48 @@ class TerminalProgress:
         self._bar: tqdm[NoReturn] | None = None
         self._started = time.monotonic()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # Before anything else is printed: a bar that is still open is drawn again at exit.
+        self.close()
+
     def start(self, total: float) -> None:
         """Begin work of a total amount."""
-        hidden = not sys.stderr.isatty() or not _is_leader()
+        self.close()
         self._bar = tqdm(
             total=total,
-            disable=hidden,
-            bar_format="{percentage:3.0f}% |{bar}| {elapsed} passed, {remaining} left  {postfix}",
+            disable=not sys.stderr.isatty() or not is_leader(),
+            bar_format="{percentage:3.0f}% |{bar}| {elapsed} elapsed, {remaining} remaining{desc}",
         )
 
     def stage(self, name: str) -> None:
-        """A part of the work begins."""
+        """Begin a part of the work."""
         if self._bar is not None and not self._bar.disable:
-            self._bar.set_postfix_str(name)
-        elif "RANK" in os.environ and _is_leader():
+            self._bar.set_description_str(f"  {name}")
+        elif "RANK" in os.environ and is_leader():
             sys.stderr.write(f"{time.monotonic() - self._started:7.1f} s: {name}\n")
             sys.stderr.flush()
 
     def advance(self, amount: float, note: str) -> None:
-        """Some of it is done; the note says what."""
+        """Note that an amount is done; the note says which."""
         if self._bar is not None:
-            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.set_description_str(f"  {note}", refresh=False)
             self._bar.update(amount)
 
     def close(self) -> None:
-        """The work has ended."""
+        """End the work."""
         if self._bar is not None:
             self._bar.close()
+            self._bar = None
 
 
-def _is_leader() -> bool:
+def is_leader() -> bool:
+    """Whether this is the process that reports."""
     return os.environ.get("RANK", "0") == "0"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Sequence
 
 from rich.box import SIMPLE
@@ -43,12 +44,14 @@ _BAR = 24
 
 
 def show(report: Report, *, as_json: bool) -> None:  # noqa: C901 one case a report
-    """Print a report to stdout, as tables or as JSON."""
+    """Print a report to stdout: as JSON, or as tables after its notes, which go to stderr."""
     if as_json:
         Console(soft_wrap=True, highlight=False, markup=False, emoji=False).print(
             json.dumps(to_json(report), indent=2)
         )
         return
+    for note in getattr(report, "notes", ()):
+        sys.stderr.write(f"note: {note}\n")
     match report:
         case InspectReport():
             _show_inspect(report)

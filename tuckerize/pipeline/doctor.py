@@ -26,8 +26,12 @@ from tuckerize.report import DeviceFacts, DoctorReport, Problem, Variable
 from tuckerize.version import __version__
 
 
-def examine() -> DoctorReport:
-    """Examine this machine and environment; changes nothing."""
+def doctor() -> DoctorReport:
+    """Examine this machine and its environment; changes nothing.
+
+    Example:
+        >>> doctor().passed  # doctest: +SKIP
+    """
     versions = {
         "tuckerize": __version__,
         "python": platform.python_version(),

@@ -15,15 +15,18 @@ from torch.nn.functional import cross_entropy
 from tuckerize.calibration.calibration_pass import experts_call
 from tuckerize.calibration.stream import ExpertsCall, StreamedModel
 from tuckerize.calibration.text import parse_source, read_windows
+from tuckerize.checkpoint.hub import resolve_model
 from tuckerize.checkpoint.output import MANIFEST
 from tuckerize.checkpoint.reader import Checkpoint, measure_size
-from tuckerize.domain import Projection
+from tuckerize.domain import Device, Projection
 from tuckerize.errors import CheckpointError
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 from tuckerize.moe.families import Family
 from tuckerize.moe.source import SourceModel
 from tuckerize.names import TensorName
-from tuckerize.progress import Progress
+from tuckerize.parallel.backends import choose_device
+from tuckerize.progress import Progress, SilentProgress
+from tuckerize.recipe import Texts, list_of_texts
 from tuckerize.report import EvaluateReport, Evaluation
 from tuckerize.runtime.experts import Activation, TuckerExperts, activation_of
 
@@ -102,7 +105,53 @@ def open_evaluated(folder: Path) -> Evaluated:
     return Evaluated(checkpoint, source.moe.family, activation, None, source)
 
 
-def evaluate(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluateRequest:
+    """A perplexity to measure.
+
+    Attributes:
+        model: A dense model or a Tucker checkpoint: folder, Hugging Face id or short name.
+        text: Text or JSONL file, PATH or PATH:WEIGHT, or several.
+        against: Another of the same kind, on the same text; it comes first in the report.
+        tokens: Tokens in all windows, evenly spread over the texts.
+        window: Tokens of a window; all but its first are predicted.
+        device: Where to compute: auto, npu, cuda or cpu.
+    """
+
+    model: str | Path
+    text: Texts
+    against: str | Path | None = None
+    tokens: int = 65536
+    window: int = 512
+    device: str = Device.AUTO
+
+
+def evaluate(request: EvaluateRequest, progress: Progress | None = None) -> EvaluateReport:
+    """Measure perplexities on a text, with one decoder layer in memory at a time.
+
+    Args:
+        request: The checkpoints and the text.
+        progress: Shows how far the work is.
+
+    Raises:
+        TuckerizeError: A checkpoint or a text cannot be used; the message says why.
+
+    Example:
+        >>> request = EvaluateRequest(model="OUT", text="text.txt", against="DeepSeek-V2-Lite")
+        >>> [result.perplexity for result in evaluate(request).results]  # doctest: +SKIP
+    """
+    names = [name for name in (request.against, request.model) if name is not None]
+    return measure_perplexity(
+        [resolve_model(str(name)) for name in names],
+        list_of_texts(request.text),
+        tokens=request.tokens,
+        window=request.window,
+        device=choose_device(Device.parse(request.device)),
+        progress=progress or SilentProgress(),
+    )
+
+
+def measure_perplexity(
     folders: Sequence[Path],
     texts: Sequence[str],
     *,

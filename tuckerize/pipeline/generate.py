@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,51 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 import tuckerize.engines.transformers  # noqa: F401  transformers learns the format
+from tuckerize.domain import Device
 from tuckerize.errors import CheckpointError
+from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
+from tuckerize.parallel.backends import choose_device
 
 
-def generate(folder: Path, prompt: str, *, tokens: int, device: torch.device) -> str:
-    """The prompt and its greedy continuation by a Tucker checkpoint.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    """A prompt to continue.
+
+    Attributes:
+        folder: The Tucker checkpoint.
+        prompt: Text to continue.
+        tokens: Largest number of new tokens.
+        device: Where the whole model is loaded to: auto, npu, cuda or cpu.
+    """
+
+    folder: str | Path
+    prompt: str
+    tokens: int = 64
+    device: str = Device.AUTO
+
+
+def generate(request: GenerateRequest) -> str:
+    """Continue a prompt greedily with a Tucker checkpoint; the whole model is loaded.
 
     Args:
-        folder: The checkpoint.
-        prompt: What is continued.
-        tokens: New tokens at most.
-        device: Where the whole model is loaded to.
+        request: The checkpoint and the prompt.
+
+    Returns:
+        The prompt and its continuation.
 
     Raises:
-        CheckpointError: transformers cannot load the model or its tokenizer.
+        CheckpointError: The folder is not a finished Tucker checkpoint, or transformers cannot load
+            the model or its tokenizer.
+
+    Example:
+        >>> generate(GenerateRequest(folder="OUT", prompt="Once upon"))  # doctest: +SKIP
     """
+    folder = TuckerCheckpoint.open(Path(request.folder)).folder
+    device = choose_device(Device.parse(request.device))
+    return _continue(folder, request.prompt, tokens=request.tokens, device=device)
+
+
+def _continue(folder: Path, prompt: str, *, tokens: int, device: torch.device) -> str:
     if not sys.stderr.isatty():
         disable_progress_bar()  # type: ignore[no-untyped-call]
     try:

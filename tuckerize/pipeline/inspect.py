@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tuckerize.checkpoint.hub import resolve_model
 from tuckerize.checkpoint.output import MANIFEST
 from tuckerize.checkpoint.reader import Checkpoint
 from tuckerize.domain import Size, coupling_name
@@ -18,25 +19,32 @@ from tuckerize.planning.plan import Plan
 from tuckerize.report import InspectReport, PlanReport, StackPlan, TuckerFacts
 
 
-def inspect_model(folder: Path) -> InspectReport:
+def inspect(model: str | Path) -> InspectReport:
     """Describe a dense MoE checkpoint or a Tucker checkpoint.
+
+    Args:
+        model: Folder, Hugging Face id in the local cache, or short name; or a Tucker checkpoint.
 
     Raises:
         CheckpointError: It is neither, or engines would not load it as a whole.
+
+    Example:
+        >>> inspect("DeepSeek-V2-Lite").size.routed_parameters  # doctest: +SKIP
     """
+    folder = resolve_model(str(model))
     checkpoint = Checkpoint.open(folder)
     if (folder / MANIFEST).exists() or is_tucker(checkpoint.config):
         return _describe_tucker(TuckerCheckpoint.open(folder))
     source = SourceModel.open(checkpoint)
-    model = source.moe
+    moe = source.moe
     return InspectReport(
         model=str(folder),
-        family=model.family.model_type,
-        layers=model.layers,
-        shape=model.shape,
-        top_k=model.routing.top_k,
-        shared_experts=model.shared_experts,
-        dtype=model.dtype,
+        family=moe.family.model_type,
+        layers=moe.layers,
+        shape=moe.shape,
+        top_k=moe.routing.top_k,
+        shared_experts=moe.shared_experts,
+        dtype=moe.dtype,
         size=source.size,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,14 @@ from torch import Tensor
 
 from tuckerize.checkpoint.files import write_json
 from tuckerize.checkpoint.other_files import copy_other_files
-from tuckerize.checkpoint.output import OutputFolder
+from tuckerize.checkpoint.output import OutputFolder, refuse_overlap
 from tuckerize.checkpoint.reader import CONFIG, TORCH_DTYPES, WeightFile, measure_size
 from tuckerize.checkpoint.writer import copy_tensors, write_index, write_tensors
 from tuckerize.domain import Coupling, Projection, coupling_name, group_experts
 from tuckerize.format.card import restore_card
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint, factors_of
 from tuckerize.linalg.tucker import with_zero_rows
-from tuckerize.progress import Progress
+from tuckerize.progress import Progress, SilentProgress
 from tuckerize.report import ReconstructReport
 from tuckerize.version import __version__
 
@@ -39,7 +40,43 @@ def provenance(tucker: TuckerCheckpoint) -> dict[str, Any]:
     }
 
 
-def reconstruct(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReconstructRequest:
+    """A dense checkpoint to write.
+
+    Attributes:
+        folder: The Tucker checkpoint.
+        output: The new folder.
+        overwrite: Replace an earlier reconstruction.
+    """
+
+    folder: str | Path
+    output: str | Path
+    overwrite: bool = False
+
+
+def reconstruct(request: ReconstructRequest, progress: Progress | None = None) -> ReconstructReport:
+    """Expand a Tucker checkpoint to an ordinary dense one, which any engine loads.
+
+    Args:
+        request: What to expand, and where to.
+        progress: Shows how far the work is.
+
+    Raises:
+        CheckpointError: The folder is not a finished Tucker checkpoint.
+        OutputError: The output folder holds something else.
+
+    Example:
+        >>> reconstruct(ReconstructRequest(folder="OUT", output="DENSE"))  # doctest: +SKIP
+    """
+    tucker, output = TuckerCheckpoint.open(Path(request.folder)), Path(request.output)
+    refuse_overlap(output, tucker.folder)
+    return write_dense(
+        tucker, output, overwrite=request.overwrite, progress=progress or SilentProgress()
+    )
+
+
+def write_dense(
     tucker: TuckerCheckpoint, output: Path, *, overwrite: bool, progress: Progress
 ) -> ReconstructReport:
     """Write the dense checkpoint that a Tucker checkpoint stands for.

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from tuckerize.checkpoint.output import OutputFolder
 from tuckerize.checkpoint.writer import write_tensors
@@ -32,7 +33,7 @@ from tuckerize.parallel.layouts import (
     smallest_split_size,
     split_dimensions,
 )
-from tuckerize.progress import Progress
+from tuckerize.progress import Progress, SilentProgress
 from tuckerize.report import LayoutCost, ShardReport
 from tuckerize.version import __version__
 
@@ -174,7 +175,51 @@ def layout_costs(tucker: TuckerCheckpoint, mesh: Parallelism) -> tuple[LayoutCos
     return tuple(costs)
 
 
-def shard(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardRequest:
+    """A sharding to write.
+
+    Attributes:
+        folder: The Tucker checkpoint.
+        tp: Tensor-parallel processes.
+        ep: Expert-parallel processes.
+        layout: "intermediate" or "rank": how tensors are split; by default the one with the fewest
+            bytes per process, then the least traffic.
+        overwrite: Replace a sharding of the same mesh.
+    """
+
+    folder: str | Path
+    tp: int
+    ep: int = 1
+    layout: str | None = None
+    overwrite: bool = False
+
+
+def shard(request: ShardRequest, progress: Progress | None = None) -> ShardReport:
+    """Cut a Tucker checkpoint into one file per layer, group and process.
+
+    Args:
+        request: What to shard, and for which mesh.
+        progress: Shows how far the work is.
+
+    Raises:
+        UsageError: The mesh is too large for a split size, or does not divide the experts.
+        OutputError: The mesh is sharded already.
+
+    Example:
+        >>> shard(ShardRequest(folder="OUT", tp=4)).folder  # doctest: +SKIP
+        'OUT/tp4'
+    """
+    return write_shards(
+        TuckerCheckpoint.open(Path(request.folder)),
+        mesh=Parallelism(request.tp, request.ep),
+        layout=None if request.layout is None else Layout.parse(request.layout),
+        overwrite=request.overwrite,
+        progress=progress or SilentProgress(),
+    )
+
+
+def write_shards(
     tucker: TuckerCheckpoint,
     *,
     mesh: Parallelism,

@@ -7,11 +7,11 @@ import pytest
 from tuckerize.checkpoint.reader import Checkpoint
 from tuckerize.domain import StackShape
 from tuckerize.errors import CheckpointError
-from tuckerize.pipeline.inspect import inspect_model
+from tuckerize.pipeline.inspect import inspect
 
 
-def test_inspect_model_of_a_dense_checkpoint_gives_its_facts(tiny_model: Path) -> None:
-    report = inspect_model(tiny_model)
+def test_inspect_of_a_dense_checkpoint_gives_its_facts(tiny_model: Path) -> None:
+    report = inspect(tiny_model)
     assert (report.family, report.layers, report.shape) == (
         "deepseek_v2",
         (1, 2),
@@ -24,6 +24,6 @@ def test_inspect_model_of_a_dense_checkpoint_gives_its_facts(tiny_model: Path) -
     assert report.tucker is None
 
 
-def test_inspect_model_of_an_empty_folder_is_refused(tmp_path: Path) -> None:
+def test_inspect_of_an_empty_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json does not exist"):
-        inspect_model(tmp_path)
+        inspect(tmp_path)

@@ -1,5 +1,5 @@
 """Verification of a Tucker checkpoint and of its shards on the devices that will run them."""
 
-from tuckerize.pipeline.verify.verification import Verification, verify
+from tuckerize.pipeline.verify.command import VerifyRequest, verify
 
-__all__ = ["Verification", "verify"]
+__all__ = ["VerifyRequest", "verify"]

@@ -110,7 +110,7 @@ class Verification:
         return _TOLERANCES[self.dtype]
 
 
-def verify(
+def verify_layers(
     run: Verification,
     *,
     layers: Sequence[int],

@@ -1,0 +1,303 @@
+"""Options and arguments of the commands: their types, help texts and panels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tuckerize.ascend.environment import MAX_CONNECT_TIMEOUT
+from tuckerize.domain import Device, Dtype, Engine, Joint, Layout
+
+SIZE = "Size: exactly one"
+STACKS = "What is decomposed"
+CALIBRATION = "Calibration"
+WHERE = "Where it runs"
+OUTPUT = "Output"
+MESH = "Mesh of the shards"
+
+_MODEL = "Folder, Hugging Face id in the local cache, or short name such as DeepSeek-V2-Lite."
+_SIZES = "E experts, H intermediate, I hidden"
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help=f"{_MODEL} Also a Tucker checkpoint.")
+]
+Model = Annotated[str, typer.Option(metavar="MODEL", help=_MODEL)]
+TuckerFolder = Annotated[
+    Path, typer.Argument(metavar="FOLDER", help="Tucker checkpoint that decompose wrote.")
+]
+
+# Size
+Keep = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SHARE",
+        help="Kept share of the routed parameters: 0.75 or 75%.",
+        rich_help_panel=SIZE,
+    ),
+]
+Rank = Annotated[
+    str | None,
+    typer.Option(
+        metavar="R_E,R_H,R_I",
+        help=f"Core sizes ({_SIZES}): sizes, percentages, or 'full', as in full,full,75%.",
+        rich_help_panel=SIZE,
+    ),
+]
+Tolerance = Annotated[
+    float | None,
+    typer.Option(
+        metavar="RESIDUAL",
+        help="Relative residual that each stack may have.",
+        rich_help_panel=SIZE,
+    ),
+]
+RecipeFile = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="YAML file with rules for layers and projections, or name of a shipped recipe.",
+        rich_help_panel=SIZE,
+    ),
+]
+
+# What is decomposed
+Layers = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LAYERS",
+        help="Layers like 1-3,7,20-; all MoE layers by default.",
+        rich_help_panel=STACKS,
+    ),
+]
+Projections = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAMES",
+        help="Of gate_proj,up_proj,down_proj; all three by default.",
+        rich_help_panel=STACKS,
+    ),
+]
+GroupSize = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Experts that share a decomposition; all of a layer by default.",
+        rich_help_panel=STACKS,
+    ),
+]
+JointOption = Annotated[
+    Joint | None,
+    typer.Option("--joint", help="One U_I for gate_proj and up_proj.", rich_help_panel=STACKS),
+]
+StoredDtype = Annotated[
+    Dtype | None,
+    typer.Option(
+        "--dtype",
+        help="Type of stored factors; the source's by default.",
+        rich_help_panel=STACKS,
+    ),
+]
+MaxSweeps = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="HOOI sweeps after the start, at most; 10 by default.",
+        rich_help_panel=STACKS,
+    ),
+]
+EngineOption = Annotated[
+    Engine | None,
+    typer.Option(
+        "--engine",
+        help="Implementation of HOOI; tensorly is the slow reference.",
+        rich_help_panel=STACKS,
+    ),
+]
+
+# Calibration
+_TEXTS = typer.Option(
+    "--calibration",
+    metavar="FILE",
+    help="Text or JSONL file, or data set in the cache. Repeat for a mixture; FILE:WEIGHT sets "
+    "its share.",
+    rich_help_panel=CALIBRATION,
+)
+Calibration = Annotated[list[str] | None, _TEXTS]
+RequiredCalibration = Annotated[list[str], _TEXTS]
+CalibrationTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Tokens of all texts together; 65536 by default.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
+RandomShare = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0,
+        max=0.99,
+        metavar="SHARE",
+        help="Share of random tokens, to protect abilities that the text does not cover; 0.5 by "
+        "default.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
+Multiple = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Truncated sizes of a calibrated --keep are multiples of this.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
+EqualWidths = Annotated[
+    bool | None,
+    typer.Option(
+        "--equal-widths",
+        help="Experts of a layer keep equally many neurons, for kernels and layouts that need it.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
+Refine = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        metavar="N",
+        help="Gradient steps on each layer's output; 300 by default.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
+Text = Annotated[
+    list[str],
+    typer.Option(
+        metavar="FILE",
+        help="Text or JSONL file, or data set in the cache. Repeat for a mixture; FILE:WEIGHT sets "
+        "its share.",
+    ),
+]
+
+# Where it runs
+DeviceOption = Annotated[
+    Device,
+    typer.Option(
+        "--device",
+        help="Device that computes; auto takes the accelerator where there is one.",
+        rich_help_panel=WHERE,
+    ),
+]
+CollectiveTimeout = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="SECONDS",
+        help="Time that a process waits for the others; "
+        f"{MAX_CONNECT_TIMEOUT.total_seconds():.0f} on npu, else 86400.",
+        rich_help_panel=WHERE,
+    ),
+]
+ComputeDtype = Annotated[
+    Dtype,
+    typer.Option(
+        "--dtype",
+        help="Type to compute in; float32 detects the smallest faults.",
+        rich_help_panel=WHERE,
+    ),
+]
+Deterministic = Annotated[
+    bool,
+    typer.Option(
+        "--deterministic",
+        help="Give the same report bit for bit every time.",
+        rich_help_panel=WHERE,
+    ),
+]
+
+# Output
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="New folder; not needed with --dry-run.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+DenseOutput = Annotated[
+    Path,
+    typer.Option("--output", metavar="FOLDER", help="New folder.", rich_help_panel=OUTPUT),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Print the plan, write nothing; reads weights only to calibrate a budget.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace an earlier result.", rich_help_panel=OUTPUT),
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print the report as JSON.", rich_help_panel=OUTPUT)
+]
+
+# Mesh
+Tp = Annotated[
+    int, typer.Option(metavar="N", help="Tensor-parallel processes.", rich_help_panel=MESH)
+]
+Ep = Annotated[
+    int, typer.Option(metavar="N", help="Expert-parallel processes.", rich_help_panel=MESH)
+]
+MeshTp = Annotated[
+    int | None,
+    typer.Option(
+        "--tp",
+        min=1,
+        metavar="N",
+        help="Tensor-parallel processes; with --ep, those of the shards that fit by default.",
+        rich_help_panel=MESH,
+    ),
+]
+MeshEp = Annotated[
+    int | None,
+    typer.Option(
+        "--ep", min=1, metavar="N", help="Expert-parallel processes.", rich_help_panel=MESH
+    ),
+]
+Cp = Annotated[
+    int,
+    typer.Option(min=1, metavar="N", help="Context-parallel processes.", rich_help_panel=MESH),
+]
+SequenceParallel = Annotated[
+    bool,
+    typer.Option(
+        "--sequence-parallel",
+        help="Split tokens over the tensor-parallel processes.",
+        rich_help_panel=MESH,
+    ),
+]
+
+
+def _layout(text: str) -> str | None:
+    if text == "auto":
+        return None
+    if text in tuple(Layout):
+        return text
+    raise typer.BadParameter(f"'{text}' is not one of: auto, {', '.join(Layout)}")
+
+
+LayoutOption = Annotated[
+    str | None,
+    typer.Option(
+        "--layout",
+        parser=_layout,
+        metavar=f"[auto|{'|'.join(Layout)}]",
+        help="How tensors are split; auto, the default, compares bytes and traffic.",
+        rich_help_panel=MESH,
+    ),
+]

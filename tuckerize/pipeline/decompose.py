@@ -1,0 +1,211 @@
+"""The `decompose` command: compress the routed experts of a model into a Tucker checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tuckerize.calibration.calibration_pass import CalibrationPass
+from tuckerize.checkpoint.hub import resolve_model
+from tuckerize.checkpoint.output import OutputFolder, refuse_overlap
+from tuckerize.domain import Device
+from tuckerize.errors import UsageError
+from tuckerize.moe.source import SourceModel
+from tuckerize.parallel.backends import choose_device
+from tuckerize.parallel.processes import Processes, process_group
+from tuckerize.pipeline.compression import compress_model
+from tuckerize.pipeline.decompose_calibrated import draft_plan, plan_calibrated
+from tuckerize.pipeline.inspect import describe_plan
+from tuckerize.planning.plan import Plan, make_plan
+from tuckerize.progress import Progress, SilentProgress
+from tuckerize.recipe import Recipe, Texts, recipe_of_options
+from tuckerize.report import DecomposeReport, PlanReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecomposeRequest:
+    """A decomposition to carry out. The size is exactly one of keep, rank, tolerance and recipe.
+
+    Attributes:
+        model: Folder, Hugging Face id in the local cache, or short name of the source.
+        output: The new folder; `preview` needs none.
+        keep: Kept share of the routed parameters, in (0, 1], or a percentage: 0.75 or "75%".
+        rank: Core sizes "r_E,r_H,r_I" (experts, intermediate, hidden): sizes, percentages or
+            "full".
+        tolerance: Relative residual that each stack may have, in (0, 1).
+        recipe: YAML file, name of a shipped recipe, or the recipe's keys and values. It says all
+            that the options from layers to calibration say, which are left out then.
+        layers: Layers like "1-3,7,20-"; all MoE layers by default.
+        projections: Of gate_proj, up_proj and down_proj, with commas or as a list; all by default.
+        group_size: Experts that share a decomposition; all of a layer by default.
+        joint: "gate_up": one U_I for gate_proj and up_proj.
+        dtype: Type of stored factors: bfloat16, float16 or float32; the source's by default.
+        max_sweeps: Largest number of HOOI sweeps after the start; 10 by default.
+        engine: "tuckerize", or "tensorly" as the slow reference.
+        calibration: Text or JSONL file, or several, or the `calibration` keys of a recipe:
+            {"texts": ["code.txt:0.7", "prose.txt:0.3"], "tokens": 65536}. Without it the
+            decomposition is data-free.
+        device: Where the products run: auto, npu, cuda or cpu.
+        collective_timeout: Seconds that a process waits for the others; by default 7200 on npu,
+            otherwise 86400.
+        overwrite: Replace an earlier result.
+    """
+
+    model: str | Path
+    output: str | Path | None = None
+    keep: float | str | None = None
+    rank: str | None = None
+    tolerance: float | None = None
+    recipe: str | Path | Mapping[str, Any] | None = None
+    layers: str | None = None
+    projections: str | Sequence[str] | None = None
+    group_size: int | None = None
+    joint: str | None = None
+    dtype: str | None = None
+    max_sweeps: int | None = None
+    engine: str | None = None
+    calibration: Texts | Mapping[str, Any] | None = None
+    device: str = Device.AUTO
+    collective_timeout: float | None = None
+    overwrite: bool = False
+
+    def to_recipe(self) -> Recipe:
+        """The recipe that the request stands for.
+
+        Raises:
+            UsageError: No size is given, or options contradict each other.
+            RecipeError: A value is not possible.
+        """
+        return recipe_of_options(
+            self.recipe,
+            sizes={"rank": self.rank, "keep": self.keep, "tolerance": self.tolerance},
+            where={"layers": self.layers, "projections": self.projections},
+            how={
+                "group_size": self.group_size,
+                "joint": self.joint,
+                "dtype": self.dtype,
+                "max_sweeps": self.max_sweeps,
+                "engine": self.engine,
+                "calibration": self.calibration,
+            },
+        )
+
+
+def decompose(
+    request: DecomposeRequest, progress: Progress | None = None
+) -> DecomposeReport | None:
+    """Decompose the routed experts of a model into a Tucker checkpoint.
+
+    An interrupted run continues when it is started again, and ends with the same bytes. Under
+    torchrun the processes share out the stacks.
+
+    Args:
+        request: What to decompose, how far, and where to.
+        progress: Shows how far the work is.
+
+    Returns:
+        What was written, on process 0; None on the other processes of a torchrun run.
+
+    Raises:
+        TuckerizeError: The request cannot be carried out; the message says why.
+
+    Example:
+        >>> request = DecomposeRequest(model="DeepSeek-V2-Lite", output="OUT", keep=0.75)
+        >>> report = decompose(request)  # doctest: +SKIP
+        >>> report.after.routed_parameters  # doctest: +SKIP
+    """
+    progress = progress or SilentProgress()
+    recipe = request.to_recipe()
+    if request.output is None:
+        raise UsageError("--output is missing", hint="name a new folder, or add --dry-run")
+    output = Path(request.output)
+    with _processes_of(request, recipe) as (processes, device):
+
+        def prepare() -> tuple[Plan, CalibrationPass | None]:
+            calibration, draft = _draft(request, recipe, device)
+            refuse_overlap(output, draft.source.checkpoint.folder)
+            folder = OutputFolder(output)
+            if processes.is_leader:
+                folder.claim(draft.fingerprint(), overwrite=request.overwrite)
+            else:
+                folder.join(draft.fingerprint())
+            if calibration is None:
+                return draft, None
+            return plan_calibrated(recipe, calibration, progress), calibration
+
+        plan, calibration = processes.leader_first(prepare)
+        return compress_model(
+            plan,
+            output,
+            model=str(request.model),
+            device=device,
+            processes=processes,
+            progress=progress,
+            calibration=calibration,
+        )
+
+
+def preview(request: DecomposeRequest, progress: Progress | None = None) -> PlanReport | None:
+    """Plan a decomposition without carrying it out; writes nothing.
+
+    Reads weights only to profile the model, where a budget is calibrated.
+
+    Args:
+        request: What to decompose, and how far.
+        progress: Shows how far a profile is.
+
+    Returns:
+        Core sizes, bytes, and estimates of memory and time, on process 0; None on others.
+
+    Raises:
+        TuckerizeError: The request cannot be carried out; the message says why.
+
+    Example:
+        >>> preview(DecomposeRequest(model="DeepSeek-V2-Lite", keep=0.75))  # doctest: +SKIP
+    """
+    progress = progress or SilentProgress()
+    recipe = request.to_recipe()
+    with _processes_of(request, recipe) as (processes, device):
+
+        def prepare() -> Plan:
+            calibration, draft = _draft(request, recipe, device)
+            return plan_calibrated(recipe, calibration, progress) if calibration else draft
+
+        plan = processes.leader_first(prepare)
+        return describe_plan(plan) if processes.is_leader else None
+
+
+@contextmanager
+def _processes_of(
+    request: DecomposeRequest, recipe: Recipe
+) -> Iterator[tuple[Processes, torch.device]]:
+    """The processes of the run, which are one where there is a calibration, and the own device."""
+    choice, seconds = Device.parse(request.device), request.collective_timeout
+    with process_group(
+        lambda local: choose_device(choice, local_rank=local),
+        None if seconds is None else timedelta(seconds=seconds),
+    ) as (processes, device):
+        if recipe.calibration and processes.size > 1:
+            raise UsageError(
+                "--calibration runs in one process: a layer needs the ones before it",
+                hint="start it without torchrun",
+            )
+        yield processes, device
+
+
+def _draft(
+    request: DecomposeRequest, recipe: Recipe, device: torch.device
+) -> tuple[CalibrationPass | None, Plan]:
+    """The calibration text, if any, and the plan before a calibrated budget is shared out."""
+    source = SourceModel.open(resolve_model(str(request.model)))
+    draft = make_plan(source, recipe)  # refuses what cannot be planned before the text is read
+    if not recipe.calibration:
+        return None, draft
+    calibration = CalibrationPass.open(source, recipe, device)
+    return calibration, draft_plan(recipe, calibration)

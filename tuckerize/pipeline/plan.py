@@ -1,0 +1,66 @@
+"""The `plan` command: predict the cost of every budget before anything is decomposed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tuckerize.calibration.calibration_pass import CalibrationPass
+from tuckerize.checkpoint.hub import resolve_model
+from tuckerize.domain import Device
+from tuckerize.moe.source import SourceModel
+from tuckerize.parallel.backends import choose_device
+from tuckerize.planning.curve import damage_curve
+from tuckerize.planning.plan import make_plan
+from tuckerize.progress import Progress, SilentProgress
+from tuckerize.recipe import Texts, recipe_of_options
+from tuckerize.report import CurveReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanRequest:
+    """A model and the text that budgets are predicted for.
+
+    Attributes:
+        model: Folder, Hugging Face id in the local cache, or short name.
+        calibration: Text or JSONL file, or several, or the `calibration` keys of a recipe.
+        group_size: Experts that share a decomposition; all of a layer by default.
+        device: Where the products run: auto, npu, cuda or cpu.
+    """
+
+    model: str | Path
+    calibration: Texts | Mapping[str, Any]
+    group_size: int | None = None
+    device: str = Device.AUTO
+
+
+def plan(request: PlanRequest, progress: Progress | None = None) -> CurveReport:
+    """Predict what every budget of a calibrated decomposition costs; decomposes nothing.
+
+    One pass over the text; its result is kept in the cache, where `decompose` finds it.
+
+    Args:
+        request: The model and the text.
+        progress: Shows how far the profile is.
+
+    Raises:
+        TuckerizeError: The model or the text cannot be used; the message says why.
+
+    Example:
+        >>> request = PlanRequest(model="DeepSeek-V2-Lite", calibration="text.txt")
+        >>> for point in plan(request).points:  # doctest: +SKIP
+        ...     print(point.keep, point.total_bytes)
+    """
+    recipe = recipe_of_options(
+        None,
+        sizes={"keep": 1.0},
+        where={},
+        how={"group_size": request.group_size, "calibration": request.calibration},
+    )
+    choice = Device.parse(request.device)
+    source = SourceModel.open(resolve_model(str(request.model)))
+    make_plan(source, recipe)  # refuses what cannot be planned before the text is read
+    opened = CalibrationPass.open(source, recipe, choose_device(choice))
+    return damage_curve(recipe, opened, progress or SilentProgress())
