@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from tuckerize.domain import (
     Allocation,
@@ -21,9 +29,11 @@ from tuckerize.domain import (
     Truncation,
 )
 from tuckerize.errors import RecipeError, UsageError
+from tuckerize.validation import Place, explain
 
 _LAYER = re.compile(r"\d+")
 _RANGE = re.compile(r"(\d*)\s*-\s*(\d*)")
+_PERCENTAGE = re.compile(r"\d+(\.\d+)?%")
 _SIZE = re.compile(r"full|[1-9]\d{0,17}|\d+(\.\d+)?%")
 
 
@@ -32,14 +42,31 @@ def _rank_text(value: object) -> object:
     return ",".join(str(part) for part in value) if isinstance(value, list) else value
 
 
+def _share(value: object) -> object:
+    """`75%` is 0.75."""
+    if isinstance(value, str) and _PERCENTAGE.fullmatch(value.strip()):
+        return float(value.strip()[:-1]) / 100
+    return value
+
+
 def _check_rank(text: str) -> str:
     parts = [part.strip() for part in text.split(",")]
     if len(parts) != 3:
-        raise ValueError(f"'{text}' has {len(parts)} sizes, expected three: r_E,r_H,r_I")
+        raise ValueError(
+            f"'{text}' has {len(parts)} sizes, expected three: r_E,r_H,r_I (experts, "
+            "intermediate, hidden)"
+        )
     for part in parts:
-        if not _SIZE.fullmatch(part) or (part.endswith("%") and not 0 < float(part[:-1]) <= 100):
+        if not _SIZE.fullmatch(part):
             raise ValueError(f"'{part}' in '{text}' is not a number, a percentage or 'full'")
-    return ",".join(parts)
+        if part.endswith("%") and not 0 < float(part[:-1]) <= 100:
+            raise ValueError(f"'{part}' in '{text}' is not above 0 % and at most 100 %")
+    return text
+
+
+def _check_layers(text: str) -> str:
+    _layer_ranges(text)
+    return text
 
 
 class _Schema(BaseModel):
@@ -57,10 +84,10 @@ class Rule(_Schema):
         tolerance: Relative residual that each stack of this rule may have, in (0, 1).
     """
 
-    layers: str | None = None
+    layers: Annotated[str, AfterValidator(_check_layers)] | None = None
     projections: tuple[Projection, ...] = tuple(Projection)
-    rank: Annotated[str, BeforeValidator(_rank_text)] | None = None
-    keep: Annotated[float, Field(gt=0, le=1)] | None = None
+    rank: Annotated[str, BeforeValidator(_rank_text), AfterValidator(_check_rank)] | None = None
+    keep: Annotated[float, Field(gt=0, le=1), BeforeValidator(_share)] | None = None
     tolerance: Annotated[float, Field(gt=0, lt=1)] | None = None
 
     @model_validator(mode="after")
@@ -68,10 +95,6 @@ class Rule(_Schema):
         given = [self.rank, self.keep, self.tolerance]
         if sum(value is not None for value in given) != 1:
             raise ValueError("give exactly one of rank, keep and tolerance")
-        if self.rank is not None:
-            _check_rank(self.rank)
-        if self.layers is not None:
-            _layer_ranges(self.layers)
         if not self.projections:
             raise ValueError("projections is empty")
         return self
@@ -162,6 +185,8 @@ class Recipe(_Schema):
         return None
 
 
+_EXAMPLE = "rules:\n  - keep: 0.75"
+
 Texts = str | Path | Sequence[str | Path]
 """One source of text or several: a text or JSONL file or a data set, as PATH or PATH:WEIGHT."""
 
@@ -220,7 +245,7 @@ def recipe_of_options(
     texts = settings.get("calibration")
     if isinstance(texts, str | Path | Sequence):
         settings["calibration"] = {"texts": list_of_texts(texts)}
-    return parse_recipe({"rules": [rule], **settings}, place="the options")
+    return _validated({"rules": [rule], **settings}, _option_of, place="")
 
 
 def find_recipe(name: str) -> Path:
@@ -271,16 +296,46 @@ def parse_recipe(value: object, *, place: str) -> Recipe:
     Raises:
         RecipeError: They do not follow the schema; the message names the first key that does not.
     """
+    if value is None:
+        raise RecipeError(f"{place} is empty", hint=f"write, for example:\n{_EXAMPLE}")
     if not isinstance(value, Mapping):
-        raise RecipeError(f"{place} holds {value!r}, expected keys and values")
+        raise RecipeError(
+            f"{place} holds {_kind(value)}, expected keys and values",
+            hint=f"write, for example:\n{_EXAMPLE}",
+        )
+    return _validated(dict(value), _key_of, place=f"{place}: ")
+
+
+def _validated(value: dict[str, Any], name: Callable[[Place], str], *, place: str) -> Recipe:
     try:
         return Recipe.model_validate(value)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
-        found = f", found {first['input']!r}" if isinstance(first["input"], int | float) else ""
-        message = first["msg"].removeprefix("Value error, ")
-        raise RecipeError(f"{place}: {key + ': ' if key else ''}{message}{found}") from None
+        message, hint = explain(error, Recipe, value, name, example=_EXAMPLE)
+        raise RecipeError(f"{place}{message}", hint=hint) from None
+
+
+def _key_of(place: Place) -> str:
+    """`rules[0].keep`."""
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
+    return "".join(parts).removeprefix(".")
+
+
+def _option_of(place: Place) -> str:
+    """`--keep`: the option that gave a value."""
+    words = [part for part in place if isinstance(part, str)]
+    if words[:1] == ["rules"]:
+        words = words[1:]
+    if words[:1] != ["calibration"] or len(words) == 1:
+        return f"--{words[0].replace('_', '-')}" if words else ""
+    options = {"texts": "--calibration", "tokens": "--calibration-tokens"}
+    if words[1] in options:
+        return options[words[1]]
+    is_option = words[1] in ("random_share", "multiple", "equal_widths", "refine")
+    return f"--{words[1].replace('_', '-')}" if is_option else ".".join(words)
+
+
+def _kind(value: object) -> str:
+    return "a list" if isinstance(value, list) else repr(value)
 
 
 def resolve_rank(text: str, shape: StackShape) -> MultilinearRank:

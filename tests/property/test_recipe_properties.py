@@ -86,6 +86,9 @@ def mutations(draw: st.DrawFn) -> Any:  # noqa: ANN401
     return recipe
 
 
+PYDANTIC = re.compile(r"[Ii]nput should|[Ee]xtra inputs|[Ff]ield required|valid (tuple|dict|str)")
+
+
 def parse_or_refuse(value: object) -> Recipe | None:
     try:
         return parse_recipe(value, place="here")
@@ -99,6 +102,16 @@ def test_mutated_recipe_is_read_or_refused_with_a_recipe_error(value: object) ->
     if recipe is not None:
         again = parse_recipe(recipe.model_dump(mode="json", exclude_none=True), place="again")
         assert again == recipe
+
+
+@given(mutations())
+def test_refusal_of_a_mutated_recipe_is_in_our_own_words(value: object) -> None:
+    said = ""
+    try:
+        parse_recipe(value, place="here")
+    except RecipeError as error:
+        said = f"{error.message} {error.hint}"
+    assert not PYDANTIC.search(said)
 
 
 @given(mutations())

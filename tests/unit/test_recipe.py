@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tuckerize.domain import MultilinearRank, Projection, StackShape
 from tuckerize.errors import RecipeError
@@ -72,66 +73,67 @@ def test_rank_as_a_yaml_list_equals_its_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ({}, "rules.0: give exactly one of rank, keep and tolerance"),
+        ({}, "rules[0]: give exactly one of rank, keep and tolerance"),
         (
             {"rank": "1,1,1", "keep": 0.5},
-            "rules.0: give exactly one of rank, keep and tolerance",
+            "rules[0]: give exactly one of rank, keep and tolerance",
         ),
         (
             {"keep": 0.5, "tolerance": 0.5},
-            "rules.0: give exactly one of rank, keep and tolerance",
+            "rules[0]: give exactly one of rank, keep and tolerance",
         ),
-        ({"keep": 0}, "rules.0.keep: Input should be greater than 0"),
-        ({"keep": 1.01}, "rules.0.keep: Input should be less than or equal to 1"),
-        ({"keep": float("nan")}, "rules.0.keep: Input should be less than or equal to 1"),
-        ({"keep": "much"}, "rules.0.keep: Input should be a valid number"),
-        ({"tolerance": 0}, "rules.0.tolerance: Input should be greater than 0"),
-        ({"tolerance": 1}, "rules.0.tolerance: Input should be less than 1"),
-        ({"rank": "8,8"}, "rules.0: '8,8' has 2 sizes, expected three: r_E,r_H,r_I"),
-        ({"rank": ""}, "rules.0: '' has 1 sizes, expected three: r_E,r_H,r_I"),
+        ({"keep": 0}, "rules[0].keep 0 is not a number above 0 and at most 1"),
+        ({"keep": 1.01}, "rules[0].keep 1.01 is not a number above 0 and at most 1"),
+        ({"keep": "101%"}, "rules[0].keep 101% is not a number above 0 and at most 1"),
+        ({"keep": float("nan")}, "rules[0].keep nan is not a number above 0 and at most 1"),
+        ({"keep": "much"}, "rules[0].keep much is not a number above 0 and at most 1"),
+        ({"tolerance": 0}, "rules[0].tolerance 0 is not a number above 0 and below 1"),
+        ({"tolerance": 1}, "rules[0].tolerance 1 is not a number above 0 and below 1"),
+        ({"rank": "8,8"}, "rules[0].rank: '8,8' has 2 sizes, expected three: r_E,r_H,r_I"),
+        ({"rank": ""}, "rules[0].rank: '' has 1 sizes, expected three: r_E,r_H,r_I"),
         (
             {"rank": "0,8,8"},
-            "rules.0: '0' in '0,8,8' is not a number, a percentage or 'full'",
+            "rules[0].rank: '0' in '0,8,8' is not a number, a percentage or 'full'",
         ),
         (
             {"rank": "8,-1,8"},
-            "rules.0: '-1' in '8,-1,8' is not a number, a percentage or 'full'",
+            "rules[0].rank: '-1' in '8,-1,8' is not a number, a percentage or 'full'",
         ),
         (
             {"rank": "8,8,101%"},
-            "rules.0: '101%' in '8,8,101%' is not a number, a percentage or 'full'",
+            "rules[0].rank: '101%' in '8,8,101%' is not above 0 % and at most 100 %",
         ),
         (
             {"rank": "8,8,0%"},
-            "rules.0: '0%' in '8,8,0%' is not a number, a percentage or 'full'",
+            "rules[0].rank: '0%' in '8,8,0%' is not above 0 % and at most 100 %",
         ),
         (
             {"rank": "8,1.5,8"},
-            "rules.0: '1.5' in '8,1.5,8' is not a number, a percentage or 'full'",
+            "rules[0].rank: '1.5' in '8,1.5,8' is not a number, a percentage or 'full'",
         ),
-        ({"rank": 8}, "rules.0.rank: Input should be a valid string"),
+        ({"rank": 8}, "rules[0].rank 8 is not text"),
         (
             {"keep": 0.5, "layers": "a"},
-            "rules.0: 'a' in layers is not a layer or a range like 1-3 or 20-",
+            "rules[0].layers: 'a' in layers is not a layer or a range like 1-3 or 20-",
         ),
         (
             {"keep": 0.5, "layers": "-"},
-            "rules.0: '-' in layers is not a layer or a range like 1-3 or 20-",
+            "rules[0].layers: '-' in layers is not a layer or a range like 1-3 or 20-",
         ),
         (
             {"keep": 0.5, "layers": "1,,2"},
-            "rules.0: '' in layers is not a layer or a range like 1-3 or 20-",
+            "rules[0].layers: '' in layers is not a layer or a range like 1-3 or 20-",
         ),
         (
             {"keep": 0.5, "layers": "3-1"},
-            "rules.0: the range '3-1' in layers ends before it starts",
+            "rules[0].layers: the range '3-1' in layers ends before it starts",
         ),
-        ({"keep": 0.5, "projections": []}, "rules.0: projections is empty"),
+        ({"keep": 0.5, "projections": []}, "rules[0]: projections is empty"),
         (
             {"keep": 0.5, "projections": ["gate"]},
-            "rules.0.projections.0: Input should be 'gate_proj', 'up_proj' or 'down_proj'",
+            "rules[0].projections[0] gate is not one of: gate_proj, up_proj, down_proj",
         ),
-        ({"kep": 0.5}, "rules.0.kep: Extra inputs are not permitted"),
+        ({"kep": 0.5}, "rules[0]: 'kep' is not a key"),
     ],
 )
 def test_rule_that_breaks_the_schema_names_place_and_key(
@@ -144,19 +146,21 @@ def test_rule_that_breaks_the_schema_names_place_and_key(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rules": []}, "rules: Tuple should have at least 1 item"),
-        ({"rules": None}, "rules: Input should be a valid tuple"),
-        ({"schema_version": 2}, "schema_version: Input should be 1"),
-        ({"group_size": 0}, "group_size: Input should be greater than or equal to 1"),
-        ({"group_size": 1.5}, "group_size: Input should be a valid integer"),
-        ({"joint": "down"}, "joint: Input should be 'gate_up'"),
+        ({"rules": []}, "rules is empty, expected at least one"),
+        ({"rules": [3]}, "rules[0] 3 is not a set of keys and values"),
+        ({"rules": None}, "rules (empty) is not a list"),
+        ({"rules": {"keep": 0.5}}, "rules (keys and values) is not a list"),
+        ({"schema_version": 2}, "schema_version 2 is not 1"),
+        ({"group_size": 0}, "group_size 0 is not a whole number of at least 1"),
+        ({"group_size": 1.5}, "group_size 1.5 is not a whole number of at least 1"),
+        ({"joint": "down"}, "joint down is not 'gate_up'"),
         (
             {"dtype": "int8"},
-            "dtype: Input should be 'bfloat16', 'float16' or 'float32'",
+            "dtype int8 is not one of: bfloat16, float16, float32",
         ),
-        ({"max_sweeps": -1}, "max_sweeps: Input should be greater than or equal to 0"),
-        ({"engine": "numpy"}, "engine: Input should be 'tuckerize' or 'tensorly'"),
-        ({"Rules": []}, "Rules: Extra inputs are not permitted"),
+        ({"max_sweeps": -1}, "max_sweeps -1 is not a whole number of at least 0"),
+        ({"engine": "numpy"}, "engine numpy is not one of: tuckerize, tensorly"),
+        ({"Rules": []}, "'Rules' is not a key"),
     ],
 )
 def test_recipe_that_breaks_the_schema_names_place_and_key(
@@ -166,15 +170,61 @@ def test_recipe_that_breaks_the_schema_names_place_and_key(
         parse_recipe({"rules": [{"keep": 0.5}], **changes}, place="here")
 
 
-@pytest.mark.parametrize("value", [None, [], "text", 3])
+@pytest.mark.parametrize("value", [[], "text", 3])
 def test_recipe_that_is_no_mapping_is_refused(value: object) -> None:
     with pytest.raises(RecipeError, match=r"^here holds .*, expected keys and values$"):
         parse_recipe(value, place="here")
 
 
+def test_recipe_that_is_empty_says_so_with_an_example() -> None:
+    with pytest.raises(RecipeError, match=r"^here is empty$") as caught:
+        parse_recipe(None, place="here")
+    shown = caught.value.hint.removeprefix("write, for example:\n")
+    assert parse_recipe(yaml.safe_load(shown), place="shown") == parse_rule(keep=0.75)
+
+
+@pytest.mark.parametrize(
+    ("value", "hint"),
+    [
+        ({"rules": [{"keep": 75}]}, "did you mean 0.75 (75 %)?"),
+        ({"rules": [{"keep": "75"}]}, "did you mean 0.75 (75 %)?"),
+        ({"rules": [{"keep": 750}]}, ""),
+        ({"rules": [{"tolerance": 5}]}, "did you mean 0.05 (5 %)?"),
+        (
+            {"rules": [{"kep": 0.75}]},
+            "did you mean 'keep'? the keys are: layers, projections, rank, keep, tolerance",
+        ),
+        ({"keep": 0.75}, "it belongs to rules:\nrules:\n  - keep: ..."),
+        ({"rules": [{"keep": 0.5}], "tokens": 9}, "it belongs to calibration:\ncalibration:\n"),
+        ({"rules": [{"keep": 0.5}], "Dtype": "float16"}, "did you mean 'dtype'? the keys are: "),
+        ({"rules": [{"keep": 0.5, "projections": ["gate"]}]}, "did you mean 'gate_proj'?"),
+        ({"rules": [{"keep": 0.5}], "dtype": "bf16"}, "did you mean 'bfloat16'?"),
+        ({"rules": [{"keep": 0.5, "layers": 3}]}, "write it in quotes: '3'"),
+        ({}, "write, for example:\nrules:\n  - keep: 0.75"),
+    ],
+)
+def test_recipe_that_breaks_the_schema_says_what_to_change(
+    value: dict[str, object], hint: str
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(value, place="here")
+    assert caught.value.hint.startswith(hint)
+    assert bool(caught.value.hint) == bool(hint)
+
+
+def test_recipe_without_rules_says_that_they_are_missing() -> None:
+    with pytest.raises(RecipeError, match=r"^here: rules is missing$"):
+        parse_recipe({"joint": "gate_up"}, place="here")
+
+
+@pytest.mark.parametrize("text", ["75%", " 75% ", "75.0%", "0.75"])
+def test_keep_as_a_percentage_is_the_share(text: str) -> None:
+    assert parse_rule(keep=text) == parse_rule(keep=0.75)
+
+
 def test_recipe_file_with_a_wrong_key_is_named_with_the_key(tmp_path: Path) -> None:
     path = write(tmp_path, "rules: [{keep: 0.5}]\nranks: 3\n")
-    with pytest.raises(RecipeError, match=f"^{re.escape(str(path))}: ranks: Extra inputs"):
+    with pytest.raises(RecipeError, match=f"^{re.escape(str(path))}: 'ranks' is not a key"):
         read_recipe(path)
 
 
@@ -312,18 +362,18 @@ def test_calibration_has_the_documented_defaults() -> None:
 @pytest.mark.parametrize(
     ("rule", "settings", "message"),
     [
-        (None, {"texts": []}, "calibration.texts: Tuple should have at least 1 item"),
-        (None, {"tokens": 0}, "calibration.tokens: Input should be greater than or equal to 1"),
-        (None, {"window": 1}, "calibration.window: Input should be greater than or equal to 2"),
-        (None, {"multiple": 0}, "calibration.multiple: Input should be greater than or equal"),
-        (None, {"refine": -1}, "calibration.refine: Input should be greater than or equal to 0"),
+        (None, {"texts": []}, "calibration.texts is empty, expected at least one"),
+        (None, {"tokens": 0}, "calibration.tokens 0 is not a whole number of at least 1"),
+        (None, {"window": 1}, "calibration.window 1 is not a whole number of at least 2"),
+        (None, {"multiple": 0}, "calibration.multiple 0 is not a whole number of at least 1"),
+        (None, {"refine": -1}, "calibration.refine -1 is not a whole number of at least 0"),
         (
             None,
             {"shape": "wide"},
-            "calibration.shape: Input should be 'auto', 'latent', 'neurons' or",
+            "calibration.shape wide is not one of: auto, latent, neurons, full",
         ),
-        (None, {"allocate": "best"}, "calibration.allocate: Input should be 'error' or"),
-        (None, {"steps": 3}, "calibration.steps: Extra inputs are not permitted"),
+        (None, {"allocate": "best"}, "calibration.allocate best is not one of: error, uniform"),
+        (None, {"steps": 3}, "calibration: 'steps' is not a key"),
         (None, {"engine": "tensorly"}, "the engine tensorly is data-free: it takes no calibration"),
         ({"tolerance": 0.1}, {}, "a tolerance is of weights, calibration is of outputs: give keep"),
         (
