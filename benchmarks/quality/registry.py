@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from benchmarks.quality.layer import Method
 from benchmarks.quality.methods import low_rank, mobe, pruning, tucker
 
@@ -24,24 +26,31 @@ METHODS: dict[str, Method] = {
 NEED_SENSITIVITY = {"D2-MoE", "HEAPr"}
 """Those that use derivatives of the loss on the calibration text."""
 
-_CALIBRATED = ("--calibration", "{calibration}", "--calibration-tokens", "{tokens}")
+TEXT, OTHER_TEXT = "{calibration}", "{other}"
+"""Stand for the calibration texts of the model's domain and of another one."""
 
-_BOTH = ("--calibration", "{calibration}", "--calibration", "{other}", *_CALIBRATED[2:])
-_UNREFINED = (*_CALIBRATED, "--refine", "0")
 
-OURS: dict[str, tuple[str, ...]] = {
-    "tuckerize": _CALIBRATED,
-    "tuckerize, both domains": _BOTH,
-    "tuckerize, data-free": (),
-    "unrefined": _UNREFINED,
-    "unrefined, one-shot": (*_UNREFINED, "--one-shot"),
-    "unrefined, no random tokens": (*_UNREFINED, "--random-share", "0"),
-    "unrefined, uniform budget": (*_UNREFINED, "--allocate", "uniform"),
-    "unrefined, latent only": (*_UNREFINED, "--shape", "latent"),
-    "unrefined, neurons only": (*_UNREFINED, "--shape", "neurons"),
-    "unrefined, equal widths": (*_UNREFINED, "--equal-widths"),
-    "unrefined, full Tucker": (*_UNREFINED, "--shape", "full"),
-    "unrefined, no weighted sweeps": (*_UNREFINED, "--max-sweeps", "0"),
-    "unrefined, groups of 4": (*_UNREFINED, "--group-size", "4"),
+def _calibrated(*texts: str, **settings: object) -> dict[str, Any]:
+    return {"calibration": {"texts": texts or (TEXT,), **settings}}
+
+
+def _unrefined(**settings: object) -> dict[str, Any]:
+    return _calibrated(refine=0, **settings)
+
+
+OURS: dict[str, dict[str, Any]] = {
+    "tuckerize": _calibrated(),
+    "tuckerize, both domains": _calibrated(TEXT, OTHER_TEXT),
+    "tuckerize, data-free": {},
+    "unrefined": _unrefined(),
+    "unrefined, one-shot": _unrefined(sequential=False),
+    "unrefined, no random tokens": _unrefined(random_share=0),
+    "unrefined, uniform budget": _unrefined(allocate="uniform"),
+    "unrefined, latent only": _unrefined(shape="latent"),
+    "unrefined, neurons only": _unrefined(shape="neurons"),
+    "unrefined, equal widths": _unrefined(equal_widths=True),
+    "unrefined, full Tucker": _unrefined(shape="full"),
+    "unrefined, no weighted sweeps": {**_unrefined(), "max_sweeps": 0},
+    "unrefined, groups of 4": {**_unrefined(), "group_size": 4},
 }
-"""Options of `tuckerize decompose` besides `--model`, `--keep` and `--output`."""
+"""Keys of the recipe of `tuckerize decompose` besides its rule, which says `keep`."""

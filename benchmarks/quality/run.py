@@ -31,7 +31,7 @@ from torch import Tensor
 
 from benchmarks.quality.layer import Compressed, Layer, triple
 from benchmarks.quality.models import MoeModel
-from benchmarks.quality.registry import METHODS, NEED_SENSITIVITY, OURS
+from benchmarks.quality.registry import METHODS, NEED_SENSITIVITY, OTHER_TEXT, OURS, TEXT
 from benchmarks.quality.tables import plot, tables
 
 RESULTS = Path(__file__).parents[1] / "results" / "quality.json"
@@ -166,16 +166,20 @@ class Bench:
 
     def ours(self, method: str, keep: float) -> Row | None:
         """The command line of this project; None where it does not know the options."""
-        values = {
-            "calibration": self.calibration_file,
-            "other": self.calibration_file.with_name("english_calibration.txt"),
-            "tokens": self.calibration_tokens,
+        texts = {
+            TEXT: str(self.calibration_file),
+            OTHER_TEXT: str(self.calibration_file.with_name("english_calibration.txt")),
         }
-        options = [option.format(**values) for option in OURS[method]]
+        recipe = {"rules": [{"keep": keep}], **OURS[method]}
+        if settings := recipe.get("calibration"):
+            own = {"texts": [texts[text] for text in settings["texts"]]}
+            recipe["calibration"] = {"tokens": self.calibration_tokens, **settings, **own}
         with tempfile.TemporaryDirectory(prefix="quality-") as temporary:
             small, dense = f"{temporary}/small", f"{temporary}/dense"
-            source = ["--model", str(self.path), "--keep", str(keep), "--output", small]
-            cost = _run(["decompose", *source, *options])
+            file = Path(temporary, "recipe.yaml")
+            file.write_text(json.dumps(recipe), encoding="utf-8")  # which is YAML
+            source = ["--model", str(self.path), "--recipe", str(file), "--output", small]
+            cost = _run(["decompose", *source])
             if cost is None or _run(["reconstruct", small, "--output", dense]) is None:
                 return None
             manifest = json.loads((Path(small) / "tuckerize.json").read_text(encoding="utf-8"))

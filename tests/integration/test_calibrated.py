@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import tuckerize
 from tests.running import files_of, run_here, start, succeed, torchrun
 from tests.tiny_models import write_text
 from tuckerize.calibration import calibration_pass as run_module
@@ -29,10 +30,12 @@ from tuckerize.calibration.refine import Refinement, refine
 from tuckerize.calibration.tokens import DenseGroup, LayerTokens
 from tuckerize.checkpoint.output import OutputFolder
 from tuckerize.domain import Projection
+from tuckerize.errors import UsageError
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 from tuckerize.moe.source import SourceModel
 from tuckerize.names import TensorName
 from tuckerize.pipeline import decompose_calibrated as calibrated_module
+from tuckerize.pipeline.decompose import DecomposeRequest
 from tuckerize.progress import SilentProgress
 from tuckerize.recipe import CalibrationSettings, Recipe, Rule
 from tuckerize.runtime.experts import ACTIVATIONS, TuckerExperts
@@ -67,6 +70,14 @@ def decompose(model: Path, text: Path, out: Path, *options: str) -> dict[str, An
     output = succeed("decompose", "--model", model, "--output", out, *common, *options)
     report: dict[str, Any] = json.loads(output)
     return report
+
+
+def request_of(
+    model: Path, text: Path, out: Path, settings: dict[str, Any], options: dict[str, Any]
+) -> DecomposeRequest:
+    """A request without refinement, for settings that are recipe keys or for the API itself."""
+    calibration = {"texts": [str(text)], "tokens": 1024, "refine": 0, **settings}
+    return DecomposeRequest(model=model, output=out, **{**options, "calibration": calibration})
 
 
 def plan_of(*arguments: str | Path) -> dict[str, Any]:
@@ -185,52 +196,54 @@ def test_same_command_twice_gives_the_same_bytes(
 
 
 @pytest.mark.parametrize(
-    "options",
+    "option",
     [
-        ("--shape", "latent"),
-        ("--shape", "neurons"),
-        ("--equal-widths",),
-        ("--allocate", "uniform"),
-        ("--group-size", "4"),
-        ("--layers", "2"),
-        ("--dtype", "bfloat16"),
+        {"calibration": {"shape": "latent"}},
+        {"calibration": {"shape": "neurons"}},
+        {"calibration": {"equal_widths": True}},
+        {"calibration": {"allocate": "uniform"}},
+        {"group_size": 4},
+        {"layers": "2"},
+        {"dtype": "bfloat16"},
     ],
-    ids=" ".join,
+    ids=str,
 )
 def test_options_of_a_budget_do_what_they_say(
-    options: tuple[str, ...], model: Path, text: Path, tmp_path: Path
+    option: dict[str, Any], model: Path, text: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    size = ("--keep", "0.7", "--multiple", "2", *TOKENS, *PLAIN, *options)
-    plan: tuple[str | Path, ...] = ("--calibration", text, "--dry-run", "--json", *size)
-    dry = json.loads(succeed("decompose", "--model", model, *plan))
-    report = decompose(model, text, out, *size)
-    assert dry["after"] == report["after"]
-    assert dry["predicted_damage"] == report["predicted_damage"] > 0
+    settings = {"multiple": 2, **option.get("calibration", {})}
+    request = request_of(model, text, out, settings, {"keep": 0.7, **option})
+    plan, report = tuckerize.preview(request), tuckerize.decompose(request)
+    assert plan is not None
+    assert report is not None
+    assert plan.after == report.after
+    assert plan.predicted_damage == report.predicted_damage is not None
+    assert report.predicted_damage > 0
     manifest = manifest_of(out)
-    layers = [2] if "--layers" in options else [1, 2]
+    layers = [2] if "layers" in option else [1, 2]
     assert [layer["layer"] for layer in manifest["calibrated"]] == layers
     touched = len(layers) * 8 * 3 * 24 * 32
     stored = manifest["after"]["routed_parameters"] - (2 - len(layers)) * 8 * 3 * 24 * 32
     # The smallest step of neurons alone is an eighth of the smallest that may be left over.
     assert 0.93 * 0.7 * touched <= stored <= 0.7 * touched
-    if "latent" in options:
+    if settings.get("shape") == "latent":
         assert all(layer["neurons"] == 24 and not layer["kept"] for layer in manifest["calibrated"])
-    if "neurons" in options:
+    if settings.get("shape") == "neurons":
         assert all(stack["multilinear_rank"][2] == 32 for stack in manifest["stacks"])
-    if "--equal-widths" in options:
+    if "equal_widths" in settings:
         announced = json.loads((out / "config.json").read_text())["quantization_config"]
         groups = [group for groups in announced["modules"].values() for group in groups]
         assert all(isinstance(group["neurons"], int) for group in groups)
         assert any(group["neurons"] < 24 for group in groups)
         succeed("shard", out, "--tp", "2", "--layout", "rank")
         assert torchrun(2, "-m", "tuckerize", "verify", out).returncode == 0
-    if "uniform" in options:
+    if "allocate" in settings:
         announced = json.loads((out / "config.json").read_text())["quantization_config"]
         for prefix in announced["modules"]:
             own = sum(t.numel() for n, t in weights_of(out).items() if n.startswith(f"{prefix}."))
             assert own <= 0.7 * 8 * 3 * 24 * 32
-    if "--group-size" in options:
+    if "group_size" in option:
         assert all(len(layer["kept"]) in (0, 2) for layer in manifest["calibrated"])
     assert "passed" in succeed("verify", out)
 
@@ -239,13 +252,15 @@ def test_one_shot_differs_behind_the_first_compressed_layer(
     model: Path, text: Path, tmp_path: Path
 ) -> None:
     layers = []
-    for name, options in (("sequential", ()), ("one-shot", ("--one-shot",))):
-        decompose(model, text, tmp_path / name, "--rank", "full,full,20", *PLAIN, *options)
+    for name, sequential in (("sequential", True), ("one-shot", False)):
+        settings = {"sequential": sequential}
+        request = request_of(model, text, tmp_path / name, settings, {"rank": "full,full,20"})
+        tuckerize.decompose(request)
         tucker = TuckerCheckpoint.open(tmp_path / name)
         layers.append([tucker.read_group(layer, 0) for layer in (1, 2)])
     same = [
-        all(torch.equal(sequential[name], one_shot[name]) for name in sequential)
-        for sequential, one_shot in zip(*layers, strict=True)
+        all(torch.equal(own[name], one_shot[name]) for name in own)
+        for own, one_shot in zip(*layers, strict=True)
     ]
     assert same == [True, False]
 
@@ -359,7 +374,10 @@ def test_calibration_has_less_output_error_than_none(
 ) -> None:
     """On the text itself, at equal size: what all of this is for."""
     size = ("--keep", "0.6")
-    report = decompose(model, text, tmp_path / "with", *size, "--shape", "latent", "--refine", "0")
+    settings = {"shape": "latent"}
+    report = tuckerize.decompose(
+        request_of(model, text, tmp_path / "with", settings, {"keep": 0.6})
+    )
     succeed("decompose", "--model", model, *size, "--output", tmp_path / "without")
     losses = []
     tokens = torch.tensor([[int(word) for word in text.read_text().split()[:512]]])
@@ -370,7 +388,9 @@ def test_calibration_has_less_output_error_than_none(
         losses.append(float((exact.exp() * (exact - found)).sum(-1).mean()))
     assert routed_parameters(tmp_path / "with") <= routed_parameters(tmp_path / "without")
     assert losses[0] < losses[1]
-    assert report["predicted_damage"] > 0
+    assert report is not None
+    assert report.predicted_damage is not None
+    assert report.predicted_damage > 0
 
 
 @torch.no_grad()
@@ -445,9 +465,10 @@ def test_killed_run_continues_and_ends_with_the_same_bytes(
     assert files_of(out) == files_of(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("options", [(), ("--one-shot",)])
+@pytest.mark.parametrize("sequential", [True, False])
 def test_nothing_of_a_layer_is_left_when_the_next_begins(
-    options: tuple[str, ...],
+    *,
+    sequential: bool,
     model: Path,
     text: Path,
     tmp_path: Path,
@@ -471,7 +492,8 @@ def test_nothing_of_a_layer_is_left_when_the_next_begins(
 
     monkeypatch.setattr(CalibrationPass, "groups", noted_groups)
     monkeypatch.setattr(CalibrationPass, "module", noted_module)
-    decompose(model, text, tmp_path / "out", "--keep", "0.6", *PLAIN, *options)
+    settings = {"sequential": sequential}
+    tuckerize.decompose(request_of(model, text, tmp_path / "out", settings, {"keep": 0.6}))
     assert len(made) > len(left) > 1
     assert left == [0] * len(left)
 
@@ -629,7 +651,6 @@ def test_nan_in_a_weight_names_the_layer(
         (("--calibration", "EMPTY"), "empty.txt has no text", "give a file with text"),
         (("--calibration", "TEXT:-1"), "with a positive weight", "notes.txt:0.7"),
         (("--refine", "10"), "--refine belongs to --calibration", "--calibration FILE"),
-        (("--one-shot",), "--one-shot belongs to --calibration", "--calibration FILE"),
         (("--calibration-tokens", "9"), "--calibration-tokens belongs to", "--calibration FILE"),
         (("--calibration", "TEXT", "--engine", "tensorly"), "tensorly is data-free", ""),
         (("--calibration", "TEXT", "--projections", "up_proj"), "all three projections", ""),
@@ -663,7 +684,6 @@ def test_bad_option_of_calibration_says_what_to_change_and_writes_nothing(
             "keep 0.01 is below what the smallest",
             "at least 0.061, or a smaller",
         ),
-        (("--keep", "0.01", "--shape", "latent"), "keep 0.01 is below", "at least 0.278"),
         (("--rank", "9,24,32"), "core size 9 of the expert mode (E) is not between 1 and 8", ""),
         (
             ("--rank", "2,3,7", "--joint", "gate_up"),
@@ -682,6 +702,16 @@ def test_bad_size_with_calibration_is_refused_before_any_work(
     cache: Path,
 ) -> None:
     refused(model, tmp_path, ("--calibration", str(text), *options), message, hint, cache)
+
+
+def test_budget_below_the_smallest_latent_size_is_refused(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    request = request_of(model, text, tmp_path / "out", {"shape": "latent"}, {"keep": 0.01})
+    with pytest.raises(UsageError, match=r"keep 0\.01 is below") as caught:
+        tuckerize.decompose(request)
+    assert "at least 0.278" in caught.value.hint
+    assert not (tmp_path / "out").exists()
 
 
 def refused(
