@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
-from tuckerize.domain import GATE_UP, MultilinearRank, Projection, StackShape
+from tuckerize.domain import GATE_UP, Joint, MultilinearRank, Projection, StackShape
 from tuckerize.format.manifest import TuckerManifest
 from tuckerize.moe.families import Family
 from tuckerize.names import TensorName
@@ -84,7 +84,7 @@ class TuckerQuantization:
     """
 
     group_size: int
-    joint: Literal["gate_up"] | None
+    joint: Joint | None
     modules: Mapping[str, tuple[GroupShape, ...]]
 
     @classmethod
@@ -187,7 +187,7 @@ class _Contents(BaseModel):
     """The whole on disk; unknown keys are ignored."""
 
     group_size: _Size
-    joint: Literal["gate_up"] | None
+    joint: Joint | None
     modules: dict[str, Annotated[tuple[_Group, ...], Field(min_length=1)]]
 
     def group_shape(self, group: _Group, place: tuple[str, int]) -> GroupShape:

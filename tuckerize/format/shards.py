@@ -13,6 +13,7 @@ from torch import Tensor
 from tuckerize.checkpoint.files import read_json_object, sha256_of
 from tuckerize.checkpoint.output import MANIFEST
 from tuckerize.checkpoint.reader import CONFIG, WeightFile, read_tensors
+from tuckerize.domain import Layout
 from tuckerize.errors import CheckpointError, ParallelError
 from tuckerize.format.manifest import (
     ShardManifest,
@@ -25,7 +26,7 @@ from tuckerize.format.manifest import (
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint, family_of
 from tuckerize.moe.families import Family
 from tuckerize.names import TensorName, group_module
-from tuckerize.parallel.layouts import LayerShape, Layout, Parallelism, experts_are_split
+from tuckerize.parallel.layouts import LayerShape, Parallelism, experts_are_split
 from tuckerize.parallel.mesh import Position, check_world
 
 
@@ -107,7 +108,7 @@ class Sharding:
     @property
     def layout(self) -> Layout:
         """How tensors are split."""
-        return Layout(self.manifest.layout)
+        return self.manifest.layout
 
     def layer_shape(self, layer: int) -> LayerShape:
         """Sizes of a whole layer.

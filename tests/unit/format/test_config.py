@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tuckerize.checkpoint.reader import Checkpoint
-from tuckerize.domain import MultilinearRank, Projection
+from tuckerize.domain import Joint, MultilinearRank, Projection
 from tuckerize.format.config import (
     METHOD,
     GroupShape,
@@ -117,7 +117,7 @@ def quantizations(draw: st.DrawFn) -> TuckerQuantization:
     group = st.builds(GroupShape, widths, ranks, st.just(joint))
     groups = st.lists(group, min_size=1, max_size=3).map(tuple)
     modules = draw(st.dictionaries(st.text(), groups, max_size=3))
-    return TuckerQuantization(experts, "gate_up" if joint else None, modules)
+    return TuckerQuantization(experts, Joint.GATE_UP if joint else None, modules)
 
 
 @given(quantizations())

@@ -8,10 +8,11 @@ import torch
 
 from tuckerize.checkpoint.output import MANIFEST
 from tuckerize.checkpoint.writer import write_tensors
+from tuckerize.domain import Layout
 from tuckerize.errors import CheckpointError, ParallelError
 from tuckerize.format.shards import ShardFault, Sharding, available_shardings
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
-from tuckerize.parallel.layouts import Layout, Parallelism
+from tuckerize.parallel.layouts import Parallelism
 from tuckerize.parallel.mesh import Axis, Position
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "v0.1"

@@ -15,7 +15,7 @@ from tests.running import succeed
 from tuckerize.format.shards import find_sharding
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 from tuckerize.parallel.processes import Processes
-from tuckerize.pipeline.verify import Verification, verify
+from tuckerize.pipeline.verify.verification import Verification, verify_layers
 from tuckerize.progress import SilentProgress
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "v0.1"
@@ -56,7 +56,7 @@ def test_verify_opens_and_hashes_manifests_once_for_all_layers(
     tucker = TuckerCheckpoint.open(folder)
     sharding = find_sharding(tucker, 1, tp=1, ep=1, cp=1)
     run = Verification(tucker, sharding, None, alone, torch.device("cpu"), tokens=16)
-    report = verify(run, layers=(1, 2), max_output_error=None, progress=SilentProgress())
+    report = verify_layers(run, layers=(1, 2), max_output_error=None, progress=SilentProgress())
     assert report.passed
     assert [layer.layer for layer in report.layers] == [1, 2]
     manifests = {path: count for path, count in opened.items() if path.endswith("tuckerize.json")}
