@@ -1,8 +1,8 @@
-"""Every error a user can meet: what is wrong, where, and what to change.
+"""All errors that a user can meet: what is wrong, where, and what to change.
 
-A message is one sentence with the offending value, the place and what was expected; the hint is the
-thing to change. The command line prints both and exits with `exit_code`; anything that is not a
-`TuckerizeError` is a bug.
+A message is one sentence with the offending value, the place and the expected value; the hint says
+what to change. The command line prints both and exits with `exit_code`. Any other exception is a
+bug.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import ClassVar
 
 
 class TuckerizeError(Exception):
-    """Root of the tree.
+    """Base class of all errors.
 
     Args:
-        message: One sentence: the offending value, the place, what was expected.
-        hint: What to change; empty when the message says it already.
+        message: One sentence: the offending value, the place, the expected value.
+        hint: What to change; empty if the message says it.
     """
 
     exit_code: ClassVar[int] = 2
@@ -29,7 +29,7 @@ class TuckerizeError(Exception):
 
 
 class UsageError(TuckerizeError):
-    """Options of a command that contradict each other or the model."""
+    """Command options that contradict each other or the model."""
 
 
 class RecipeError(TuckerizeError):
@@ -58,7 +58,7 @@ class NonFiniteError(DecompositionError):
 
 @contextmanager
 def located(place: str) -> Iterator[None]:
-    """Put a place before the message of a DecompositionError that is raised inside."""
+    """Prefix the message of a DecompositionError raised inside with a place."""
     try:
         yield
     except DecompositionError as error:
@@ -66,8 +66,8 @@ def located(place: str) -> Iterator[None]:
 
 
 class ParallelError(TuckerizeError):
-    """A world size, a split or a device that does not work."""
+    """A world size, mesh or device that cannot be used."""
 
 
 class LeaderFailedError(Exception):
-    """Process 0 has failed and reported why: the other processes leave quietly."""
+    """Process 0 has failed and reported the error; the other processes exit quietly."""

@@ -1,4 +1,4 @@
-"""Small tools for files: atomic writes, hashes, JSON, names that are safe to join to a folder."""
+"""File utilities: atomic writes, hashes, JSON, and file names that are safe to join to a folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from tuckerize.errors import CheckpointError
 
 TEMPORARY_SUFFIX = ".tmp"
-"""How names of files that are being written end."""
+"""Suffix of files that are being written."""
 
 _CHUNK_BYTES = 16 * 2**20
 
@@ -25,7 +25,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Record(BaseModel):
-    """Base of what is read back from our own JSON files."""
+    """Base of records that are read back from our own JSON files."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -40,9 +40,9 @@ class FileRecord(Record):
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends without an error.
+    """Yield a temporary path next to `path`, which it replaces if the block ends without an error.
 
-    A reader sees the old file or the whole new one, also after a kill or a power cut.
+    A reader sees the old file or the complete new one, even after a kill or a power failure.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:
@@ -56,7 +56,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def _umask() -> int:
-    """The permissions that this process withholds; safetensors writes files for the owner only."""
+    """Umask of this process; needed because safetensors writes files for the owner only."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
@@ -69,7 +69,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a JSON file atomically, keys in their own order."""
+    """Write a JSON file atomically, keeping the order of keys."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -116,7 +116,7 @@ def copy_range(source: Path, start: int, count: int, target: Any) -> None:  # no
 
 
 def check_plain_name(name: str, *, found_in: Path) -> None:
-    """Refuse a file name from a checkpoint that is anything but a plain name in its folder.
+    """Check that a file name from a checkpoint is a plain name in its folder.
 
     Raises:
         CheckpointError: The name has a separator, is hidden, empty or a parent folder.

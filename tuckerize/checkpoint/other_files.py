@@ -1,4 +1,4 @@
-"""What a checkpoint holds besides weights, index and config: tokenizer, settings, code."""
+"""Files of a checkpoint other than weights, index and config: tokenizer, settings, code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Output folders: claimed for one plan, resumable, finished last, never overwritten by accident."""
+"""Output folders: claimed for one plan, resumable, and never overwritten by accident."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tuckerize.checkpoint.files import TEMPORARY_SUFFIX, read_json_object, write
 from tuckerize.errors import OutputError
 
 MANIFEST = "tuckerize.json"
-"""Name of both manifests, in the root of the checkpoint and in the folder of a sharding."""
+"""Name of both manifests, in the folder of a checkpoint and in the folder of its shards."""
 
 REPORT = "verify.json"
-"""Name of the report of a verification, in the folder of what was verified."""
+"""Name of the report of `verify`, in the verified folder."""
 
 _WORK = ".tuckerize"
 _PLAN = "plan.json"
-# Statements about weights that must not outlive them.
+# Files that describe the weights, and must be removed with them.
 _RESULTS = ("model.safetensors.index.json", REPORT)
 
 
@@ -35,14 +35,14 @@ class OutputFolder:
     manifest_name: str = MANIFEST
 
     def check(self, plan: object, *, overwrite: bool) -> None:
-        """Refuse a folder that must not be written to; changes nothing.
+        """Check that the folder may be written to; changes nothing.
 
         Args:
             plan: JSON values that determine everything that will be written.
-            overwrite: The user allows a finished or foreign plan's result to be replaced.
+            overwrite: Whether a finished result, or that of another plan, may be replaced.
 
         Raises:
-            OutputError: The folder holds something else, or a result of another plan.
+            OutputError: The folder holds other files, or the result of another plan.
         """
         folder = self.folder
         if not folder.exists():
@@ -70,7 +70,7 @@ class OutputFolder:
         )
 
     def claim(self, plan: object, *, overwrite: bool) -> None:
-        """Take a folder for a plan: new, replaced, or continued where a run of it was interrupted.
+        """Claim the folder for a plan: new, replaced, or resumed after an interrupted run.
 
         Raises:
             OutputError: As `check`.
@@ -80,16 +80,16 @@ class OutputFolder:
             return
         claim = self._work / _PLAN
         self._work.mkdir(parents=True, exist_ok=True)
-        # Until the old result is gone, this is an unfinished run of no plan.
+        # Until the old result is removed, the folder is an unfinished run of no plan.
         write_json(claim, {})
         self._remove_result()
         write_json(claim, _plain(plan))
 
     def join(self, plan: object) -> None:
-        """Take part in writing a folder that another process has claimed for the plan.
+        """Join in writing a folder that another process has claimed for the plan.
 
         Raises:
-            OutputError: It is not claimed, so it is not the same folder.
+            OutputError: It is not claimed, so it is another folder.
         """
         if not self._is_claimed(plan):
             raise OutputError(f"{self.folder} is not the folder that process 0 has claimed")
@@ -103,7 +103,7 @@ class OutputFolder:
         return self.folder / _WORK
 
     def _remove_result(self) -> None:
-        """Remove what an earlier run wrote; files that somebody else put there stay."""
+        """Remove the files of an earlier run; foreign files stay."""
         (self.folder / self.manifest_name).unlink(missing_ok=True)
         for path in [*self.folder.iterdir(), *self._work.iterdir()]:
             is_sharding = (path / MANIFEST).exists() or (path / _WORK).exists()
@@ -114,7 +114,7 @@ class OutputFolder:
                 path.unlink()
 
     def work_file(self, name: str) -> Path:
-        """A file of the run's own, gone when the folder is finished."""
+        """Path of a file of the run, removed when the folder is finished."""
         return self._work / name
 
     def record(self, piece: str) -> dict[str, Any] | None:
@@ -123,11 +123,11 @@ class OutputFolder:
         return read_json_object(path) if path.exists() else None
 
     def write_record(self, piece: str, value: object) -> None:
-        """Note that a piece of work is finished; what it wrote must be in place."""
+        """Record that a piece of work is finished; its output must be in place."""
         write_json(self._work / f"{piece}.json", value)
 
     def finish(self, manifest: object) -> None:
-        """Write the manifest, and remove the work folder and what killed runs left behind."""
+        """Write the manifest, and remove the work folder and leftovers of killed runs."""
         for leftover in self.folder.glob(f".*{TEMPORARY_SUFFIX}"):
             leftover.unlink()
         write_json(self.folder / self.manifest_name, manifest)
@@ -149,6 +149,6 @@ def refuse_overlap(output: Path, source: Path) -> None:
 
 
 def _plain(plan: object) -> dict[str, Any]:
-    """The plan as it reads back from JSON."""
+    """The plan after a round trip through JSON."""
     value: dict[str, Any] = json.loads(json.dumps(plan))
     return value
