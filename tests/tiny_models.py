@@ -12,6 +12,8 @@ from torch import nn
 from transformers import (
     DeepseekV2Config,
     DeepseekV2ForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     OlmoeConfig,
     OlmoeForCausalLM,
     PreTrainedTokenizerFast,
@@ -88,7 +90,7 @@ def make_tiny_family(folder: Path, model_type: str, *, experts: int = 8, neurons
 
     Args:
         folder: Where to save it.
-        model_type: `olmoe`, `qwen3_moe` or `deepseek_v2`, whose first layer is dense.
+        model_type: `olmoe`, `qwen3_moe`, `mixtral` or `deepseek_v2`, whose first layer is dense.
         experts: Routed experts of a layer.
         neurons: Of an expert.
     """
@@ -112,6 +114,9 @@ def make_tiny_family(folder: Path, model_type: str, *, experts: int = 8, neurons
     if model_type == "olmoe":
         architecture = OlmoeForCausalLM
         config = OlmoeConfig(**sizes, **routed, intermediate_size=neurons)
+    elif model_type == "mixtral":
+        architecture = MixtralForCausalLM
+        config = MixtralConfig(**sizes, num_local_experts=experts, intermediate_size=neurons)
     elif model_type == "qwen3_moe":
         architecture = Qwen3MoeForCausalLM
         config = Qwen3MoeConfig(

@@ -1,1 +1,1 @@
-"""safetensors and JSON on disk: lazy reading, atomic writing, manifests."""
+"""safetensors and JSON on disk: lazy reading, atomic writing, output folders."""

@@ -27,17 +27,17 @@ TORCH_DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
-"""Floating types that the tool reads and writes, by safetensors' name."""
+"""Floating types that are read and written, by safetensors' name."""
 
-# safetensors refuses longer headers, too.
+# The limit of safetensors itself.
 _MAX_HEADER_BYTES = 100_000_000
 
-# What JSON of another form than expected raises.
+# Raised by JSON of an unexpected form.
 _MALFORMED = (ValueError, KeyError, TypeError, AttributeError)
 
 
 class DataRange(NamedTuple):
-    """Where a tensor's bytes lie in its file."""
+    """Header of a tensor and the offset of its data in the file."""
 
     header: TensorHeader
     start: int
@@ -45,7 +45,7 @@ class DataRange(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class WeightFile:
-    """One safetensors file: where the tensors lie in it, in file order."""
+    """One safetensors file and its tensors, in file order."""
 
     path: Path
     tensors: dict[str, DataRange]
@@ -131,7 +131,7 @@ class Checkpoint:
 
     @property
     def parameters(self) -> int:
-        """Numbers in all tensors."""
+        """Parameters of all tensors."""
         return sum(header.parameters for header in self.tensors.values())
 
     def read(
@@ -200,7 +200,7 @@ def measure_size(tensors: Mapping[str, TensorHeader], *, is_routed: Callable[[st
 
 
 def _ranges(header: dict[str, Any], data_start: int) -> Iterator[tuple[str, DataRange]]:
-    """Tensors of a parsed safetensors header, in the order of their data."""
+    """Tensors of a parsed safetensors header, in file order."""
     described = {name: entry for name, entry in header.items() if name != "__metadata__"}
     end = 0
     for name, entry in sorted(described.items(), key=lambda item: item[1]["data_offsets"]):

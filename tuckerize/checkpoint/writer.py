@@ -31,7 +31,7 @@ def write_tensors(
 
 
 def _sort_metadata(path: Path) -> None:
-    """Give the metadata of a header a fixed order: safetensors' own differs from run to run."""
+    """Sort the metadata of a header: safetensors' own order differs between runs."""
     with path.open("r+b") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
@@ -71,7 +71,7 @@ def copy_tensors(path: Path, source: WeightFile, names: Collection[str]) -> File
 
 
 def describe_file(path: Path, *, name: str = "") -> FileRecord:
-    """Size and SHA-256 of a file, under its own name or the one it will get."""
+    """Size and SHA-256 of a file, under its name or the one it will be given."""
     return FileRecord(name=name or path.name, bytes=path.stat().st_size, sha256=sha256_of(path))
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -77,8 +79,9 @@ class TuckerQuantizer(HfQuantizer):
             )
         config: Any = self.quantization_config
         for path, groups in config.tucker.modules.items():
-            dense = model.get_submodule(path)
-            model.set_submodule(path, _factored(dense, groups))
+            own = _path_in_model(model, path)
+            dense = model.get_submodule(own)
+            model.set_submodule(own, _factored(dense, groups))
         _plan_parallel(model)
         return model
 
@@ -147,6 +150,13 @@ def _sum_gradients(module: TuckerExperts, group: Any) -> None:  # noqa: ANN401
                 setattr(parameter, _SUMMED, True)  # copies of a tensor have neither
 
     module.register_forward_pre_hook(before_forward)
+
+
+def _path_in_model(model: Any, path: str) -> str:  # noqa: ANN401
+    """Path of a module in the model, where transformers renames what checkpoints hold."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    return rename_source_key(path, renamings, [])[0]
 
 
 def _factored(dense: Any, groups: Sequence[GroupShape]) -> TuckerExperts:  # noqa: ANN401

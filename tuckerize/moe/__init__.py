@@ -1,1 +1,1 @@
-"""Model families: where routed experts lie in a checkpoint, and how tokens reach them."""
+"""MoE models: families, layouts of routed experts on disk, routers, and the source model."""

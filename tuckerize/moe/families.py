@@ -1,7 +1,7 @@
-"""The table of supported model families, and the MoE facts of one checkpoint.
+"""Table of supported model families, and the MoE facts of one checkpoint.
 
-A family is one row of `FAMILIES`: names of tensors and configuration keys. Everything that differs
-between families belongs here.
+A family is one row of `FAMILIES`: names of tensors, layout of the experts on disk, configuration
+keys and routing. Nothing else in the package depends on the family.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from tuckerize.moe.storage import PerExpert, Storage
 
 Config = Mapping[str, Any]
 
-# safetensors' names of the types that can be decomposed.
+# Types that can be decomposed, by safetensors' names.
 DECOMPOSABLE_DTYPES = ("BF16", "F16", "F32", "F64")
 
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """How a router turns logits into experts and weights.
+    """Routing from router logits to experts and weights.
 
     Attributes:
-        method: `greedy` takes the top experts of all; `group_limited_greedy` takes them from the
+        method: `greedy` takes the top-k of all experts; `group_limited_greedy` takes it from the
             best groups of experts only.
-        top_k: Experts a token.
+        top_k: Experts per token.
         scale: Factor on the routing weights.
-        normalize: Whether the weights of a token's experts are made to add up to 1.
+        normalize: Whether the top-k weights of a token are normalised to sum to 1.
         groups: Number of expert groups (`group_limited_greedy`).
-        top_groups: Groups a token may use (`group_limited_greedy`).
+        top_groups: Expert groups per token (`group_limited_greedy`).
     """
 
     method: Literal["greedy", "group_limited_greedy"]
@@ -53,7 +53,8 @@ class Family:
         storage: Their layout on disk, with names below that module.
         router_weight: Weight of the router, shape (E, I).
         input_norm: Weight of the norm before the MoE block, shape (I,).
-        experts_keys: Configuration keys of the number of routed experts: the first that is there.
+        experts_keys: Configuration keys of the number of routed experts; the first one present
+            counts.
         intermediate_key: Configuration key of the experts' intermediate size.
         shared_key: Configuration key of the number of shared experts; None where there are none.
         routing: Reads the routing from a configuration.
@@ -101,7 +102,7 @@ class MoeModel:
         layers: Indices of the layers with routed experts.
         shape: Sizes (E, H, I) of a projection's experts in a layer.
         shared_experts: Number of shared experts.
-        routing: How tokens are routed.
+        routing: Routing of tokens to experts.
         activation: Name of the activation between gate and up (`hidden_act`).
         dtype: safetensors' name of the routed experts' type.
     """
@@ -116,7 +117,7 @@ class MoeModel:
 
     @property
     def routed_parameters(self) -> int:
-        """Numbers in the routed experts of all layers."""
+        """Parameters of the routed experts of all layers."""
         return len(self.layers) * len(Projection) * self.shape.parameters
 
     def is_routed(self, name: str) -> bool:
@@ -125,7 +126,7 @@ class MoeModel:
 
 
 def describe_moe(config: Config, tensors: Mapping[str, TensorHeader]) -> MoeModel:
-    """Recognise the family of a checkpoint and check that its routed experts are complete.
+    """Identify the family of a checkpoint and check that its routed experts are complete.
 
     Args:
         config: Contents of config.json.
@@ -262,12 +263,12 @@ _PER_PROJECTION = PerExpert(
     down="{expert}.down_proj.weight",
 )
 
-# As their authors published them, and as transformers saves some of them.
+# In checkpoints as published, and in some that transformers saves.
 _EXPERTS_KEYS = ("num_experts", "num_local_experts")
 
 
 def _softmax_routing(config: Config) -> Routing:
-    """The best experts by softmax over all of them, as in Qwen3-MoE and OLMoE."""
+    """Softmax over all experts, then top-k, as in Qwen3-MoE and OLMoE."""
     experts = _positive(config, *_EXPERTS_KEYS)
     top_k = _positive(config, "num_experts_per_tok")
     if top_k > experts:
@@ -279,7 +280,7 @@ def _softmax_routing(config: Config) -> Routing:
 
 
 def _llama_like(model_type: str, intermediate_key: str) -> Family:
-    """A family whose experts are named as DeepSeek's, without shared ones."""
+    """A family with DeepSeek's tensor names and no shared experts."""
     return Family(
         model_type=model_type,
         experts="model.layers.{layer}.mlp.experts",

@@ -11,14 +11,14 @@ from tuckerize.moe.families import Routing
 
 
 class Routes(NamedTuple):
-    """Experts of every token and their weights, both of shape (T, k)."""
+    """Top-k experts per token and their routing weights, both (T, k)."""
 
     experts: Tensor
     weights: Tensor
 
 
 def route(x_TI: Tensor, router_EI: Tensor, routing: Routing) -> Routes:
-    """Route tokens: softmax over all experts, then the best k.
+    """Route tokens: softmax over all experts, then top-k.
 
     Args:
         x_TI: Tokens, shape (T, I).
@@ -26,7 +26,7 @@ def route(x_TI: Tensor, router_EI: Tensor, routing: Routing) -> Routes:
         routing: Method, top-k, scale and expert groups.
 
     Returns:
-        Expert indices (int64) and float32 weights, scaled, and normalised if the family does so.
+        Expert indices (int64) and float32 weights, scaled, and normalised where the family does so.
 
     Source:
         DeepSeek-V2 2024, section 2.2; transformers' `DeepseekV2TopkRouter`, `Qwen3MoeTopKRouter`.
@@ -41,7 +41,7 @@ def route(x_TI: Tensor, router_EI: Tensor, routing: Routing) -> Routes:
 
 
 def _keep_best_groups(scores_TE: Tensor, routing: Routing) -> Tensor:
-    """Zero the scores of experts outside the `top_groups` groups with the best expert."""
+    """Zero all scores outside the `top_groups` groups with the highest maximum score."""
     tokens, experts = scores_TE.shape
     grouped = scores_TE.view(tokens, routing.groups, experts // routing.groups)
     best = grouped.amax(dim=-1).topk(routing.top_groups, dim=-1).indices

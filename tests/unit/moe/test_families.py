@@ -4,9 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
 
 from tuckerize.checkpoint.reader import Checkpoint
-from tuckerize.domain import StackShape, TensorHeader
+from tuckerize.domain import GATE_UP, Projection, StackShape, TensorHeader
 from tuckerize.errors import CheckpointError
 from tuckerize.moe.families import FAMILIES, MoeModel, Routing, describe_moe
 
@@ -178,3 +186,39 @@ def test_routing_with_groups_reads_them() -> None:
 )
 def test_layer_of_a_name_is_that_of_routed_experts_only(name: str, layer: int | None) -> None:
     assert FAMILY.layer_of(name) == layer
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_names_of_a_family_are_those_that_transformers_loads(model_type: str) -> None:
+    architecture: Any = AutoModelForCausalLM
+    config = AutoConfig.for_model(model_type, num_hidden_layers=2)
+    with torch.device("meta"):
+        model = architecture.from_config(config)
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    pattern_of = {p: entry.source_patterns for entry in converters for p in entry.source_patterns}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+    family = FAMILIES[model_type]
+    facts = config.to_dict()
+    experts = next(facts[key] for key in family.experts_keys if key in facts)
+    shape = StackShape(experts, facts[family.intermediate_key], facts["hidden_size"])
+    layer = 1  # the first may be dense
+    parameters = set()
+    for projection in Projection:
+        for name in family.stored(layer).tensors(shape, (projection,)):
+            found, pattern = rename_source_key(name, renamings, converters)
+            assert pattern is not None
+            parameters.add(found)
+            if projection == Projection.DOWN:
+                assert len(pattern_of[pattern]) == 1
+                assert shapes[found] == (shape.experts, shape.hidden, shape.intermediate)
+            else:  # transformers concatenates them in this order
+                assert pattern_of[pattern].index(pattern) == GATE_UP.index(projection)
+                assert shapes[found] == (shape.experts, 2 * shape.intermediate, shape.hidden)
+    assert len(parameters) == 2
+    router, _ = rename_source_key(family.router_weight.format(layer=layer), renamings, converters)
+    assert shapes[router] == (shape.experts, shape.hidden)
+    norm, _ = rename_source_key(family.input_norm.format(layer=layer), renamings, converters)
+    assert shapes[norm] == (shape.hidden,)
