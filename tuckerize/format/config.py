@@ -155,10 +155,12 @@ class TuckerQuantization:
         }
 
 
-def is_tucker(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is that of a Tucker checkpoint."""
+def find_quantization(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """`quantization_config` of a Tucker checkpoint, unparsed; None in any other config.json."""
     value = config.get(_KEY)
-    return isinstance(value, Mapping) and value.get("quant_method") == METHOD
+    if isinstance(value, Mapping) and value.get("quant_method") == METHOD:
+        return value
+    return None
 
 
 def with_quantization(
@@ -166,6 +168,11 @@ def with_quantization(
 ) -> dict[str, Any]:
     """A config.json that describes factored experts."""
     return {**config, _KEY: quantization.to_json()}
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json without the description of factored experts: that of a dense model."""
+    return {key: value for key, value in config.items() if key != _KEY}
 
 
 _Size = Annotated[int, Field(ge=1, strict=True)]

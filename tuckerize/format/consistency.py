@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tuckerize.errors import CheckpointError
 from tuckerize.format.card import LOADER
-from tuckerize.format.config import METHOD, TuckerQuantization, is_tucker
+from tuckerize.format.config import METHOD, TuckerQuantization, find_quantization
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 from tuckerize.names import TensorName
 
@@ -17,10 +17,11 @@ def check_loadable(tucker: TuckerCheckpoint) -> None:
             describes other tensors than the weight files hold.
     """
     place = tucker.folder / "config.json"
-    if not is_tucker(tucker.config):
+    value = find_quantization(tucker.config)
+    if value is None:
         raise _damaged(f"{place} has no quantization_config of {METHOD}")
     try:
-        quantization = TuckerQuantization.parse(tucker.config["quantization_config"])
+        quantization = TuckerQuantization.parse(value)
     except ValueError as error:
         raise _damaged(f"{place}: {error}") from error
     expected = {

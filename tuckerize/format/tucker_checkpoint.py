@@ -17,6 +17,7 @@ from tuckerize.checkpoint.output import MANIFEST
 from tuckerize.checkpoint.reader import Checkpoint
 from tuckerize.domain import GATE_UP, Mode, Projection, TensorHeader
 from tuckerize.errors import CheckpointError
+from tuckerize.format.config import without_quantization
 from tuckerize.format.manifest import TuckerManifest, read_tucker_manifest
 from tuckerize.linalg.selection import KeptNeurons, kept_neurons
 from tuckerize.linalg.tucker import TuckerFactors
@@ -111,11 +112,11 @@ class TuckerCheckpoint:
         }
         if not any(map(self.family.is_routed, tensors)):
             return None
-        config = {k: v for k, v in self.config.items() if k != "quantization_config"}
+        config = without_quantization(self.config)
         return SourceModel.open(replace(self.checkpoint, config=config, tensors=tensors))
 
     def kept(self, layer: int, group: int) -> KeptNeurons | None:
-        """Neurons that every expert of a group keeps; None if all."""
+        """Kept neurons of every expert of a group; None if all."""
         kept_EH = self.manifest.kept_neurons(layer, group)
         return None if kept_EH is None else kept_neurons(torch.from_numpy(kept_EH))
 

@@ -8,7 +8,7 @@ from tuckerize.checkpoint.hub import resolve_model
 from tuckerize.checkpoint.output import MANIFEST
 from tuckerize.checkpoint.reader import Checkpoint
 from tuckerize.domain import Size, coupling_name
-from tuckerize.format.config import is_tucker
+from tuckerize.format.config import find_quantization
 from tuckerize.format.consistency import carries_loader, check_loadable
 from tuckerize.format.manifest import sharding_name
 from tuckerize.format.shards import available_shardings
@@ -33,7 +33,7 @@ def inspect(model: str | Path) -> InspectReport:
     """
     folder = resolve_model(str(model))
     checkpoint = Checkpoint.open(folder)
-    if (folder / MANIFEST).exists() or is_tucker(checkpoint.config):
+    if (folder / MANIFEST).exists() or find_quantization(checkpoint.config) is not None:
         return _describe_tucker(TuckerCheckpoint.open(folder))
     source = SourceModel.open(checkpoint)
     moe = source.moe

@@ -17,6 +17,7 @@ from tuckerize.checkpoint.reader import CONFIG, TORCH_DTYPES, WeightFile, measur
 from tuckerize.checkpoint.writer import copy_tensors, write_index, write_tensors
 from tuckerize.domain import Coupling, Projection, coupling_name, group_experts
 from tuckerize.format.card import restore_card
+from tuckerize.format.config import without_quantization
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint, factors_of
 from tuckerize.linalg.tucker import with_zero_rows
 from tuckerize.progress import Progress, SilentProgress
@@ -118,8 +119,8 @@ def write_dense(
     progress.close()
     copy_other_files(tucker.folder, output)
     restore_card(output)
-    ours = ("quantization_config", "auto_map")
-    config = {key: value for key, value in tucker.config.items() if key not in ours}
+    config = without_quantization(tucker.config)
+    config.pop("auto_map", None)
     if tucker.manifest.source.auto_map is not None:
         config["auto_map"] = tucker.manifest.source.auto_map
     write_json(output / CONFIG, config)

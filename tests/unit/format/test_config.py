@@ -15,8 +15,9 @@ from tuckerize.format.config import (
     METHOD,
     GroupShape,
     TuckerQuantization,
-    is_tucker,
+    find_quantization,
     with_quantization,
+    without_quantization,
 )
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 
@@ -196,10 +197,12 @@ def test_keys_of_others_are_left_alone() -> None:
 def test_a_configuration_is_of_a_tucker_checkpoint_by_its_method(
     value: object, expected: bool
 ) -> None:
-    assert is_tucker({"quantization_config": value}) == expected
-    assert not is_tucker({})
+    found = find_quantization({"quantization_config": value})
+    assert found == (value if expected else None)
+    assert find_quantization({}) is None
 
 
 def test_configuration_keeps_everything_else() -> None:
     config = with_quantization({"hidden_size": 32}, TuckerQuantization.parse(on_disk()))
     assert config == {"hidden_size": 32, "quantization_config": on_disk()}
+    assert without_quantization(config) == {"hidden_size": 32}
