@@ -1,4 +1,4 @@
-"""transformers: load a Tucker checkpoint as the model that it is, with factored routed experts.
+"""transformers: load a Tucker checkpoint as the stock model with factored routed experts.
 
 transformers takes a checkpoint whose config.json has a `quantization_config` through a quantizer of
 that name. Ours replaces the experts by modules of factors, in the shapes of the configuration,
@@ -32,7 +32,7 @@ _PARTIAL_SUMS = "moe_tp_experts"
 _TENSOR_PARALLEL = "tp"
 # Mark of a parameter whose gradient is summed over processes.
 _SUMMED = "_tuckerize_summed"
-# What its plans write as a star: the number of a layer, or of a matrix of a core.
+# Index of a layer, or of a matrix of a core: a star in its plans.
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 
@@ -86,7 +86,7 @@ class TuckerQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: object) -> Any:  # noqa: ANN401
-        """Make tensor parallelism train what it does not split."""
+        """Make tensor parallelism train the tensors that it does not split."""
         mesh = getattr(model, "_device_mesh", None)
         names = getattr(mesh, "mesh_dim_names", None) or (_TENSOR_PARALLEL,)
         if mesh is not None and _TENSOR_PARALLEL in names:
@@ -100,9 +100,8 @@ class TuckerQuantizer(HfQuantizer):
 def _plan_parallel(model: Any) -> None:  # noqa: ANN401
     """Tensor parallelism: every process owns some neurons of every expert.
 
-    What is behind the activation gives partial sums then, which the style that the family has for
-    the whole module adds up. 5.14, which tells of expert parallelism only later, finds no plan for
-    it and refuses.
+    Outputs are then partial sums, which the family's style of the whole module adds up. 5.14
+    announces expert parallelism only later, finds no plan for it and refuses.
     """
     dense = [key for key, style in model._tp_plan.items() if style == _PARTIAL_SUMS]
     kept = {
@@ -131,10 +130,10 @@ def _split_rows(module: TuckerExperts) -> list[str]:
 
 
 def _sum_gradients(module: TuckerExperts, group: Any) -> None:  # noqa: ANN401
-    """Sum the gradients of what all processes have: each has that of its own neurons alone.
+    """Sum the gradients of replicated parameters: each process has those of its own neurons.
 
-    They are summed in every backward, as soon as they are there, before they are added to others.
-    What is trained is looked up in every forward: it may have been frozen, replaced or copied.
+    A hook sums them in every backward, before they are accumulated. Every forward looks up which
+    parameters are trained: they may have been frozen, replaced or copied.
     """
     split = {*_split_rows(module)}
 
@@ -160,7 +159,7 @@ def _path_in_model(model: Any, path: str) -> str:  # noqa: ANN401
 
 
 def _factored(dense: Any, groups: Sequence[GroupShape]) -> TuckerExperts:  # noqa: ANN401
-    """The factored module in the place of a dense one, without memory."""
+    """The factored module that replaces a dense one, without memory."""
     like = next(dense.parameters())
     tensors = [
         {

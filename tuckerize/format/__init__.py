@@ -1,1 +1,1 @@
-"""The on-disk contract of Tucker checkpoints and their shards: configuration, manifests, card."""
+"""On-disk format of Tucker checkpoints and their shards: config.json, manifests, model card."""

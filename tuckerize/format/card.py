@@ -1,4 +1,4 @@
-"""What a Tucker checkpoint carries for those who find it: a model card, and code that loads it."""
+"""Model card and `trust_remote_code` loader of a Tucker checkpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CARD = "README.md"
 SOURCE_CARD = "README.source.md"
 """Where the card of the source is kept."""
 
-# Not copied on, since it begins with the program's name.
+# `copy_other_files` leaves it out, since it begins with the program's name.
 LOADER = "tuckerize_modeling"
 
 _CODE = '''"""Loads this checkpoint with trust_remote_code=True, as `import tuckerize` does."""
@@ -59,7 +59,7 @@ parameters ({after:,} of {before:,}); all tensors together have {bytes_after:,} 
 
 
 def with_loader(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration whose `auto_map` names our loader, and none of the source's own classes."""
+    """A config.json whose `auto_map` names our loader in place of the source's own classes."""
     kept = {key: value for key, value in config.items() if key != "auto_map"}
     architecture = _architecture(config)
     if architecture is None:
@@ -75,7 +75,7 @@ def write_hub_files(
     Args:
         source: Folder of the source; its card is kept beside ours.
         output: Folder of the Tucker checkpoint.
-        manifest: What it is made of.
+        manifest: Its manifest.
         config: Configuration of the source.
     """
     architecture = _architecture(config)
@@ -132,7 +132,7 @@ def _card(source_card: str, manifest: TuckerManifest) -> str:
 
 
 def _facts_of(source_card: str) -> dict[str, Any]:
-    """Licence, language and the like of the source, where its card says them."""
+    """Licence, language and other metadata of the source's card."""
     if not source_card.startswith("---"):
         return {}
     try:

@@ -1,4 +1,4 @@
-"""The two manifests: of a Tucker checkpoint and of one sharding of it.
+"""Manifests of a Tucker checkpoint and of its shards.
 
 Both are JSON with an integer `schema_version`, written last; docs/format.md describes them.
 """
@@ -56,16 +56,16 @@ class SourceRecord(Record):
 
 
 class LayerRecord(Record):
-    """What calibration made of one layer.
+    """Result of calibration for one layer.
 
     Attributes:
         layer: Index of the layer.
-        neurons: Width: neurons that an expert keeps on average over its group.
-        kept: For every group which neurons its experts keep: E x H bits, row by row, the first in
-            the highest bit of the first byte, as base64; empty if all are kept.
-        output_error: Relative output error (unitless) on calibration tokens that were held out,
-            each counting relative to the length of its hidden state behind the layer.
-        predicted_error: The same as it was predicted; None where core sizes were given.
+        neurons: Mean width: neurons kept per expert, averaged over its group.
+        kept: Kept neurons of every group: E x H bits, row by row, the first in the highest bit of
+            the first byte, as base64; empty if all are kept.
+        output_error: Relative output error (unitless) on the validation set, each token relative
+            to the norm of its hidden state after the layer.
+        predicted_error: Its prediction; None where core sizes were given.
         refined: Whether gradient steps were made and kept.
     """
 
@@ -78,20 +78,20 @@ class LayerRecord(Record):
 
 
 class TuckerManifest(Record):
-    """What a Tucker checkpoint is made of.
+    """Contents and origin of a Tucker checkpoint.
 
     Attributes:
         schema_version: Version of this file.
         tuckerize_version: Version of the program that wrote it.
         family: `model_type` of the model.
-        source: The checkpoint it was made from.
-        recipe: The recipe as it was carried out.
+        source: The dense checkpoint that was decomposed.
+        recipe: The recipe as carried out.
         dtype: safetensors' name of the type of factors and cores.
         shape: Sizes (E, H, I) of a projection's experts in a layer.
         group_size: Experts in a group.
         joint: Projections that share one U_I, if any.
         stacks: Every decomposed stack, ordered by layer, group and projection.
-        calibrated: What calibration made of every layer; empty where there was none.
+        calibrated: Result of calibration for every layer; empty if data-free.
         before: Size of the source.
         after: Size of this checkpoint.
         files: Its weight files.
@@ -158,12 +158,12 @@ class TuckerManifest(Record):
         return groups
 
     def stack_shape(self, layer: int) -> StackShape:
-        """Sizes of one stack of a layer, as many neurons as its experts keep on average."""
+        """Sizes of one stack of a layer; H is the mean width of its experts."""
         neurons = next((r.neurons for r in self.calibrated if r.layer == layer), None)
         return self._group_shape._replace(intermediate=neurons or self.shape.intermediate)
 
     def layer_shape(self, layer: int) -> LayerShape:
-        """What decides how a layer is split over processes."""
+        """Sizes that decide how a layer is split over processes."""
         return LayerShape(self.ranks(layer), self.stack_shape(layer), joint=self.joint is not None)
 
     def widths(self, layer: int, group: int) -> tuple[int, ...]:
@@ -174,7 +174,7 @@ class TuckerManifest(Record):
         return tuple(int(width) for width in kept_EH.sum(axis=1))
 
     def kept_neurons(self, layer: int, group: int) -> Mask | None:
-        """Which neurons every expert of a group keeps, shape (E, H); None if all."""
+        """Mask of the kept neurons of a group, shape (E, H); None if all are kept."""
         record = next((r for r in self.calibrated if r.layer == layer and r.kept), None)
         return None if record is None else unpack_neurons(record.kept[group], self._group_shape)
 
@@ -225,15 +225,15 @@ def sharding_name(*, tp: int, ep: int) -> str:
 
 
 def pack_neurons(kept_EH: Mask) -> str:
-    """Which neurons every expert of a group keeps as the text of a `LayerRecord`."""
+    """Encode the mask of a group's kept neurons as the text of a `LayerRecord`."""
     return base64.b64encode(np.packbits(kept_EH).tobytes()).decode()
 
 
 def unpack_neurons(text: str, shape: StackShape) -> Mask:
-    """Which neurons every expert of a group keeps, shape (E, H), from the text of a `LayerRecord`.
+    """Decode the mask of a group's kept neurons, shape (E, H), from the text of a `LayerRecord`.
 
     Args:
-        text: What `pack_neurons` gave.
+        text: Result of `pack_neurons`.
         shape: Sizes (E, H, I) of one stack of the group.
 
     Raises:

@@ -63,7 +63,7 @@ class _Slices:
     experts: int
 
     def parts(self, ep_rank: int, tp_rank: int) -> dict[TensorName, list[Slice]]:
-        """What a process owns of every dimension of the tensors that it owns something of."""
+        """Slices, one per dimension, of the tensors of which a process owns a part."""
         found = {}
         place = self.owners.index(ep_rank)
         own = owned_slice(self.experts, len(self.owners), place)
@@ -100,7 +100,7 @@ class _Slices:
 
 
 def choose_layout(tucker: TuckerCheckpoint, mesh: Parallelism, layout: Layout | None) -> Layout:
-    """The layout that was asked for, or the best: the fewest bytes a process, then least traffic.
+    """The requested layout, or the best: fewest bytes per process, then least traffic.
 
     Raises:
         UsageError: Some process would own nothing, experts do not divide, or the layout needs
@@ -161,7 +161,7 @@ def _layouts(tucker: TuckerCheckpoint) -> tuple[Layout, ...]:
 
 
 def layout_costs(tucker: TuckerCheckpoint, mesh: Parallelism) -> tuple[LayoutCost, ...]:
-    """Bytes a process and traffic a token of every layout that can split the checkpoint."""
+    """Bytes per process and traffic per token of every layout that can split the checkpoint."""
     costs = []
     for layout in _layouts(tucker):
         slices = [
@@ -357,7 +357,7 @@ def _slices(
 def _traffic(
     tucker: TuckerCheckpoint, layout: Layout, layers: Sequence[LayerShape], mesh: Parallelism
 ) -> float:
-    """Bytes that a process sends for a token that an even router sends through layers."""
+    """Bytes that a process sends per token through layers, with an even router."""
     header = next(iter(tucker.group_headers(tucker.manifest.layers[0], 0).values()))
     value_bytes = header.bytes // header.parameters  # activations have the type of the weights
     top_k = tucker.family.routing(tucker.config).top_k

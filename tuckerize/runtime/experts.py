@@ -4,9 +4,9 @@ For a token x and its expert e, with C_e = Σ_a U_E[e, a] core_a:
 
     gate, up:  U_H (C_e (U_Iᵀ x))        down:  U_I (C_eᵀ (U_Hᵀ h))
 
-The hidden-side product of gate and up is done once a token, that of down once a token after the
-sum over its experts; only the cores are multiplied per expert. Letters at the end of tensor names:
-T tokens, k experts a token, N rows (a token with one of its experts), others as in linalg.
+U_I of gate and up is applied once per token, that of down once per token after the sum over its
+experts; only the cores are multiplied per expert. Letters at the end of tensor names: T tokens,
+k experts per token, N rows (a token with one of its experts), others as in linalg.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class TuckerStack(nn.Module):
     def multiply(self, rows_NX: Tensor, assigned: Assignments, *, transposed: bool) -> Tensor:
         """Multiply every row by the C_e of its expert, or by C_eᵀ.
 
-        Where experts differ in width, all rows are as wide as the widest; what is beyond is zero.
+        Where experts differ in width, rows are zero-padded to the widest.
         """
         if self.core is None:
             raise CheckpointError("a stack has no core", hint="write the checkpoint again")
@@ -131,7 +131,7 @@ class TuckerStack(nn.Module):
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process owns, where a framework has split it (a DTensor)."""
+    """Local part of a tensor that a framework has split (a DTensor)."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
@@ -173,10 +173,10 @@ class TuckerExperts(nn.Module):
 
     Args:
         groups: Tensors of every group by their names relative to it, in any floating dtype, whole
-            or the slices of one process; products are computed in the dtype of the tokens.
+            or the slices of one process; GEMMs run in the dtype of the tokens.
         group_size: Experts in a group.
         activation: Between gate and up.
-        exchange: How the processes of a layout complete each other; by default a process has all.
+        exchange: Communication of the layout; by default this process has everything.
     """
 
     def __init__(
@@ -219,7 +219,7 @@ class TuckerExperts(nn.Module):
         return self._complete(outputs, [*latent_combines, *hidden_combines])
 
     def _low(self, x_TI: Tensor) -> dict[Tensor | None, Tensor]:
-        """What every U_I of gate and up makes of the tokens; without one, the tokens themselves."""
+        """Project tokens to latent space, once per distinct U_I of gate and up; None: identity."""
         factors = {
             group.hidden_factor(projection): None
             for group in self.groups
@@ -254,7 +254,7 @@ class TuckerExperts(nn.Module):
     def _down(
         self, neurons: list[Tensor], assigned: list[Assignments], weights_Tk: Tensor
     ) -> list[Tensor]:
-        """Weighted sums over the experts of every group, each (T, r_I), in front of U_I."""
+        """Weighted sums over the experts of every group, each (T, r_I), before U_I."""
         stacks = [group.stack(Projection.DOWN) for group in self.groups]
         middles = [
             h_NH if stack.U_H is None else h_NH @ _own(stack.U_H).to(h_NH.dtype)
@@ -267,7 +267,7 @@ class TuckerExperts(nn.Module):
         ]
 
     def _complete(self, outputs: Sequence[Tensor], combines: Sequence[Combine]) -> Tensor:
-        """Bring the outputs back, as they are or expanded, whatever is less."""
+        """Combine: return the outputs in latent or hidden space, whichever moves less."""
         factors = [group.hidden_factor(Projection.DOWN) for group in self.groups]
         low = self.exchange.latent_output
         outputs = outputs if low else [_expand(outputs, factors)]
@@ -277,7 +277,7 @@ class TuckerExperts(nn.Module):
 
 
 def _expand(outputs: Sequence[Tensor], factors: list[Tensor | None]) -> Tensor:
-    """Sum over the groups of what each gives in the hidden dimension."""
+    """Sum over groups of their outputs in hidden space."""
     expanded = [
         output if factor is None else output @ factor.to(output.dtype).T
         for output, factor in zip(outputs, factors, strict=True)

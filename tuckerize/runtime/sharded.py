@@ -1,4 +1,4 @@
-"""The routed experts of one layer, of which this process has its shards."""
+"""Sharded routed experts of one layer."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class ShardedExperts(TuckerExperts):
             mesh: Device mesh with axes of the names `tp`, `ep` and `cp`, or some of them.
             sequence_parallel: Whether each of the tp processes has its own tokens, equally many.
             fused: Ascend's fused dispatch and combine, made once for all layers (`fused_use`);
-                they take the place of the plain collectives wherever gradients are off.
+                they replace the plain collectives wherever gradients are off.
 
         Raises:
             ParallelError: The processes have not met, or there are no shards for the mesh.
@@ -120,11 +120,11 @@ class ShardedExperts(TuckerExperts):
         )
 
     def sum_gradients(self) -> None:
-        """Complete the gradients of tensors that several processes have.
+        """Sum the gradients of tensors that several processes hold.
 
-        To be called after `backward` and before the step of an optimizer, by all processes. What
-        `backward` leaves is of the tokens and the neurons of one process. The loss is the sum of
-        those of all positions of cp and ep, and of tp with sequence parallelism.
+        All processes call it after `backward` and before the optimizer step: `backward` gives the
+        gradients of one process's tokens and neurons. The loss is the sum over all positions of cp
+        and ep, and of tp with sequence parallelism.
         """
         for name in AXES:
             shared = [
@@ -148,12 +148,12 @@ def fused_use(
     dtype: torch.dtype,
     sequence_parallel: bool = False,
 ) -> FusedUse:
-    """What the layers of a sharded checkpoint need Ascend's fused dispatch and combine for.
+    """Requirements of a sharded checkpoint on Ascend's fused dispatch and combine.
 
     Args:
         folder: A Tucker checkpoint that is sharded for the mesh.
         mesh: The mesh of all processes of the run.
-        tokens: Most tokens of a process.
+        tokens: Largest number of tokens per process.
         dtype: Their type.
         sequence_parallel: Whether each of the tp processes has its own tokens.
     """
@@ -177,7 +177,7 @@ def fused_use_of(
         sharding: Shards for the mesh of the position.
         position: This process.
         device: Its device.
-        tokens: Most tokens of a process.
+        tokens: Largest number of tokens per process.
         dtype: Their type.
     """
     widths = (
@@ -198,10 +198,10 @@ def fused_use_of(
 def _axes_to_sum(
     text: str, layout: Layout, sizes: LayerShape, space: CommunicationSpace, position: Position
 ) -> set[str]:
-    """The axes along which processes have parts of a parameter's gradient."""
+    """Mesh axes over which a parameter's gradient is a partial sum."""
     name = TensorName.parse(text)
     cut = split_dimensions(layout, name, sizes.ranks[name.group or 0], sizes.shape)
-    # What lies outside of the exchange over tp meets the same tokens on all of its processes.
+    # Outside of the exchange over tp, all of its processes compute the same tokens.
     outside = name.kind == TensorKind.U_I and not position.sequence_parallel
     outside &= space.latent_output if name.projection == Projection.DOWN else space.latent_input
     split = experts_are_split(sizes, position.ep.size)

@@ -1,1 +1,1 @@
-"""The vLLM plugin, and what vllm-ascend asks of it."""
+"""The vLLM plugin, also for vllm-ascend."""

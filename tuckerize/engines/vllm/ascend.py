@@ -1,8 +1,8 @@
-"""vllm-ascend: what it asks of a quantization method beyond vLLM. Not run on hardware.
+"""vllm-ascend: its interface of quantization methods beyond vLLM's. Not run on hardware.
 
 Written from the sources of its branches releases/v0.26.0rc and main (for vLLM 0.26 and 0.27.1) in
 August 2026; tests run it against a stand-in of both. They differ: in the former the method routes
-the tokens, and is asked for a second time after weights were created.
+the tokens, and is requested a second time after weights were created.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def dense_method(moe: Any, tid2eid: torch.Tensor | None) -> Any:  # noqa: ANN401
 
     Args:
         moe: The engine's settings of the layer.
-        tid2eid: What vllm-ascend passes: experts by token, of models that route so.
+        tid2eid: Experts by token id, of models that route so; vllm-ascend passes it.
     """
     try:
         from vllm_ascend.ops.fused_moe.routed_experts import AscendUnquantizedFusedMoEMethod

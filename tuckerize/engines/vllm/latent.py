@@ -1,7 +1,7 @@
-"""vLLM: layers of the latent shape, on the engine's own fused-MoE kernels.
+"""vLLM: layers of the latent shape on the engine's own fused-MoE kernels.
 
 Where gate and up of all experts share one U_I, and no other mode has a factor, a layer is an
-ordinary MoE layer of hidden size r between two projections that experts share.
+ordinary MoE layer of hidden size r between two projections shared by its experts.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class LatentKernel:
             layer: The engine's layer.
             x_TI: Tokens.
             routing: Weights and experts of every token.
-            ends: U_I of gate and up, and of down.
+            ends: U_I of gate and up, and of down, shapes (I, r_I).
         """
         low_TR = x_TI @ ends[0]
         if missing := self.method.moe.hidden_dim - low_TR.shape[1]:

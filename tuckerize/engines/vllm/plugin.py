@@ -1,8 +1,8 @@
-"""vLLM: serve a Tucker checkpoint; vLLM finds `register` through its plugins' entry point.
+"""vLLM: serve a Tucker checkpoint; `register` is the entry point of vLLM's plugins.
 
 The engine owns router, tokens and collectives. For every factored layer it asks our quantization
-method to create parameters, to load them, and to multiply. Over tensor-parallel workers every
-expert's neurons are split, over expert-parallel ones the experts.
+method to create parameters, to load them, and to compute. Tensor-parallel workers split the neurons
+of every expert, expert-parallel ones the experts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tuckerize.format.config import METHOD, GroupShape, TuckerQuantization
 from tuckerize.names import GROUP_PATTERN, TensorName, group_module
 from tuckerize.runtime.experts import ACTIVATIONS, TuckerExperts
 
-# Some of vLLM's models rename whatever has the name of a dense projection in it.
+# Some of vLLM's models rename everything that contains the name of a dense projection.
 _SHORT_NAMES: Mapping[str, str] = {
     Projection.GATE: "gate",
     Projection.UP: "up",
@@ -182,7 +182,7 @@ class TuckerMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
     ) -> None:
         """Give the layer parameters under the names that vLLM's loaders will look for.
 
-        A tensor of which the worker owns nothing has an empty one.
+        Tensors of which the worker owns nothing get empty parameters.
         """
         for name in group.names:
             path = f"{group_module(index)}.{_SHORT_NAMES[name.owner]}.{name.within_owner}"
@@ -207,7 +207,7 @@ class TuckerMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         return
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Refuse a layer that was not loaded as a whole: the engine does not look.
+        """Refuse a layer that was not loaded completely: the engine does not check.
 
         Raises:
             ValueError: Tensors were not in the checkpoint.
@@ -216,7 +216,7 @@ class TuckerMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             raise ValueError(f"{layer.layer_name} lacks {', '.join(sorted(self.waiting))}")
         if self.kernel and self.experts:
             self.kernel.method.process_weights_after_loading(layer)
-            for projection in Projection:  # the kernel has them in its own order
+            for projection in Projection:  # the kernel keeps them in its own layout
                 core: Any = self.experts.groups[0].stack(projection).core
                 core.data = core.new_empty(0)
 
@@ -249,7 +249,7 @@ class TuckerMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
 def _routed_output(x_TI: Tensor, weights_Tk: Tensor, experts_Tk: Tensor, layer_name: str) -> Tensor:
     """The routed output of a layer as one node of the engine's compiled graph.
 
-    On a CPU the engine traces its MoE layers; how many tokens an expert gets cannot be traced.
+    On a CPU the engine traces its MoE layers; the number of tokens per expert cannot be traced.
     """
     layer = get_forward_context().no_compile_layers[layer_name].routed_experts
     output: Tensor = layer.quant_method.apply(layer, x_TI, weights_Tk, experts_Tk)
@@ -262,7 +262,7 @@ def _(x_TI: Tensor, *_: object) -> Tensor:
 
 
 def _ignore(parameter: Tensor, loaded: Tensor) -> None:
-    """Nothing of this tensor is the worker's."""
+    """Skip a tensor of which the worker owns nothing."""
 
 
 def _set_parameter(layer: nn.Module, path: str, parameter: nn.Parameter) -> None:
