@@ -52,7 +52,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
-        patch.setattr(tokens_module, "_HELD_OUT_BLOCK", BLOCK)
+        patch.setattr(tokens_module, "HELD_OUT_BLOCK", BLOCK)
         yield folder
 
 
@@ -78,6 +78,12 @@ def request_of(
     """A request without refinement, for settings that are recipe keys or for the API itself."""
     calibration = {"texts": [str(text)], "tokens": 1024, "refine": 0, **settings}
     return DecomposeRequest(model=model, output=out, **{**options, "calibration": calibration})
+
+
+def dry_run(model: Path, text: Path) -> tuple[str | Path, ...]:
+    """The command that plans a calibrated decomposition; its size is still to be added."""
+    options = ("--calibration", text, "--dry-run", "--json", *TOKENS, *PLAIN)
+    return ("decompose", "--model", model, *options)
 
 
 def plan_of(*arguments: str | Path) -> dict[str, Any]:
@@ -195,6 +201,22 @@ def test_same_command_twice_gives_the_same_bytes(
     assert results[0] == results[1]
 
 
+ROUTED = 8 * 3 * 24 * 32  # parameters of the experts of a layer
+
+
+def budget_request(
+    model: Path,
+    text: Path,
+    out: Path,
+    *,
+    calibration: dict[str, Any] | None = None,
+    **options: Any,  # noqa: ANN401
+) -> DecomposeRequest:
+    """A request to compress to 70 %, with recipe keys of calibration and options beside it."""
+    settings = {"multiple": 2, **(calibration or {})}
+    return request_of(model, text, out, settings, {"keep": 0.7, **options})
+
+
 @pytest.mark.parametrize(
     "option",
     [
@@ -208,12 +230,11 @@ def test_same_command_twice_gives_the_same_bytes(
     ],
     ids=str,
 )
-def test_options_of_a_budget_do_what_they_say(
+def test_budget_is_kept_and_used_as_planned_with_every_option(
     option: dict[str, Any], model: Path, text: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    settings = {"multiple": 2, **option.get("calibration", {})}
-    request = request_of(model, text, out, settings, {"keep": 0.7, **option})
+    request = budget_request(model, text, out, **option)
     plan, report = tuckerize.preview(request), tuckerize.decompose(request)
     assert plan is not None
     assert report is not None
@@ -221,31 +242,98 @@ def test_options_of_a_budget_do_what_they_say(
     assert plan.predicted_damage == report.predicted_damage is not None
     assert report.predicted_damage > 0
     manifest = manifest_of(out)
-    layers = [2] if "layers" in option else [1, 2]
-    assert [layer["layer"] for layer in manifest["calibrated"]] == layers
-    touched = len(layers) * 8 * 3 * 24 * 32
-    stored = manifest["after"]["routed_parameters"] - (2 - len(layers)) * 8 * 3 * 24 * 32
+    layers = [layer["layer"] for layer in manifest["calibrated"]]
+    stored = manifest["after"]["routed_parameters"] - (2 - len(layers)) * ROUTED
     # The smallest step of neurons alone is an eighth of the smallest that may be left over.
-    assert 0.93 * 0.7 * touched <= stored <= 0.7 * touched
-    if settings.get("shape") == "latent":
-        assert all(layer["neurons"] == 24 and not layer["kept"] for layer in manifest["calibrated"])
-    if settings.get("shape") == "neurons":
-        assert all(stack["multilinear_rank"][2] == 32 for stack in manifest["stacks"])
-    if "equal_widths" in settings:
-        announced = json.loads((out / "config.json").read_text())["quantization_config"]
-        groups = [group for groups in announced["modules"].values() for group in groups]
-        assert all(isinstance(group["neurons"], int) for group in groups)
-        assert any(group["neurons"] < 24 for group in groups)
-        succeed("shard", out, "--tp", "2", "--layout", "rank")
-        assert torchrun(2, "-m", "tuckerize", "verify", out).returncode == 0
-    if "allocate" in settings:
-        announced = json.loads((out / "config.json").read_text())["quantization_config"]
-        for prefix in announced["modules"]:
-            own = sum(t.numel() for n, t in weights_of(out).items() if n.startswith(f"{prefix}."))
-            assert own <= 0.7 * 8 * 3 * 24 * 32
-    if "group_size" in option:
-        assert all(len(layer["kept"]) in (0, 2) for layer in manifest["calibrated"])
+    assert 0.93 * 0.7 * len(layers) * ROUTED <= stored <= 0.7 * len(layers) * ROUTED
     assert "passed" in succeed("verify", out)
+
+
+def compressed_layers(
+    model: Path,
+    text: Path,
+    out: Path,
+    **options: Any,  # noqa: ANN401
+) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Compress to 70 %; each layer as the manifest has it, and as config.json has its groups."""
+    tuckerize.decompose(budget_request(model, text, out, **options))
+    modules = json.loads((out / "config.json").read_text())["quantization_config"]["modules"]
+    return [
+        (layer, modules[f"model.layers.{layer['layer']}.mlp.experts"])
+        for layer in manifest_of(out)["calibrated"]
+    ]
+
+
+def test_latent_shape_keeps_all_neurons(model: Path, text: Path, tmp_path: Path) -> None:
+    for layer, groups in compressed_layers(
+        model, text, tmp_path / "out", calibration={"shape": "latent"}
+    ):
+        assert (layer["neurons"], layer["kept"]) == (24, [])
+        assert groups[0]["gate_proj"][2] < 32
+
+
+def test_shape_of_neurons_has_no_hidden_factor(model: Path, text: Path, tmp_path: Path) -> None:
+    for layer, groups in compressed_layers(
+        model, text, tmp_path / "out", calibration={"shape": "neurons"}
+    ):
+        assert layer["neurons"] < 24
+        assert [groups[0][projection][2] for projection in Projection] == [32] * 3
+
+
+def test_experts_of_equal_widths_are_sharded_by_rank(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    widths = [
+        group["neurons"]
+        for _, groups in compressed_layers(model, text, out, calibration={"equal_widths": True})
+        for group in groups
+    ]
+    assert all(isinstance(width, int) for width in widths)
+    assert min(widths) < 24
+    succeed("shard", out, "--tp", "2", "--layout", "rank")
+    result = torchrun(2, "-m", "tuckerize", "verify", out)
+    assert result.returncode == 0, result.stderr
+
+
+def test_uniform_allocation_gives_every_layer_the_same_budget(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    for layer, _ in compressed_layers(model, text, out, calibration={"allocate": "uniform"}):
+        prefix = f"model.layers.{layer['layer']}.mlp.experts."
+        own = sum(t.numel() for name, t in weights_of(out).items() if name.startswith(prefix))
+        assert 0.93 * 0.7 * ROUTED <= own <= 0.7 * ROUTED
+
+
+def test_every_group_keeps_neurons_of_its_own(model: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    kept = [
+        (len(layer["kept"]), len(groups), layer["neurons"])
+        for layer, groups in compressed_layers(model, text, out, group_size=4)
+    ]
+    assert [groups for _, groups, _ in kept] == [2, 2]
+    assert [own for own, _, _ in kept] == [2 * (neurons < 24) for _, _, neurons in kept]
+    assert min(neurons for _, _, neurons in kept) < 24
+
+
+def test_layers_that_are_not_named_stay_dense(model: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    layers = compressed_layers(model, text, out, layers="2")
+    assert [layer["layer"] for layer, _ in layers] == [2]
+    source, found = weights_of(model), weights_of(out)
+    dense = [name for name in source if name.startswith("model.layers.1.mlp.experts.")]
+    assert len(dense) == 8 * 3
+    assert all(torch.equal(found[name], source[name]) for name in dense)
+
+
+def test_factors_are_stored_in_the_type_that_is_asked_for(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    compressed_layers(model, text, out, dtype="bfloat16")
+    dtypes = {t.dtype for name, t in weights_of(out).items() if ".experts." in name}
+    assert dtypes == {torch.bfloat16}
 
 
 def test_one_shot_differs_behind_the_first_compressed_layer(
@@ -448,7 +536,7 @@ def test_killed_run_continues_and_ends_with_the_same_bytes(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A real kill, as soon as the first layer is noted."""
-    monkeypatch.setattr(tokens_module, "_HELD_OUT_BLOCK", 512)
+    monkeypatch.setattr(tokens_module, "HELD_OUT_BLOCK", 512)
     out = tmp_path / "out"
     options = ("--rank", "full,16,20", "--refine", "20", "--calibration-tokens", "8192")
     arguments = ("--calibration", text)
@@ -502,17 +590,7 @@ def test_profile_is_made_once_for_all_budgets(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    plan = (
-        "decompose",
-        "--model",
-        model,
-        "--calibration",
-        text,
-        "--dry-run",
-        "--json",
-        *TOKENS,
-        *PLAIN,
-    )
+    plan = dry_run(model, text)
     first = json.loads(succeed(*plan, "--keep", "0.5"))
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
     assert sum(path.suffix == ".safetensors" for path in before) == 2
@@ -523,7 +601,7 @@ def test_profile_is_made_once_for_all_budgets(
     assert second["predicted_damage"] < first["predicted_damage"]
     # Another text, another profile.
     other = write_text(tmp_path / "other.txt", 2000, seed=1)
-    succeed(*plan[:3], "--calibration", other, "--dry-run", *TOKENS, *PLAIN, "--keep", "0.5")
+    succeed(*dry_run(model, other), "--keep", "0.5")
     assert calls
 
 
@@ -549,17 +627,7 @@ def test_sensitivity_is_of_all_texts_whichever_comes_first(
 def test_interrupted_profile_continues_behind_the_last_layer(
     call: int, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = (
-        "decompose",
-        "--model",
-        model,
-        "--calibration",
-        text,
-        "--dry-run",
-        "--json",
-        *TOKENS,
-        *PLAIN,
-    )
+    plan = dry_run(model, text)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "whole"))
     whole = plan_of(*plan, "--keep", "0.5")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -577,17 +645,7 @@ def test_interrupted_profile_continues_behind_the_last_layer(
 def test_profile_interrupted_at_its_end_is_finished(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = (
-        "decompose",
-        "--model",
-        model,
-        "--calibration",
-        text,
-        "--dry-run",
-        "--json",
-        *TOKENS,
-        *PLAIN,
-    )
+    plan = dry_run(model, text)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "whole"))
     whole = plan_of(*plan, "--keep", "0.5")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -627,17 +685,8 @@ def test_nan_in_a_weight_names_the_layer(
     weights = load_file(broken / "model.safetensors")
     weights[f"model.layers.2.mlp.{name}"][3, 4] = float("nan")
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    options = (
-        "--calibration",
-        text,
-        *TOKENS,
-        *PLAIN,
-        "--keep",
-        "0.7",
-        "--output",
-        tmp_path / "out",
-    )
-    result = run_here("decompose", "--model", broken, *options)
+    size = ("--calibration", text, *TOKENS, *PLAIN, "--keep", "0.7")
+    result = run_here("decompose", "--model", broken, *size, "--output", tmp_path / "out")
     assert result.returncode == 2, result.stderr
     assert "layer 2" in result.stderr
     if "experts" in name:

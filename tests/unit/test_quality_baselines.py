@@ -72,6 +72,11 @@ def test_weights_in_effect_are_worth_something(method: str) -> None:
     assert all(stack.dtype == torch.float32 for stack in compressed.stacks)
     if compressed.kept_experts is None:
         assert output_error(layer(), compressed) < 0.75
+    else:  # experts are gone, and the others as they were
+        kept = list(compressed.kept_experts)
+        assert len(kept) == int(0.75 * EXPERTS)
+        for stack, exact in zip(compressed.stacks, layer().stacks, strict=True):
+            assert torch.equal(stack[kept], exact[kept])
 
 
 def test_full_rank_gives_the_weights_back_through_whitening() -> None:

@@ -12,10 +12,10 @@ from torch import Tensor
 from tuckerize.domain import Projection, StackShape
 from tuckerize.names import TensorName
 
-# Every sixteenth block of so many tokens is held out: it decides, and is not fitted.
-_HELD_OUT_BLOCK = 512
+HELD_OUT_BLOCK = 512
+"""Every 16th block of so many tokens is the validation set: it decides, and is not fitted."""
 _HELD_OUT_EVERY = 16
-FEWEST_WITH_HELD_OUT = _HELD_OUT_BLOCK * (_HELD_OUT_EVERY - 1) + 1
+FEWEST_WITH_HELD_OUT = HELD_OUT_BLOCK * (_HELD_OUT_EVERY - 1) + 1
 """Tokens from which on some are held out."""
 
 # An expert that saw few tokens gets others of its layer as well, with this weight relative to the
@@ -59,7 +59,7 @@ class LayerTokens(NamedTuple):
 
     def split(self) -> tuple[LayerTokens, LayerTokens]:
         """Tokens to fit, and tokens that are held out; none of the latter where there are few."""
-        block = torch.arange(len(self.x_TI), device=self.x_TI.device) // _HELD_OUT_BLOCK
+        block = torch.arange(len(self.x_TI), device=self.x_TI.device) // HELD_OUT_BLOCK
         held_out = block % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
         return self.part((~held_out).nonzero()[:, 0]), self.part(held_out.nonzero()[:, 0])
 
