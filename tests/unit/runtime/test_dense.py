@@ -1,31 +1,44 @@
+"""Dense experts against a loop over tokens in float64."""
+
 from __future__ import annotations
 
+import pytest
 import torch
+from torch.nn.functional import silu
 
 from tuckerize.runtime.dense import ExpertWeights, dense_output
 
+EXPERTS, INTERMEDIATE, HIDDEN = 5, 6, 4
 
-def test_dense_output_is_the_weighted_sum_of_the_experts_of_each_token() -> None:
-    generator = torch.Generator().manual_seed(0)
 
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
+def expert(number: int) -> ExpertWeights:
+    generator = torch.Generator().manual_seed(number)
+    gate_HI, up_HI = torch.randn(2, INTERMEDIATE, HIDDEN, generator=generator)
+    return ExpertWeights(gate_HI, up_HI, torch.randn(HIDDEN, INTERMEDIATE, generator=generator))
 
-    gate_EHI, up_EHI, down_EIH = random(4, 5, 3), random(4, 5, 3), random(4, 3, 5)
-    x_TI, weights_Tk = random(6, 3), random(6, 2)
-    experts_Tk = torch.tensor([[0, 1], [1, 0], [3, 1], [0, 3], [3, 3], [1, 0]])
+
+@pytest.mark.parametrize("tokens", [0, 1, 9])
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_output_is_the_weighted_sum_over_the_experts_of_a_token(tokens: int, top_k: int) -> None:
+    generator = torch.Generator().manual_seed(9)
+    x_TI = torch.randn(tokens, HIDDEN, generator=generator)
+    scores_TE = torch.rand(tokens, EXPERTS, generator=generator)
+    scores_TE[:, 2] = 0  # an expert without tokens
+    weights_Tk, experts_Tk = scores_TE.topk(top_k)
     read: list[int] = []
 
-    def expert_weights(expert: int) -> ExpertWeights:
-        read.append(expert)
-        return ExpertWeights(gate_EHI[expert], up_EHI[expert], down_EIH[expert])
+    def weights(number: int) -> ExpertWeights:
+        read.append(number)
+        return expert(number)
 
-    found_TI = dense_output(
-        x_TI, experts_Tk, weights_Tk, expert_weights=expert_weights, activation=torch.tanh
-    )
-    neurons_TEH = torch.tanh(torch.einsum("ti,ehi->teh", x_TI, gate_EHI))
-    neurons_TEH = neurons_TEH * torch.einsum("ti,ehi->teh", x_TI, up_EHI)
-    all_TEI = torch.einsum("teh,eih->tei", neurons_TEH, down_EIH)
-    shares_TE = torch.zeros(6, 4, dtype=torch.float64).scatter_add_(1, experts_Tk, weights_Tk)
-    torch.testing.assert_close(found_TI, torch.einsum("te,tei->ti", shares_TE, all_TEI))
-    assert read == [0, 1, 3]  # once each, and not the expert without tokens
+    found_TI = dense_output(x_TI, experts_Tk, weights_Tk, expert_weights=weights, activation=silu)
+    expected_TI = torch.zeros(tokens, HIDDEN, dtype=torch.float64)
+    for token in range(tokens):
+        for number, weight in zip(experts_Tk[token], weights_Tk[token], strict=True):
+            gate_HI, up_HI, down_IH = (matrix.double() for matrix in expert(int(number)))
+            x_I = x_TI[token].double()
+            neurons_H = silu(gate_HI @ x_I) * (up_HI @ x_I)
+            expected_TI[token] += weight.double() * (down_IH @ neurons_H)
+    assert found_TI.dtype == torch.float32
+    torch.testing.assert_close(found_TI.double(), expected_TI, rtol=1e-5, atol=1e-5)
+    assert sorted(read) == sorted(set(experts_Tk.flatten().tolist()))
