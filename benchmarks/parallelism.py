@@ -1,4 +1,4 @@
-"""Every layout on every mesh, checked: the tables of docs/parallelism.md.
+"""Every layout on every mesh, checked: the tables of benchmarks/results/parallelism.md.
 
 Runs the cases of tests/distributed/layer_cases.py under torchrun, and `verify` on the shipped
 model, sharded for every mesh, on the CPU and on the stand-in NPU of tests/npu. With `--write` it
@@ -22,7 +22,7 @@ from typing import Any
 from tests.npu.installing import STANDIN, installed
 
 ROOT = Path(__file__).parents[1]
-DOCUMENT = ROOT / "docs" / "parallelism.md"
+DOCUMENT = ROOT / "benchmarks" / "results" / "parallelism.md"
 CASES = ROOT / "tests" / "distributed" / "layer_cases.py"
 MODEL = ROOT / "examples" / "tiny-moe"
 

@@ -1,6 +1,6 @@
 """lm-evaluation-harness on a Tucker checkpoint: `make test-lm-eval`.
 
-The line that docs/serving.md gives, with a task on local text.
+The line that docs/how-to/evaluate.md gives, with a task on local text.
 """
 
 from __future__ import annotations

@@ -1,0 +1,201 @@
+"""The pages that are made from the code: recipe keys and commands.
+
+python -m tests.docs.reference    # writes them
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterable
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel
+from typer.models import ArgumentInfo
+
+from tests.docs.pages import ROOT
+from tuckerize.cli.app import app
+from tuckerize.recipe import CalibrationSettings, Recipe, Rule
+
+_HOW = "<!-- Written by `python -m tests.docs.reference`. -->"
+
+_BOUNDS = {
+    "minimum": "at least",
+    "exclusiveMinimum": "above",
+    "maximum": "at most",
+    "exclusiveMaximum": "below",
+}
+
+_RECIPE = """\
+# Recipes
+
+{how}
+
+A recipe is a YAML file that says which stacks are decomposed, how far, and how: `--recipe FILE`,
+or the name of one in [recipes/](../../recipes). It replaces all options that decide what is
+written. E is the number of experts, H the intermediate size (`moe_intermediate_size`), I the
+hidden size (`hidden_size`).
+
+<!-- file: recipe.yaml -->
+```yaml
+schema_version: 1
+joint: gate_up
+rules:
+  - layers: 1-2
+    rank: full,full,75%
+  - keep: 0.75
+```
+
+```bash
+tuckerize decompose --model MODEL --recipe recipe.yaml --output OUT
+```
+
+## The recipe
+
+{recipe}
+## `rules`
+
+Each rule has exactly one of `rank`, `keep` and `tolerance`.
+
+{rule}
+## `calibration`
+
+{calibration}
+With `calibration`, a rule gives `rank` or `keep`, and is for all three projections.
+"""
+
+
+def recipe_page() -> str:
+    """docs/reference/recipe.md."""
+    tables = {
+        name: _table(("key", "value", "default", "meaning"), _keys(model))
+        for name, model in
+        {"recipe": Recipe, "rule": Rule, "calibration": CalibrationSettings}.items()
+    }  # fmt: skip
+    return _RECIPE.format(how=_HOW, **tables)
+
+
+def commands_page() -> str:
+    """docs/reference/commands.md."""
+    parts = [
+        "# Commands\n",
+        f"{_HOW}\n",
+        "`tuckerize COMMAND --help` prints the same.\n",
+    ]
+    for command in app.registered_commands:
+        function = command.callback
+        assert function is not None
+        parts.append(_command(command.name or function.__name__, function))
+    return "\n".join(parts)
+
+
+PAGES = {
+    ROOT / "docs" / "reference" / "recipe.md": recipe_page,
+    ROOT / "docs" / "reference" / "commands.md": commands_page,
+}
+
+
+def _command(name: str, function: Callable[..., Any]) -> str:
+    text, _, example = inspect.cleandoc(function.__doc__ or "").partition("Example: ")
+    usage, panels = ["tuckerize", name], dict[str, list[tuple[str, ...]]]()
+    for parameter in inspect.signature(function, eval_str=True).parameters.values():
+        kind, info = get_args(parameter.annotation)
+        word = parameter.name.upper()
+        if isinstance(info, ArgumentInfo):
+            usage.append(word)
+        else:
+            # Typer keeps the first name of an annotated option as its default.
+            named = [str(info.default or ""), *(info.param_decls or ())]
+            dashed = f"--{parameter.name.replace('_', '-')}"
+            word = next((text for text in named if text.startswith("--")), dashed)
+        row = (f"`{word}`", _value(kind), f"{info.help or ''}{_default_text(parameter)}")
+        panels.setdefault(str(info.rich_help_panel or ""), []).append(row)
+    tables = (
+        _table((f"{panel} option".strip().lower(), "value", "meaning"), rows)
+        for panel, rows in panels.items()
+    )
+    return (
+        f"## {name}\n\n`{' '.join([*usage, '[OPTIONS]'])}`\n\n{text.strip()}\n\n"
+        f"Example: `{example.strip()}`\n\n" + "\n".join(tables)
+    )
+
+
+def _value(kind: object) -> str:
+    """The value of an option in words, from its type."""
+    parts = [part for part in get_args(kind) if part is not type(None)]
+    if get_origin(kind) in {list, tuple}:
+        return f"{_value(parts[0])}, repeatable"
+    if parts:
+        return _value(parts[0])
+    if isinstance(kind, type) and issubclass(kind, StrEnum):
+        return ", ".join(f"`{choice.value}`" for choice in kind)
+    words: dict[object, str] = {bool: "", int: "integer", float: "number", Path: "path"}
+    return words.get(kind, "text")
+
+
+def _default_text(parameter: inspect.Parameter) -> str:
+    if parameter.default is inspect.Parameter.empty:
+        return " Required."
+    if parameter.default is None or parameter.default is False:
+        return ""
+    return f" Default: {_default(parameter.default)}."
+
+
+def _keys(model: type[BaseModel]) -> Iterable[tuple[str, ...]]:
+    schema = model.model_json_schema()
+    meanings = _attributes(model)
+    required = schema.get("required", [])
+    for name, value in schema["properties"].items():
+        default = "required" if name in required else _default(model.model_fields[name].default)
+        yield (f"`{name}`", _kind(value, schema.get("$defs", {})), default, meanings[name])
+
+
+def _attributes(model: type[BaseModel]) -> dict[str, str]:
+    """The section `Attributes` of a docstring."""
+    _, _, section = inspect.getdoc(model).partition("Attributes:\n")  # type: ignore[union-attr]
+    entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section, flags=re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}
+
+
+def _default(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, tuple):
+        return ", ".join(_default(part) for part in value)
+    text = getattr(value, "value", value)
+    return f"`{str(text).lower() if isinstance(text, bool) else text}`"
+
+
+def _kind(schema: dict[str, Any], defined: dict[str, Any]) -> str:
+    """The value of a key in words."""
+    if "$ref" in schema:
+        name = schema["$ref"].rpartition("/")[2]
+        nested = {"Rule": "[keys](#rules)", "CalibrationSettings": "[keys](#calibration)"}
+        return nested.get(name) or _kind(defined[name], defined)
+    if "anyOf" in schema:
+        parts = (_kind(part, defined) for part in schema["anyOf"] if part.get("type") != "null")
+        return " or ".join(parts)
+    if choices := schema.get("enum", [schema[key] for key in ("const",) if key in schema]):
+        return ", ".join(f"`{value}`" for value in choices)
+    if schema["type"] == "array":
+        return f"list of {_kind(schema['items'], defined)}"
+    words = {"string": "text", "boolean": "`true`, `false`"}
+    limits = [f"{word} {schema[key]:g}" for key, word in _BOUNDS.items() if key in schema]
+    return ", ".join([words.get(schema["type"], schema["type"]), *limits])
+
+
+def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [header, ("---",) * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def main() -> None:
+    """Write the pages."""
+    for path, make in PAGES.items():
+        path.write_text(make(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
