@@ -27,7 +27,7 @@ REASONS = {
 
 _FENCE = re.compile(r"(?P<indent> *)```(?P<language>\w*)\s*")
 _COMMENT = re.compile(r"<!-- (?P<key>not run|file): (?P<value>.+) -->\s*")
-_TOKEN = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?|\.\.\.|[^\s\d.]+|\.")
+_TOKEN = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?|\.\.\.|[^\W\d]+|[^\w\s]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +102,11 @@ def commands(script: str) -> list[str]:
     r"""The commands of a shell block: comments dropped, continued lines joined.
 
     >>> commands("a  # first\nb \\\n  c\n\n# d\n")
-    ['a', 'b   c']
+    ['a', 'b c']
     """
     joined = script.replace("\\\n", " ")
     lines = (re.sub(r"(^|\s+)#.*", "", line).strip() for line in joined.splitlines())
-    return [line for line in lines if line]
+    return [" ".join(line.split()) for line in lines if line]
 
 
 def matches(expected: str, found: str) -> bool:

@@ -69,11 +69,13 @@ With `calibration`, a rule gives `rank` or `keep`, and is for all three projecti
 
 def recipe_page() -> str:
     """docs/reference/recipe.md."""
-    tables = {
-        name: _table(("key", "value", "default", "meaning"), _keys(model))
-        for name, model in
-        {"recipe": Recipe, "rule": Rule, "calibration": CalibrationSettings}.items()
-    }  # fmt: skip
+    models: dict[str, type[BaseModel]] = {
+        "recipe": Recipe,
+        "rule": Rule,
+        "calibration": CalibrationSettings,
+    }
+    header = ("key", "value", "default", "meaning")
+    tables = {name: _table(header, _keys(model)) for name, model in models.items()}
     return _RECIPE.format(how=_HOW, **tables)
 
 

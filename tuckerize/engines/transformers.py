@@ -38,7 +38,7 @@ _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 @register_quantization_config(METHOD)
 class TuckerConfig(QuantizationConfigMixin):
-    """`quantization_config` of a Tucker checkpoint, see docs/format.md.
+    """`quantization_config` of a Tucker checkpoint, see docs/reference/format.md.
 
     Raises:
         ValueError: It is of another release, or malformed; the message names the key.

@@ -1,4 +1,4 @@
-"""`quantization_config` in config.json of a Tucker checkpoint, see docs/format.md."""
+"""`quantization_config` in config.json of a Tucker checkpoint, see docs/reference/format.md."""
 
 from __future__ import annotations
 

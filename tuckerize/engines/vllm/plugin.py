@@ -39,7 +39,7 @@ _SHORT_NAMES: Mapping[str, str] = {
 
 
 class TuckerConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not installed here
-    """`quantization_config` of a Tucker checkpoint, see docs/format.md.
+    """`quantization_config` of a Tucker checkpoint, see docs/reference/format.md.
 
     Args:
         tucker: Its contents.
