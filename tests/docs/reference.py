@@ -5,6 +5,7 @@ python -m tests.docs.reference    # writes them
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 from collections.abc import Callable, Iterable
@@ -15,6 +16,7 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel
 from typer.models import ArgumentInfo
 
+import tuckerize
 from tests.docs.pages import ROOT
 from tuckerize.cli.app import app
 from tuckerize.recipe import CalibrationSettings, Recipe, Rule
@@ -67,6 +69,63 @@ With `calibration`, a rule gives `rank` or `keep`, and is for all three projecti
 """
 
 
+_API = """\
+# Python API
+
+{how}
+
+Each command is a function of one request that returns a report. Requests and reports are frozen
+dataclasses; the fields of a report are those of `--json`.
+
+```python
+import tuckerize
+
+request = tuckerize.DecomposeRequest(model="MODEL", output="OUT", keep=0.75)
+report = tuckerize.decompose(request)
+print(report.before.routed_parameters, report.after.routed_parameters)
+```
+
+```text
+2949120 2211456
+```
+
+Under torchrun every process calls `decompose` or `verify`. Errors that the caller can mend are
+`tuckerize.errors.TuckerizeError`, with a `message` and a `hint`.
+"""
+
+
+def api_page() -> str:
+    """docs/reference/api.md."""
+    functions = {
+        name: getattr(tuckerize, name)
+        for name in tuckerize.__all__
+        if inspect.isfunction(getattr(tuckerize, name))
+    }
+    return "\n".join([_API.format(how=_HOW), *(_function(*item) for item in functions.items())])
+
+
+def _function(name: str, function: Callable[..., Any]) -> str:
+    signature = inspect.signature(function, eval_str=True)
+    shown = ", ".join(signature.parameters)
+    text = re.split(r"^(?:Args|Returns|Example):", inspect.getdoc(function) or "", flags=re.M)[0]
+    parts = [f"## {name}\n", f"`tuckerize.{name}({shown})`\n", f"{text.strip()}\n"]
+    for parameter in signature.parameters.values():
+        request = parameter.annotation
+        if dataclasses.is_dataclass(request) and isinstance(request, type):
+            meanings = _attributes(request)
+            rows = [(f"`{field.name}`", _field_default(field), meanings[field.name])
+                    for field in dataclasses.fields(request)]  # fmt: skip
+            header = (f"{request.__name__}", "default", "meaning")
+            parts.append(_table((f"`{header[0]}`", *header[1:]), rows))
+    return "\n".join(parts)
+
+
+def _field_default(field: dataclasses.Field[Any]) -> str:
+    if field.default is dataclasses.MISSING:
+        return "required"
+    return _default(field.default)
+
+
 def recipe_page() -> str:
     """docs/reference/recipe.md."""
     models: dict[str, type[BaseModel]] = {
@@ -96,6 +155,7 @@ def commands_page() -> str:
 PAGES = {
     ROOT / "docs" / "reference" / "recipe.md": recipe_page,
     ROOT / "docs" / "reference" / "commands.md": commands_page,
+    ROOT / "docs" / "reference" / "api.md": api_page,
 }
 
 
@@ -112,10 +172,14 @@ def _command(name: str, function: Callable[..., Any]) -> str:
             named = [str(info.default or ""), *(info.param_decls or ())]
             dashed = f"--{parameter.name.replace('_', '-')}"
             word = next((text for text in named if text.startswith("--")), dashed)
-        row = (f"`{word}`", _value(kind), f"{info.help or ''}{_default_text(parameter)}")
+        row = (
+            f"`{word}`",
+            _value(kind, info.metavar),
+            f"{info.help or ''}{_default_text(parameter)}",
+        )
         panels.setdefault(str(info.rich_help_panel or ""), []).append(row)
     tables = (
-        _table((f"{panel} option".strip().lower(), "value", "meaning"), rows)
+        _table((panel or "option", "value", "meaning"), rows)
         for panel, rows in panels.items()
     )
     return (
@@ -124,17 +188,17 @@ def _command(name: str, function: Callable[..., Any]) -> str:
     )
 
 
-def _value(kind: object) -> str:
-    """The value of an option in words, from its type."""
+def _value(kind: object, metavar: str | None) -> str:
+    """The value of an option in words: its choices, its own word, or its type."""
     parts = [part for part in get_args(kind) if part is not type(None)]
     if get_origin(kind) in {list, tuple}:
-        return f"{_value(parts[0])}, repeatable"
+        return f"{_value(parts[0], metavar)}, repeatable"
     if parts:
-        return _value(parts[0])
+        return _value(parts[0], metavar)
     if isinstance(kind, type) and issubclass(kind, StrEnum):
         return ", ".join(f"`{choice.value}`" for choice in kind)
     words: dict[object, str] = {bool: "", int: "integer", float: "number", Path: "path"}
-    return words.get(kind, "text")
+    return metavar or words.get(kind, "text")
 
 
 def _default_text(parameter: inspect.Parameter) -> str:
@@ -154,7 +218,7 @@ def _keys(model: type[BaseModel]) -> Iterable[tuple[str, ...]]:
         yield (f"`{name}`", _kind(value, schema.get("$defs", {})), default, meanings[name])
 
 
-def _attributes(model: type[BaseModel]) -> dict[str, str]:
+def _attributes(model: type) -> dict[str, str]:
     """The section `Attributes` of a docstring."""
     _, _, section = inspect.getdoc(model).partition("Attributes:\n")  # type: ignore[union-attr]
     entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section, flags=re.MULTILINE)
