@@ -1,6 +1,6 @@
 """Manifests of a Tucker checkpoint and of its shards.
 
-Both are JSON with an integer `schema_version`, written last; docs/reference/format.md describes them.
+Both are JSON with an integer `schema_version`, written last: docs/reference/format.md.
 """
 
 from __future__ import annotations
