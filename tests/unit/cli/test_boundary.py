@@ -4,8 +4,15 @@ import signal
 
 import pytest
 
+from tuckerize import errors
 from tuckerize.cli.boundary import BUG, INTERRUPTED, USER_ERROR, boundary
-from tuckerize.errors import CheckpointError
+from tuckerize.errors import CheckpointError, LeaderFailedError
+
+USER_ERRORS = [
+    kind
+    for kind in vars(errors).values()
+    if isinstance(kind, type) and issubclass(kind, Exception) and kind is not LeaderFailedError
+]
 
 
 def _exit_code(error: Exception, *, interrupt: bool) -> int:
@@ -42,3 +49,22 @@ def test_ignored_interrupt_stays_ignored() -> None:
         assert _exit_code(TypeError("no shape"), interrupt=True) == BUG
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("kind", USER_ERRORS)
+@pytest.mark.parametrize(
+    ("hint", "text"),
+    [("use 4", "error: 3 is odd\n\nhint: use 4\n"), ("", "error: 3 is odd\n")],
+)
+def test_every_error_of_a_user_is_printed_with_its_hint_and_without_a_traceback(
+    kind: type[errors.TuckerizeError], hint: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _exit_code(kind("3 is odd", hint=hint), interrupt=False) == USER_ERROR
+    assert capsys.readouterr().err == text
+
+
+def test_processes_that_follow_a_failed_leader_say_nothing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert _exit_code(LeaderFailedError(), interrupt=False) == USER_ERROR
+    assert capsys.readouterr() == ("", "")
