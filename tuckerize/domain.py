@@ -9,9 +9,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self, TypeVar
 
 from tuckerize.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 
 class Projection(StrEnum):
@@ -151,17 +155,68 @@ class MultilinearRank(NamedTuple):
         return ",".join(str(size) for size in self)
 
 
-def stored_parameters(shape: StackShape, rank: MultilinearRank, *, coupled: int = 1) -> int:
-    """Numbers that a Tucker tensor keeps on disk: cores and the factors of truncated modes.
+@dataclass(frozen=True, slots=True)
+class WeightType:
+    """Encoding of stored cores and factors.
+
+    Attributes:
+        name: safetensors' name of the type.
+        bits: Bits per value.
+        rounding: Half a unit in the last place: about the relative error of rounding a core and
+            its factors (unitless).
+    """
+
+    name: str
+    bits: int
+    rounding: float
+
+
+WEIGHT_TYPES = {
+    kind.name: kind
+    for kind in (
+        WeightType("BF16", 16, 2.0**-8),
+        WeightType("F16", 16, 2.0**-11),
+        WeightType("F32", 32, 2.0**-24),
+        WeightType("F64", 64, 2.0**-53),
+    )
+}
+"""Types that cores and factors are stored in, by safetensors' name."""
+
+Count = TypeVar("Count", int, "npt.NDArray[np.float64]")
+"""A size, or the sizes of many candidates at once."""
+
+
+def stored_parameters(
+    shape: tuple[Count, Count, Count], rank: tuple[Count, Count, Count], *, coupled: int = 1
+) -> Count:
+    """Parameters of coupled Tucker tensors: cores and the factors of truncated modes.
 
     Args:
-        shape: Sizes of every stack.
-        rank: Core sizes of every stack.
+        shape: Sizes (E, H, I) of every stack.
+        rank: Core sizes (r_E, r_H, r_I) of every stack.
         coupled: Number of stacks that share one U_I.
     """
-    factors = {mode: shape[mode] * rank[mode] for mode in rank.truncated_modes(shape)}
-    shared = factors.pop(Mode.HIDDEN, 0)
-    return coupled * (math.prod(rank) + sum(factors.values())) + shared
+    core = rank[0] * rank[1] * rank[2]
+    U_E, U_H, U_I = (n * r * (r < n) for n, r in zip(shape, rank, strict=True))
+    return coupled * (core + U_E + U_H) + U_I
+
+
+def stored_bytes(
+    shape: tuple[Count, Count, Count],
+    rank: tuple[Count, Count, Count],
+    weights: WeightType,
+    *,
+    coupled: int = 1,
+) -> Count:
+    """Bytes of coupled Tucker tensors on disk: the unit of every budget and estimate.
+
+    Args:
+        shape: Sizes (E, H, I) of every stack.
+        rank: Core sizes (r_E, r_H, r_I) of every stack.
+        weights: Type that they are stored in.
+        coupled: Number of stacks that share one U_I.
+    """
+    return stored_parameters(shape, rank, coupled=coupled) * weights.bits // 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +233,7 @@ Coupling = tuple[Projection, ...]
 """Projections that are decomposed together because they share one U_I; a lone one usually."""
 
 GATE_UP: Coupling = (Projection.GATE, Projection.UP)
+DOWN: Coupling = (Projection.DOWN,)
 
 SHARED_U_I = "gate_up_proj"
 """Name of the module that holds the U_I of gate and up where they share one."""

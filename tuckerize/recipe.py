@@ -119,7 +119,7 @@ class CalibrationSettings(_Schema):
         shape: What may be truncated: `latent` the hidden mode, `neurons` the width of the experts,
             `full` all three modes of every stack; `auto` takes for each layer what is predicted to
             lose least, a width with a truncated hidden mode, or `full`.
-        allocate: `error` shares the budget out by predicted damage, `uniform` evenly over layers.
+        allocate: `error` shares the budget out by predicted KL divergence, `uniform` evenly.
         multiple: Truncated sizes are multiples of this; by default 128, or 8 below 1024.
         equal_widths: All experts of a layer keep equally many neurons, for kernels that need it.
         refine: Gradient steps against each layer's output; 0 for none.

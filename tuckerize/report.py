@@ -94,7 +94,7 @@ class PlanReport:
         after: Size of the result; an upper bound where a tolerance decides.
         peak_bytes: Estimated peak memory of one process.
         seconds: Estimated time of one process.
-        predicted_damage: Nats a token that the prediction is expected to move by; None without a
+        predicted_kl: Predicted KL divergence from the source, nats per token; None without a
             calibrated budget.
     """
 
@@ -103,7 +103,7 @@ class PlanReport:
     after: Size
     peak_bytes: int
     seconds: float
-    predicted_damage: float | None = None
+    predicted_kl: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,20 +114,20 @@ class CurvePoint:
         keep: Kept share of the routed parameters that was asked for.
         routed_parameters: Numbers that would be stored of the routed experts.
         total_bytes: Bytes of the whole checkpoint.
-        damage: Nats a token that the prediction is expected to move by.
+        kl: Predicted KL divergence from the source, nats per token.
         largest_error: Largest predicted relative output error of a layer.
     """
 
     keep: float
     routed_parameters: int
     total_bytes: int
-    damage: float
+    kl: float
     largest_error: float
 
 
 @dataclass(frozen=True, slots=True)
 class CurveReport:
-    """Predicted damage at every budget.
+    """Predicted KL divergence at every budget.
 
     Attributes:
         model: The folder.
@@ -172,7 +172,7 @@ class DecomposeReport:
         resumed_pieces: Pieces of work that an interrupted run had finished.
         seconds: Time of this run.
         calibrated: What calibration made of every layer; empty for a data-free decomposition.
-        predicted_damage: Nats a token that the prediction is expected to move by; None without a
+        predicted_kl: Predicted KL divergence from the source, nats per token; None without a
             calibrated budget.
         notes: What the user should know about the calibration.
     """
@@ -184,7 +184,7 @@ class DecomposeReport:
     resumed_pieces: int
     seconds: float
     calibrated: tuple[LayerOutcome, ...] = ()
-    predicted_damage: float | None = None
+    predicted_kl: float | None = None
     notes: tuple[str, ...] = ()
 
 

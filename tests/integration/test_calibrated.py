@@ -239,8 +239,8 @@ def test_budget_is_kept_and_used_as_planned_with_every_option(
     assert plan is not None
     assert report is not None
     assert plan.after == report.after
-    assert plan.predicted_damage == report.predicted_damage is not None
-    assert report.predicted_damage > 0
+    assert plan.predicted_kl == report.predicted_kl is not None
+    assert report.predicted_kl > 0
     manifest = manifest_of(out)
     layers = [layer["layer"] for layer in manifest["calibrated"]]
     stored = manifest["after"]["routed_parameters"] - (2 - len(layers)) * ROUTED
@@ -426,7 +426,7 @@ def test_core_sizes_may_be_given(
 ) -> None:
     out = tmp_path / "out"
     report = decompose(model, text, out, "--rank", rank, *joint, *PLAIN)
-    assert report["predicted_damage"] is None
+    assert report["predicted_kl"] is None
     manifest = manifest_of(out)
     assert all(layer["predicted_error"] is None for layer in manifest["calibrated"])
     assert len({tuple(stack["multilinear_rank"]) for stack in manifest["stacks"]}) == 1
@@ -477,8 +477,8 @@ def test_calibration_has_less_output_error_than_none(
     assert routed_parameters(tmp_path / "with") <= routed_parameters(tmp_path / "without")
     assert losses[0] < losses[1]
     assert report is not None
-    assert report.predicted_damage is not None
-    assert report.predicted_damage > 0
+    assert report.predicted_kl is not None
+    assert report.predicted_kl > 0
 
 
 @torch.no_grad()
@@ -598,7 +598,7 @@ def test_profile_is_made_once_for_all_budgets(
     second = json.loads(succeed(*plan, "--keep", "0.8"))
     assert calls == []
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*")} == before
-    assert second["predicted_damage"] < first["predicted_damage"]
+    assert second["predicted_kl"] < first["predicted_kl"]
     # Another text, another profile.
     other = write_text(tmp_path / "other.txt", 2000, seed=1)
     succeed(*dry_run(model, other), "--keep", "0.5")

@@ -57,6 +57,6 @@ def test_to_json_of_a_decomposition_has_plain_values() -> None:
         "resumed_pieces": 0,
         "seconds": 1.5,
         "calibrated": [],
-        "predicted_damage": None,
+        "predicted_kl": None,
         "notes": [],
     }

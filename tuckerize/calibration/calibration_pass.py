@@ -21,7 +21,7 @@ from tuckerize.linalg.hooi import check_finite
 from tuckerize.linalg.tucker import largest_magnitude
 from tuckerize.moe.source import SourceModel
 from tuckerize.names import TensorName
-from tuckerize.recipe import Recipe
+from tuckerize.recipe import CalibrationSettings, Recipe
 from tuckerize.runtime.experts import ACTIVATIONS, Activation, TuckerExperts, activation_of
 
 _WINDOWS_AT_ONCE = 8
@@ -40,7 +40,8 @@ class CalibrationPass:
         windows_SL: Tokens, shape (S, L).
         text_windows: How many of the windows are of text; they are the first.
         group_size: Experts in a group.
-        notes: What the user should know about the text.
+        settings: Settings of the calibration.
+        notes: Notes on the text for the user.
     """
 
     source: SourceModel
@@ -48,6 +49,7 @@ class CalibrationPass:
     windows_SL: Tensor
     text_windows: int
     group_size: int
+    settings: CalibrationSettings
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -83,6 +85,7 @@ class CalibrationPass:
             windows.tokens_SL,
             windows.text,
             recipe.group_size or source.moe.shape.experts,
+            settings,
             tuple(notes),
         )
 

@@ -9,14 +9,8 @@ from torch import Tensor
 
 from tuckerize.calibration.moments import GroupMoments, refit_moments
 from tuckerize.calibration.tokens import DenseGroup, LayerTokens
-from tuckerize.domain import (
-    GATE_UP,
-    Coupling,
-    Mode,
-    MultilinearRank,
-    Projection,
-    StackShape,
-)
+from tuckerize.compression.target import CompressionTarget
+from tuckerize.domain import DOWN, Mode, MultilinearRank, Projection, StackShape
 from tuckerize.linalg.gram import leading_eigenvectors
 from tuckerize.linalg.selection import KeptNeurons, all_neurons, eliminate, refit_down
 from tuckerize.linalg.tucker import TuckerFactors
@@ -26,43 +20,19 @@ from tuckerize.runtime.experts import Activation, TuckerExperts, named_tensors
 
 
 @dataclass(frozen=True, slots=True)
-class CompressionTarget:
-    """What the stacks of one layer are compressed to.
-
-    Attributes:
-        neurons: Width: neurons that an expert keeps on average.
-        ranks: Core sizes of the projections, of stacks of that width.
-        joint: gate_proj and up_proj share one U_I.
-        multiple: What the experts' own widths are multiples of.
-        equal_widths: All experts are equally wide.
-    """
-
-    neurons: int
-    ranks: Mapping[Projection, MultilinearRank]
-    joint: bool
-    multiple: int = 1
-    equal_widths: bool = False
-
-    @property
-    def couplings(self) -> tuple[Coupling, ...]:
-        """The projections that are decomposed together."""
-        return (GATE_UP, (Projection.DOWN,)) if self.joint else tuple((p,) for p in Projection)
-
-
-@dataclass(frozen=True, slots=True)
 class CompressedGroup:
     """A group of experts as factors.
 
     Attributes:
         factors: The Tucker tensor of every projection; gate and up share the object U_I if joint.
         kept: Neurons that every expert kept; None if all.
-        sizes: What it was compressed to.
+        target: What it was compressed to.
         sweeps: Sweeps of weighted least squares for every projection.
     """
 
     factors: Mapping[Projection, TuckerFactors]
     kept: KeptNeurons | None
-    sizes: CompressionTarget
+    target: CompressionTarget
     sweeps: Mapping[Projection, int]
 
     @property
@@ -74,7 +44,7 @@ class CompressedGroup:
         """The tensors by their names relative to the group."""
         return {
             name: tensor
-            for coupling in self.sizes.couplings
+            for coupling in self.target.couplings
             for projection in coupling
             for name, tensor in named_tensors(
                 coupling, projection, self.factors[projection], self.widths
@@ -86,7 +56,7 @@ def compress_group(
     group: DenseGroup,
     tokens: LayerTokens,
     moments: GroupMoments,
-    sizes: CompressionTarget,
+    target: CompressionTarget,
     *,
     max_sweeps: int,
     activation: Activation,
@@ -101,7 +71,7 @@ def compress_group(
         group: The dense experts, in float32.
         tokens: Tokens of the layer.
         moments: What `gather_moments` gave for them.
-        sizes: What to compress to.
+        target: What to compress to.
         max_sweeps: Sweeps of weighted least squares at most.
         activation: Between gate and up.
 
@@ -110,22 +80,22 @@ def compress_group(
         NonFiniteError: A stack holds NaN or infinity.
     """
     kept = None
-    stacks, ranks = dict(group.stacks), sizes.ranks
-    if sizes.neurons < group.shape.intermediate:
+    stacks, ranks = dict(group.stacks), target.ranks
+    if target.neurons < group.shape.intermediate:
         down_EHI = group.stacks[Projection.DOWN]
         kept = eliminate(moments.neurons_EHH, down_EHI).kept(
-            sizes.neurons, multiple=sizes.multiple, equal=sizes.equal_widths
+            target.neurons, multiple=target.multiple, equal=target.equal_widths
         )
         stacks = {projection: kept.rows(stack) for projection, stack in stacks.items()}
         # All work is on stacks as wide as the widest expert, with rows of zeros.
-        ranks = {p: r._replace(intermediate=max(kept.widths)) for p, r in ranks.items()}
+        ranks = {c: r._replace(intermediate=max(kept.widths)) for c, r in ranks.items()}
     factors: dict[Projection, TuckerFactors] = {}
     sweeps = dict.fromkeys(Projection, 0)
-    for coupling in sizes.couplings[:-1]:
+    for coupling in target.couplings[:-1]:
         found = weighted_tucker(
             [stacks[projection] for projection in coupling],
             moments.hidden_EII,
-            ranks[coupling[0]],
+            ranks[coupling],
             max_sweeps=max_sweeps,
         )
         factors.update(zip(coupling, found.tensors, strict=True))
@@ -149,12 +119,12 @@ def compress_group(
             group.stacks[Projection.DOWN],
             kept or all_neurons(group.shape),
         )
-    down_rank = ranks[Projection.DOWN]
+    down_rank = ranks[DOWN]
     down_shape = StackShape(*stacks[Projection.DOWN].shape)
     if down_rank.truncated_modes(down_shape) == (Mode.HIDDEN,):
         so_far = {**factors, Projection.DOWN: TuckerFactors(stacks[Projection.DOWN])}
         output_II = _output_moment(
-            group, tokens, CompressedGroup(so_far, kept, sizes, sweeps), activation
+            group, tokens, CompressedGroup(so_far, kept, target, sweeps), activation
         )
         U_I = leading_eigenvectors(output_II, down_rank.hidden)
         factors[Projection.DOWN] = TuckerFactors(stacks[Projection.DOWN] @ U_I, U_I=U_I)
@@ -162,7 +132,7 @@ def compress_group(
         factors[Projection.DOWN], sweeps[Projection.DOWN] = _weighted_down(
             stacks[Projection.DOWN], neurons_EKK, down_rank, max_sweeps
         )
-    return CompressedGroup(factors, kept, sizes, sweeps)
+    return CompressedGroup(factors, kept, target, sweeps)
 
 
 def _weighted_down(

@@ -183,8 +183,8 @@ def _show_plan(report: PlanReport) -> None:
         f"estimated peak memory of a process: {size_text(report.peak_bytes)}",
         f"estimated time of one process: {_duration(report.seconds)}",
     )
-    if report.predicted_damage is not None:
-        _print(_damage_line(report.predicted_damage))
+    if report.predicted_kl is not None:
+        _print(_kl_line(report.predicted_kl))
     if report.after.routed_bytes > report.before.routed_bytes:
         _print("warning: the result is larger than the source; choose smaller core sizes")
 
@@ -229,27 +229,27 @@ def _show_calibrated(report: DecomposeReport) -> None:
     ]
     header = ("layer", "neurons kept", "predicted output error", "measured")
     _print(_table(header, rows))
-    if report.predicted_damage is not None:
-        _print(_damage_line(report.predicted_damage))
+    if report.predicted_kl is not None:
+        _print(_kl_line(report.predicted_kl))
 
 
-def _damage_line(damage: float) -> str:
+def _kl_line(kl: float) -> str:
     return (
-        f"predicted: the model's prediction moves by {damage:.4f} nats a token, "
-        f"perplexity times about {math.exp(damage):.3f}"
+        f"predicted KL divergence from the source: {kl:.4f} nats/token, "
+        f"perplexity times about {math.exp(kl):.3f}"
     )
 
 
 def _show_curve(report: CurveReport) -> None:
-    largest = max((point.damage for point in report.points), default=0.0)
+    largest = max((point.kl for point in report.points), default=0.0)
     rows = [
         (
             f"{point.keep:.2f}",
             size_text(point.total_bytes),
             f"{point.largest_error:.4f}",
-            f"{point.damage:.4f}",
-            f"x {math.exp(point.damage):.3f}",
-            "█" * round(_BAR * point.damage / max(largest, 1e-30)),
+            f"{point.kl:.4f}",
+            f"x {math.exp(point.kl):.3f}",
+            "█" * round(_BAR * point.kl / max(largest, 1e-30)),
         )
         for point in report.points
     ]
@@ -257,7 +257,7 @@ def _show_curve(report: CurveReport) -> None:
         "keep",
         "all bytes",
         "output error",
-        "damage",
+        "KL",
         "perplexity",
     )
     table = _table((*header, ""), rows)
@@ -265,7 +265,7 @@ def _show_curve(report: CurveReport) -> None:
     _print(
         table,
         "predicted from spectra and neuron energies; no layer was decomposed. output error: the "
-        "largest of a layer, relative; damage: nats a token by which the prediction moves",
+        "largest relative one of a layer; KL: divergence from the source, nats per token",
     )
 
 

@@ -17,6 +17,7 @@ from tuckerize.checkpoint.other_files import copy_other_files
 from tuckerize.checkpoint.output import OutputFolder
 from tuckerize.checkpoint.reader import CONFIG, TORCH_DTYPES, WeightFile, measure_size
 from tuckerize.checkpoint.writer import copy_tensors, describe_file, write_index, write_tensors
+from tuckerize.compression.target import CompressionTarget, LayerPiece
 from tuckerize.domain import Engine, StackResult, coupling_name, group_experts
 from tuckerize.errors import located
 from tuckerize.format.card import with_loader, write_hub_files
@@ -29,7 +30,7 @@ from tuckerize.linalg.tucker import check_no_overflow, relative_residual
 from tuckerize.parallel.processes import Processes
 from tuckerize.pipeline.decompose_calibrated import compress_layers
 from tuckerize.planning.estimate import work
-from tuckerize.planning.plan import ROUNDING, CopyPiece, LayerPiece, Plan, Target, TuckerPiece
+from tuckerize.planning.plan import Piece, Plan
 from tuckerize.progress import Progress
 from tuckerize.report import DecomposeReport, LayerOutcome
 from tuckerize.runtime.experts import named_tensors
@@ -71,8 +72,9 @@ def compress_model(
     started = time.monotonic()
     folder = OutputFolder(output)
     notes = _compress_calibrated(plan, calibration, output, progress)
+    calibrated = plan.recipe.calibration is not None
     pieces = sorted(
-        [piece for piece in plan.pieces if not isinstance(piece, LayerPiece)],
+        plan.copies if calibrated else plan.pieces,
         key=lambda piece: work(plan, piece),
         reverse=True,
     )
@@ -108,7 +110,7 @@ def compress_model(
             )
             for record in manifest.calibrated
         ),
-        predicted_damage=plan.predicted_damage,
+        predicted_kl=plan.predicted_kl,
         notes=tuple(notes),
     )
 
@@ -122,11 +124,9 @@ def _compress_calibrated(
     return [*calibration.notes, *compress_layers(plan, calibration, output, progress)]
 
 
-def _carry_out(
-    plan: Plan, piece: TuckerPiece | CopyPiece, output: Path, device: torch.device
-) -> dict[str, Any]:
+def _carry_out(plan: Plan, piece: Piece, output: Path, device: torch.device) -> dict[str, Any]:
     """Write the weight file of a piece; returns its record."""
-    if isinstance(piece, TuckerPiece):
+    if isinstance(piece, LayerPiece):
         return _decompose_piece(plan, piece, output, device)
     source = plan.source.checkpoint.files[piece.source_file]
     name = plan.weight_file(piece)
@@ -138,21 +138,22 @@ def _carry_out(
 
 
 def _decompose_piece(
-    plan: Plan, piece: TuckerPiece, output: Path, device: torch.device
+    plan: Plan, piece: LayerPiece, output: Path, device: torch.device
 ) -> dict[str, Any]:
     prefix = plan.source.moe.family.experts_prefix(piece.layer)
     tensors: dict[str, Tensor] = {}
     records: list[StackResult] = []
+    (coupling,) = piece.couplings
     for group, target in enumerate(piece.targets):
         experts = group_experts(plan.source.moe.shape, plan.group_size, group)
-        stacks = [plan.source.stack(piece.layer, p, experts).to(device) for p in piece.coupling]
-        with located(f"layer {piece.layer}, group {group}, {coupling_name(piece.coupling)}"):
+        stacks = [plan.source.stack(piece.layer, p, experts).to(device) for p in coupling]
+        with located(f"layer {piece.layer}, group {group}, {coupling_name(coupling)}"):
             result = _factorise(plan, stacks, target)
-        for projection, stack, factors in zip(piece.coupling, stacks, result.tensors, strict=True):
-            stored = factors.to(TORCH_DTYPES[plan.dtype])
-            for name, tensor in named_tensors(piece.coupling, projection, stored):
+        for projection, stack, factors in zip(coupling, stacks, result.tensors, strict=True):
+            stored = factors.to(TORCH_DTYPES[plan.weights.name])
+            for name, tensor in named_tensors(coupling, projection, stored):
                 tensors[str(name.within(group, prefix))] = check_no_overflow(
-                    tensor, plan.dtype
+                    tensor, plan.weights.name
                 ).cpu()
             records.append(
                 StackResult(
@@ -171,12 +172,12 @@ def _decompose_piece(
     }
 
 
-def _factorise(plan: Plan, stacks: list[Tensor], target: Target) -> Decomposition:
-    rank = target.rank
-    if rank is None:
-        allowed = target.tolerance or 0.0
+def _factorise(plan: Plan, stacks: list[Tensor], target: CompressionTarget) -> Decomposition:
+    (rank,) = target.ranks.values()
+    if target.tolerance is not None:
         # Rounding the factors to their type spends a part of the tolerance.
-        rank = rank_for_tolerance(stacks, (allowed**2 - ROUNDING[plan.dtype] ** 2) ** 0.5)
+        rest = target.tolerance**2 - plan.weights.rounding**2
+        rank = rank_for_tolerance(stacks, rest**0.5)
     engine = _ENGINES[plan.recipe.engine]
     return engine(stacks, rank, max_sweeps=plan.recipe.max_sweeps)
 
@@ -203,7 +204,7 @@ def _finish(plan: Plan, folder: OutputFolder, model: str) -> TuckerManifest:
             files=tuple(FileRecord(**record["source"]) for record in records if "source" in record),
         ),
         recipe=plan.recipe.model_dump(mode="json", exclude_none=True),
-        dtype=plan.dtype,
+        dtype=plan.weights.name,
         shape=moe.shape,
         group_size=plan.group_size,
         joint=plan.joint,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tuckerize.calibration.calibration_pass import CalibrationPass, SavedStates, experts_call
-from tuckerize.calibration.compress import CompressedGroup, CompressionTarget, compress_group
+from tuckerize.calibration.compress import CompressedGroup, compress_group
 from tuckerize.calibration.layer_profile import LayerProfile
 from tuckerize.calibration.moments import gather_moments
 from tuckerize.calibration.profile_pass import profile_model
@@ -21,6 +21,7 @@ from tuckerize.calibration.tokens import DenseGroup, LayerTokens
 from tuckerize.checkpoint.output import OutputFolder
 from tuckerize.checkpoint.reader import TORCH_DTYPES
 from tuckerize.checkpoint.writer import write_tensors
+from tuckerize.compression.target import LayerPiece
 from tuckerize.domain import StackResult
 from tuckerize.errors import located
 from tuckerize.format.manifest import LayerRecord, pack_neurons
@@ -32,7 +33,7 @@ from tuckerize.linalg.tucker import (
     relative_residual,
 )
 from tuckerize.names import TensorName
-from tuckerize.planning.plan import LayerPiece, Plan, make_plan
+from tuckerize.planning.plan import Plan, make_plan
 from tuckerize.progress import Progress
 from tuckerize.recipe import Recipe
 from tuckerize.runtime.experts import TuckerExperts, named_tensors
@@ -123,7 +124,7 @@ def _pass_layer(
         return behind_SLI, None
     compressed = _compress_layer(plan, piece, run, groups, dense, tokens)
     record = _write(plan, piece, groups, compressed, output)
-    if plan.recipe.calibration is not None and plan.recipe.calibration.sequential:
+    if run.settings.sequential:
         wide = [{n: t.float() for n, t in own.items()} for own in compressed.tensors]
         behind_SLI = run.run_layer(layer, hidden_SLI, experts_call(run.module(wide)))
     return behind_SLI, record
@@ -137,11 +138,10 @@ def _compress_layer(
     dense: TuckerExperts,
     tokens: LayerTokens,
 ) -> _Compressed:
-    settings = plan.recipe.calibration
-    steps = settings.refine if settings else 0
+    steps = run.settings.refine
     fit, held_out = tokens.split()
     compressed, rare = [], []
-    for index, group in enumerate(groups):
+    for index, (group, target) in enumerate(zip(groups, piece.targets, strict=True)):
         moments = gather_moments(group, fit, activation=run.activation)
         few = (moments.routed_E < group.shape.intermediate).nonzero()[:, 0] + group.experts.start
         rare += few.tolist()
@@ -151,7 +151,7 @@ def _compress_layer(
                     group,
                     fit,
                     moments,
-                    piece.sizes,
+                    target,
                     max_sweeps=plan.recipe.max_sweeps,
                     activation=run.activation,
                 )
@@ -163,14 +163,14 @@ def _compress_layer(
         return output_TI
 
     module = run.module([group.tensors() for group in compressed])
-    if _is_dense(piece.sizes, groups) or not steps or not len(held_out.x_TI):
+    if piece.targets[0].is_dense(groups[0].shape) or not steps or not len(held_out.x_TI):
         unrefined = relative_output_error(module, held_out, dense_output(held_out))
         refinement = Refinement(unrefined, unrefined, kept=False)
     else:
         refinement = refine(module, fit, held_out, dense_output, steps=steps)
-    dtype = TORCH_DTYPES[plan.dtype]
+    dtype = TORCH_DTYPES[plan.weights.name]
     stored = [
-        {n: check_no_overflow(t.to(dtype), plan.dtype) for n, t in own.items()}
+        {n: check_no_overflow(t.to(dtype), plan.weights.name) for n, t in own.items()}
         for own in _orthonormal_groups(module, compressed)
     ]
     notes = []
@@ -182,14 +182,6 @@ def _compress_layer(
     return _Compressed(compressed, stored, refinement, notes)
 
 
-def _is_dense(sizes: CompressionTarget, groups: Sequence[DenseGroup]) -> bool:
-    """Whether nothing is truncated."""
-    shape = groups[0].shape
-    return sizes.neurons == shape.intermediate and not any(
-        rank.truncated_modes(shape) for rank in sizes.ranks.values()
-    )
-
-
 def _orthonormal_groups(
     module: TuckerExperts, compressed: Sequence[CompressedGroup]
 ) -> list[dict[TensorName, Tensor]]:
@@ -198,7 +190,7 @@ def _orthonormal_groups(
     for group, shapes in zip(module.groups, compressed, strict=True):
         tensors = {TensorName.parse(n): value.detach() for n, value in group.named_parameters()}
         own: dict[TensorName, Tensor] = {}
-        for coupling in shapes.sizes.couplings:
+        for coupling in shapes.target.couplings:
             for projection in coupling:
                 factors = _orthonormal(factors_of(tensors, projection))
                 own.update(named_tensors(coupling, projection, factors, shapes.widths))
@@ -240,7 +232,7 @@ def _write(
     error = refinement.error_after if refinement.kept else refinement.error_before
     record = LayerRecord(
         layer=piece.layer,
-        neurons=piece.sizes.neurons,
+        neurons=piece.targets[0].neurons,
         kept=tuple(kept),
         output_error=None if error != error else error,  # noqa: PLR0124
         predicted_error=piece.predicted_error,
@@ -263,16 +255,18 @@ def _results(
 ) -> list[StackResult]:
     results = []
     places_EK = compressed.kept and compressed.kept.places_EK
-    for projection, stack in group.stacks.items():
-        stored = factors_of(tensors, projection)
-        results.append(
-            StackResult(
-                layer=piece.layer,
-                group=index,
-                projection=projection,
-                multilinear_rank=piece.sizes.ranks[projection],
-                relative_residual=relative_residual(stack, stored, places_EK),
-                sweeps=compressed.sweeps[projection],
+    for coupling, rank in compressed.target.ranks.items():
+        for projection in coupling:
+            stored = factors_of(tensors, projection)
+            residual = relative_residual(group.stacks[projection], stored, places_EK)
+            results.append(
+                StackResult(
+                    layer=piece.layer,
+                    group=index,
+                    projection=projection,
+                    multilinear_rank=rank,
+                    relative_residual=residual,
+                    sweeps=compressed.sweeps[projection],
+                )
             )
-        )
     return results

@@ -1,4 +1,4 @@
-"""What a model or a plan is, in numbers and bytes; reads headers and configuration only."""
+"""The `inspect` command: facts of a model or a plan, from headers and configuration only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 from tuckerize.checkpoint.hub import resolve_model
 from tuckerize.checkpoint.output import MANIFEST
 from tuckerize.checkpoint.reader import Checkpoint
-from tuckerize.domain import Size, coupling_name
+from tuckerize.compression.target import LayerPiece
+from tuckerize.domain import WEIGHT_TYPES, Projection, Size, coupling_name, stored_bytes
 from tuckerize.format.config import find_quantization
 from tuckerize.format.consistency import carries_loader, check_loadable
 from tuckerize.format.manifest import sharding_name
@@ -52,33 +53,36 @@ def inspect(model: str | Path) -> InspectReport:
 def describe_plan(plan: Plan) -> PlanReport:
     """What a plan will store, and what carrying it out will take."""
     before = plan.source.size
-    dense_bytes = before.routed_bytes // before.routed_parameters
-    stacks, saved_parameters, saved_bytes = [], 0, 0
-    for planned in [stacks for piece in plan.pieces for stacks in plan.stacks(piece)]:
-        dense = len(planned.coupling) * plan.group_shape.parameters
-        stored = planned.stored_parameters
-        saved_parameters += dense - stored
-        saved_bytes += dense * dense_bytes - stored * plan.dtype_bytes
-        stacks.append(
-            StackPlan(
-                layer=planned.layer,
-                group=planned.group,
-                projection=coupling_name(planned.coupling),
-                multilinear_rank=planned.target.rank,
-                tolerance=planned.target.tolerance,
-                bytes_before=dense * dense_bytes,
-                bytes_after=stored * plan.dtype_bytes,
-            )
-        )
+    stacks = [stack for piece in plan.layer_pieces for stack in _describe_piece(plan, piece)]
+    saved_bytes = sum(stack.bytes_before - stack.bytes_after for stack in stacks)
+    dense = len(plan.layers) * len(Projection) * plan.source.moe.shape.parameters
+    stored = sum(piece.stored_parameters(plan.group_shape) for piece in plan.layer_pieces)
     after = Size(
-        routed_parameters=before.routed_parameters - saved_parameters,
+        routed_parameters=before.routed_parameters - dense + stored,
         routed_bytes=before.routed_bytes - saved_bytes,
-        total_parameters=before.total_parameters - saved_parameters,
+        total_parameters=before.total_parameters - dense + stored,
         total_bytes=before.total_bytes - saved_bytes,
     )
     return PlanReport(
-        tuple(stacks), before, after, peak_bytes(plan), seconds(plan), plan.predicted_damage
+        tuple(stacks), before, after, peak_bytes(plan), seconds(plan), plan.predicted_kl
     )
+
+
+def _describe_piece(plan: Plan, piece: LayerPiece) -> list[StackPlan]:
+    shape, source = plan.group_shape, WEIGHT_TYPES[plan.source.moe.dtype]
+    return [
+        StackPlan(
+            layer=piece.layer,
+            group=group,
+            projection=coupling_name(coupling),
+            multilinear_rank=rank if target.tolerance is None else None,
+            tolerance=target.tolerance,
+            bytes_before=stored_bytes(shape, shape, source, coupled=len(coupling)),
+            bytes_after=target.stored_bytes(shape, coupling, plan.weights),
+        )
+        for group, target in enumerate(piece.targets)
+        for coupling, rank in target.ranks.items()
+    ]
 
 
 def _describe_tucker(tucker: TuckerCheckpoint) -> InspectReport:

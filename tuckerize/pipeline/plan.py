@@ -12,7 +12,7 @@ from tuckerize.checkpoint.hub import resolve_model
 from tuckerize.domain import Device
 from tuckerize.moe.source import SourceModel
 from tuckerize.parallel.backends import choose_device
-from tuckerize.planning.curve import damage_curve
+from tuckerize.planning.curve import kl_curve
 from tuckerize.planning.plan import make_plan
 from tuckerize.progress import Progress, SilentProgress
 from tuckerize.recipe import Texts, recipe_of_options
@@ -63,4 +63,4 @@ def plan(request: PlanRequest, progress: Progress | None = None) -> CurveReport:
     source = SourceModel.open(resolve_model(str(request.model)))
     make_plan(source, recipe)  # refuses what cannot be planned before the text is read
     opened = CalibrationPass.open(source, recipe, choose_device(choice))
-    return damage_curve(recipe, opened, progress or SilentProgress())
+    return kl_curve(recipe, opened, progress or SilentProgress())

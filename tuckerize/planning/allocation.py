@@ -1,4 +1,4 @@
-"""One budget for all layers: sizes with the least predicted damage at an exact parameter count."""
+"""One budget for all layers: the sizes with the smallest predicted KL divergence."""
 
 from __future__ import annotations
 
@@ -11,124 +11,142 @@ import numpy as np
 import numpy.typing as npt
 
 from tuckerize.calibration.layer_profile import LayerProfile
+from tuckerize.compression.target import CompressionTarget
 from tuckerize.domain import (
+    DOWN,
+    GATE_UP,
     Allocation,
     Mode,
     MultilinearRank,
     StackShape,
     Truncation,
-    stored_parameters,
+    WeightType,
+    stored_bytes,
 )
-from tuckerize.errors import UsageError
+from tuckerize.planning.budget import check_budget
 
 Array = npt.NDArray[np.float64]
 
 # Steps of the core size of the expert mode.
 _EXPERT_STEPS = 16
-# Units in which what the smallest sizes leave of a budget is shared out.
+# Resolution of the knapsack: steps into which the budget above the smallest sizes is divided.
 _UNITS = 16384
-# A layer to which the prediction seems not to listen at all still counts a little.
+# Lower bound on a layer's sensitivity, so that no layer is free to truncate.
 _LEAST_SENSITIVITY = 1e-12
-
-
-class Sizes(NamedTuple):
-    """Sizes of one layer: the width, and the core sizes of gate and up, and of down."""
-
-    neurons: int
-    gate_up: MultilinearRank
-    down: MultilinearRank
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Sizes of one layer and what they are predicted to cost.
+    """Target of one layer and its predicted cost.
 
     Attributes:
-        sizes: The sizes.
-        parameters: Numbers stored.
+        target: What the stacks of every group are compressed to.
+        bytes: Bytes stored of all groups.
         error: Relative squared output error of the layer.
-        damage: The same in nats a token of the model's prediction.
+        predicted_kl: KL divergence from the source that this error causes, nats per token.
     """
 
-    sizes: Sizes
-    parameters: int
+    target: CompressionTarget
+    bytes: int
     error: float
-    damage: float
+    predicted_kl: float
+
+
+@dataclass(frozen=True, slots=True)
+class SearchSpace:
+    """Sizes that the layers of a model may be given.
+
+    Attributes:
+        shape: Sizes (E, H, I) of one group's stack.
+        groups: Groups in a layer.
+        weights: Type of the stored cores and factors.
+        multiples: Alignment of truncated widths of experts, and of truncated hidden core sizes.
+        truncation: Modes that may be truncated.
+        equal_widths: All experts of a layer are equally wide.
+    """
+
+    shape: StackShape
+    groups: int
+    weights: WeightType
+    multiples: tuple[int, int]
+    truncation: Truncation = Truncation.AUTO
+    equal_widths: bool = False
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of a dense layer."""
+        return self.groups * 3 * stored_bytes(self.shape, self.shape, self.weights)
+
+    def stored_parameters(self, target: CompressionTarget) -> int:
+        """Parameters that a layer stores."""
+        return self.groups * sum(
+            target.stored_parameters(self.shape, coupling) for coupling in target.couplings
+        )
+
+    def target(self, row: Array) -> CompressionTarget:
+        """The target of a row of sizes, see `_Points`."""
+        neurons, *cores = (int(size) for size in row)
+        return CompressionTarget(
+            neurons,
+            {GATE_UP: MultilinearRank(*cores[:3]), DOWN: MultilinearRank(*cores[3:])},
+            multiple=self.multiples[0],
+            equal_widths=self.equal_widths,
+        )
 
 
 class _Points(NamedTuple):
-    """Sizes, numbers stored, and predicted errors of candidates.
+    """Sizes, bytes stored of one group, and predicted errors of candidates.
 
     A row of sizes is the width and the core sizes of gate and up, and of down; or some of these.
     """
 
     sizes: Array
-    parameters: Array
+    bytes: Array
     errors: Array
 
 
 @dataclass(frozen=True, slots=True)
 class _Frontier:
-    """The candidates of one layer that no others beat, by ascending parameters."""
+    """Pareto-optimal candidates of one layer, by ascending bytes."""
 
+    space: SearchSpace
     sizes: Array
-    parameters: Array
+    bytes: Array
     errors: Array
     sensitivity: float
 
     def choice(self, index: int) -> Choice:
         error = float(self.errors[index])
         return Choice(
-            _sizes(self.sizes[index]),
-            int(self.parameters[index]),
+            self.space.target(self.sizes[index]),
+            int(self.bytes[index]),
             error,
             error * self.sensitivity,
         )
 
-    def best_within(self, parameters: float) -> int:
-        """Index of the least damage that stores at most so many numbers; -1 if none does."""
-        return int(np.searchsorted(self.parameters, parameters, side="right")) - 1
-
-
-def layer_parameters(shape: StackShape, groups: int, sizes: Sizes) -> int:
-    """Numbers that a layer stores at some sizes; gate and up share one U_I."""
-    slim = shape._replace(intermediate=sizes.neurons)
-    return groups * (
-        stored_parameters(slim, sizes.gate_up, coupled=2) + stored_parameters(slim, sizes.down)
-    )
-
-
-def _dense_parameters(shape: StackShape, groups: int) -> int:
-    return groups * 3 * shape.parameters
+    def best_within(self, budget: float) -> int:
+        """Index of the smallest error within so many bytes; -1 if there is none."""
+        return int(np.searchsorted(self.bytes, budget, side="right")) - 1
 
 
 def allocate(
     profiles: Sequence[LayerProfile],
-    shape: StackShape,
+    space: SearchSpace,
     *,
-    groups: int,
     keep: float,
-    multiples: tuple[int, int],
-    allowed: Truncation = Truncation.AUTO,
     how: Allocation = Allocation.ERROR,
-    equal_widths: bool = False,
 ) -> list[Choice]:
-    """Sizes of all layers within `keep` of their dense parameters.
+    """Targets of all layers within `keep` of their dense bytes.
 
-    The damage of a layer is its predicted error times its sensitivity. The sum over all layers is
-    the least that the budget allows, up to the rounding of parameter counts to 1/16384 of it. A
-    larger budget never has more predicted damage; the whole budget leaves all layers dense.
+    The KL divergence that a layer causes is predicted as its squared error times its sensitivity.
+    The sum over all layers is the minimum that the budget allows, up to the rounding of costs to
+    1/16384 of it. A larger budget never has a higher prediction; at `keep` 1 all layers stay dense.
 
     Args:
         profiles: Curves of the layers.
-        shape: Sizes (E, H, I) of one group's stack.
-        groups: Groups in a layer.
-        keep: Kept share of the dense parameters of these layers, in (0, 1].
-        multiples: Truncated widths of experts and hidden core sizes are multiples of these.
-        allowed: `latent` truncates the hidden mode only, `neurons` the width only, `full` all three
-            modes of every stack; `auto` takes for each layer a width with a latent, or `full`.
+        space: Sizes that the layers may be given.
+        keep: Kept share of the dense bytes of these layers, in (0, 1].
         how: `uniform` gives every layer the same share.
-        equal_widths: All experts of a layer will be equally wide.
 
     Raises:
         UsageError: The budget does not pay for the smallest sizes.
@@ -136,62 +154,55 @@ def allocate(
     Source:
         The multiple-choice knapsack problem (Kellerer, Pferschy & Pisinger 2004, chapter 11).
     """
-    check_keep(shape, groups=groups, keep=keep, multiples=multiples, allowed=allowed)
-    if equal_widths:
-        profiles = [replace(p, selection_H=p.equal_selection_H) for p in profiles]
-    # Widths of experts are multiples; their mean need not be one.
-    step = multiples[0] // (1 if equal_widths else math.gcd(multiples[0], shape.experts))
-    frontiers = [_frontier(p, shape, groups, multiples, step, allowed) for p in profiles]
-    dense = _dense_parameters(shape, groups)
+    check_keep(space, keep)
+    frontiers = [_frontier(profile, space) for profile in profiles]
     if how == Allocation.UNIFORM:
-        return [f.choice(f.best_within(math.floor(keep * dense))) for f in frontiers]
-    return _least_damage(frontiers, math.floor(keep * dense * len(profiles)))
+        return [f.choice(f.best_within(math.floor(keep * space.dense_bytes))) for f in frontiers]
+    budget = math.floor(keep * space.dense_bytes * len(profiles))
+    return _knapsack(frontiers, budget, finest=space.weights.bits / 8)
 
 
-def check_keep(
-    shape: StackShape,
-    *,
-    groups: int,
-    keep: float,
-    multiples: tuple[int, int],
-    allowed: Truncation = Truncation.AUTO,
-) -> None:
-    """Refuse a budget that does not pay for the smallest sizes; see `allocate` for the arguments.
+def check_keep(space: SearchSpace, keep: float) -> None:
+    """Refuse a budget that does not pay for the smallest sizes.
 
     Raises:
         UsageError: It does not; the hint names the smallest that does.
     """
     least = np.inf
-    if allowed != Truncation.FULL:
-        least = _latent_grid(shape, multiples, multiples[0], allowed)[1].min()
-    if allowed in (Truncation.AUTO, Truncation.FULL):
-        smallest = sum(_tucker_grid(shape, multiples, coupled=n)[1].min() for n in (1, 2))
+    if space.truncation != Truncation.FULL:
+        least = _latent_grid(space, space.multiples[0])[1].min()
+    if space.truncation in (Truncation.AUTO, Truncation.FULL):
+        smallest = sum(_tucker_grid(space, coupled=n)[1].min() for n in (1, 2))
         least = min(least, smallest)
-    dense = _dense_parameters(shape, groups)
-    if groups * least > math.floor(keep * dense):
-        raise UsageError(
-            f"keep {keep:g} is below what the smallest sizes store",
-            hint=f"choose keep of at least {math.ceil(1000 * groups * least / dense) / 1000:g}, "
-            "or a smaller --multiple",
-        )
+    check_budget(
+        keep,
+        dense=space.dense_bytes,
+        least=space.groups * least,
+        advice=", or a smaller --multiple",
+    )
 
 
-def _least_damage(frontiers: list[_Frontier], budget: float) -> list[Choice]:
+def _knapsack(frontiers: list[_Frontier], budget: float, *, finest: float) -> list[Choice]:
     """Dynamic programming over the budget, layer by layer.
 
     Units do not depend on the budget and costs are rounded up to them, so that what fits a budget
     fits a larger one as well.
+
+    Args:
+        frontiers: Candidates of every layer.
+        budget: Bytes of all layers together.
+        finest: Bytes of one value, below which a unit makes no sense.
     """
-    left = budget - sum(frontier.parameters[0] for frontier in frontiers)
-    most = sum(frontier.parameters[-1] - frontier.parameters[0] for frontier in frontiers)
+    left = budget - sum(frontier.bytes[0] for frontier in frontiers)
+    most = sum(frontier.bytes[-1] - frontier.bytes[0] for frontier in frontiers)
     if most <= left:
-        return [frontier.choice(len(frontier.parameters) - 1) for frontier in frontiers]
-    unit = max(1.0, most / _UNITS)
+        return [frontier.choice(len(frontier.bytes) - 1) for frontier in frontiers]
+    unit = max(finest, most / _UNITS)
     units = int(left // unit)
-    least = np.zeros(units + 1)  # damage of the layers so far, by what they may cost together
+    least = np.zeros(units + 1)  # KL divergence of the layers so far, by cost
     tables = []
     for frontier in frontiers:
-        costs = np.ceil((frontier.parameters - frontier.parameters[0]) / unit).astype(int)
+        costs = np.ceil((frontier.bytes - frontier.bytes[0]) / unit).astype(int)
         with_own = np.full(units + 1, np.inf)
         places = np.zeros(units + 1, dtype=int)
         useful = np.append(np.diff(costs) > 0, True) & (costs <= units)
@@ -211,33 +222,24 @@ def _least_damage(frontiers: list[_Frontier], budget: float) -> list[Choice]:
     return choices[::-1]
 
 
-def _frontier(
-    profile: LayerProfile,
-    shape: StackShape,
-    groups: int,
-    multiples: tuple[int, int],
-    width_step: int,
-    allowed: Truncation,
-) -> _Frontier:
+def _frontier(profile: LayerProfile, space: SearchSpace) -> _Frontier:
     points = []
-    if allowed != Truncation.FULL:
-        points.append(_latent_points(profile, shape, multiples, width_step, allowed))
-    if allowed in (Truncation.AUTO, Truncation.FULL):
-        points.append(_full_points(profile, shape, multiples))
-    sizes, parameters, errors = _undominated(*map(np.concatenate, zip(*points, strict=True)))
+    if space.truncation != Truncation.FULL:
+        points.append(_latent_points(profile, space))
+    if space.truncation in (Truncation.AUTO, Truncation.FULL):
+        points.append(_full_points(profile, space))
+    sizes, stored, errors = _undominated(*map(np.concatenate, zip(*points, strict=True)))
     sensitivity = max(profile.sensitivity, _LEAST_SENSITIVITY)
-    return _Frontier(sizes, groups * parameters, errors, sensitivity)
+    return _Frontier(space, sizes, space.groups * stored, errors, sensitivity)
 
 
-def _latent_points(
-    profile: LayerProfile,
-    shape: StackShape,
-    multiples: tuple[int, int],
-    width_step: int,
-    allowed: Truncation,
-) -> _Points:
+def _latent_points(profile: LayerProfile, space: SearchSpace) -> _Points:
     """Widths with truncated hidden modes."""
-    sizes, parameters = _latent_grid(shape, multiples, width_step, allowed)
+    if space.equal_widths:
+        profile = replace(profile, selection_H=profile.equal_selection_H)
+    # Widths of experts are multiples; their mean need not be one.
+    aligned = 1 if space.equal_widths else math.gcd(space.multiples[0], space.shape.experts)
+    sizes, stored = _latent_grid(space, space.multiples[0] // aligned)
     widths, gate_up, down = np.unique(sizes[:, 0]), np.unique(sizes[:, 3]), np.unique(sizes[:, 6])
     table = profile.errors(widths, gate_up, down)
     errors = table[
@@ -245,41 +247,38 @@ def _latent_points(
         np.searchsorted(gate_up, sizes[:, 3]),
         np.searchsorted(down, sizes[:, 6]),
     ]
-    return _undominated(sizes, parameters, errors)
+    return _undominated(sizes, stored, errors)
 
 
-def _latent_grid(
-    shape: StackShape, multiples: tuple[int, int], width_step: int, allowed: Truncation
-) -> tuple[Array, Array]:
-    """Sizes of all mean widths with truncated hidden modes, and the numbers that a group stores."""
+def _latent_grid(space: SearchSpace, width_step: int) -> tuple[Array, Array]:
+    """Sizes of all mean widths with truncated hidden modes, and the bytes that a group stores."""
+    shape, multiples, truncation = space.shape, space.multiples, space.truncation
     widths = _steps(
-        shape.intermediate, multiples[0], truncate=allowed != Truncation.LATENT, step=width_step
+        shape.intermediate, multiples[0], truncate=truncation != Truncation.LATENT, step=width_step
     )
-    hidden = _steps(shape.hidden, multiples[1], truncate=allowed != Truncation.NEURONS)
+    hidden = _steps(shape.hidden, multiples[1], truncate=truncation != Truncation.NEURONS)
     grid = np.meshgrid(widths, hidden, hidden, indexing="ij")
     neurons, gate_up, down = (axis.reshape(-1) for axis in grid)
     experts = np.full_like(neurons, shape.experts)
     sizes = np.stack([neurons, experts, neurons, gate_up, experts, neurons, down], axis=1)
-    cut_gate_up, cut_down = gate_up < shape.hidden, down < shape.hidden
-    parameters = shape.experts * neurons * (2 * gate_up + down)
-    parameters += shape.hidden * (gate_up * cut_gate_up + down * cut_down)
+    slim = (experts, neurons, np.full_like(neurons, shape.hidden))
+    stored = stored_bytes(slim, (experts, neurons, gate_up), space.weights, coupled=2)
+    stored += stored_bytes(slim, (experts, neurons, down), space.weights)
     # A core cannot use more columns than it has rows, over all experts (and gate and up).
-    usable = ~cut_gate_up | (gate_up <= 2 * shape.experts * neurons)
-    usable &= ~cut_down | (down <= shape.experts * neurons)
-    return sizes[usable], parameters[usable]
+    usable = (gate_up == shape.hidden) | (gate_up <= 2 * shape.experts * neurons)
+    usable &= (down == shape.hidden) | (down <= shape.experts * neurons)
+    return sizes[usable], stored[usable]
 
 
-def _full_points(profile: LayerProfile, shape: StackShape, multiples: tuple[int, int]) -> _Points:
+def _full_points(profile: LayerProfile, space: SearchSpace) -> _Points:
     """All neurons, with all three modes of gate and up, and of down, truncated."""
     gate_up = _tucker_points(
-        shape,
-        multiples,
+        space,
         (profile.gate_up_expert_E, profile.gate_up_intermediate_H, profile.gate_up_KI[0]),
         coupled=2,
     )
     down = _tucker_points(
-        shape,
-        multiples,
+        space,
         (profile.down_expert_E, profile.down_intermediate_H, profile.down_I),
         coupled=1,
     )
@@ -289,61 +288,55 @@ def _full_points(profile: LayerProfile, shape: StackShape, multiples: tuple[int,
             np.arange(len(gate_up.errors)), np.arange(len(down.errors)), indexing="ij"
         )
     )
-    neurons = np.full((len(first), 1), shape.intermediate, dtype=np.float64)
+    neurons = np.full((len(first), 1), space.shape.intermediate, dtype=np.float64)
     return _undominated(
         np.concatenate([neurons, gate_up.sizes[first], down.sizes[second]], axis=1),
-        gate_up.parameters[first] + down.parameters[second],
+        gate_up.bytes[first] + down.bytes[second],
         gate_up.errors[first] + down.errors[second],
     )
 
 
 def _tucker_points(
-    shape: StackShape,
-    multiples: tuple[int, int],
-    tails: tuple[Array, Array, Array],
-    *,
-    coupled: int,
+    space: SearchSpace, tails: tuple[Array, Array, Array], *, coupled: int
 ) -> _Points:
     """Core sizes of coupled stacks; the errors of the modes add up, as in the bound of HOSVD."""
-    sizes, parameters = _tucker_grid(shape, multiples, coupled=coupled)
+    sizes, stored = _tucker_grid(space, coupled=coupled)
     columns = sizes.T.astype(int)
     errors = np.sum([tail[own] for tail, own in zip(tails, columns, strict=True)], axis=0)
-    return _undominated(sizes, parameters, errors)
+    return _undominated(sizes, stored, errors)
 
 
-def _tucker_grid(
-    shape: StackShape, multiples: tuple[int, int], *, coupled: int
-) -> tuple[Array, Array]:
-    """All core sizes that coupled stacks can use, and the numbers that they store."""
+def _tucker_grid(space: SearchSpace, *, coupled: int) -> tuple[Array, Array]:
+    """All core sizes that coupled stacks can use, and the bytes that they store."""
+    shape = space.shape
     axes = [
         _steps(shape.experts, max(1, shape.experts // _EXPERT_STEPS), truncate=True),
-        _steps(shape.intermediate, multiples[0], truncate=True),
-        _steps(shape.hidden, multiples[1], truncate=True),
+        _steps(shape.intermediate, space.multiples[0], truncate=True),
+        _steps(shape.hidden, space.multiples[1], truncate=True),
     ]
-    sizes = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
+    expert, intermediate, hidden = (axis.reshape(-1) for axis in np.meshgrid(*axes, indexing="ij"))
+    sizes = np.stack([expert, intermediate, hidden], axis=-1)
     core = sizes.prod(axis=1)
-    parameters = coupled * core
     usable = np.ones(len(sizes), dtype=bool)
     for mode in Mode:
         own = sizes[:, mode]
-        truncated = own < shape[mode]
-        is_hidden = mode == Mode.HIDDEN
-        parameters += (1 if is_hidden else coupled) * shape[mode] * own * truncated
-        usable &= ~truncated | (own <= core / own * (coupled if is_hidden else 1))
-    return sizes[usable], parameters[usable]
+        columns = core / own * (coupled if mode == Mode.HIDDEN else 1)
+        usable &= (own == shape[mode]) | (own <= columns)
+    full = (
+        np.full_like(core, shape[0]),
+        np.full_like(core, shape[1]),
+        np.full_like(core, shape[2]),
+    )
+    stored = stored_bytes(full, (expert, intermediate, hidden), space.weights, coupled=coupled)
+    return sizes[usable], stored[usable]
 
 
-def _undominated(sizes: Array, parameters: Array, errors: Array) -> _Points:
-    """The points that no others beat in both parameters and error, by ascending parameters."""
-    order = np.lexsort((errors, parameters))
+def _undominated(sizes: Array, stored: Array, errors: Array) -> _Points:
+    """The Pareto front of bytes and error, by ascending bytes."""
+    order = np.lexsort((errors, stored))
     smallest = np.minimum.accumulate(errors[order])
     chosen = order[np.append(True, smallest[1:] < smallest[:-1])]
-    return _Points(sizes[chosen], parameters[chosen], errors[chosen])
-
-
-def _sizes(row: Array) -> Sizes:
-    neurons, *cores = (int(size) for size in row)
-    return Sizes(neurons, MultilinearRank(*cores[:3]), MultilinearRank(*cores[3:]))
+    return _Points(sizes[chosen], stored[chosen], errors[chosen])
 
 
 def _steps(size: int, multiple: int, *, truncate: bool, step: int = 0) -> Array:

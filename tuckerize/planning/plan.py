@@ -6,61 +6,32 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-from tuckerize.calibration.compress import CompressionTarget
 from tuckerize.calibration.layer_profile import LayerProfile
-from tuckerize.checkpoint.reader import TORCH_DTYPES
+from tuckerize.compression.target import CompressionTarget, LayerPiece
 from tuckerize.domain import (
+    DOWN,
     GATE_UP,
+    WEIGHT_TYPES,
     Coupling,
     Engine,
     Joint,
     MultilinearRank,
     Projection,
     StackShape,
-    coupling_name,
-    stored_parameters,
+    WeightType,
 )
 from tuckerize.errors import RecipeError, UsageError
 from tuckerize.linalg.hooi import check_rank
 from tuckerize.moe.families import MoeModel
 from tuckerize.moe.source import SourceModel
-from tuckerize.planning.allocation import Choice, allocate, check_keep
+from tuckerize.planning.allocation import SearchSpace, allocate, check_keep
 from tuckerize.planning.uniform import BudgetUnit, ranks_for_keep
 from tuckerize.recipe import CalibrationSettings, Recipe, resolve_rank, select_layers
 from tuckerize.version import __version__
 
-# Half a unit in the last place: about the relative error of rounding a core and its factors.
-ROUNDING = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24, "F64": 2.0**-53}
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """What a group's stacks are decomposed to: core sizes, or a tolerance that decides them."""
-
-    rank: MultilinearRank | None = None
-    tolerance: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class TuckerPiece:
-    """One layer's stacks of the projections that share one U_I: one weight file.
-
-    Attributes:
-        layer: Index of the layer.
-        coupling: The projections.
-        targets: One a group.
-    """
-
-    layer: int
-    coupling: Coupling
-    targets: tuple[Target, ...]
-
-    @property
-    def name(self) -> str:
-        """Name of the piece for records and messages."""
-        return f"layer-{self.layer:05d}-{coupling_name(self.coupling)}"
+_FULL = "full,full,full"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,52 +47,7 @@ class CopyPiece:
         return f"copy-{self.source_file}"
 
 
-@dataclass(frozen=True, slots=True)
-class LayerPiece:
-    """One calibrated layer, all projections and groups: one weight file.
-
-    Attributes:
-        layer: Index of the layer.
-        sizes: What its stacks are compressed to.
-        predicted_error: Relative output error (unitless) that the planner expects; None where the
-            recipe gives core sizes.
-    """
-
-    layer: int
-    sizes: CompressionTarget
-    predicted_error: float | None = None
-
-    @property
-    def name(self) -> str:
-        """Name of the piece for records and messages."""
-        return f"layer-{self.layer:05d}"
-
-
-Piece = TuckerPiece | LayerPiece | CopyPiece
-
-
-class PlannedStacks(NamedTuple):
-    """The coupled stacks of one group of a layer, and what they become.
-
-    Attributes:
-        layer: Index of the layer.
-        group: Index of the group.
-        coupling: The projections.
-        target: What is stored.
-        shape: Sizes (E, K, I) of each stack, K the mean width after neurons were selected.
-    """
-
-    layer: int
-    group: int
-    coupling: Coupling
-    target: Target
-    shape: StackShape
-
-    @property
-    def stored_parameters(self) -> int:
-        """Numbers stored; where a tolerance decides, at most those of the stacks."""
-        rank = self.target.rank or MultilinearRank(*self.shape)
-        return stored_parameters(self.shape, rank, coupled=len(self.coupling))
+Piece = LayerPiece | CopyPiece
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,21 +57,28 @@ class Plan:
     Attributes:
         source: The dense model.
         recipe: What was asked for.
-        dtype: safetensors' name of the type of factors and cores.
+        weights: Type of the stored cores and factors.
         group_size: Experts in a group.
-        pieces: All pieces of work, in the order of their weight files.
+        copies: Tensors to copy, by source file.
+        layer_pieces: Stacks to compress. The weight files are those of the copies, then these.
         text: Fingerprint of the calibration text; empty if data-free.
-        predicted_damage: Nats a token that the planner expects the prediction to move by; None
-            without a calibrated budget.
+        predicted_kl: Predicted KL divergence from the source, nats per token; None without a
+            calibrated budget.
     """
 
     source: SourceModel
     recipe: Recipe
-    dtype: str
+    weights: WeightType
     group_size: int
-    pieces: tuple[Piece, ...]
+    copies: tuple[CopyPiece, ...]
+    layer_pieces: tuple[LayerPiece, ...]
     text: str = ""
-    predicted_damage: float | None = None
+    predicted_kl: float | None = None
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """All pieces of work, in the order of their weight files."""
+        return (*self.copies, *self.layer_pieces)
 
     @property
     def group_shape(self) -> StackShape:
@@ -153,38 +86,22 @@ class Plan:
         return self.source.moe.shape._replace(experts=self.group_size)
 
     @property
-    def tucker_pieces(self) -> tuple[TuckerPiece, ...]:
-        """The pieces that decompose."""
-        return tuple(piece for piece in self.pieces if isinstance(piece, TuckerPiece))
-
-    @property
-    def layer_pieces(self) -> tuple[LayerPiece, ...]:
-        """The pieces that compress a layer for a calibration text."""
-        return tuple(piece for piece in self.pieces if isinstance(piece, LayerPiece))
-
-    @property
     def layers(self) -> tuple[int, ...]:
-        """Indices of the layers that are decomposed."""
-        return tuple(sorted({p.layer for p in self.pieces if not isinstance(p, CopyPiece)}))
+        """Indices of the layers that are compressed."""
+        return tuple(sorted({piece.layer for piece in self.layer_pieces}))
 
     @property
     def joint(self) -> Joint | None:
         """Projections that share one U_I, if any; those of calibrated budgets do."""
-        if any(piece.sizes.joint for piece in self.layer_pieces):
-            return Joint.GATE_UP
-        return self.recipe.joint
+        shared = any(GATE_UP in piece.couplings for piece in self.layer_pieces)
+        return Joint.GATE_UP if shared else self.recipe.joint
 
     def weight_file(self, piece: Piece) -> str | None:
-        """Name of the weight file that a piece writes, or None."""
-        writing = [p for p in self.pieces if not isinstance(p, CopyPiece) or p.tensors]
+        """Name of the weight file that a piece writes; None of a copy of nothing."""
+        writing = [*(copy for copy in self.copies if copy.tensors), *self.layer_pieces]
         if piece not in writing:
             return None
         return f"model-{writing.index(piece) + 1:05d}-of-{len(writing):05d}.safetensors"
-
-    @property
-    def dtype_bytes(self) -> int:
-        """Bytes of one stored number of a core or factor."""
-        return TORCH_DTYPES[self.dtype].itemsize
 
     def fingerprint(self) -> dict[str, Any]:
         """JSON values that determine every byte that is written."""
@@ -196,28 +113,6 @@ class Plan:
             "tensors_sha256": hashlib.sha256(headers).hexdigest(),
             "text_sha256": self.text,
         }
-
-    def stacks(self, piece: Piece) -> list[PlannedStacks]:
-        """What a piece makes of its stacks; nothing for a copy."""
-        if isinstance(piece, TuckerPiece):
-            return [
-                PlannedStacks(piece.layer, group, piece.coupling, target, self.group_shape)
-                for group, target in enumerate(piece.targets)
-            ]
-        if isinstance(piece, LayerPiece):
-            shape = self.group_shape._replace(intermediate=piece.sizes.neurons)
-            return [
-                PlannedStacks(
-                    piece.layer, group, coupling, Target(piece.sizes.ranks[coupling[0]]), shape
-                )
-                for group in range(self.source.moe.shape.experts // self.group_size)
-                for coupling in piece.sizes.couplings
-            ]
-        return []
-
-    def stored_parameters(self, piece: Piece) -> int:
-        """Numbers that a piece stores; where a tolerance decides, at most those of the stacks."""
-        return sum(stacks.stored_parameters for stacks in self.stacks(piece))
 
 
 def make_plan(
@@ -240,17 +135,21 @@ def make_plan(
     for rule in recipe.rules:
         select_layers(rule.layers, model.layers)
     group_size = _group_size(recipe, model)
-    dtype = recipe.dtype.safetensors_name if recipe.dtype else model.dtype
+    weights = stored_type(recipe, model)
     _check_engine(recipe)
-    _check_tolerances(recipe, dtype)
-    tucker: list[TuckerPiece] | list[LayerPiece]
-    damage = None
+    _check_tolerances(recipe, weights)
+    groups = model.shape.experts // group_size
+    shape = model.shape._replace(experts=group_size)
+    predicted_kl = None
     if recipe.calibration is None:
-        tucker = _tucker_pieces(recipe, model, group_size)
+        pieces = _data_free_pieces(recipe, model.layers, shape, groups, weights)
     else:
-        tucker, damage = _layer_pieces(recipe, model, group_size, profiles)
-    routed = {name for layer in {p.layer for p in tucker} for name in source.routed_tensors(layer)}
-    copies = [
+        space = search_space(recipe.calibration, shape, groups, weights)
+        pieces, predicted_kl = _calibrated_pieces(
+            recipe, recipe.calibration, model.layers, space, profiles
+        )
+    routed = {name for layer in {p.layer for p in pieces} for name in source.routed_tensors(layer)}
+    copies = tuple(
         CopyPiece(
             file,
             tuple(
@@ -260,8 +159,34 @@ def make_plan(
             ),
         )
         for file, content in source.checkpoint.files.items()
-    ]
-    return Plan(source, recipe, dtype, group_size, (*copies, *tucker), text, damage)
+    )
+    return Plan(source, recipe, weights, group_size, copies, tuple(pieces), text, predicted_kl)
+
+
+def stored_type(recipe: Recipe, model: MoeModel) -> WeightType:
+    """Type of the stored cores and factors: the recipe's, or that of the source."""
+    return WEIGHT_TYPES[recipe.dtype.safetensors_name if recipe.dtype else model.dtype]
+
+
+def search_space(
+    settings: CalibrationSettings, shape: StackShape, groups: int, weights: WeightType
+) -> SearchSpace:
+    """Sizes among which a calibrated budget chooses.
+
+    Args:
+        settings: Of the calibration.
+        shape: Sizes (E, H, I) of one group's stack.
+        groups: Groups in a layer.
+        weights: Type of the stored cores and factors.
+    """
+    return SearchSpace(
+        shape,
+        groups,
+        weights,
+        multiples=(settings.multiple_for(shape.intermediate), settings.multiple_for(shape.hidden)),
+        truncation=settings.shape,
+        equal_widths=settings.equal_widths,
+    )
 
 
 def _group_size(recipe: Recipe, model: MoeModel) -> int:
@@ -282,22 +207,23 @@ def _check_engine(recipe: Recipe) -> None:
         raise UsageError(f"the engine tensorly cannot {what}", hint="use --engine tuckerize")
 
 
-def _check_tolerances(recipe: Recipe, dtype: str) -> None:
+def _check_tolerances(recipe: Recipe, weights: WeightType) -> None:
     for rule in recipe.rules:
-        if rule.tolerance is not None and rule.tolerance <= 2 * ROUNDING[dtype]:
+        if rule.tolerance is not None and rule.tolerance <= 2 * weights.rounding:
             raise UsageError(
-                f"tolerance {rule.tolerance:g} is not above the rounding of {dtype} "
-                f"(about {2 * ROUNDING[dtype]:.1g}), in which factors are stored",
+                f"tolerance {rule.tolerance:g} is not above the rounding of {weights.name} "
+                f"(about {2 * weights.rounding:.1g}), in which factors are stored",
                 hint="store them more precisely (--dtype float32), or allow more",
             )
 
 
-def _tucker_pieces(recipe: Recipe, model: MoeModel, group_size: int) -> list[TuckerPiece]:
-    groups = model.shape.experts // group_size
-    shape = model.shape._replace(experts=group_size)
+def _data_free_pieces(
+    recipe: Recipe, layers: Sequence[int], shape: StackShape, groups: int, weights: WeightType
+) -> list[LayerPiece]:
+    """One piece per layer and coupling, of all layers that a rule decides."""
     places = [
         (layer, coupling, _rule_of(recipe, layer, coupling))
-        for layer in model.layers
+        for layer in layers
         if any(recipe.rule_index(layer, projection) is not None for projection in Projection)
         for coupling in _couplings(recipe)
     ]
@@ -305,104 +231,90 @@ def _tucker_pieces(recipe: Recipe, model: MoeModel, group_size: int) -> list[Tuc
     for layer, coupling, rule in places:
         by_rule.setdefault(rule, []).append((layer, coupling))
     pieces = {}
-    for rule, members in by_rule.items():
-        sizes = [len(coupling) for _, coupling in members for _ in range(groups)]
-        targets = _targets(recipe, rule, shape, sizes)
-        for index, (layer, coupling) in enumerate(members):
-            own = tuple(targets[index * groups : (index + 1) * groups])
-            pieces[layer, coupling] = TuckerPiece(layer, coupling, own)
+    for index, members in by_rule.items():
+        couplings = [coupling for _, coupling in members for _ in range(groups)]
+        targets = _targets(recipe, index, shape, couplings, weights)
+        for number, (layer, coupling) in enumerate(members):
+            own = tuple(targets[number * groups : (number + 1) * groups])
+            pieces[layer, coupling] = LayerPiece(layer, own)
     return [pieces[layer, coupling] for layer, coupling, _ in places]
 
 
-def _layer_pieces(
-    recipe: Recipe, model: MoeModel, group_size: int, profiles: Sequence[LayerProfile]
+def _targets(
+    recipe: Recipe,
+    rule_index: int | None,
+    shape: StackShape,
+    couplings: list[Coupling],
+    weights: WeightType,
+) -> list[CompressionTarget]:
+    """Targets of all groups that one rule decides; without a rule all modes are full."""
+    ranks, tolerance = [MultilinearRank(*shape)] * len(couplings), None
+    if rule_index is not None:
+        rule = recipe.rules[rule_index]
+        if rule.rank is not None:
+            rank = resolve_rank(rule.rank, shape)
+            check_rank(rank, shape, coupled=min(len(coupling) for coupling in couplings))
+            ranks = [rank] * len(couplings)
+        elif rule.keep is not None:
+            units = [BudgetUnit(shape, len(coupling), weights) for coupling in couplings]
+            ranks = ranks_for_keep(units, rule.keep)
+        tolerance = rule.tolerance
+    return [
+        CompressionTarget(shape.intermediate, {coupling: rank}, tolerance)
+        for coupling, rank in zip(couplings, ranks, strict=True)
+    ]
+
+
+def _calibrated_pieces(
+    recipe: Recipe,
+    settings: CalibrationSettings,
+    layers: Sequence[int],
+    space: SearchSpace,
+    profiles: Sequence[LayerProfile],
 ) -> tuple[list[LayerPiece], float | None]:
-    """Pieces of all layers that a rule decides, and the damage that is predicted for budgets."""
-    settings, shape = _settings(recipe), model.shape._replace(experts=group_size)
+    """One piece per layer that a rule decides, and the KL divergence predicted for budgets."""
     members: dict[int, list[int]] = {}
-    for layer in model.layers:
+    for layer in layers:
         index = recipe.rule_index(layer, Projection.GATE)
         if index is not None:
             members.setdefault(index, []).append(layer)
     pieces: list[LayerPiece] = []
-    damages: list[float] = []
-    for index, layers in members.items():
-        rule = recipe.rules[index]
-        if rule.rank is not None:
-            sizes = _sizes_of_rank(recipe, rule.rank, shape)
-            pieces += [LayerPiece(layer, sizes) for layer in layers]
+    divergences: list[float] = []
+
+    def add(layer: int, target: CompressionTarget, predicted_error: float | None = None) -> None:
+        pieces.append(LayerPiece(layer, (target,) * space.groups, settings, predicted_error))
+
+    for index, own in members.items():
+        keep = recipe.rules[index].keep
+        if keep is None or not profiles:
+            if keep is not None:  # the budget is not shared out yet
+                check_keep(space, keep)
+            target = _target_of_rank(recipe, recipe.rules[index].rank or _FULL, space.shape)
+            for layer in own:
+                add(layer, target)
             continue
-        if not profiles:  # a draft: the budget is not shared out yet
-            check_keep(
-                shape,
-                groups=model.shape.experts // group_size,
-                keep=rule.keep or 1.0,
-                multiples=_multiples(settings, shape),
-                allowed=settings.shape,
-            )
-            dense = _sizes_of_rank(recipe, "full,full,full", shape)
-            pieces += [LayerPiece(layer, dense) for layer in layers]
-            continue
-        own = [profile for profile in profiles if profile.layer in layers]
-        choices = choose_sizes(recipe, model, group_size, own, rule.keep or 1.0)
-        for layer, choice in zip(layers, choices, strict=True):
-            ranks = dict.fromkeys(GATE_UP, choice.sizes.gate_up)
-            ranks[Projection.DOWN] = choice.sizes.down
-            sizes = CompressionTarget(
-                choice.sizes.neurons,
-                ranks,
-                joint=True,
-                multiple=_multiples(settings, shape)[0],
-                equal_widths=settings.equal_widths,
-            )
-            pieces.append(LayerPiece(layer, sizes, choice.error**0.5))
-        damages += [choice.damage for choice in choices]
-    return sorted(pieces, key=lambda piece: piece.layer), sum(damages) if damages else None
+        choices = allocate(
+            [profile for profile in profiles if profile.layer in own],
+            space,
+            keep=keep,
+            how=settings.allocate,
+        )
+        for layer, choice in zip(own, choices, strict=True):
+            add(layer, choice.target, choice.error**0.5)
+        divergences += [choice.predicted_kl for choice in choices]
+    pieces.sort(key=lambda piece: piece.layer)
+    return pieces, sum(divergences) if divergences else None
 
 
-def choose_sizes(
-    recipe: Recipe,
-    model: MoeModel,
-    group_size: int,
-    profiles: Sequence[LayerProfile],
-    keep: float,
-) -> list[Choice]:
-    """Sizes of the profiled layers within a share of their parameters, as the recipe says."""
-    settings, shape = _settings(recipe), model.shape._replace(experts=group_size)
-    return allocate(
-        profiles,
-        shape,
-        groups=model.shape.experts // group_size,
-        keep=keep,
-        multiples=_multiples(settings, shape),
-        allowed=settings.shape,
-        how=settings.allocate,
-        equal_widths=settings.equal_widths,
-    )
-
-
-def _settings(recipe: Recipe) -> CalibrationSettings:
-    if recipe.calibration is None:
-        raise TypeError("sizes are chosen from profiles, which need calibration")
-    return recipe.calibration
-
-
-def _multiples(settings: CalibrationSettings, shape: StackShape) -> tuple[int, int]:
-    """What truncated widths and hidden core sizes are multiples of."""
-    return settings.multiple_for(shape.intermediate), settings.multiple_for(shape.hidden)
-
-
-def _sizes_of_rank(recipe: Recipe, text: str, shape: StackShape) -> CompressionTarget:
+def _target_of_rank(recipe: Recipe, text: str, shape: StackShape) -> CompressionTarget:
     rank = resolve_rank(text, shape)
     check_rank(rank, shape)  # down stands alone, also where gate and up are joint
-    return CompressionTarget(
-        shape.intermediate, dict.fromkeys(Projection, rank), joint=recipe.joint is not None
-    )
+    return CompressionTarget(shape.intermediate, dict.fromkeys(_couplings(recipe), rank))
 
 
 def _couplings(recipe: Recipe) -> list[Coupling]:
     if recipe.joint:
-        return [GATE_UP, (Projection.DOWN,)]
+        return [GATE_UP, DOWN]
     return [(projection,) for projection in Projection]
 
 
@@ -414,20 +326,3 @@ def _rule_of(recipe: Recipe, layer: int, coupling: Coupling) -> int | None:
             hint="give both projections the same rule, or drop joint",
         )
     return rules.pop()
-
-
-def _targets(
-    recipe: Recipe, rule_index: int | None, shape: StackShape, coupled: list[int]
-) -> list[Target]:
-    """Targets of all groups that one rule decides; without a rule all modes are full."""
-    if rule_index is None:
-        return [Target(rank=MultilinearRank(*shape))] * len(coupled)
-    rule = recipe.rules[rule_index]
-    if rule.tolerance is not None:
-        return [Target(tolerance=rule.tolerance)] * len(coupled)
-    if rule.rank is not None:
-        rank = resolve_rank(rule.rank, shape)
-        check_rank(rank, shape, coupled=min(coupled))
-        return [Target(rank=rank)] * len(coupled)
-    units = [BudgetUnit(shape, count) for count in coupled]
-    return [Target(rank=rank) for rank in ranks_for_keep(units, rule.keep or 1.0)]

@@ -1,13 +1,12 @@
-"""Core sizes for an exact parameter budget, from shapes alone."""
+"""Core sizes within an exact budget of bytes, from shapes alone: every stack the same share."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tuckerize.domain import MultilinearRank, StackShape, stored_parameters
-from tuckerize.errors import UsageError
+from tuckerize.domain import MultilinearRank, StackShape, WeightType, stored_bytes
+from tuckerize.planning.budget import check_budget
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,20 +15,22 @@ class BudgetUnit:
 
     Attributes:
         shape: Sizes (E, H, I) of each of them.
-        coupled: How many they are.
+        coupled: Number of stacks.
+        weights: Type of the stored cores and factors.
     """
 
     shape: StackShape
     coupled: int
+    weights: WeightType
 
     @property
-    def dense_parameters(self) -> int:
-        """Numbers in the dense stacks."""
-        return self.coupled * self.shape.parameters
+    def dense_bytes(self) -> int:
+        """Bytes of the dense stacks in that type."""
+        return self.bytes(self.shape.hidden)
 
-    def parameters(self, hidden: int) -> int:
-        """Numbers stored at core size `hidden` of the hidden mode, the other modes full."""
-        return stored_parameters(self.shape, self.rank(hidden), coupled=self.coupled)
+    def bytes(self, hidden: int) -> int:
+        """Bytes stored at core size `hidden` of the hidden mode, the other modes full."""
+        return stored_bytes(self.shape, self.rank(hidden), self.weights, coupled=self.coupled)
 
     def rank(self, hidden: int) -> MultilinearRank:
         """Core sizes (E, H, hidden)."""
@@ -37,34 +38,29 @@ class BudgetUnit:
 
 
 def ranks_for_keep(units: Sequence[BudgetUnit], keep: float) -> list[MultilinearRank]:
-    """Core sizes that store at most `keep` of the dense parameters of all units together.
+    """Core sizes that store at most `keep` of the dense bytes of all units together.
 
     Without calibration data nothing tells one stack from another: all get the same share. Only the
     hidden mode is truncated (the latent shape); a factor on the intermediate mode would mix neurons
-    that do not correspond. What rounding down leaves over is given back one column a unit, first
-    unit first, so the result falls short of the budget by less than one column of one unit.
+    that do not correspond. What rounding down leaves of the budget buys one more column per unit,
+    first unit first, so the result falls short by less than one column of one unit.
 
     Args:
-        units: What shares the budget.
-        keep: Kept share of the dense parameters, in (0, 1].
+        units: Stacks that share the budget.
+        keep: Kept share of the dense bytes, in (0, 1].
 
     Raises:
-        UsageError: The budget does not pay for one column a unit; the hint names the smallest.
+        UsageError: The budget does not pay for one column per unit; the hint names the smallest.
     """
-    budget = int(keep * sum(unit.dense_parameters for unit in units))
+    for unit in units:
+        check_budget(keep, dense=unit.dense_bytes, least=unit.bytes(1))
+    budget = int(keep * sum(unit.dense_bytes for unit in units))
     hidden = [_largest_hidden(unit, keep) for unit in units]
-    if 0 in hidden:
-        least = sum(unit.parameters(1) for unit in units)
-        total = sum(unit.dense_parameters for unit in units)
-        raise UsageError(
-            f"keep {keep:g} is below what the smallest core size stores",
-            hint=f"choose keep of at least {math.ceil(1000 * least / total) / 1000:g}",
-        )
-    left = budget - sum(unit.parameters(size) for unit, size in zip(units, hidden, strict=True))
+    left = budget - sum(unit.bytes(size) for unit, size in zip(units, hidden, strict=True))
     for index, unit in enumerate(units):
         if hidden[index] == unit.shape.hidden:
             continue
-        step = unit.parameters(hidden[index] + 1) - unit.parameters(hidden[index])
+        step = unit.bytes(hidden[index] + 1) - unit.bytes(hidden[index])
         if step <= left:
             hidden[index] += 1
             left -= step
@@ -72,9 +68,8 @@ def ranks_for_keep(units: Sequence[BudgetUnit], keep: float) -> list[Multilinear
 
 
 def _largest_hidden(unit: BudgetUnit, keep: float) -> int:
-    """Largest core size of the hidden mode that stores at most `keep`; 0 if even 1 is too much."""
+    """Largest core size of the hidden mode that stores at most `keep`."""
     if keep >= 1.0:
         return unit.shape.hidden
-    budget = int(keep * unit.dense_parameters)
-    size = min(budget // unit.parameters(1), unit.shape.hidden - 1)
-    return int(size)
+    budget = int(keep * unit.dense_bytes)
+    return min(budget // unit.bytes(1), unit.shape.hidden - 1)

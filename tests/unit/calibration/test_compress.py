@@ -13,14 +13,14 @@ from torch.testing import assert_close
 from tests.expert_cases import exact_output, make_group, make_tokens, relative, silu
 from tuckerize.calibration.compress import (
     CompressedGroup,
-    CompressionTarget,
     compress_group,
     group_output,
 )
 from tuckerize.calibration.layer_profile import LayerProfile, profile_layer
 from tuckerize.calibration.moments import GroupMoments, gather_moments
 from tuckerize.calibration.tokens import DenseGroup, LayerTokens
-from tuckerize.domain import MultilinearRank, Projection, StackShape
+from tuckerize.compression.target import CompressionTarget
+from tuckerize.domain import DOWN, GATE_UP, Coupling, MultilinearRank, Projection, StackShape
 from tuckerize.linalg.tucker import with_zero_rows
 from tuckerize.names import TensorName
 from tuckerize.runtime.dense import ExpertWeights, dense_output
@@ -28,21 +28,27 @@ from tuckerize.runtime.dense import ExpertWeights, dense_output
 SHAPE = StackShape(3, 10, 8)
 
 
-def sizes_of(
+def couplings(*, joint: bool) -> list[Coupling]:
+    return [GATE_UP, DOWN] if joint else [(projection,) for projection in Projection]
+
+
+def target_of(
     neurons: int, gate_up: int, down: int, *, joint: bool = True, equal_widths: bool = False
 ) -> CompressionTarget:
-    """Sizes as a budget gives them: the hidden mode and the width."""
-    hidden = {Projection.GATE: gate_up, Projection.UP: gate_up, Projection.DOWN: down}
-    ranks = {p: MultilinearRank(SHAPE.experts, neurons, size) for p, size in hidden.items()}
-    return CompressionTarget(neurons, ranks, joint, equal_widths=equal_widths)
+    """A target as a budget gives it: the hidden mode and the width."""
+    ranks = {
+        coupling: MultilinearRank(SHAPE.experts, neurons, down if coupling == DOWN else gate_up)
+        for coupling in couplings(joint=joint)
+    }
+    return CompressionTarget(neurons, ranks, equal_widths=equal_widths)
 
 
 def compress(
-    group: DenseGroup, tokens: LayerTokens, sizes: CompressionTarget
+    group: DenseGroup, tokens: LayerTokens, target: CompressionTarget
 ) -> tuple[CompressedGroup, float]:
     """The compressed group, and its relative output error on the tokens."""
     moments = gather_moments(group, tokens, activation=silu)
-    found = compress_group(group, tokens, moments, sizes, max_sweeps=5, activation=silu)
+    found = compress_group(group, tokens, moments, target, max_sweeps=5, activation=silu)
     output_TI = group_output(found.tensors(), group.experts, tokens, silu)
     exact_TI = exact_output(group, tokens)
     return found, relative(output_TI - exact_TI, exact_TI)
@@ -83,7 +89,7 @@ def expanded_output(
 @pytest.mark.parametrize("joint", [True, False])
 def test_full_sizes_give_the_stacks_bit_for_bit(joint: bool) -> None:
     group, tokens = make_group(SHAPE), make_tokens(60, 8, 3)
-    found, error = compress(group, tokens, sizes_of(10, 8, 8, joint=joint))
+    found, error = compress(group, tokens, target_of(10, 8, 8, joint=joint))
     assert found.kept is None
     assert error < 1e-5
     for projection in Projection:
@@ -98,7 +104,7 @@ def test_factored_output_is_that_of_the_expanded_experts(
     sizes: tuple[int, int, int], first: int
 ) -> None:
     group, tokens = make_group(SHAPE, first=first), make_tokens(80, 8, 6)
-    found, _ = compress(group, tokens, sizes_of(*sizes))
+    found, _ = compress(group, tokens, target_of(*sizes))
     output_TI = group_output(found.tensors(), group.experts, tokens, silu)
     expected_TI = expanded_output(found, group.experts, tokens, SHAPE.intermediate)
     assert_close(output_TI.double(), expected_TI, rtol=1e-3, atol=1e-4)
@@ -112,7 +118,7 @@ def test_factored_output_is_that_of_the_expanded_experts(
 def test_experts_that_matter_more_keep_more_neurons() -> None:
     group, tokens = make_group(SHAPE), make_tokens(80, 8, 6)
     group.stacks[Projection.DOWN][1] *= 10
-    found, error = compress(group, tokens, sizes_of(6, 5, 6))
+    found, error = compress(group, tokens, target_of(6, 5, 6))
     assert found.kept is not None
     assert found.kept.widths == (4, 10, 4)
     assert found.tensors()[TensorName.core(Projection.GATE, 0)].shape == (4, 5)
@@ -136,8 +142,8 @@ def test_any_multilinear_rank_is_compressed_to_what_it_says(
     rank: MultilinearRank, joint: bool
 ) -> None:
     group, tokens = make_group(SHAPE), make_tokens(120, 8, 3)
-    sizes = CompressionTarget(SHAPE.intermediate, dict.fromkeys(Projection, rank), joint)
-    found, error = compress(group, tokens, sizes)
+    ranks = dict.fromkeys(couplings(joint=joint), rank)
+    found, error = compress(group, tokens, CompressionTarget(SHAPE.intermediate, ranks))
     assert all(found.factors[projection].rank == rank for projection in Projection)
     assert (found.factors[Projection.GATE].U_I is found.factors[Projection.UP].U_I) == (
         joint or rank.hidden == SHAPE.hidden
@@ -151,8 +157,8 @@ def test_any_multilinear_rank_is_compressed_to_what_it_says(
 def test_inputs_of_planted_dimension_are_enough_at_that_size() -> None:
     """Tokens in a subspace: gate and up lose nothing when only it is kept."""
     group, tokens = make_group(SHAPE), make_tokens(200, 8, 3, rank=4)
-    assert compress(group, tokens, sizes_of(10, 4, 8))[1] < 1e-2
-    assert compress(group, tokens, sizes_of(10, 3, 8))[1] > 3e-2
+    assert compress(group, tokens, target_of(10, 4, 8))[1] < 1e-2
+    assert compress(group, tokens, target_of(10, 3, 8))[1] > 3e-2
 
 
 def test_outputs_of_planted_dimension_are_enough_at_that_size() -> None:
@@ -160,8 +166,8 @@ def test_outputs_of_planted_dimension_are_enough_at_that_size() -> None:
     basis_IR = torch.linalg.qr(torch.randn(8, 3, generator=torch.Generator().manual_seed(5)))[0]
     down_EHI = group.stacks[Projection.DOWN] @ basis_IR @ basis_IR.T
     group = DenseGroup({**group.stacks, Projection.DOWN: down_EHI}, group.experts)
-    assert compress(group, tokens, sizes_of(10, 8, 3))[1] < 1e-4
-    assert compress(group, tokens, sizes_of(10, 8, 2))[1] > 3e-2
+    assert compress(group, tokens, target_of(10, 8, 3))[1] < 1e-4
+    assert compress(group, tokens, target_of(10, 8, 2))[1] > 3e-2
 
 
 def test_repeated_neurons_are_dropped_without_loss() -> None:
@@ -171,12 +177,12 @@ def test_repeated_neurons_are_dropped_without_loss() -> None:
     for projection in (Projection.GATE, Projection.UP):
         stacks[projection] = stacks[projection][:, :5].repeat(1, 2, 1)
     group = DenseGroup(stacks, group.experts)
-    found, error = compress(group, tokens, sizes_of(5, 8, 8))
+    found, error = compress(group, tokens, target_of(5, 8, 8))
     assert error < 5e-3
     assert found.kept is not None
     for expert in range(3):
         assert sorted(n % 5 for n in found.kept.of_expert(expert).tolist()) == list(range(5))
-    assert compress(group, tokens, sizes_of(4, 8, 8))[1] > 3e-2
+    assert compress(group, tokens, target_of(4, 8, 8))[1] > 3e-2
 
 
 def test_output_error_falls_as_sizes_grow() -> None:
@@ -187,7 +193,7 @@ def test_output_error_falls_as_sizes_grow() -> None:
         [(10, 8, size) for size in (1, 3, 6, 8)],
         [(4, 3, 3), (7, 5, 5), (10, 8, 8)],
     ):
-        errors = [compress(group, tokens, sizes_of(*sizes))[1] for sizes in grow]
+        errors = [compress(group, tokens, target_of(*sizes))[1] for sizes in grow]
         assert errors == sorted(errors, reverse=True)
         assert errors[-1] < 1e-5
         assert 0.05 < errors[0] < 1
@@ -216,21 +222,21 @@ def test_profile_of_down_is_exact_and_of_selection_nearly() -> None:
     group, tokens = make_group(SHAPE), make_tokens(400, 8, 3, top_k=1)
     profile = profile_of(group, tokens)
     for size in (2, 5, 7):
-        error = compress(group, tokens, sizes_of(10, 8, size))[1]
+        error = compress(group, tokens, target_of(10, 8, size))[1]
         assert profile.down_I[size] == pytest.approx(error**2, rel=1e-3)
     for width in (4, 7, 9):
         # With one expert a token nothing is shared: the predicted error is the real one.
-        error = compress(group, tokens, sizes_of(width, 8, 8))[1]
+        error = compress(group, tokens, target_of(width, 8, 8))[1]
         assert profile.selection_H[width] == pytest.approx(error**2, rel=0.05)
-        equal = compress(group, tokens, sizes_of(width, 8, 8, equal_widths=True))[1]
+        equal = compress(group, tokens, target_of(width, 8, 8, equal_widths=True))[1]
         assert profile.equal_selection_H[width] == pytest.approx(equal**2, rel=0.05)
     # Truncated inputs are measured at a quarter, a half and three quarters of the hidden size,
     # with a projection that is not fitted to gate and up as that of the compression is. A third
     # of a squared error is a sixth of an error, less than one core size makes.
     for size in (2, 4, 6):
-        error = compress(group, tokens, sizes_of(10, size, 8))[1]
+        error = compress(group, tokens, target_of(10, size, 8))[1]
         assert profile.gate_up_KI[0, size] == pytest.approx(error**2, rel=1 / 3)
-        next_error = compress(group, tokens, sizes_of(10, size + 1, 8))[1]
+        next_error = compress(group, tokens, target_of(10, size + 1, 8))[1]
         assert next_error < 5 / 6 * error
 
 
@@ -260,5 +266,5 @@ def test_layer_without_any_token_is_profiled_and_compressed() -> None:
         1, [group], [moments], tokens, activation=silu, output_energy=0.0, sensitivity=0.0
     )
     assert np.isfinite(profile.errors(np.arange(11.0), np.arange(9.0), np.arange(9.0))).all()
-    found, _ = compress(group, tokens, sizes_of(6, 5, 5))
+    found, _ = compress(group, tokens, target_of(6, 5, 5))
     assert all(bool(tensor.isfinite().all()) for tensor in found.tensors().values())

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from tests.expert_cases import exact_output, make_group, make_tokens, silu
-from tuckerize.calibration.compress import CompressionTarget, compress_group
+from tuckerize.calibration.compress import compress_group
 from tuckerize.calibration.moments import gather_moments
 from tuckerize.calibration.refine import refine, relative_output_error
 from tuckerize.calibration.tokens import DenseGroup, LayerTokens
-from tuckerize.domain import MultilinearRank, Projection, StackShape
+from tuckerize.compression.target import CompressionTarget
+from tuckerize.domain import DOWN, GATE_UP, MultilinearRank, StackShape
 from tuckerize.runtime.experts import TuckerExperts
 
 SHAPE = StackShape(3, 10, 8)
@@ -30,9 +31,9 @@ def group() -> DenseGroup:
 @pytest.fixture
 def module(group: DenseGroup) -> TuckerExperts:
     """The group compressed in closed form."""
-    sizes = CompressionTarget(6, dict.fromkeys(Projection, RANK), joint=True)
+    target = CompressionTarget(6, {GATE_UP: RANK, DOWN: RANK})
     moments = gather_moments(group, FIT, activation=silu)
-    found = compress_group(group, FIT, moments, sizes, max_sweeps=2, activation=silu)
+    found = compress_group(group, FIT, moments, target, max_sweeps=2, activation=silu)
     tensors = {name: tensor.clone() for name, tensor in found.tensors().items()}
     return TuckerExperts([tensors], group_size=3, activation=silu)
 

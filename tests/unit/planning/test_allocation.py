@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -11,15 +12,18 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tuckerize.calibration.layer_profile import LayerProfile
-from tuckerize.domain import Allocation, MultilinearRank, StackShape, Truncation, stored_parameters
+from tuckerize.domain import (
+    DOWN,
+    GATE_UP,
+    WEIGHT_TYPES,
+    Allocation,
+    MultilinearRank,
+    StackShape,
+    Truncation,
+)
 from tuckerize.errors import UsageError
 from tuckerize.linalg.hooi import is_reachable
-from tuckerize.planning.allocation import (
-    Choice,
-    Sizes,
-    allocate,
-    layer_parameters,
-)
+from tuckerize.planning.allocation import Choice, SearchSpace, allocate
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
@@ -36,6 +40,45 @@ def no_tucker(shape: StackShape) -> dict[str, Array]:
         "down_expert_E": expert,
         "down_intermediate_H": intermediate,
     }
+
+
+class Sizes(NamedTuple):
+    """Width of the experts, and core sizes of gate and up, and of down."""
+
+    neurons: int
+    gate_up: MultilinearRank
+    down: MultilinearRank
+
+
+def sizes_of(choice: Choice) -> Sizes:
+    """Sizes that were chosen for a layer."""
+    ranks = choice.target.ranks
+    return Sizes(choice.target.neurons, ranks[GATE_UP], ranks[DOWN])
+
+
+def search_space(
+    shape: StackShape,
+    *,
+    groups: int = 1,
+    multiples: tuple[int, int] = (8, 8),
+    truncation: Truncation = Truncation.AUTO,
+    equal_widths: bool = False,
+    dtype: str = "BF16",
+) -> SearchSpace:
+    return SearchSpace(shape, groups, WEIGHT_TYPES[dtype], multiples, truncation, equal_widths)
+
+
+def layer_bytes(shape: StackShape, groups: int, sizes: Sizes) -> int:
+    """Bytes of a layer in bfloat16, tensor by tensor; gate and up share one U_I."""
+    experts, _, hidden = shape
+    values = 0
+    for rank, coupled in ((sizes.gate_up, 2), (sizes.down, 1)):
+        r_E, r_H, r_I = rank
+        values += coupled * r_E * r_H * r_I
+        values += coupled * experts * r_E if r_E < experts else 0
+        values += coupled * sizes.neurons * r_H if r_H < sizes.neurons else 0
+        values += hidden * r_I if r_I < hidden else 0
+    return 2 * groups * values
 
 
 def latent(shape: StackShape, neurons: int, gate_up: int, down: int) -> Sizes:
@@ -94,16 +137,16 @@ def make_profiles(
     ]
 
 
-def dense_parameters(shape: StackShape, groups: int = 1) -> int:
-    return 3 * groups * shape.parameters
+def dense_bytes(shape: StackShape, groups: int = 1) -> int:
+    return 2 * 3 * groups * shape.parameters
 
 
 def stored(choices: list[Choice]) -> int:
-    return sum(choice.parameters for choice in choices)
+    return sum(choice.bytes for choice in choices)
 
 
-def damage(choices: list[Choice]) -> float:
-    return sum(choice.damage for choice in choices)
+def total_kl(choices: list[Choice]) -> float:
+    return sum(choice.predicted_kl for choice in choices)
 
 
 def check_choices(
@@ -115,20 +158,20 @@ def check_choices(
 ) -> None:
     """Sizes that a group can have, counted and predicted as they say."""
     for choice, profile in zip(choices, profiles, strict=True):
-        neurons, gate_up, down = choice.sizes
+        neurons, gate_up, down = sizes_of(choice)
         assert neurons == shape.intermediate or shape.experts * neurons % multiples[0] == 0
         for size, coupled in ((gate_up, 2), (down, 1)):
             assert size.hidden == shape.hidden or size.hidden % multiples[1] == 0
             slim = shape._replace(intermediate=neurons)
             assert is_reachable(size, slim, coupled=coupled)
-        assert choice.parameters == layer_parameters(shape, groups, choice.sizes)
+        assert choice.bytes == layer_bytes(shape, groups, sizes_of(choice))
         if any(size[:2] != (shape.experts, neurons) for size in (gate_up, down)):
             assert neurons == shape.intermediate  # full Tucker, where it is predicted to be as good
             continue
         plain = (neurons, gate_up.hidden, down.hidden)
         error = profile.errors(*(np.array([float(size)]) for size in plain))[0, 0, 0]
         assert choice.error == pytest.approx(error)
-        assert choice.damage == pytest.approx(error * profile.sensitivity)
+        assert choice.predicted_kl == pytest.approx(error * profile.sensitivity)
 
 
 @st.composite
@@ -156,25 +199,24 @@ def test_any_budget_is_never_exceeded(
     try:
         choices = allocate(
             profiles,
-            shape,
-            groups=groups,
+            search_space(shape, groups=groups, multiples=multiples, truncation=allowed),
             keep=keep,
-            multiples=multiples,
-            allowed=allowed,
             how=how,
         )
     except UsageError:
         assume(False)
         raise
     check_choices(choices, profiles, shape, groups, multiples)
-    dense = dense_parameters(shape, groups)
+    dense = dense_bytes(shape, groups)
     assert stored(choices) <= keep * dense * len(profiles) * (1 + 1e-12)
     if how == "uniform":
-        assert all(choice.parameters <= keep * dense * (1 + 1e-12) for choice in choices)
+        assert all(choice.bytes <= keep * dense * (1 + 1e-12) for choice in choices)
     if allowed == "latent":
-        assert all(choice.sizes.neurons == shape.intermediate for choice in choices)
+        assert all(sizes_of(choice).neurons == shape.intermediate for choice in choices)
     if allowed == "neurons":
-        assert all(c.sizes.gate_up.hidden == c.sizes.down.hidden == shape.hidden for c in choices)
+        assert all(
+            sizes_of(c).gate_up.hidden == sizes_of(c).down.hidden == shape.hidden for c in choices
+        )
 
 
 @pytest.mark.parametrize("keep", [0.35, 0.5, 0.6, 0.75, 0.85, 0.97])
@@ -184,43 +226,45 @@ def test_budget_of_several_layers_is_used_to_one_percent(
     keep: float, layers: int, allowed: Truncation
 ) -> None:
     profiles = make_profiles(layers, WIDE, seed=layers)
-    choices = allocate(profiles, WIDE, groups=1, keep=keep, multiples=(8, 8), allowed=allowed)
-    budget = keep * layers * dense_parameters(WIDE)
+    choices = allocate(profiles, search_space(WIDE, truncation=allowed), keep=keep)
+    budget = keep * layers * dense_bytes(WIDE)
     # With one of the two alone the smallest step of a layer can be more than that.
-    step = {"auto": 0, "latent": 8 * (2 * 8 * 96 + 64), "neurons": 8 * 3 * 8 * 64}[allowed]
+    step = {"auto": 0, "latent": 2 * 8 * (2 * 8 * 96 + 64), "neurons": 2 * 8 * 3 * 8 * 64}[allowed]
     assert min(0.99 * budget, budget - step) <= stored(choices) <= budget
 
 
 @quick
 @given(problem=problems(), keeps=st.tuples(st.floats(0.02, 1), st.floats(0.02, 1)))
-def test_more_budget_never_has_more_predicted_damage(
+def test_more_budget_never_has_higher_predicted_kl(
     problem: tuple[list[LayerProfile], StackShape, int, tuple[int, int]],
     keeps: tuple[float, float],
 ) -> None:
     profiles, shape, groups, multiples = problem
     low, high = sorted(keeps)
     try:
-        less = allocate(profiles, shape, groups=groups, keep=low, multiples=multiples)
+        less = allocate(profiles, search_space(shape, groups=groups, multiples=multiples), keep=low)
     except UsageError:
         assume(False)
         raise
-    more = allocate(profiles, shape, groups=groups, keep=high, multiples=multiples)
-    assert damage(more) <= damage(less) * (1 + 1e-9)
+    more = allocate(profiles, search_space(shape, groups=groups, multiples=multiples), keep=high)
+    assert total_kl(more) <= total_kl(less) * (1 + 1e-9)
     for how in Allocation:
-        whole = allocate(profiles, shape, groups=groups, keep=1, multiples=multiples, how=how)
+        whole = allocate(
+            profiles, search_space(shape, groups=groups, multiples=multiples), keep=1, how=how
+        )
         full = latent(shape, shape.intermediate, shape.hidden, shape.hidden)
-        assert [choice.sizes for choice in whole] == [full] * len(profiles)
-        assert damage(whole) == 0
+        assert [sizes_of(choice) for choice in whole] == [full] * len(profiles)
+        assert total_kl(whole) == 0
 
 
 @quick
 @given(seed=st.integers(0, 1000), keep=st.floats(0.2, 0.99), equal_widths=st.booleans())
-def test_no_other_sizes_within_the_budget_are_predicted_to_do_less_damage(
+def test_no_other_sizes_within_the_budget_are_predicted_to_have_less_kl(
     seed: int, keep: float, equal_widths: bool
 ) -> None:
     shape = StackShape(2, 6, 6)
     profiles = make_profiles(2, shape, seed)
-    budget = keep * 2 * dense_parameters(shape)
+    budget = keep * 2 * dense_bytes(shape)
     # Two experts whose widths are even have any mean width.
     widths = (2, 4, 6) if equal_widths else (2, 3, 4, 5, 6)
     options = []
@@ -232,24 +276,19 @@ def test_no_other_sizes_within_the_budget_are_predicted_to_do_less_damage(
         errors = own.errors(*(np.array(axis, dtype=float) for axis in axes)).reshape(-1)
         options.append(
             [
-                (layer_parameters(shape, 1, chosen), float(error) * profile.sensitivity)
+                (layer_bytes(shape, 1, chosen), float(error) * profile.sensitivity)
                 for chosen, error in zip(sizes, errors, strict=True)
             ]
         )
     feasible = [a[1] + b[1] for a, b in itertools.product(*options) if a[0] + b[0] <= budget + 1e-6]
     try:
         choices = allocate(
-            profiles,
-            shape,
-            groups=1,
-            keep=keep,
-            multiples=(2, 2),
-            equal_widths=equal_widths,
+            profiles, search_space(shape, multiples=(2, 2), equal_widths=equal_widths), keep=keep
         )
     except UsageError:
         assert not feasible
         return
-    assert damage(choices) == pytest.approx(min(feasible), rel=1e-9, abs=1e-15)
+    assert total_kl(choices) == pytest.approx(min(feasible), rel=1e-9, abs=1e-15)
 
 
 @pytest.mark.parametrize("equal_widths", [True, False])
@@ -260,25 +299,23 @@ def test_real_sizes_use_the_budget_whose_parameters_are_counted_in_units(
     shape = StackShape(64, 1408, 2048)
     profiles = make_profiles(6, shape, seed=3, decays=(2.0, 6.0, 6.0))
     choices = allocate(
-        profiles, shape, groups=1, keep=0.6, multiples=(128, 128), equal_widths=equal_widths
+        profiles, search_space(shape, multiples=(128, 128), equal_widths=equal_widths), keep=0.6
     )
-    budget = 0.6 * 6 * dense_parameters(shape)
+    budget = 0.6 * 6 * dense_bytes(shape)
     assert (1 - 1e-2 if equal_widths else 1 - 2e-3) * budget <= stored(choices) <= budget
 
 
 def test_layers_share_by_sensitivity_and_alike_layers_equally() -> None:
     alike = [make_profile(layer, WIDE, seed=5) for layer in range(6)]
-    even = allocate(alike, WIDE, groups=1, keep=0.6, multiples=(8, 8))
-    uniform = allocate(alike, WIDE, groups=1, keep=0.6, multiples=(8, 8), how=Allocation.UNIFORM)
-    assert damage(even) <= damage(uniform)
-    assert max(c.parameters for c in even) <= 1.2 * min(c.parameters for c in even)
+    even = allocate(alike, search_space(WIDE), keep=0.6)
+    uniform = allocate(alike, search_space(WIDE), keep=0.6, how=Allocation.UNIFORM)
+    assert total_kl(even) <= total_kl(uniform)
+    assert max(c.bytes for c in even) <= 1.2 * min(c.bytes for c in even)
     uneven = [make_profile(layer, WIDE, seed=5, sensitivity=10.0**layer) for layer in range(6)]
-    parameters = [
-        c.parameters for c in allocate(uneven, WIDE, groups=1, keep=0.6, multiples=(8, 8))
-    ]
+    parameters = [c.bytes for c in allocate(uneven, search_space(WIDE), keep=0.6)]
     assert parameters[0] < parameters[-1]
-    uniform = allocate(uneven, WIDE, groups=1, keep=0.6, multiples=(8, 8), how=Allocation.UNIFORM)
-    assert len({choice.sizes for choice in uniform}) == 1
+    uniform = allocate(uneven, search_space(WIDE), keep=0.6, how=Allocation.UNIFORM)
+    assert len({sizes_of(choice) for choice in uniform}) == 1
 
 
 @pytest.mark.parametrize(
@@ -287,9 +324,11 @@ def test_layers_share_by_sensitivity_and_alike_layers_equally() -> None:
 )
 def test_what_falls_fastest_is_truncated(decays: tuple[float, float, float], expected: str) -> None:
     profiles = make_profiles(6, WIDE, decays=decays)
-    choices = allocate(profiles, WIDE, groups=1, keep=0.6, multiples=(8, 8))
-    neurons = sum(choice.sizes.neurons for choice in choices) / WIDE.intermediate
-    hidden = sum(c.sizes.gate_up.hidden + c.sizes.down.hidden for c in choices) / (2 * WIDE.hidden)
+    choices = allocate(profiles, search_space(WIDE), keep=0.6)
+    neurons = sum(sizes_of(choice).neurons for choice in choices) / WIDE.intermediate
+    hidden = sum(sizes_of(c).gate_up.hidden + sizes_of(c).down.hidden for c in choices) / (
+        2 * WIDE.hidden
+    )
     assert (hidden < neurons) == (expected == "hidden")
 
 
@@ -314,9 +353,11 @@ def test_straight_curves_stay_within_the_budget() -> None:
         ]
         for keep in (0.3, 0.51, 0.77):
             choices = allocate(
-                profiles, shape, groups=1, keep=keep, multiples=(1, 1), allowed=Truncation.NEURONS
+                profiles,
+                search_space(shape, multiples=(1, 1), truncation=Truncation.NEURONS),
+                keep=keep,
             )
-            assert stored(choices) <= keep * 3 * dense_parameters(shape) * (1 + 1e-12)
+            assert stored(choices) <= keep * 3 * dense_bytes(shape) * (1 + 1e-12)
 
 
 @pytest.mark.parametrize("how", list(Allocation))
@@ -326,19 +367,17 @@ def test_budget_below_the_smallest_sizes_names_the_smallest_that_works(
 ) -> None:
     profiles = make_profiles(2, WIDE)
     with pytest.raises(UsageError, match=r"keep 0\.001 is below") as caught:
-        allocate(profiles, WIDE, groups=1, keep=0.001, multiples=(8, 8), allowed=allowed, how=how)
+        allocate(profiles, search_space(WIDE, truncation=allowed), keep=0.001, how=how)
     named = float(caught.value.hint.split("at least ")[1].split(",")[0])
     for keep in (named, named - 0.001):
         try:
-            choices = allocate(
-                profiles, WIDE, groups=1, keep=keep, multiples=(8, 8), allowed=allowed, how=how
-            )
+            choices = allocate(profiles, search_space(WIDE, truncation=allowed), keep=keep, how=how)
         except UsageError:
             assert keep < named
         else:
             assert keep == named
             if allowed == "latent":
-                assert {choice.sizes for choice in choices} == {latent(WIDE, 96, 8, 8)}
+                assert {sizes_of(choice) for choice in choices} == {latent(WIDE, 96, 8, 8)}
 
 
 def test_full_tucker_is_taken_where_it_is_predicted_to_lose_least() -> None:
@@ -349,21 +388,34 @@ def test_full_tucker_is_taken_where_it_is_predicted_to_lose_least() -> None:
     ]
 
     def best(allowed: Truncation) -> list[Choice]:
-        return allocate(redundant, WIDE, groups=1, keep=0.5, multiples=(8, 8), allowed=allowed)
+        return allocate(redundant, search_space(WIDE, truncation=allowed), keep=0.5)
 
-    assert damage(best(Truncation.AUTO)) < damage(best(Truncation.LATENT))
-    assert any(choice.sizes.gate_up.expert < WIDE.experts for choice in best(Truncation.AUTO))
+    assert total_kl(best(Truncation.AUTO)) < total_kl(best(Truncation.LATENT))
+    assert any(sizes_of(choice).gate_up.expert < WIDE.experts for choice in best(Truncation.AUTO))
     for choice in (*best(Truncation.AUTO), *best(Truncation.FULL)):
-        assert choice.parameters == layer_parameters(WIDE, 1, choice.sizes)
-        slim = WIDE._replace(intermediate=choice.sizes.neurons)
-        assert is_reachable(choice.sizes.gate_up, slim, coupled=2)
-        assert is_reachable(choice.sizes.down, slim)
+        assert choice.bytes == layer_bytes(WIDE, 1, sizes_of(choice))
+        slim = WIDE._replace(intermediate=sizes_of(choice).neurons)
+        assert is_reachable(sizes_of(choice).gate_up, slim, coupled=2)
+        assert is_reachable(sizes_of(choice).down, slim)
 
 
-def test_parameters_are_those_of_the_stored_tucker_tensors() -> None:
-    sizes = latent(WIDE, 40, 24, 64)
-    expected = stored_parameters(
-        StackShape(8, 40, 64), MultilinearRank(8, 40, 24), coupled=2
-    ) + stored_parameters(StackShape(8, 40, 64), MultilinearRank(8, 40, 64))
-    assert layer_parameters(WIDE, 3, sizes) == 3 * expected
-    assert layer_parameters(WIDE, 1, latent(WIDE, 96, 64, 64)) == dense_parameters(WIDE)
+@pytest.mark.parametrize("keep", [0.3, 0.6, 0.9])
+@pytest.mark.parametrize("dtype", ["F16", "F32", "F64"])
+def test_choices_do_not_depend_on_the_bytes_of_a_value(dtype: str, keep: float) -> None:
+    """For one type, shares of bytes and of parameters are the same; so are the knapsack's units."""
+    for shape in (WIDE, StackShape(2, 6, 6)):
+        multiples = (8, 8) if shape == WIDE else (1, 1)
+        profiles = make_profiles(3, shape)
+        by_type = [
+            allocate(profiles, search_space(shape, multiples=multiples, dtype=name), keep=keep)
+            for name in ("BF16", dtype)
+        ]
+        assert [sizes_of(choice) for choice in by_type[0]] == [sizes_of(c) for c in by_type[1]]
+
+
+def test_search_space_counts_the_parameters_of_a_layer() -> None:
+    space = search_space(WIDE, groups=3)
+    target = allocate(make_profiles(1, WIDE), space, keep=0.5)[0].target
+    sizes = Sizes(target.neurons, target.ranks[GATE_UP], target.ranks[DOWN])
+    assert 2 * space.stored_parameters(target) == layer_bytes(WIDE, 3, sizes)
+    assert space.dense_bytes == dense_bytes(WIDE, 3)

@@ -22,8 +22,11 @@ def plan_of(model: Path, *rules: dict[str, object], **how: object) -> Plan:
 
 def ranks_of(plan: Plan) -> dict[tuple[int, str], list[MultilinearRank | None]]:
     return {
-        (piece.layer, "+".join(piece.coupling)): [target.rank for target in piece.targets]
-        for piece in plan.tucker_pieces
+        (piece.layer, "+".join(coupling)): [
+            target.ranks[coupling] if target.tolerance is None else None for target in piece.targets
+        ]
+        for piece in plan.layer_pieces
+        for coupling in piece.couplings
     }
 
 
@@ -37,7 +40,7 @@ def test_plan_of_one_rank_has_it_for_every_stack(tiny_model: Path) -> None:
     }
     assert all(ranks == expected for ranks in ranks_of(plan).values())
     assert (plan.layers, plan.group_shape) == ((1, 2), StackShape(4, 24, 32))
-    assert (plan.dtype, plan.dtype_bytes) == ("BF16", 2)
+    assert (plan.weights.name, plan.weights.bits) == ("BF16", 16)
 
 
 def test_plan_of_several_rules_follows_the_first_that_matches(tiny_model: Path) -> None:
@@ -55,13 +58,13 @@ def test_plan_of_several_rules_follows_the_first_that_matches(tiny_model: Path) 
         (2, "gate_proj+up_proj"): [None],
         (2, "down_proj"): [MultilinearRank(1, 1, 1)],
     }
-    assert plan.tucker_pieces[2].targets[0].tolerance == 0.5
-    assert plan.dtype == "F32"
+    assert plan.layer_pieces[2].targets[0].tolerance == 0.5
+    assert plan.weights.name == "F32"
 
 
 def test_plan_of_keep_shares_one_budget_over_its_stacks(tiny_model: Path) -> None:
     plan = plan_of(tiny_model, {"keep": 0.5}, joint="gate_up")
-    stored = sum(plan.stored_parameters(piece) for piece in plan.tucker_pieces)
+    stored = sum(piece.stored_parameters(plan.group_shape) for piece in plan.layer_pieces)
     budget = plan.source.moe.routed_parameters * 0.5
     assert budget - (8 * 24 + 32) < stored <= budget
 
@@ -186,7 +189,7 @@ def test_estimated_work_grows_with_the_modes_that_are_truncated(tiny_model: Path
     totals = []
     for rank in ("full,full,full", "full,full,16", "full,12,16", "4,12,16"):
         plan = plan_of(tiny_model, {"rank": rank})
-        totals.append(work(plan, plan.tucker_pieces[0]))
+        totals.append(work(plan, plan.layer_pieces[0]))
     assert totals == sorted(set(totals))
 
 

@@ -1,0 +1,87 @@
+"""Estimates of memory against what was measured at the width of DeepSeek-V2-Lite.
+
+The figures are those of benchmarks/full_width.py, on two cores, with bfloat16 weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tuckerize.compression.target import CompressionTarget, LayerPiece
+from tuckerize.domain import (
+    DOWN,
+    GATE_UP,
+    WEIGHT_TYPES,
+    Coupling,
+    MultilinearRank,
+    Projection,
+    StackShape,
+)
+from tuckerize.planning.estimate import calibrated_bytes, data_free_bytes, process_bytes
+from tuckerize.planning.uniform import BudgetUnit, ranks_for_keep
+
+LITE = StackShape(64, 1408, 2048)
+BF16 = WEIGHT_TYPES["BF16"]
+CORES = 2
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
+LONE: list[Coupling] = [(projection,) for projection in Projection]
+
+
+def measured_bytes(file: str, command: str) -> float:
+    """Largest peak of a command, over the numbers of layers that it was measured with."""
+    steps = json.loads((RESULTS / file).read_text())["steps"]
+    peaks = [step["peak_gib"] for step in steps if step["command"] == command]
+    assert peaks
+    return float(max(peaks) * 2**30)
+
+
+def estimated_bytes(couplings: Sequence[Coupling], ranks: Sequence[MultilinearRank]) -> int:
+    pieces = [
+        LayerPiece(1, (CompressionTarget(LITE.intermediate, {coupling: rank}),))
+        for coupling, rank in zip(couplings, ranks, strict=True)
+    ]
+    largest = max(data_free_bytes(LITE, piece, BF16, BF16) for piece in pieces)
+    return process_bytes(LITE, CORES) + largest
+
+
+@pytest.mark.parametrize(
+    ("options", "couplings"),
+    [("--keep 0.75", LONE), ("--keep 0.75 --joint gate_up --overwrite", [GATE_UP, DOWN])],
+)
+def test_memory_of_a_data_free_budget_is_what_was_measured(
+    options: str, couplings: list[Coupling]
+) -> None:
+    ranks = ranks_for_keep([BudgetUnit(LITE, len(own), BF16) for own in couplings], 0.75)
+    measured = measured_bytes(
+        "full_width.json", f"tuckerize decompose --model model --output out {options}"
+    )
+    assert estimated_bytes(couplings, ranks) == pytest.approx(measured, rel=0.1)
+
+
+def test_memory_of_core_sizes_in_all_modes_is_what_was_measured() -> None:
+    measured = measured_bytes(
+        "full_width.json",
+        "tuckerize decompose --model model --output out --rank 32,704,1024 --max-sweeps 0 "
+        "--overwrite",
+    )
+    ranks = [MultilinearRank(32, 704, 1024)] * 3
+    assert estimated_bytes(LONE, ranks) == pytest.approx(measured, rel=0.1)
+
+
+def test_memory_of_a_calibrated_layer_is_what_was_measured() -> None:
+    estimated = process_bytes(LITE, CORES) + calibrated_bytes(LITE, tokens=8192)
+    measured = measured_bytes(
+        "full_width_calibrated.json",
+        "tuckerize decompose --model model --calibration held_out.txt --calibration-tokens 8192 "
+        "--output out --keep 0.75 --refine 5",
+    )
+    assert estimated == pytest.approx(measured, rel=0.1)
+
+
+def test_memory_of_threads_is_eight_matrices_each() -> None:
+    matrix = 4 * LITE.intermediate * LITE.hidden
+    assert process_bytes(LITE, 9) - process_bytes(LITE, 1) == 8 * 8 * matrix
