@@ -29,12 +29,12 @@ from tuckerize.calibration.profile_pass import ProfileCache, profile_model
 from tuckerize.calibration.refine import Refinement, refine
 from tuckerize.calibration.tokens import DenseGroup, LayerTokens
 from tuckerize.checkpoint.output import OutputFolder
+from tuckerize.compression import calibrated as calibrated_module
 from tuckerize.domain import Projection
 from tuckerize.errors import UsageError
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 from tuckerize.moe.source import SourceModel
 from tuckerize.names import TensorName
-from tuckerize.pipeline import decompose_calibrated as calibrated_module
 from tuckerize.pipeline.decompose import DecomposeRequest
 from tuckerize.progress import SilentProgress
 from tuckerize.recipe import CalibrationSettings, Recipe, Rule

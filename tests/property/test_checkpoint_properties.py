@@ -34,7 +34,7 @@ from tuckerize.moe.source import SourceModel
 from tuckerize.parallel.processes import Processes
 from tuckerize.pipeline.compression import compress_model as decompose
 from tuckerize.pipeline.inspect import describe_plan
-from tuckerize.planning.plan import make_plan
+from tuckerize.planning.plan import make_plan, output_fingerprint
 from tuckerize.progress import SilentProgress
 from tuckerize.recipe import parse_recipe
 
@@ -283,10 +283,11 @@ def test_planned_bytes_are_the_written_bytes(
 ) -> None:
     rule = {"rank": ",".join(map(str, rank)), "layers": layers}
     recipe = parse_recipe({"rules": [rule], "max_sweeps": 0, **how}, place="test")
-    plan = make_plan(SourceModel.open(tiny_model), recipe)
+    source = SourceModel.open(tiny_model)
+    plan = make_plan(source, recipe)
     planned = describe_plan(plan).after
     with new_folder() as folder:
-        OutputFolder(folder).claim(plan.fingerprint(), overwrite=False)
+        OutputFolder(folder).claim(output_fingerprint(source, recipe), overwrite=False)
         report = decompose(
             plan,
             folder,

@@ -1,9 +1,9 @@
-"""Carry out a plan: decompose stack after stack, copy the rest, write index and manifest last."""
+"""Carry out a plan: compress layer after layer, copy the rest, write index and manifest last."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,32 +11,27 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from tuckerize.calibration.calibration_pass import CalibrationPass
+from tuckerize.calibration.calibration_pass import CalibrationPass, SavedStates, experts_call
 from tuckerize.checkpoint.files import FileRecord, sha256_of, write_json
 from tuckerize.checkpoint.other_files import copy_other_files
 from tuckerize.checkpoint.output import OutputFolder
-from tuckerize.checkpoint.reader import CONFIG, TORCH_DTYPES, WeightFile, measure_size
-from tuckerize.checkpoint.writer import copy_tensors, describe_file, write_index, write_tensors
-from tuckerize.compression.target import CompressionTarget, LayerPiece
-from tuckerize.domain import Engine, StackResult, coupling_name, group_experts
-from tuckerize.errors import located
+from tuckerize.checkpoint.reader import CONFIG, WeightFile, measure_size
+from tuckerize.checkpoint.writer import copy_tensors, describe_file, write_index
+from tuckerize.compression.calibrated import compress_layer
+from tuckerize.compression.data_free import decompose_piece
+from tuckerize.compression.factors import LayerFactors
+from tuckerize.compression.target import LayerPiece
+from tuckerize.compression.write import write_piece
+from tuckerize.domain import StackResult
 from tuckerize.format.card import with_loader, write_hub_files
 from tuckerize.format.config import TuckerQuantization, with_quantization
 from tuckerize.format.manifest import LayerRecord, SourceRecord, TuckerManifest
-from tuckerize.linalg.hooi import Decomposition, hooi
-from tuckerize.linalg.rank_choice import rank_for_tolerance
-from tuckerize.linalg.tensorly_engine import tensorly_tucker
-from tuckerize.linalg.tucker import check_no_overflow, relative_residual
 from tuckerize.parallel.processes import Processes
-from tuckerize.pipeline.decompose_calibrated import compress_layers
 from tuckerize.planning.estimate import work
 from tuckerize.planning.plan import Piece, Plan
 from tuckerize.progress import Progress
 from tuckerize.report import DecomposeReport, LayerOutcome
-from tuckerize.runtime.experts import named_tensors
 from tuckerize.version import __version__
-
-_ENGINES = {Engine.TUCKERIZE: hooi, Engine.TENSORLY: tensorly_tucker}
 
 
 def compress_model(
@@ -71,23 +66,20 @@ def compress_model(
     """
     started = time.monotonic()
     folder = OutputFolder(output)
-    notes = _compress_calibrated(plan, calibration, output, progress)
-    calibrated = plan.recipe.calibration is not None
-    pieces = sorted(
-        plan.copies if calibrated else plan.pieces,
-        key=lambda piece: work(plan, piece),
-        reverse=True,
-    )
-    done_before = sum(folder.record(piece.name) is not None for piece in pieces)
+    pieces, notes = plan.pieces, list[str]()
+    if calibration is not None:
+        pieces, notes = plan.copies, _compress_calibrated(plan, calibration, output, progress)
+    queue = sorted(pieces, key=lambda piece: work(plan, piece), reverse=True)
+    done_before = sum(folder.record(piece.name) is not None for piece in queue)
     processes.barrier()
-    progress.start(sum(work(plan, piece) for piece in pieces))
+    progress.start(sum(work(plan, piece) for piece in queue))
     shown = 0
-    for index in processes.queue(len(pieces)):
-        piece = pieces[index]
+    for index in processes.queue(len(queue)):
+        piece = queue[index]
         if folder.record(piece.name) is None:
             folder.write_record(piece.name, _carry_out(plan, piece, output, device))
         # Other processes took the pieces in between.
-        progress.advance(sum(work(plan, p) for p in pieces[shown : index + 1]), piece.name)
+        progress.advance(sum(work(plan, p) for p in queue[shown : index + 1]), piece.name)
         shown = index + 1
     processes.barrier()
     progress.close()
@@ -116,18 +108,78 @@ def compress_model(
 
 
 def _compress_calibrated(
-    plan: Plan, calibration: CalibrationPass | None, output: Path, progress: Progress
+    plan: Plan, calibration: CalibrationPass, output: Path, progress: Progress
 ) -> list[str]:
-    """Write the layers of a plan with calibration; returns notes for the user."""
-    if calibration is None or not plan.layer_pieces:
-        return []
-    return [*calibration.notes, *compress_layers(plan, calibration, output, progress)]
+    """Write the layers of a plan in one pass over the calibration set; returns notes for the user.
+
+    Every layer is recorded when its file is written, and the hidden states after it are saved, so
+    that an interrupted run continues with the next layer.
+    """
+    folder = OutputFolder(output)
+    states = SavedStates(folder.work_file("hidden.safetensors"))
+    pieces = {piece.layer: piece for piece in plan.layer_pieces}
+    start, saved = states.load(calibration.model.device)
+    progress.start(len(pieces))
+    progress.advance(sum(layer < start for layer in pieces), "continued")
+    hidden_SLI = saved["hidden"] if saved else calibration.embed()
+    for layer in range(start, max(pieces, default=-1) + 1):
+        piece = pieces.get(layer)
+        hidden_SLI, record = _pass_layer(plan, calibration, layer, piece, hidden_SLI, output)
+        # The record first: a layer is done again where only its states are missing.
+        if record is not None:
+            folder.write_record(pieces[layer].name, record)
+            progress.advance(1, pieces[layer].name)
+        states.save(layer + 1, {"hidden": hidden_SLI})
+    progress.close()
+    records = [folder.record(piece.name) or {} for piece in pieces.values()]
+    return [*calibration.notes, *(note for record in records for note in record["notes"])]
+
+
+def _pass_layer(
+    plan: Plan,
+    calibration: CalibrationPass,
+    layer: int,
+    piece: LayerPiece | None,
+    hidden_SLI: Tensor,
+    output: Path,
+) -> tuple[Tensor, dict[str, Any] | None]:
+    """Hidden states after a layer, shape (S, L, I), and the record of its piece, if it has one.
+
+    Nothing else of the layer outlives the call: the next one needs the memory.
+    """
+    if layer not in plan.source.moe.layers:
+        return calibration.run_layer(layer, hidden_SLI, None), None
+    groups = calibration.groups(layer)
+    dense = calibration.module([group.as_tensors() for group in groups])
+    tokens, after_SLI = calibration.capture(layer, hidden_SLI, experts_call(dense))
+    if piece is None:
+        return after_SLI, None
+    compressed = compress_layer(
+        calibration, piece, groups, dense, tokens, plan.weights, max_sweeps=plan.recipe.max_sweeps
+    )
+    record = _write(plan, piece, [compressed], output)
+    if calibration.settings.sequential:
+        stored = [
+            {name: tensor.float() for name, tensor in group.tensors().items()}
+            for group in compressed.groups
+        ]
+        module = calibration.module(stored)
+        after_SLI = calibration.run_layer(layer, hidden_SLI, experts_call(module))
+    return after_SLI, record
 
 
 def _carry_out(plan: Plan, piece: Piece, output: Path, device: torch.device) -> dict[str, Any]:
-    """Write the weight file of a piece; returns its record."""
+    """Write the weight file of a copy or of a data-free piece; returns its record."""
     if isinstance(piece, LayerPiece):
-        return _decompose_piece(plan, piece, output, device)
+        parts = decompose_piece(
+            plan.source,
+            piece,
+            plan.weights,
+            engine=plan.recipe.engine,
+            max_sweeps=plan.recipe.max_sweeps,
+            device=device,
+        )
+        return _write(plan, piece, parts, output)
     source = plan.source.checkpoint.files[piece.source_file]
     name = plan.weight_file(piece)
     written = copy_tensors(output / name, source, piece.tensors) if name else None
@@ -137,49 +189,11 @@ def _carry_out(plan: Plan, piece: Piece, output: Path, device: torch.device) -> 
     }
 
 
-def _decompose_piece(
-    plan: Plan, piece: LayerPiece, output: Path, device: torch.device
+def _write(
+    plan: Plan, piece: LayerPiece, parts: Iterable[LayerFactors], output: Path
 ) -> dict[str, Any]:
-    prefix = plan.source.moe.family.experts_prefix(piece.layer)
-    tensors: dict[str, Tensor] = {}
-    records: list[StackResult] = []
-    (coupling,) = piece.couplings
-    for group, target in enumerate(piece.targets):
-        experts = group_experts(plan.source.moe.shape, plan.group_size, group)
-        stacks = [plan.source.stack(piece.layer, p, experts).to(device) for p in coupling]
-        with located(f"layer {piece.layer}, group {group}, {coupling_name(coupling)}"):
-            result = _factorise(plan, stacks, target)
-        for projection, stack, factors in zip(coupling, stacks, result.tensors, strict=True):
-            stored = factors.to(TORCH_DTYPES[plan.weights.name])
-            for name, tensor in named_tensors(coupling, projection, stored):
-                tensors[str(name.within(group, prefix))] = check_no_overflow(
-                    tensor, plan.weights.name
-                ).cpu()
-            records.append(
-                StackResult(
-                    layer=piece.layer,
-                    group=group,
-                    projection=projection,
-                    multilinear_rank=stored.rank,
-                    relative_residual=relative_residual(stack, stored),
-                    sweeps=result.sweeps,
-                )
-            )
-    written = write_tensors(output / str(plan.weight_file(piece)), tensors)
-    return {
-        "file": written.model_dump(),
-        "stacks": [asdict(record) for record in records],
-    }
-
-
-def _factorise(plan: Plan, stacks: list[Tensor], target: CompressionTarget) -> Decomposition:
-    (rank,) = target.ranks.values()
-    if target.tolerance is not None:
-        # Rounding the factors to their type spends a part of the tolerance.
-        rest = target.tolerance**2 - plan.weights.rounding**2
-        rank = rank_for_tolerance(stacks, rest**0.5)
-    engine = _ENGINES[plan.recipe.engine]
-    return engine(stacks, rank, max_sweeps=plan.recipe.max_sweeps)
+    experts = plan.source.moe.family.experts_prefix(piece.layer)
+    return write_piece(output / str(plan.weight_file(piece)), piece, parts, experts)
 
 
 def _finish(plan: Plan, folder: OutputFolder, model: str) -> TuckerManifest:

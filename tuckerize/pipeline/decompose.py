@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from tuckerize.calibration.calibration_pass import CalibrationPass
+from tuckerize.calibration.text import fingerprint
 from tuckerize.checkpoint.hub import resolve_model
 from tuckerize.checkpoint.output import OutputFolder, refuse_overlap
 from tuckerize.domain import Device
@@ -20,9 +21,8 @@ from tuckerize.moe.source import SourceModel
 from tuckerize.parallel.backends import choose_device
 from tuckerize.parallel.processes import Processes, process_group
 from tuckerize.pipeline.compression import compress_model
-from tuckerize.pipeline.decompose_calibrated import draft_plan, plan_calibrated
 from tuckerize.pipeline.inspect import describe_plan
-from tuckerize.planning.plan import Plan, make_plan
+from tuckerize.planning.plan import Plan, make_plan, output_fingerprint, profiles_for
 from tuckerize.progress import Progress, SilentProgress
 from tuckerize.recipe import Recipe, Texts, recipe_of_options
 from tuckerize.report import DecomposeReport, PlanReport
@@ -128,16 +128,16 @@ def decompose(
     with _processes_of(request, recipe) as (processes, device):
 
         def prepare() -> tuple[Plan, CalibrationPass | None]:
-            calibration, draft = _draft(request, recipe, device)
-            refuse_overlap(output, draft.source.checkpoint.folder)
+            source, calibration = _open(request, recipe, device)
+            refuse_overlap(output, source.checkpoint.folder)
             folder = OutputFolder(output)
+            text = fingerprint(calibration.windows_SL) if calibration else ""
+            contents = output_fingerprint(source, recipe, text)
             if processes.is_leader:
-                folder.claim(draft.fingerprint(), overwrite=request.overwrite)
+                folder.claim(contents, overwrite=request.overwrite)
             else:
-                folder.join(draft.fingerprint())
-            if calibration is None:
-                return draft, None
-            return plan_calibrated(recipe, calibration, progress), calibration
+                folder.join(contents)
+            return _plan(source, recipe, calibration, progress), calibration
 
         plan, calibration = processes.leader_first(prepare)
         return compress_model(
@@ -174,8 +174,8 @@ def preview(request: DecomposeRequest, progress: Progress | None = None) -> Plan
     with _processes_of(request, recipe) as (processes, device):
 
         def prepare() -> Plan:
-            calibration, draft = _draft(request, recipe, device)
-            return plan_calibrated(recipe, calibration, progress) if calibration else draft
+            source, calibration = _open(request, recipe, device)
+            return _plan(source, recipe, calibration, progress)
 
         plan = processes.leader_first(prepare)
         return describe_plan(plan) if processes.is_leader else None
@@ -199,13 +199,17 @@ def _processes_of(
         yield processes, device
 
 
-def _draft(
+def _open(
     request: DecomposeRequest, recipe: Recipe, device: torch.device
-) -> tuple[CalibrationPass | None, Plan]:
-    """The calibration text, if any, and the plan before a calibrated budget is shared out."""
+) -> tuple[SourceModel, CalibrationPass | None]:
+    """The source and its calibration set, if any; refuses what cannot be planned."""
     source = SourceModel.open(resolve_model(str(request.model)))
-    draft = make_plan(source, recipe)  # refuses what cannot be planned before the text is read
-    if not recipe.calibration:
-        return None, draft
-    calibration = CalibrationPass.open(source, recipe, device)
-    return calibration, draft_plan(recipe, calibration)
+    make_plan(source, recipe)  # before the text is read
+    return source, CalibrationPass.open(source, recipe, device) if recipe.calibration else None
+
+
+def _plan(
+    source: SourceModel, recipe: Recipe, calibration: CalibrationPass | None, progress: Progress
+) -> Plan:
+    profiles = profiles_for(recipe, calibration, progress) if calibration else ()
+    return make_plan(source, recipe, profiles)

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tuckerize.calibration.calibration_pass import CalibrationPass
 from tuckerize.calibration.layer_profile import LayerProfile
+from tuckerize.calibration.profile_pass import profile_model
 from tuckerize.compression.target import CompressionTarget, LayerPiece
 from tuckerize.domain import (
     DOWN,
@@ -28,6 +30,7 @@ from tuckerize.moe.families import MoeModel
 from tuckerize.moe.source import SourceModel
 from tuckerize.planning.allocation import SearchSpace, allocate, check_keep
 from tuckerize.planning.uniform import BudgetUnit, ranks_for_keep
+from tuckerize.progress import Progress
 from tuckerize.recipe import CalibrationSettings, Recipe, resolve_rank, select_layers
 from tuckerize.version import __version__
 
@@ -61,7 +64,6 @@ class Plan:
         group_size: Experts in a group.
         copies: Tensors to copy, by source file.
         layer_pieces: Stacks to compress. The weight files are those of the copies, then these.
-        text: Fingerprint of the calibration text; empty if data-free.
         predicted_kl: Predicted KL divergence from the source, nats per token; None without a
             calibrated budget.
     """
@@ -72,7 +74,6 @@ class Plan:
     group_size: int
     copies: tuple[CopyPiece, ...]
     layer_pieces: tuple[LayerPiece, ...]
-    text: str = ""
     predicted_kl: float | None = None
 
     @property
@@ -103,28 +104,42 @@ class Plan:
             return None
         return f"model-{writing.index(piece) + 1:05d}-of-{len(writing):05d}.safetensors"
 
-    def fingerprint(self) -> dict[str, Any]:
-        """JSON values that determine every byte that is written."""
-        headers = json.dumps(sorted(self.source.checkpoint.tensors.items())).encode()
-        return {
-            "tuckerize_version": __version__,
-            "recipe": self.recipe.model_dump(mode="json"),
-            "config": self.source.checkpoint.config,
-            "tensors_sha256": hashlib.sha256(headers).hexdigest(),
-            "text_sha256": self.text,
-        }
+
+def output_fingerprint(source: SourceModel, recipe: Recipe, text: str = "") -> dict[str, Any]:
+    """JSON values that determine every byte that a decomposition writes.
+
+    Args:
+        source: The dense model.
+        recipe: What is asked for.
+        text: Fingerprint of the calibration set; empty if data-free.
+    """
+    headers = json.dumps(sorted(source.checkpoint.tensors.items())).encode()
+    return {
+        "tuckerize_version": __version__,
+        "recipe": recipe.model_dump(mode="json"),
+        "config": source.checkpoint.config,
+        "tensors_sha256": hashlib.sha256(headers).hexdigest(),
+        "text_sha256": text,
+    }
 
 
-def make_plan(
-    source: SourceModel, recipe: Recipe, profiles: Sequence[LayerProfile] = (), text: str = ""
-) -> Plan:
+def profiles_for(
+    recipe: Recipe, calibration: CalibrationPass, progress: Progress
+) -> Sequence[LayerProfile]:
+    """Profiles that the budgets of a recipe are allocated by; none without a budget."""
+    if any(rule.keep is not None for rule in recipe.rules):
+        return profile_model(calibration, progress)
+    return ()
+
+
+def make_plan(source: SourceModel, recipe: Recipe, profiles: Sequence[LayerProfile] = ()) -> Plan:
     """Decide every stack's multilinear rank and every weight file; reads no weights.
 
     Args:
         source: The dense model.
         recipe: What is asked for.
-        profiles: Profiles of the layers, for the budgets of a recipe with calibration.
-        text: Fingerprint of the calibration text.
+        profiles: Profiles of the layers, for calibrated budgets. Without them a budget is checked,
+            and its layers stay dense.
 
     Raises:
         RecipeError: The recipe does not fit the model.
@@ -160,7 +175,7 @@ def make_plan(
         )
         for file, content in source.checkpoint.files.items()
     )
-    return Plan(source, recipe, weights, group_size, copies, tuple(pieces), text, predicted_kl)
+    return Plan(source, recipe, weights, group_size, copies, tuple(pieces), predicted_kl)
 
 
 def stored_type(recipe: Recipe, model: MoeModel) -> WeightType:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from tests.expert_cases import exact_output, make_group, make_tokens, silu
-from tuckerize.calibration.compress import compress_group
-from tuckerize.calibration.moments import gather_moments
 from tuckerize.calibration.refine import refine, relative_output_error
 from tuckerize.calibration.tokens import DenseGroup, LayerTokens
+from tuckerize.compression.calibrated import closed_form
+from tuckerize.compression.factors import GroupFactors
 from tuckerize.compression.target import CompressionTarget
 from tuckerize.domain import DOWN, GATE_UP, MultilinearRank, StackShape
 from tuckerize.runtime.experts import TuckerExperts
@@ -32,8 +32,8 @@ def group() -> DenseGroup:
 def module(group: DenseGroup) -> TuckerExperts:
     """The group compressed in closed form."""
     target = CompressionTarget(6, {GATE_UP: RANK, DOWN: RANK})
-    moments = gather_moments(group, FIT, activation=silu)
-    found = compress_group(group, FIT, moments, target, max_sweeps=2, activation=silu)
+    step = closed_form(FIT, activation=silu, max_sweeps=2)
+    found = step(GroupFactors.of(0, group, target))
     tensors = {name: tensor.clone() for name, tensor in found.tensors().items()}
     return TuckerExperts([tensors], group_size=3, activation=silu)
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from tuckerize.compression.target import CompressionTarget, LayerPiece
 from tuckerize.domain import (
@@ -21,8 +22,18 @@ from tuckerize.domain import (
     Projection,
     StackShape,
 )
-from tuckerize.planning.estimate import calibrated_bytes, data_free_bytes, process_bytes
+from tuckerize.moe.source import SourceModel
+from tuckerize.planning.estimate import (
+    calibrated_bytes,
+    data_free_bytes,
+    peak_bytes,
+    process_bytes,
+    seconds,
+    work,
+)
+from tuckerize.planning.plan import Plan, make_plan
 from tuckerize.planning.uniform import BudgetUnit, ranks_for_keep
+from tuckerize.recipe import parse_recipe
 
 LITE = StackShape(64, 1408, 2048)
 BF16 = WEIGHT_TYPES["BF16"]
@@ -85,3 +96,49 @@ def test_memory_of_a_calibrated_layer_is_what_was_measured() -> None:
 def test_memory_of_threads_is_eight_matrices_each() -> None:
     matrix = 4 * LITE.intermediate * LITE.hidden
     assert process_bytes(LITE, 9) - process_bytes(LITE, 1) == 8 * 8 * matrix
+
+
+def plan_of(model: Path, rank: str, **how: object) -> Plan:
+    recipe = parse_recipe({"rules": [{"rank": rank}], **how}, place="test")
+    return make_plan(SourceModel.open(model), recipe)
+
+
+def test_memory_of_a_plan_is_that_of_its_process_and_largest_piece(tiny_model: Path) -> None:
+    plan = plan_of(tiny_model, "full,full,16", joint="gate_up")
+    largest = max(
+        data_free_bytes(plan.group_shape, piece, BF16, BF16) for piece in plan.layer_pieces
+    )
+    process = process_bytes(plan.group_shape, torch.get_num_threads())
+    assert peak_bytes(plan) == process + largest
+
+
+def test_memory_grows_with_stacks_that_are_taken_together(tiny_model: Path) -> None:
+    rank = "full,full,16"
+    sizes = [
+        peak_bytes(plan_of(tiny_model, rank, group_size=2)),
+        peak_bytes(plan_of(tiny_model, rank)),
+        peak_bytes(plan_of(tiny_model, rank, joint="gate_up")),
+    ]
+    assert sizes == sorted(set(sizes))
+
+
+def test_work_grows_with_the_modes_that_are_truncated(tiny_model: Path) -> None:
+    totals = []
+    for rank in ("full,full,full", "full,full,16", "full,12,16", "4,12,16"):
+        plan = plan_of(tiny_model, rank)
+        totals.append(work(plan, plan.layer_pieces[0]))
+    assert totals == sorted(set(totals))
+
+
+def test_work_of_a_copy_is_its_bytes(tiny_model: Path) -> None:
+    plan = plan_of(tiny_model, "full,full,16")
+    assert sum(work(plan, copy) for copy in plan.copies) == plan.source.checkpoint.bytes
+
+
+def test_time_is_work_over_the_rate_of_products_and_that_of_copies(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tuckerize.planning.estimate._product_rate", lambda: 1e6)
+    plan = plan_of(tiny_model, "full,full,16")
+    products = sum(work(plan, piece) for piece in plan.layer_pieces) / 1e6
+    assert seconds(plan) == pytest.approx(products + plan.source.checkpoint.bytes / 3e8)

@@ -11,14 +11,11 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tests.expert_cases import exact_output, make_group, make_tokens, relative, silu
-from tuckerize.calibration.compress import (
-    CompressedGroup,
-    compress_group,
-    group_output,
-)
 from tuckerize.calibration.layer_profile import LayerProfile, profile_layer
 from tuckerize.calibration.moments import GroupMoments, gather_moments
 from tuckerize.calibration.tokens import DenseGroup, LayerTokens
+from tuckerize.compression.calibrated import closed_form, group_output
+from tuckerize.compression.factors import GroupFactors
 from tuckerize.compression.target import CompressionTarget
 from tuckerize.domain import DOWN, GATE_UP, Coupling, MultilinearRank, Projection, StackShape
 from tuckerize.linalg.tucker import with_zero_rows
@@ -45,10 +42,10 @@ def target_of(
 
 def compress(
     group: DenseGroup, tokens: LayerTokens, target: CompressionTarget
-) -> tuple[CompressedGroup, float]:
+) -> tuple[GroupFactors, float]:
     """The compressed group, and its relative output error on the tokens."""
-    moments = gather_moments(group, tokens, activation=silu)
-    found = compress_group(group, tokens, moments, target, max_sweeps=5, activation=silu)
+    step = closed_form(tokens, activation=silu, max_sweeps=5)
+    found = step(GroupFactors.of(0, group, target))
     output_TI = group_output(found.tensors(), group.experts, tokens, silu)
     exact_TI = exact_output(group, tokens)
     return found, relative(output_TI - exact_TI, exact_TI)
@@ -63,7 +60,7 @@ def profile_of(group: DenseGroup, tokens: LayerTokens) -> LayerProfile:
 
 
 def expanded_output(
-    found: CompressedGroup, experts: range, tokens: LayerTokens, neurons: int
+    found: GroupFactors, experts: range, tokens: LayerTokens, neurons: int
 ) -> Tensor:
     """The output of dense experts made of the expanded stacks, zeros for neurons not kept."""
 

@@ -1,0 +1,307 @@
+"""Calibrated compression of a layer, so that its outputs stay right on a calibration set.
+
+For every group: select neurons, factor gate and up for the inputs of every expert, refit down to
+the outputs of the dense experts. Then, for the whole layer: refine cores and factors by gradient
+steps, and give all factors orthonormal columns again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tuckerize.calibration.calibration_pass import CalibrationPass
+from tuckerize.calibration.moments import GroupMoments, gather_moments, refit_moments
+from tuckerize.calibration.refine import Refinement, refine, relative_output_error
+from tuckerize.calibration.tokens import DenseGroup, LayerTokens
+from tuckerize.compression.factors import (
+    GroupFactors,
+    GroupStep,
+    LayerFactors,
+    compress,
+    for_each_group,
+    rounding,
+)
+from tuckerize.compression.target import LayerPiece
+from tuckerize.domain import (
+    DOWN,
+    GATE_UP,
+    Mode,
+    MultilinearRank,
+    Projection,
+    StackShape,
+    WeightType,
+)
+from tuckerize.format.tucker_checkpoint import factors_of
+from tuckerize.linalg.gram import leading_eigenvectors
+from tuckerize.linalg.selection import all_neurons, eliminate, refit_down
+from tuckerize.linalg.tucker import TuckerFactors, orthonormalised
+from tuckerize.linalg.weighted import weighted_tucker
+from tuckerize.names import TensorName
+from tuckerize.runtime.experts import Activation, TuckerExperts
+
+
+def compress_layer(
+    calibration: CalibrationPass,
+    piece: LayerPiece,
+    groups: list[DenseGroup],
+    dense: TuckerExperts,
+    tokens: LayerTokens,
+    weights: WeightType,
+    *,
+    max_sweeps: int,
+) -> LayerFactors:
+    """Compress a layer for the tokens that its experts see.
+
+    Args:
+        calibration: The model and its calibration set.
+        piece: What to compress to.
+        groups: The dense experts, in float32.
+        dense: The same as a module.
+        tokens: Tokens before the routed experts of the layer.
+        weights: Type of the stored cores and factors.
+        max_sweeps: Upper bound on the sweeps of weighted least squares.
+
+    Raises:
+        DecompositionError: A stack cannot be decomposed.
+    """
+    fit, held_out = tokens.split()
+    activation = calibration.activation
+    steps = (
+        for_each_group(closed_form(fit, activation=activation, max_sweeps=max_sweeps)),
+        Refine(calibration, dense, fit, held_out),
+        orthonormalise,
+        rounding(weights),
+    )
+    layer = LayerFactors(
+        piece.layer,
+        tuple(
+            GroupFactors.of(index, group, target)
+            for index, (group, target) in enumerate(zip(groups, piece.targets, strict=True))
+        ),
+        notes=_note_on_rare_experts(piece.layer, fit, groups),
+    )
+    return compress(layer, steps)
+
+
+def closed_form(tokens: LayerTokens, *, activation: Activation, max_sweeps: int) -> GroupStep:
+    """The step that compresses a group without gradients: select, factor, refit.
+
+    Args:
+        tokens: Tokens of the layer to fit.
+        activation: Between gate and up.
+        max_sweeps: Upper bound on the sweeps of weighted least squares.
+    """
+
+    def treat(group: GroupFactors) -> GroupFactors:
+        moments = gather_moments(group.dense, tokens, activation=activation)
+        group = select_neurons(group, moments)
+        group = factor_gate_up(group, moments, max_sweeps=max_sweeps)
+        return refit(group, moments, tokens, activation=activation, max_sweeps=max_sweeps)
+
+    return treat
+
+
+def select_neurons(group: GroupFactors, moments: GroupMoments) -> GroupFactors:
+    """Keep the neurons without which the combined output would lose most."""
+    target = group.target
+    if target.neurons == group.dense.shape.intermediate:
+        return group
+    elimination = eliminate(moments.neurons_EHH, group.dense.stacks[Projection.DOWN])
+    kept = elimination.kept(target.neurons, multiple=target.multiple, equal=target.equal_widths)
+    slim = {p: TuckerFactors(kept.rows(stack)) for p, stack in group.dense.stacks.items()}
+    return replace(group, factors=slim, kept=kept)
+
+
+def factor_gate_up(group: GroupFactors, moments: GroupMoments, *, max_sweeps: int) -> GroupFactors:
+    """Factor gate and up by least squares weighted with the moments of every expert's inputs.
+
+    Raises:
+        MultilinearRankError: A core size does not fit its stack.
+        NonFiniteError: A stack holds NaN or infinity.
+    """
+    factors, sweeps = dict(group.factors), dict(group.sweeps)
+    for coupling in group.target.couplings:
+        if coupling == DOWN:
+            continue
+        found = weighted_tucker(
+            [factors[projection].core for projection in coupling],
+            moments.hidden_EII,
+            _work_rank(group, group.target.ranks[coupling]),
+            max_sweeps=max_sweeps,
+        )
+        factors.update(zip(coupling, found.tensors, strict=True))
+        sweeps.update(dict.fromkeys(coupling, found.sweeps))
+    return replace(group, factors=factors, sweeps=sweeps)
+
+
+def refit(
+    group: GroupFactors,
+    moments: GroupMoments,
+    tokens: LayerTokens,
+    *,
+    activation: Activation,
+    max_sweeps: int,
+) -> GroupFactors:
+    """Refit down to the outputs of the dense experts, then factor it.
+
+    Where the hidden mode alone is truncated, U_I spans the principal components of the group's
+    combined output; otherwise down is factored by weighted least squares.
+
+    Raises:
+        MultilinearRankError: A core size does not fit its stack.
+    """
+    down_EKI = group.factors[Projection.DOWN].core
+    neurons_EKK = moments.neurons_EHH
+    if group.kept is not None or any(
+        group.factors[p].rank != MultilinearRank(*group.dense.shape) for p in GATE_UP
+    ):
+        neurons_EKK, cross_EKH = refit_moments(
+            group.dense,
+            tokens,
+            lambda place: (
+                group.factors[Projection.GATE].expand_slice(place),
+                group.factors[Projection.UP].expand_slice(place),
+            ),
+            activation=activation,
+        )
+        down_EKI = refit_down(
+            neurons_EKK,
+            cross_EKH,
+            group.dense.stacks[Projection.DOWN],
+            group.kept or all_neurons(group.dense.shape),
+        )
+    rank = _work_rank(group, group.target.ranks[DOWN])
+    sweeps = 0
+    if rank.truncated_modes(StackShape(*down_EKI.shape)) == (Mode.HIDDEN,):
+        output_II = _output_moment(_with_down(group, TuckerFactors(down_EKI)), tokens, activation)
+        U_I = leading_eigenvectors(output_II, rank.hidden)
+        down = TuckerFactors(down_EKI @ U_I, U_I=U_I)
+    else:
+        down, sweeps = _weighted_down(down_EKI, neurons_EKK, rank, max_sweeps)
+    return replace(_with_down(group, down), sweeps={**group.sweeps, Projection.DOWN: sweeps})
+
+
+@dataclass(frozen=True, slots=True)
+class Refine:
+    """The step of gradient steps against the layer's own output; held-out tokens decide about it.
+
+    Attributes:
+        calibration: The model and its calibration set.
+        dense: The dense experts of the layer.
+        fit: Tokens to learn from.
+        held_out: Tokens to decide by.
+    """
+
+    calibration: CalibrationPass
+    dense: TuckerExperts
+    fit: LayerTokens
+    held_out: LayerTokens
+
+    def __call__(self, layer: LayerFactors) -> LayerFactors:
+        """Refine a layer, and measure its output error on the held-out tokens."""
+        module = self.calibration.module([group.tensors() for group in layer.groups])
+        steps = self.calibration.settings.refine
+        dense = all(group.target.is_dense(group.dense.shape) for group in layer.groups)
+        if dense or not steps or not len(self.held_out.x_TI):
+            target_TI = self._dense_output(self.held_out)
+            error = relative_output_error(module, self.held_out, target_TI)
+            found = Refinement(error, error, kept=False)
+        else:
+            found = refine(module, self.fit, self.held_out, self._dense_output, steps=steps)
+        error = found.error_after if found.kept else found.error_before
+        groups = [
+            _with_tensors(
+                group, {TensorName.parse(n): t.detach() for n, t in own.named_parameters()}
+            )
+            for group, own in zip(layer.groups, module.groups, strict=True)
+        ]
+        return replace(
+            layer,
+            groups=tuple(groups),
+            output_error=None if math.isnan(error) else error,
+            refined=found.kept,
+        )
+
+    @torch.no_grad()
+    def _dense_output(self, tokens: LayerTokens) -> Tensor:
+        output_TI: Tensor = self.dense(*tokens)
+        return output_TI
+
+
+def orthonormalise(layer: LayerFactors) -> LayerFactors:
+    """The step that gives factors orthonormal columns, the rest taken into the cores."""
+    return layer.with_factors(_orthonormal)
+
+
+def _orthonormal(factors: TuckerFactors) -> TuckerFactors:
+    core, factor_of = factors.core, list(factors.factors)
+    for mode, factor in enumerate(factor_of):
+        if factor is not None:
+            factor_of[mode], mixing = orthonormalised(factor)
+            core = torch.tensordot(mixing, core.movedim(mode, 0), dims=1).movedim(0, mode)
+    return TuckerFactors(core.contiguous(), *factor_of)
+
+
+def _work_rank(group: GroupFactors, rank: MultilinearRank) -> MultilinearRank:
+    """Core sizes of stacks as wide as the widest expert, with rows of zeros for the others."""
+    return rank if group.kept is None else rank._replace(intermediate=max(group.kept.widths))
+
+
+def _with_down(group: GroupFactors, down: TuckerFactors) -> GroupFactors:
+    return replace(group, factors={**group.factors, Projection.DOWN: down})
+
+
+def _with_tensors(group: GroupFactors, tensors: Mapping[TensorName, Tensor]) -> GroupFactors:
+    return replace(group, factors={p: factors_of(tensors, p) for p in group.factors})
+
+
+def _weighted_down(
+    stack_EKI: Tensor, neurons_EKK: Tensor, rank: MultilinearRank, max_sweeps: int
+) -> tuple[TuckerFactors, int]:
+    """Down with a truncated expert or intermediate mode: its inputs are the neurons."""
+    flipped = MultilinearRank(rank.expert, rank.hidden, rank.intermediate)
+    found = weighted_tucker(
+        [stack_EKI.mT.contiguous()], neurons_EKK, flipped, max_sweeps=max_sweeps
+    )
+    factors = found.tensors[0]
+    core = factors.core.mT.contiguous()
+    return TuckerFactors(core, factors.U_E, U_H=factors.U_I, U_I=factors.U_H), found.sweeps
+
+
+def _output_moment(group: GroupFactors, tokens: LayerTokens, activation: Activation) -> Tensor:
+    """Second moment of a group's combined output, shape (I, I)."""
+    output_TI = group_output(group.tensors(), group.dense.experts, tokens, activation)
+    return output_TI.T @ output_TI
+
+
+def group_output(
+    tensors: Mapping[TensorName, Tensor],
+    experts: range,
+    tokens: LayerTokens,
+    activation: Activation,
+) -> Tensor:
+    """Combined routed output of one group alone, shape (T, I)."""
+    module = TuckerExperts([tensors], group_size=len(experts), activation=activation)
+    output_TI: Tensor = module(tokens.x_TI, tokens.experts_Tk - experts.start, tokens.weights_Tk)
+    return output_TI
+
+
+def _note_on_rare_experts(
+    layer: int, tokens: LayerTokens, groups: list[DenseGroup]
+) -> tuple[str, ...]:
+    """A note on the experts whose second moments their own tokens cannot fill."""
+    neurons = groups[0].shape.intermediate
+    count = sum(len(group.experts) for group in groups)
+    routed_E = torch.bincount(tokens.experts_Tk.flatten(), minlength=count)
+    rare = (routed_E < neurons).nonzero()[:, 0].tolist()
+    if not rare:
+        return ()
+    return (
+        f"layer {layer}: experts {', '.join(map(str, rare))} saw fewer than {neurons} tokens; "
+        "tokens of the whole layer fill up",
+    )

@@ -1,0 +1,146 @@
+"""Factors of the experts of a layer, and the steps that make them.
+
+A step takes the factors of a layer and returns smaller, better or rounded ones; a compression is a
+list of steps. Before the first one, the dense stacks are their own factors, every mode full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from tuckerize.calibration.tokens import DenseGroup
+from tuckerize.checkpoint.reader import TORCH_DTYPES
+from tuckerize.compression.target import CompressionTarget
+from tuckerize.domain import MultilinearRank, Projection, WeightType, coupling_name
+from tuckerize.errors import located
+from tuckerize.linalg.selection import KeptNeurons
+from tuckerize.linalg.tucker import TuckerFactors, check_no_overflow
+from tuckerize.names import TensorName
+from tuckerize.runtime.experts import named_tensors
+
+
+@dataclass(frozen=True, slots=True)
+class GroupFactors:
+    """One group of experts as factors.
+
+    Attributes:
+        index: Index of the group in the layer.
+        dense: The dense experts.
+        target: What they are compressed to.
+        factors: The Tucker tensor of every projection; coupled ones share their U_I.
+        kept: Neurons that every expert kept; None if all.
+        sweeps: Sweeps of HOOI or weighted least squares by projection.
+    """
+
+    index: int
+    dense: DenseGroup
+    target: CompressionTarget
+    factors: Mapping[Projection, TuckerFactors]
+    kept: KeptNeurons | None
+    sweeps: Mapping[Projection, int]
+
+    @classmethod
+    def of(cls, index: int, dense: DenseGroup, target: CompressionTarget) -> GroupFactors:
+        """A group before the first step."""
+        factors = {projection: TuckerFactors(stack) for projection, stack in dense.stacks.items()}
+        return cls(index, dense, target, factors, None, dict.fromkeys(factors, 0))
+
+    @property
+    def name(self) -> str:
+        """Name for messages: `group 0`, with the projections if they are a part of the layer's."""
+        couplings = self.target.couplings
+        lone = f", {coupling_name(couplings[0])}" if len(couplings) == 1 else ""
+        return f"group {self.index}{lone}"
+
+    @property
+    def widths(self) -> tuple[int, ...] | None:
+        """Neurons of every expert; None if all."""
+        return None if self.kept is None else self.kept.widths
+
+    def tensors(self) -> dict[TensorName, Tensor]:
+        """What is stored, by names relative to the group."""
+        return {
+            name: tensor
+            for coupling in self.target.couplings
+            for projection in coupling
+            for name, tensor in named_tensors(
+                coupling, projection, self.factors[projection], self.widths
+            )
+        }
+
+    def rank(self, projection: Projection) -> MultilinearRank:
+        """Core sizes of a stack, r_H being the mean over experts of different widths."""
+        rank = self.factors[projection].rank
+        return rank if self.kept is None else rank._replace(intermediate=self.target.neurons)
+
+    def with_factors(self, change: Callable[[TuckerFactors], TuckerFactors]) -> GroupFactors:
+        """The same with every Tucker tensor changed."""
+        return replace(self, factors={p: change(f) for p, f in self.factors.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFactors:
+    """A layer, or some groups or projections of it, as factors.
+
+    Attributes:
+        layer: Index of the layer.
+        groups: Its groups.
+        output_error: Relative output error (unitless) on held-out tokens; None without any.
+        refined: Whether gradient steps lowered it.
+        notes: Notes for the user.
+    """
+
+    layer: int
+    groups: tuple[GroupFactors, ...]
+    output_error: float | None = None
+    refined: bool = False
+    notes: tuple[str, ...] = ()
+
+    def with_factors(self, change: Callable[[TuckerFactors], TuckerFactors]) -> LayerFactors:
+        """The same with every Tucker tensor changed."""
+        return replace(self, groups=tuple(group.with_factors(change) for group in self.groups))
+
+
+GroupStep = Callable[[GroupFactors], GroupFactors]
+Step = Callable[[LayerFactors], LayerFactors]
+
+
+def compress(layer: LayerFactors, steps: Iterable[Step]) -> LayerFactors:
+    """Carry out the steps of a compression, one after another."""
+    for step in steps:
+        layer = step(layer)
+    return layer
+
+
+def for_each_group(step: GroupStep) -> Step:
+    """A step that treats the groups of a layer one by one; its errors say in which."""
+
+    def treat(layer: LayerFactors) -> LayerFactors:
+        groups = []
+        for group in layer.groups:
+            with located(f"layer {layer.layer}, {group.name}"):
+                groups.append(step(group))
+        return replace(layer, groups=tuple(groups))
+
+    return treat
+
+
+def rounding(weights: WeightType) -> Step:
+    """The step that rounds cores and factors to the type that they are stored in.
+
+    Raises:
+        NonFiniteError: A value overflows the type.
+    """
+    dtype = TORCH_DTYPES[weights.name]
+
+    def rounded(factors: TuckerFactors) -> TuckerFactors:
+        stored = factors.to(dtype)
+        for tensor in (stored.core, *stored.factors):
+            if tensor is not None:
+                check_no_overflow(tensor, weights.name)
+        return stored
+
+    return lambda layer: layer.with_factors(rounded)
