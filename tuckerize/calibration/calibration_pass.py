@@ -1,4 +1,4 @@
-"""One pass over a model with a calibration text: hidden states, captured tokens, dense experts."""
+"""One pass over a model with a calibration set: hidden states, captured tokens, dense experts."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from tuckerize.runtime.experts import ACTIVATIONS, Activation, TuckerExperts, ac
 
 _WINDOWS_AT_ONCE = 8
 _SEED = 0
-# A token whose hidden state is shorter than this part of the median counts as if it were so long.
-_LEAST_LENGTH = 0.1
+# Lower bound on relative norms: tokens with small hidden states must not dominate.
+_LEAST_NORM = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrationPass:
-    """A model and the windows of text that it is calibrated with.
+    """A model and its calibration set.
 
     Attributes:
         source: The dense model.
         model: Its decoder layers, one at a time.
         windows_SL: Tokens, shape (S, L).
-        text_windows: How many of the windows are of text; they are the first.
+        text_windows: Number of windows of text; they are the first, random tokens follow.
         group_size: Experts in a group.
         settings: Settings of the calibration.
         notes: Notes on the text for the user.
@@ -95,39 +95,39 @@ class CalibrationPass:
         return ACTIVATIONS[self.source.moe.activation]
 
     def embed(self) -> Tensor:
-        """Hidden states in front of the first layer, shape (S, L, I)."""
+        """Hidden states before the first layer, shape (S, L, I)."""
         with self.model.embedding() as embed:
             parts = torch.split(self.windows_SL.to(self.model.device), _WINDOWS_AT_ONCE)
             return torch.cat([embed(part) for part in parts])
 
     def run_layer(self, layer: int, hidden_SLI: Tensor, experts: ExpertsCall | None) -> Tensor:
-        """Hidden states behind a layer, shape (S, L, I).
+        """Hidden states after a layer, shape (S, L, I).
 
         Raises:
             NonFiniteError: They hold NaN or infinity.
         """
         with self.model.layer(layer, experts) as run:
             parts = [run(part) for part in torch.split(hidden_SLI, _WINDOWS_AT_ONCE)]
-        behind_SLI = torch.cat(parts)
-        if not math.isfinite(largest_magnitude(behind_SLI)):
+        after_SLI = torch.cat(parts)
+        if not math.isfinite(largest_magnitude(after_SLI)):
             raise NonFiniteError(
-                f"the hidden states behind layer {layer} hold NaN or infinity",
+                f"the hidden states after layer {layer} hold NaN or infinity",
                 hint="repair or replace the source checkpoint",
             )
-        return behind_SLI
+        return after_SLI
 
     def capture(
         self, layer: int, hidden_SLI: Tensor, experts: ExpertsCall
     ) -> tuple[LayerTokens, Tensor]:
-        """Run a layer and note what its routed experts get.
+        """Run a layer and capture the input of its routed experts.
 
         Routing weights, and with them all outputs, errors and moments that are computed from these
-        tokens, are relative to the lengths of the hidden states behind the layer: see
-        `relative_lengths`.
+        tokens, are relative to the norms of the hidden states after the layer: see
+        `relative_norms`.
 
         Returns:
-            The tokens in front of the routed experts, in float32, and the hidden states behind the
-            layer, shape (S, L, I).
+            The tokens before the routed experts, in float32, and the hidden states after the layer,
+            shape (S, L, I).
         """
         seen: list[LayerTokens] = []
 
@@ -135,10 +135,10 @@ class CalibrationPass:
             seen.append(LayerTokens(x_TI.float(), experts_Tk, weights_Tk.float()))
             return experts(x_TI, experts_Tk, weights_Tk)
 
-        behind_SLI = self.run_layer(layer, hidden_SLI, noted)
+        after_SLI = self.run_layer(layer, hidden_SLI, noted)
         tokens = LayerTokens(*(torch.cat(parts) for parts in zip(*seen, strict=True)))
-        weights_Tk = tokens.weights_Tk / relative_lengths(behind_SLI)
-        return tokens._replace(weights_Tk=weights_Tk), behind_SLI
+        weights_Tk = tokens.weights_Tk / relative_norms(after_SLI)
+        return tokens._replace(weights_Tk=weights_Tk), after_SLI
 
     def groups(self, layer: int) -> list[DenseGroup]:
         """The dense experts of a layer, in float32 on the device.
@@ -164,15 +164,15 @@ class CalibrationPass:
         return TuckerExperts(groups, group_size=self.group_size, activation=self.activation)
 
 
-def relative_lengths(hidden_SLI: Tensor) -> Tensor:
-    """How long hidden states are, the median being 1, shape (T, 1).
+def relative_norms(hidden_SLI: Tensor) -> Tensor:
+    """Norms of hidden states relative to their median, shape (T, 1).
 
-    Whatever reads a hidden state divides it by its length first, and an error in it as well: where
-    it is long, as at the first token of a window, an error of the same size does less.
+    Every reader of the residual stream normalises it (RMSNorm), so an absolute error matters
+    inversely to the norm of the state, which is large at the first token of a window, say.
     """
-    lengths_T1 = torch.linalg.vector_norm(hidden_SLI.flatten(0, 1).float(), dim=1, keepdim=True)
-    median = lengths_T1.median().clamp_min(torch.finfo(torch.float32).tiny)
-    relative_T1: Tensor = (lengths_T1 / median).clamp_min(_LEAST_LENGTH)
+    norms_T1 = torch.linalg.vector_norm(hidden_SLI.flatten(0, 1).float(), dim=1, keepdim=True)
+    median = norms_T1.median().clamp_min(torch.finfo(torch.float32).tiny)
+    relative_T1: Tensor = (norms_T1 / median).clamp_min(_LEAST_NORM)
     return relative_T1
 
 
@@ -188,7 +188,7 @@ def experts_call(module: TuckerExperts) -> ExpertsCall:
 
 @dataclass(frozen=True, slots=True)
 class SavedStates:
-    """Hidden states on disk, so that an interrupted pass continues behind the last layer.
+    """Hidden states on disk, so that an interrupted pass continues after the last layer.
 
     Attributes:
         path: The file; it holds the states of the last finished layer only.
@@ -197,7 +197,7 @@ class SavedStates:
     path: Path
 
     def load(self, device: torch.device) -> tuple[int, dict[str, Tensor]]:
-        """The next layer, and hidden states in front of it by name; (0, {}) at the start."""
+        """The next layer, and the hidden states before it by name; (0, {}) at the start."""
         if not self.path.exists():
             return 0, {}
         tensors = dict(read_tensors(self.path, WeightFile.open(self.path).tensors))
@@ -205,7 +205,7 @@ class SavedStates:
         return layer, {name: tensor.to(device) for name, tensor in tensors.items()}
 
     def save(self, next_layer: int, states: Mapping[str, Tensor]) -> None:
-        """Replace the states by those in front of another layer."""
+        """Replace the states by those before another layer."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         host = {name: tensor.cpu().contiguous() for name, tensor in states.items()}
         write_tensors(self.path, {**host, "next_layer": torch.tensor(next_layer)})

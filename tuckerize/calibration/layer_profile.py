@@ -1,7 +1,7 @@
-"""What a layer would lose at every size: curves from spectra and neuron energies, for the planner.
+"""Predicted output error of a layer at every size, from spectra and neuron energies.
 
 All errors are relative squared errors of the layer's combined routed output: shares of E‖y‖², with
-tokens relative to the lengths of their hidden states (`CalibrationPass.capture`).
+tokens relative to the norms of their hidden states (`CalibrationPass.capture`).
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class LayerProfile:
 
     Attributes:
         layer: Index of the layer.
-        sensitivity: Nats by which the model's prediction moves (Kullback-Leibler divergence a
-            token) for a relative squared output error of 1, extrapolated from a small one.
+        sensitivity: KL divergence of the model's prediction, nats per token, at a relative squared
+            output error of 1, extrapolated from a small one.
         selection_H: Error at every mean width 0..H, shape (H + 1,).
         equal_selection_H: The same if all experts are equally wide.
         widths_K: Widths of the rows of `gate_up_KI`, descending.

@@ -1,4 +1,4 @@
-"""Second moments of what a group of experts sees, computes and gives."""
+"""Second moments of the inputs, neurons and outputs of a group of experts."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 For every layer the curves of `profile`, and how much the model's prediction moves with an error of
 the layer. The latter is measured: on a few windows, spread over all of the text, the quarter of the
-neurons with the least energy is silenced in this layer alone, and the divergence of the logits is
+neurons with the least energy is pruned in this layer alone, and the divergence of the logits is
 compared with the output error.
 """
 
@@ -31,9 +31,9 @@ from tuckerize.names import TensorName
 from tuckerize.progress import Progress
 from tuckerize.version import __version__
 
-# Windows of text that the sensitivity is measured on, and the share of neurons that is silenced.
+# Windows of text that the sensitivity is measured on, and the share of neurons that is pruned.
 _PROBE_WINDOWS = 8
-_SILENCED = 0.25
+_PRUNED_SHARE = 0.25
 # Raised whenever profiles get other contents.
 _PROFILE_VERSION = 6
 # Names of hidden states that are carried along.
@@ -105,7 +105,7 @@ class ProfileCache:
 def profile_model(run: CalibrationPass, progress: Progress) -> list[LayerProfile]:
     """Profiles of all layers with routed experts, from the cache or from a pass over the text.
 
-    An interrupted pass continues behind the last finished layer.
+    An interrupted pass continues after the last finished layer.
 
     Args:
         run: The model and its text.
@@ -159,23 +159,21 @@ def _profile_layer(
 ) -> tuple[Tensor, Tensor]:
     """Profile a layer and carry all hidden states through it.
 
-    Returns the hidden states of the calibration text behind it, and the relative squared output
-    error of the silenced layer. The sensitivity stays open until the end of the pass.
+    Returns the hidden states of the calibration set after it, and the relative squared output
+    error of the pruned layer. The sensitivity stays open until the end of the pass.
     """
     groups = run.groups(layer)
     dense = run.module([group.as_tensors() for group in groups])
-    tokens, behind_SLI = run.capture(layer, hidden_SLI, experts_call(dense))
+    tokens, after_SLI = run.capture(layer, hidden_SLI, experts_call(dense))
     moments = [gather_moments(group, tokens, activation=run.activation) for group in groups]
-    silenced = run.module(
-        [_silenced(group, own) for group, own in zip(groups, moments, strict=True)]
-    )
+    pruned = run.module([_pruned(group, own) for group, own in zip(groups, moments, strict=True)])
     clean_SLI = probes.pop(_CLEAN)
     for name, states in probes.items():
         probes[name] = run.run_layer(layer, states, experts_call(dense))
     seen, probes[_CLEAN] = run.capture(layer, clean_SLI, experts_call(dense))
-    probes[str(layer)] = run.run_layer(layer, clean_SLI, experts_call(silenced))
+    probes[str(layer)] = run.run_layer(layer, clean_SLI, experts_call(pruned))
     exact_TI = dense(*seen)
-    missed = (silenced(*seen) - exact_TI).square().sum()
+    missed = (pruned(*seen) - exact_TI).square().sum()
     energy = float(dense(*tokens).square().sum())
     profile = profile_layer(
         layer,
@@ -187,14 +185,14 @@ def _profile_layer(
         sensitivity=math.nan,
     )
     cache.save(profile)
-    return behind_SLI, missed / exact_TI.square().sum()
+    return after_SLI, missed / exact_TI.square().sum()
 
 
-def _silenced(group: DenseGroup, moments: GroupMoments) -> dict[TensorName, Tensor]:
-    """The tensors of a group in which the neurons with the least output energy give nothing."""
+def _pruned(group: DenseGroup, moments: GroupMoments) -> dict[TensorName, Tensor]:
+    """The tensors of a group without the neurons of least output energy."""
     down_EHI = group.stacks[Projection.DOWN]
     energy_EH = moments.neurons_EHH.diagonal(dim1=1, dim2=2) * down_EHI.square().sum(2)
-    count = max(1, round(_SILENCED * group.shape.intermediate))
+    count = max(1, round(_PRUNED_SHARE * group.shape.intermediate))
     least_EM = energy_EH.topk(count, dim=1, largest=False).indices
     places = least_EM[:, :, None].expand(-1, -1, group.shape.hidden)
     return {
@@ -210,7 +208,7 @@ def _spread(length: int, count: int) -> list[int]:
 
 
 def _divergences(run: CalibrationPass, probes: dict[str, Tensor]) -> dict[int, float]:
-    """Mean Kullback-Leibler divergence (nats a token) from the clean prediction, by layer."""
+    """Mean Kullback-Leibler divergence (nats per token) from the clean prediction, by layer."""
     totals = dict.fromkeys(run.source.moe.layers, 0.0)
     count = 0
     with run.model.head() as head:

@@ -23,12 +23,12 @@ _SEED = 0
 
 @dataclass(frozen=True, slots=True)
 class Refinement:
-    """What gradient steps made of a layer.
+    """Result of the gradient steps on a layer.
 
     Attributes:
-        error_before: Relative output error on the held-out tokens in front of the steps.
-        error_after: The same behind them.
-        kept: Whether the held-out tokens spoke for them; the module was put back if not.
+        error_before: Relative output error on the validation set before the steps (unitless).
+        error_after: The same after them.
+        kept: Whether the held-out error fell; otherwise the module was restored.
     """
 
     error_before: float
@@ -44,13 +44,13 @@ def refine(
     *,
     steps: int,
 ) -> Refinement:
-    """Improve a layer in place by gradient steps; held-out tokens decide whether they are kept.
+    """Improve a layer in place by gradient steps, which a held-out error decides to keep.
 
     Args:
         module: The layer, in float32.
-        fit: Tokens to learn from.
-        held_out: Tokens to decide by.
-        dense: Gives the routed output of the dense layer, shape (T, I).
+        fit: Tokens to fit.
+        held_out: Validation set.
+        dense: Computes the routed output of the dense layer, shape (T, I).
         steps: Number of steps of Adam.
     """
     target_TI = dense(fit)

@@ -1,13 +1,13 @@
-"""A model one decoder layer at a time: only the weights of the open part are in memory.
+"""A model streamed layer by layer: only the weights of the open part are in memory.
 
 The layers are transformers' own, so every family it knows runs as it should. The model is built
-without weights; `embedding`, `layer` and `head` fill their part from the checkpoint and empty it
-again. How a layer is called (positions, masks) is noted by running the model's own forward with
-every layer standing still; it must depend on the shape of the windows only, not on their tokens.
+without weights; `embedding`, `layer` and `head` load their part from the checkpoint and release it
+again. The arguments of a layer (positions, masks) are captured from the model's own forward with
+layers that do nothing; they must depend on the shape of the windows only, not on their tokens.
 Routed experts are never read here: the caller computes them.
 
 Letters at the end of tensor names: S windows, L tokens of a window, T = S L tokens, I hidden size,
-k experts a token, V vocabulary.
+k experts per token, V vocabulary.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Step = Callable[[Tensor], Tensor]
 
 
 class _Call(NamedTuple):
-    """What the model gives a layer beside the hidden states."""
+    """Arguments of a layer beside the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]

@@ -1,4 +1,4 @@
-"""From files of text to windows of tokens. Nothing is ever downloaded.
+"""Windows of tokens from files of text; nothing is ever downloaded.
 
 Letters at the end of tensor names: S windows, L tokens of a window.
 """
@@ -22,10 +22,9 @@ from tuckerize.errors import CheckpointError, UsageError
 
 Tokenize = Callable[[str], list[int]]
 
-# Of a long text only so many characters are tokenized for a token that is wanted, and of a data set
-# one row for so many tokens: ample for text in any language, and no book is read for one page.
-_CHARACTERS_A_TOKEN = 16
-_TOKENS_A_ROW = 8
+# Upper bounds on input: 16 characters per wanted token, one data-set row per 8 tokens.
+_CHARACTERS_PER_TOKEN = 16
+_TOKENS_PER_ROW = 8
 
 # owner/name/configuration, or less of it; not what can only be the path of a file.
 _DATASET = re.compile(r"(?!.*\.(txt|jsonl)$)\w[\w.-]*(/\w[\w.-]*){0,2}")
@@ -38,7 +37,7 @@ class TextSource:
     Attributes:
         name: A text file, a JSONL file, or a data set of the local cache (`owner/name`, or
             `owner/name/configuration`; its split `train`).
-        weight: Its part of the tokens, relative to the other sources.
+        weight: Its share of the tokens, relative to the other sources.
     """
 
     name: str
@@ -51,8 +50,8 @@ class Windows:
 
     Attributes:
         tokens_SL: The tokens, shape (S, L), int64.
-        text: How many windows are of text; they are the first.
-        messages: What is less than was asked for; empty if nothing is.
+        text: Number of windows of text; they are the first, random tokens follow.
+        messages: Shortfalls from the request, for the user.
     """
 
     tokens_SL: Tensor
@@ -122,8 +121,8 @@ def read_windows(
     shares = share(tokens // window - randoms, [source.weight for source in sources])
     streams = []
     for source, count in zip(sources, shares, strict=True):
-        text = _read_text(source.name, rows=max(count, 1) * window // _TOKENS_A_ROW)
-        excerpts = _excerpts(text, count, window * _CHARACTERS_A_TOKEN, random)
+        text = _read_text(source.name, rows=max(count, 1) * window // _TOKENS_PER_ROW)
+        excerpts = _excerpts(text, count, window * _CHARACTERS_PER_TOKEN, random)
         streams.append([tokenize(excerpt) for excerpt in excerpts])
     longest = max((len(stream) for own in streams for stream in own), default=0)
     if not longest:
@@ -168,7 +167,7 @@ def fingerprint(tokens_SL: Tensor) -> str:
 
 
 def _load_tokenizer(folder: Path) -> tuple[Tokenize, list[int], list[int]]:
-    """What turns text into tokens, the begin token if one is added, and all ordinary tokens."""
+    """Tokenizer, the begin token if one is added, and all ordinary tokens."""
     from transformers import AutoTokenizer
 
     try:

@@ -1,4 +1,4 @@
-"""The tokens in front of the routed experts of one layer, and the dense experts themselves."""
+"""Tokens before the routed experts of one layer, and the dense experts themselves."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from tuckerize.domain import Projection, StackShape
 from tuckerize.names import TensorName
 
 HELD_OUT_BLOCK = 512
-"""Every 16th block of so many tokens is the validation set: it decides, and is not fitted."""
+"""Every 16th block of so many tokens is the validation set: it decides, and is never fitted."""
 _HELD_OUT_EVERY = 16
 FEWEST_WITH_HELD_OUT = HELD_OUT_BLOCK * (_HELD_OUT_EVERY - 1) + 1
-"""Tokens from which on some are held out."""
+"""Smallest number of tokens of which some are in the validation set."""
 
-# An expert that saw few tokens gets others of its layer as well, with this weight relative to the
-# layer's mean routing weight.
+# Weight of the tokens that fill up an expert with few of its own, relative to the mean routing
+# weight of the layer.
 _POOLED_WEIGHT = 0.1
 
 
 class ExpertTokens(NamedTuple):
-    """What one expert sees.
+    """Tokens of one expert.
 
     Attributes:
         x_NI: Tokens, shape (N, I).
         weights_N: Their routing weights, shape (N,).
-        routed: How many of them the router sent; the first ones.
-        places_N: Their places among the layer's tokens, shape (N,).
+        routed: Number of those that the router sent; they are the first.
+        places_N: Their indices among the layer's tokens, shape (N,).
     """
 
     x_NI: Tensor
@@ -40,11 +40,11 @@ class ExpertTokens(NamedTuple):
 
 
 class LayerTokens(NamedTuple):
-    """Tokens in front of the routed experts of a layer.
+    """Tokens before the routed experts of a layer.
 
     Attributes:
         x_TI: Tokens, shape (T, I).
-        experts_Tk: Experts of every token, shape (T, k).
+        experts_Tk: Experts of each token, shape (T, k).
         weights_Tk: Their routing weights, shape (T, k); `CalibrationPass.capture` gives them
             relative to the norms of the hidden states.
     """
@@ -54,21 +54,21 @@ class LayerTokens(NamedTuple):
     weights_Tk: Tensor
 
     def part(self, places: Tensor) -> LayerTokens:
-        """Some of the tokens."""
+        """The tokens at some indices."""
         return LayerTokens(self.x_TI[places], self.experts_Tk[places], self.weights_Tk[places])
 
     def split(self) -> tuple[LayerTokens, LayerTokens]:
-        """Tokens to fit, and tokens that are held out; none of the latter where there are few."""
+        """Tokens to fit, and the validation set, which is empty where there are few."""
         block = torch.arange(len(self.x_TI), device=self.x_TI.device) // HELD_OUT_BLOCK
         held_out = block % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
         return self.part((~held_out).nonzero()[:, 0]), self.part(held_out.nonzero()[:, 0])
 
     def of_expert(self, expert: int, least: int) -> ExpertTokens:
-        """The tokens of one expert, filled up from the whole layer where they are too few.
+        """The tokens of one expert, filled up from the whole layer where there are too few.
 
         Args:
             expert: Index of the expert in the layer.
-            least: Fewest tokens whose second moment can be relied on.
+            least: Smallest number of tokens whose second moment is reliable.
         """
         places_N, chosen_N = (self.experts_Tk == expert).nonzero(as_tuple=True)
         weights_N = self.weights_Tk[places_N, chosen_N].to(self.x_TI.dtype)

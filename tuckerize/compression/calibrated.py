@@ -188,13 +188,13 @@ def refit(
 
 @dataclass(frozen=True, slots=True)
 class Refine:
-    """The step of gradient steps against the layer's own output; held-out tokens decide about it.
+    """Step that refines cores and factors against the layer's own output by gradient descent.
 
     Attributes:
         calibration: The model and its calibration set.
         dense: The dense experts of the layer.
-        fit: Tokens to learn from.
-        held_out: Tokens to decide by.
+        fit: Tokens to fit.
+        held_out: Validation set; its error decides whether the steps are kept.
     """
 
     calibration: CalibrationPass
@@ -203,7 +203,7 @@ class Refine:
     held_out: LayerTokens
 
     def __call__(self, layer: LayerFactors) -> LayerFactors:
-        """Refine a layer, and measure its output error on the held-out tokens."""
+        """Refine a layer, and measure its output error on the validation set."""
         module = self.calibration.module([group.tensors() for group in layer.groups])
         steps = self.calibration.settings.refine
         dense = all(group.target.is_dense(group.dense.shape) for group in layer.groups)

@@ -61,7 +61,7 @@ class GroupFactors:
         return None if self.kept is None else self.kept.widths
 
     def tensors(self) -> dict[TensorName, Tensor]:
-        """What is stored, by names relative to the group."""
+        """Stored tensors by names relative to the group."""
         return {
             name: tensor
             for coupling in self.target.couplings
@@ -88,7 +88,7 @@ class LayerFactors:
     Attributes:
         layer: Index of the layer.
         groups: Its groups.
-        output_error: Relative output error (unitless) on held-out tokens; None without any.
+        output_error: Relative output error (unitless) on the validation set; None without any.
         refined: Whether gradient steps lowered it.
         notes: Notes for the user.
     """

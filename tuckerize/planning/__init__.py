@@ -1,1 +1,1 @@
-"""What decides sizes: budgets, allocation, plans, and estimates of memory and time."""
+"""Planning: budgets, allocation of sizes, plans, and estimates of memory and time."""
