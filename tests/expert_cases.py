@@ -1,4 +1,4 @@
-"""Groups of experts and the tokens in front of them, for all tests of calibration."""
+"""Groups of experts, their tokens and their compression, for all tests of calibration."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from tuckerize.calibration.tokens import DenseGroup, LayerTokens
-from tuckerize.domain import Projection, StackShape
+from tuckerize.compression.calibrated import closed_form, group_output
+from tuckerize.compression.factors import GroupFactors
+from tuckerize.compression.target import CompressionTarget
+from tuckerize.domain import DOWN, GATE_UP, Coupling, MultilinearRank, Projection, StackShape
 from tuckerize.runtime.dense import ExpertWeights, dense_output
 
 silu = functional.silu
+
+SHAPE = StackShape(3, 10, 8)
+"""Of one group."""
 
 
 def normal(generator: torch.Generator, *sizes: int) -> Tensor:
@@ -73,3 +79,30 @@ def exact_output(group: DenseGroup, tokens: LayerTokens) -> Tensor:
 def relative(difference: Tensor, exact: Tensor) -> float:
     """‖difference‖ / ‖exact‖ in float64."""
     return float(difference.double().norm() / exact.double().norm())
+
+
+def couplings(*, joint: bool) -> list[Coupling]:
+    """The stacks that share a U_I."""
+    return [GATE_UP, DOWN] if joint else [(projection,) for projection in Projection]
+
+
+def target_of(
+    neurons: int, gate_up: int, down: int, *, joint: bool = True, equal_widths: bool = False
+) -> CompressionTarget:
+    """A target as a budget gives it: the hidden mode and the width."""
+    ranks = {
+        coupling: MultilinearRank(SHAPE.experts, neurons, down if coupling == DOWN else gate_up)
+        for coupling in couplings(joint=joint)
+    }
+    return CompressionTarget(neurons, ranks, equal_widths=equal_widths)
+
+
+def compress(
+    group: DenseGroup, tokens: LayerTokens, target: CompressionTarget
+) -> tuple[GroupFactors, float]:
+    """The compressed group, and its relative output error on the tokens."""
+    step = closed_form(tokens, activation=silu, max_sweeps=5)
+    found = step(GroupFactors.of(0, group, target))
+    output_TI = group_output(found.tensors(), group.experts, tokens, silu)
+    exact_TI = exact_output(group, tokens)
+    return found, relative(output_TI - exact_TI, exact_TI)

@@ -1,0 +1,96 @@
+"""Predicted errors of a layer, against those of its compression."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.expert_cases import (
+    SHAPE,
+    compress,
+    exact_output,
+    make_group,
+    make_tokens,
+    silu,
+    target_of,
+)
+from tuckerize.calibration.layer_profile import LayerProfile, profile_layer
+from tuckerize.calibration.moments import GroupMoments, gather_moments
+from tuckerize.calibration.tokens import DenseGroup, LayerTokens
+
+
+def profile_of(group: DenseGroup, tokens: LayerTokens) -> LayerProfile:
+    moments = gather_moments(group, tokens, activation=silu)
+    energy = float(exact_output(group, tokens).square().sum())
+    return profile_layer(
+        3, [group], [moments], tokens, activation=silu, output_energy=energy, sensitivity=2.0
+    )
+
+
+def test_profile_is_zero_at_full_size_and_falls_with_core_sizes() -> None:
+    group, tokens = make_group(SHAPE), make_tokens(200, 8, 3)
+    profile = profile_of(group, tokens)
+    assert (profile.layer, profile.sensitivity) == (3, 2.0)
+    assert profile.routed_E.sum() == 400
+    widths, hidden = np.arange(11.0), np.arange(9.0)
+    errors = profile.errors(widths, hidden, hidden)
+    assert errors.shape == (11, 9, 9)
+    assert errors[10, 8, 8] == pytest.approx(0, abs=1e-12)
+    assert (errors >= 0).all()
+    assert (np.diff(errors, axis=1) <= 1e-12).all()
+    assert (np.diff(errors, axis=2) <= 1e-12).all()
+    # With nothing else truncated a larger width is better; the spectrum of gate and up can only
+    # grow with the neurons that it is of.
+    assert (np.diff(errors[:, 8, 8]) <= 0).all()
+    assert (np.diff(profile.gate_up_KI, axis=0) <= 1e-12).all()
+    assert (np.diff(profile.widths_K) < 0).all()
+
+
+def test_profile_of_down_is_exact_and_of_selection_nearly() -> None:
+    group, tokens = make_group(SHAPE), make_tokens(400, 8, 3, top_k=1)
+    profile = profile_of(group, tokens)
+    for size in (2, 5, 7):
+        error = compress(group, tokens, target_of(10, 8, size))[1]
+        assert profile.down_I[size] == pytest.approx(error**2, rel=1e-3)
+    for width in (4, 7, 9):
+        # With one expert a token nothing is shared: the predicted error is the real one.
+        error = compress(group, tokens, target_of(width, 8, 8))[1]
+        assert profile.selection_H[width] == pytest.approx(error**2, rel=0.05)
+        equal = compress(group, tokens, target_of(width, 8, 8, equal_widths=True))[1]
+        assert profile.equal_selection_H[width] == pytest.approx(equal**2, rel=0.05)
+    # Truncated inputs are measured at a quarter, a half and three quarters of the hidden size,
+    # with a projection that is not fitted to gate and up as that of the compression is. A third
+    # of a squared error is a sixth of an error, less than one core size makes.
+    for size in (2, 4, 6):
+        error = compress(group, tokens, target_of(10, size, 8))[1]
+        assert profile.gate_up_KI[0, size] == pytest.approx(error**2, rel=1 / 3)
+        next_error = compress(group, tokens, target_of(10, size + 1, 8))[1]
+        assert next_error < 5 / 6 * error
+
+
+def test_profile_of_groups_is_of_their_common_output() -> None:
+    tokens = make_tokens(200, 8, 6)
+    groups = [make_group(SHAPE), make_group(SHAPE, first=3, seed=9)]
+    moments: list[GroupMoments] = [gather_moments(g, tokens, activation=silu) for g in groups]
+    energy = float(sum(exact_output(g, tokens) for g in groups).square().sum())  # type: ignore[union-attr]
+    both = profile_layer(
+        1, groups, moments, tokens, activation=silu, output_energy=energy, sensitivity=1.0
+    )
+    alone = [
+        profile_layer(1, [g], [m], tokens, activation=silu, output_energy=energy, sensitivity=1.0)
+        for g, m in zip(groups, moments, strict=True)
+    ]
+    # What truncated inputs cost beyond first order is measured over all groups together.
+    for name, tolerance in (("equal_selection_H", 1e-9), ("gate_up_KI", 0.3), ("down_I", 1e-9)):
+        total = sum(getattr(profile, name) for profile in alone)
+        np.testing.assert_allclose(getattr(both, name), total, rtol=tolerance, atol=1e-9)
+    assert both.routed_E.tolist() == [*alone[0].routed_E, *alone[1].routed_E]
+
+
+def test_layer_without_any_token_has_finite_errors() -> None:
+    group, tokens = make_group(SHAPE, first=6), make_tokens(30, 8, 6)
+    moments = gather_moments(group, tokens, activation=silu)
+    profile = profile_layer(
+        1, [group], [moments], tokens, activation=silu, output_energy=0.0, sensitivity=0.0
+    )
+    assert np.isfinite(profile.errors(np.arange(11.0), np.arange(9.0), np.arange(9.0))).all()
