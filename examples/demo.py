@@ -1,8 +1,8 @@
 """The main job on the shipped model: inspect, decompose, shard, verify, reconstruct, compare.
 
 Run it with `make demo`. Every command is printed as a user would type it; the last table says what
-came out. The held-out text is cut in two: the perplexity is measured on the first part, and the
-rest calibrates the decomposition.
+came out. The held-out text is cut in two: the first part is the validation text, and the rest
+calibrates the decomposition.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from perplexity import perplexity  # type: ignore[import-not-found]  # beside this script
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -29,7 +28,7 @@ KEEP = "0.75"
 PROCESSES = "2"
 PROMPT = "def main() -> None:\n"
 NEW_TOKENS = 48
-TEST_CHARACTERS = 40_000
+VALIDATION_CHARACTERS = 40_000
 
 console = Console(highlight=False, markup=False)
 
@@ -54,8 +53,8 @@ def sample(model: Path) -> str:
     return str(tokenizer.decode(tokens[0], skip_special_tokens=True))
 
 
-def summary(manifest: dict[str, Any], text: str, dense: Path, *, passed: bool) -> Table:
-    """Size, perplexity and output error before and after, and the verdict."""
+def summary(manifest: dict[str, Any], *, passed: bool) -> Table:
+    """Size and output error before and after, and the verdict."""
     before, after = manifest["before"], manifest["after"]
     table = Table("", "before", "after", title="tiny-moe, keep " + KEEP)
     for name, key in (
@@ -64,11 +63,6 @@ def summary(manifest: dict[str, Any], text: str, dense: Path, *, passed: bool) -
     ):
         share = after[key] / before[key]
         table.add_row(name, f"{before[key]:,}", f"{after[key]:,} ({share:.1%})")
-    table.add_row(
-        "perplexity on held-out text",
-        f"{perplexity(MODEL, text).perplexity:.3f}",
-        f"{perplexity(dense, text).perplexity:.3f}",
-    )
     for layer in manifest["calibrated"]:
         table.add_row(f"layer {layer['layer']}: output error", "0", f"{layer['output_error']:.4f}")
     table.add_section()
@@ -84,8 +78,9 @@ def main() -> None:
     model = str(MODEL.relative_to(Path.cwd())) if MODEL.is_relative_to(Path.cwd()) else str(MODEL)
     OUTPUT.mkdir()
     text = (HERE / "held_out.txt").read_text(encoding="utf-8")
-    calibration = OUTPUT / "calibration.txt"
-    calibration.write_text(text[TEST_CHARACTERS:], encoding="utf-8")
+    calibration, validation = OUTPUT / "text.txt", OUTPUT / "validation.txt"
+    calibration.write_text(text[VALIDATION_CHARACTERS:], encoding="utf-8")
+    validation.write_text(text[:VALIDATION_CHARACTERS], encoding="utf-8")
     size = ("--keep", KEEP, "--calibration", str(calibration))
     run("tuckerize", "inspect", model)
     run("tuckerize", "plan", "--model", model, "--calibration", str(calibration))
@@ -93,12 +88,13 @@ def main() -> None:
     run("tuckerize", "shard", str(tucker), "--tp", PROCESSES)
     run("torchrun", "--nproc-per-node", PROCESSES, "-m", "tuckerize", "verify", str(tucker))
     run("tuckerize", "reconstruct", str(tucker), "--output", str(dense))
+    run("tuckerize", "evaluate", str(tucker), "--text", str(validation), "--against", model)
     for title, folder in (("before", MODEL), ("after", dense)):
         console.print(f"\n{title}, continuing {PROMPT!r}:", style="bold")
         console.print(sample(folder))
     report = json.loads((tucker / f"tp{PROCESSES}" / "verify.json").read_text())
     manifest = json.loads((tucker / "tuckerize.json").read_text())
-    console.print(summary(manifest, text[:TEST_CHARACTERS], dense, passed=report["passed"]))
+    console.print(summary(manifest, passed=report["passed"]))
 
 
 if __name__ == "__main__":

@@ -35,8 +35,8 @@ from tests.running import run_here
 LANGUAGES = {"bash", "python", "text", "yaml", "json"}
 # A command that starts so gets the options as well, unless it has them.
 SHORTER = {
-    "tuckerize plan": ("--calibration-tokens 4096",),
-    "tuckerize decompose": ("--calibration-tokens 4096", "--refine 10"),
+    "tuckerize plan": ("--calibration-tokens 2048",),
+    "tuckerize decompose": ("--calibration-tokens 2048",),
 }
 SHELL = re.compile(r"[|&;<>$`*]")
 SECONDS = 240
