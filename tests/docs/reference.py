@@ -179,8 +179,7 @@ def _command(name: str, function: Callable[..., Any]) -> str:
         )
         panels.setdefault(str(info.rich_help_panel or ""), []).append(row)
     tables = (
-        _table((panel or "option", "value", "meaning"), rows)
-        for panel, rows in panels.items()
+        _table((panel or "option", "value", "meaning"), rows) for panel, rows in panels.items()
     )
     return (
         f"## {name}\n\n`{' '.join([*usage, '[OPTIONS]'])}`\n\n{text.strip()}\n\n"
