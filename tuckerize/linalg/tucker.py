@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from tensorly import backend_context
-from tensorly.tucker_tensor import TuckerTensor
 from torch import Tensor
 
 from tuckerize.domain import Mode, MultilinearRank, StackShape
@@ -66,15 +64,6 @@ class TuckerFactors:
             self.core.to(device=device, dtype=dtype),
             *(f if f is None else f.to(device=device, dtype=dtype) for f in self.factors),
         )
-
-    def to_tensorly(self) -> TuckerTensor:
-        """The same tensor as TensorLy's `TuckerTensor`, identities written out."""
-        full = [
-            torch.eye(size, dtype=self.core.dtype, device=self.core.device) if f is None else f
-            for size, f in zip(self.core.shape, self.factors, strict=True)
-        ]
-        with backend_context("pytorch"):
-            return TuckerTensor((self.core, full))
 
     def expand_slices(self, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
         """Yield the matrices of X̂ expert by expert, see `expand_slice`."""
