@@ -39,7 +39,13 @@ def run(*words: str) -> None:
     folder = Path(sys.executable).parent
     # torchrun would set the same number of threads, and say so at length.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"} if words[0] == "torchrun" else None
-    subprocess.run([str(folder / words[0]), *words[1:]], check=True, env=environment)
+    with subprocess.Popen([str(folder / words[0]), *words[1:]], env=environment) as process:
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:  # the command has it too, and says what to do
+            code = process.wait()
+    if code:
+        raise SystemExit(code)
 
 
 def sample(model: Path) -> str:

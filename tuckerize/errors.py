@@ -7,7 +7,8 @@ bug.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -69,5 +70,20 @@ class ParallelError(TuckerizeError):
     """A world size, mesh or device that cannot be used."""
 
 
+class ProcessLostError(ParallelError):
+    """Another process of the run has ended: a consequence, of which that process says the cause."""
+
+
 class LeaderFailedError(Exception):
     """Process 0 has failed and reported the error; the other processes exit quietly."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`did you mean 'gate_proj'? ` for the known word that is most like it, or nothing.
+
+    >>> did_you_mean("kep", ["rank", "keep"])
+    "did you mean 'keep'? "
+    """
+    by_lower = {text.lower(): text for text in known}
+    close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.55)
+    return f"did you mean '{by_lower[close[0]]}'? " if close else ""

@@ -223,7 +223,7 @@ def recipe_of_options(
             "no size was given" if not given else f"--{' and --'.join(given)} exclude each other",
             hint="give exactly one of:\n"
             "  --keep 0.75             keep 75 % of the routed parameters\n"
-            "  --rank full,full,75%    core sizes r_E,r_H,r_I: numbers, percentages, or 'full'\n"
+            "  --rank full,full,75%    core sizes of experts, intermediate, hidden\n"
             "  --tolerance 0.1         relative residual that each stack may have\n"
             "or --recipe FILE, which says it for each range of layers",
         )

@@ -359,11 +359,15 @@ class EvaluateReport:
     Attributes:
         results: The checkpoints, in the order that was asked for.
         tokens: Tokens that each predicted.
+        texts: The texts, over which the tokens are evenly spread.
+        window: Tokens that are read at once; all but the first of a window are predicted.
         notes: What the user should know about the text.
     """
 
     results: tuple[Evaluation, ...]
     tokens: int
+    texts: tuple[str, ...]
+    window: int
     notes: tuple[str, ...] = ()
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
+
+from tuckerize.errors import did_you_mean
 
 Place = tuple[int | str, ...]
 """Keys and indices that lead to a value."""
@@ -57,17 +58,6 @@ def explain(
     if kind == "too_short":
         return Explanation(f"{called} is empty, expected at least one", "")
     return Explanation(f"{called} {_shown(given)} is not {_words(node)}", _hint(node, given))
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`did you mean 'gate_proj'? ` for the known word that is most like it, or nothing.
-
-    >>> did_you_mean("kep", ["rank", "keep"])
-    "did you mean 'keep'? "
-    """
-    by_lower = {text.lower(): text for text in known}
-    close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.55)
-    return f"did you mean '{by_lower[close[0]]}'? " if close else ""
 
 
 def _unknown_key(schema: dict[str, Any], place: Place, owner: str) -> Explanation:

@@ -41,7 +41,9 @@ def test_decompose_with_processes_bad_option_is_reported_once(
         "--output", tmp_path / "out",
     )  # fmt: skip
     assert result.returncode != 0
-    assert result.stderr.count("error: core size 99 of the expert mode (E)") == 1
+    before, _, box = result.stderr.partition("Root Cause")
+    assert before.count("error: core size 99 of the expert mode (E)") == 1
+    assert box.count("error: core size 99 of the expert mode (E)") == 1
     assert not (tmp_path / "out").exists()
 
 

@@ -95,12 +95,21 @@ def test_verify_alone_passes_and_says_it_is_unsharded(tucker: Path) -> None:
     assert "unsharded" in output
 
 
+def test_verify_alone_beside_shards_names_what_was_not_verified(tucker: Path) -> None:
+    result = run_here("verify", tucker)
+    assert "note: the shards were not verified: tp2, tp2-ep2, tp4; run: torchrun" in result.stderr
+    assert f"--nproc-per-node 2 -m tuckerize verify {tucker}" in result.stderr
+
+
 def test_verify_other_world_size_gives_the_commands(tucker: Path) -> None:
     result = torchrun(3, *VERIFY, tucker)
     assert result.returncode != 0
     assert f"error: {tucker} has no shards for 3 processes, only tp2, tp2-ep2, tp4" in result.stderr
     assert f"torchrun --nproc-per-node 4 -m tuckerize verify {tucker}" in result.stderr
     assert f"tuckerize shard {tucker} --tp 3" in result.stderr
+    # The box that torchrun ends with has the message as well.
+    box = result.stderr.rpartition("Root Cause")[2]
+    assert f"error: {tucker} has no shards for 3 processes" in box
 
 
 def test_verify_output_error_above_the_bound_fails(tucker: Path) -> None:
@@ -179,7 +188,7 @@ def test_verify_with_a_killed_process_ends_and_says_that_it_was_killed(tucker: P
     script = Path(__file__).parent / "lost_process.py"
     result = torchrun(2, script, "killed", "verify", tucker)
     assert result.returncode != 0
-    assert "Signal 9 (SIGKILL)" in result.stderr
+    assert "Signal 9 (SIGKILL)" in result.stderr.rpartition("Root Cause")[2]
     assert "bug in tuckerize" not in result.stderr
 
 

@@ -156,6 +156,7 @@ def test_factors_that_overflow_the_output_type_are_refused(
     ("change", "message"),
     [
         ({"model_type": "llama"}, "model_type 'llama' in config.json is not a supported MoE"),
+        ({"model_type": "mixtral_x"}, "is not a supported MoE family\n\nhint: supported: deep"),
         ({"quantization_config": {"quant_method": "fp8"}}, "weights quantized with 'fp8'"),
         ({"moe_intermediate_size": 25}, "has shape [24, 32], expected [25, 32]"),
         ({"n_routed_experts": 9}, "experts.8.gate_proj.weight is missing"),
@@ -230,3 +231,43 @@ def test_verify_damaged_tucker_checkpoint_fails(tiny_model: Path, tmp_path: Path
     result = run("verify", out)
     assert result.returncode == 1
     assert "differs from the recorded one" in result.stdout.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("adapter_config.json", "holds a LoRA adapter"), ("model-Q4.gguf", "holds a GGUF file")],
+)
+def test_folder_of_another_format_is_named_as_such(name: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("{}")
+    result = run("inspect", tmp_path)
+    assert result.returncode == 2
+    assert f"{tmp_path} {message}" in result.stderr
+    assert "hint: " in result.stderr
+
+
+def test_dense_model_is_said_to_have_no_experts(tmp_path: Path, tiny_model: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    (model / "config.json").write_text(json.dumps({"model_type": "qwen2", "hidden_size": 32}))
+    result = run("inspect", model)
+    assert result.returncode == 2
+    assert "model_type 'qwen2' in config.json is not a supported MoE family: the configuration" in (
+        result.stderr
+    )
+
+
+def test_keep_as_a_percentage_is_the_share(tiny_model: Path) -> None:
+    size = ("decompose", "--model", tiny_model, "--dry-run", "--json", "--keep")
+    plans = [json.loads(succeed(*size, text)) for text in ("0.7", "70%")]
+    assert plans[0]["after"] == plans[1]["after"]
+    assert plans[0]["stacks"] == plans[1]["stacks"]
+
+
+@pytest.mark.parametrize("command", ["inspect", "evaluate"])
+def test_long_path_is_not_broken_in_a_table(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Path, text: Path
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    folder = shutil.copytree(model, tmp_path / ("long" * 40))
+    options = {"evaluate": ("--text", text, "--tokens", "64", "--window", "32")}
+    assert str(folder) in succeed(command, folder, *options.get(command, ()))

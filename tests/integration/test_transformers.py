@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, Trainin
 
 from tests.running import run_here, succeed, torchrun
 from tuckerize.runtime.experts import TuckerExperts
+from tuckerize.version import INSTALL
 
 IDS = torch.arange(3, 43)[None]
 
@@ -172,6 +173,7 @@ class Absent:
             raise ModuleNotFoundError("No module named 'tuckerize'", name=name)
 sys.meta_path.insert(0, Absent())
 """
+FROM_SOURCE = f"from its source checkout: {INSTALL}"
 ONLY_A_FOLDER = """
 import sys, pathlib
 sys.path = [p for p in sys.path if not pathlib.Path(p, "tuckerize", "__init__.py").exists()]
@@ -182,7 +184,7 @@ sys.path.append(sys.argv[2])
 @pytest.mark.parametrize(
     ("setup", "message"),
     [
-        (ABSENT, "Run `pip install tuckerize`"),
+        (ABSENT, "No module named 'tuckerize'"),
         (ONLY_A_FOLDER, "cannot import name '__version__' from 'tuckerize'"),
     ],
     ids=["absent", "only a folder"],
@@ -203,7 +205,9 @@ def test_trusted_checkpoint_says_that_the_package_is_missing(
         check=False,
     )
     assert result.returncode == 1
-    assert message in result.stderr.splitlines()[-1]
+    assert message in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last == f"ImportError: this checkpoint needs the package tuckerize, {FROM_SOURCE}"
 
 
 def test_importing_the_package_imports_neither_torch_nor_transformers() -> None:

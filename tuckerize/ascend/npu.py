@@ -15,13 +15,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from tuckerize.errors import ParallelError
+from tuckerize.version import INSTALL_NPU
 
 PACKAGE = "torch_npu"
 
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 """Variable that tells torch whether to import installed device backends."""
 
-INSTALL_HINT = "pip install 'tuckerize[npu]' with the same minor version of torch"
+INSTALL_HINT = f"{INSTALL_NPU} with the same minor version of torch"
 """How to install torch_npu."""
 
 _TORCH_SAYS = f"Failed to load the backend extension: {PACKAGE}"

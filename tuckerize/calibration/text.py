@@ -222,7 +222,10 @@ def _read_text(name: str, *, rows: int) -> str:
     if path.is_dir():
         raise UsageError(f"{name} is a folder", hint="give a text file or a JSONL file")
     if not path.exists() and not _DATASET.fullmatch(name):
-        raise UsageError(f"the file {name} is missing", hint="check the path")
+        raise UsageError(
+            f"the file {name} is missing",
+            hint="check the path; a data set is owner/name or owner/name/configuration",
+        )
     texts = _read_file(path) if path.exists() else _read_dataset(name, rows)
     text = "\n\n".join(texts)
     if not text.strip():
@@ -288,7 +291,8 @@ def _open_dataset(name: str) -> Any:  # noqa: ANN401
     except ImportError:
         raise UsageError(
             f"{name} is not a file, and the package that reads data sets is not installed",
-            hint="check the path, or install it with: pip install datasets",
+            hint="check the path; for a data set, owner/name or owner/name/configuration, run: "
+            "pip install datasets",
         ) from None
     datasets.config.HF_HUB_OFFLINE = True
     try:

@@ -107,6 +107,7 @@ class Checkpoint:
         Raises:
             CheckpointError: Something is missing, unreadable or contradictory.
         """
+        _refuse_other_formats(folder)
         config = read_json_object(folder / CONFIG)
         file_of = _file_of_tensors(folder)
         files = {name: WeightFile.open(folder / name) for name in sorted(set(file_of.values()))}
@@ -238,3 +239,19 @@ def _file_of_tensors(folder: Path) -> dict[str, str]:
         if other
         else "the folder is unfinished or is not a checkpoint",
     )
+
+
+def _refuse_other_formats(folder: Path) -> None:
+    """Name what a folder without a configuration holds, where it is a known other format."""
+    if (folder / CONFIG).exists():
+        return
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{folder} holds a LoRA adapter, not a model",
+            hint="merge it into its base model first, and give the folder of the merged model",
+        )
+    if any(folder.glob("*.gguf")):
+        raise CheckpointError(
+            f"{folder} holds a GGUF file, which cannot be decomposed",
+            hint="give the safetensors checkpoint that it was converted from",
+        )

@@ -7,18 +7,21 @@ interrupted.
 from __future__ import annotations
 
 import functools
+import json
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from threading import Event
 from types import FrameType
 from typing import NoReturn, ParamSpec
 
 from tuckerize.ascend.npu import explained
-from tuckerize.errors import LeaderFailedError, TuckerizeError
+from tuckerize.errors import LeaderFailedError, ProcessLostError, TuckerizeError
 
 P = ParamSpec("P")
 
@@ -39,7 +42,8 @@ def boundary(command: Callable[P, None]) -> Callable[P, None]:
         except KeyboardInterrupt:
             _leave("interrupted", "run the same command again: it continues", INTERRUPTED)
         except TuckerizeError as error:
-            _leave(error.message, error.hint, error.exit_code)
+            consequence = isinstance(error, ProcessLostError)
+            _leave(error.message, error.hint, error.exit_code, is_cause=not consequence)
         except OSError as error:
             place = f" ({error.filename})" if error.filename else ""
             _leave(
@@ -83,7 +87,7 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _leave(message: str, hint: str, code: int) -> NoReturn:
+def _leave(message: str, hint: str, code: int, *, is_cause: bool = True) -> NoReturn:
     process = os.environ.get("RANK", "0")
     where = "" if process == "0" else f" (process {process})"
     text = f"error{where}: {message}\n"
@@ -92,4 +96,17 @@ def _leave(message: str, hint: str, code: int) -> NoReturn:
     # One write, so that the lines of several processes do not mix.
     sys.stderr.write(text)
     sys.stderr.flush()
+    if is_cause and code != INTERRUPTED:
+        _tell_torchrun(text)
     sys.exit(code)
+
+
+def _tell_torchrun(text: str) -> None:
+    """Have torchrun print the error in the box that it ends with, as its `@record` would."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file is None:
+        return
+    extra = {"py_callstack": text.rstrip(), "timestamp": str(int(time.time()))}
+    error = {"message": {"message": text, "extraInfo": extra}}
+    with suppress(OSError):
+        Path(file).write_text(json.dumps(error), encoding="utf-8")

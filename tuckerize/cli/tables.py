@@ -8,7 +8,9 @@ import sys
 from collections.abc import Iterable, Sequence
 
 from rich.box import SIMPLE
+from rich.cells import cell_len
 from rich.console import Console, JustifyMethod
+from rich.measure import Measurement
 from rich.table import Table
 
 from tuckerize.domain import Size
@@ -41,6 +43,10 @@ Report = (
 _MOST_ROWS = 100
 # Characters of the longest bar of a curve.
 _BAR = 24
+_WIDEST = 10_000
+# Characters between two columns.
+_GAP = 3
+_CORE_SIZES = "* core sizes of the expert, the intermediate and the hidden mode: r_E,r_H,r_I"
 
 
 def show(report: Report, *, as_json: bool) -> None:  # noqa: C901 one case a report
@@ -87,7 +93,7 @@ def size_text(count: float) -> str:
 
 
 def count_text(count: float) -> str:
-    """Numbers with a unit.
+    """A count with its unit.
 
     >>> count_text(14_400_000_000)
     '14.40 billion'
@@ -100,16 +106,35 @@ def count_text(count: float) -> str:
 
 def _print(*renderables: Table | str) -> None:
     console = Console(highlight=False, markup=False, emoji=False)
+    terminal = console.width
     for renderable in renderables:
+        table = isinstance(renderable, Table)
+        options = console.options.update(width=_WIDEST)
+        needed = Measurement.get(console, options, renderable).maximum if table else 0
+        console.width = max(terminal, needed)
         console.print(renderable)
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int = 1) -> Table:
+    """A table as wide as the terminal, or wider where words are: a broken path cannot be copied."""
+    body = [*rows]
     table = Table(box=SIMPLE, pad_edge=False, show_header=any(header))
-    for place, name in enumerate(header):
+    texts = [[name, *(row[place] for row in body)] for place, name in enumerate(header)]
+    narrowest = []
+    for place, (name, *cells) in enumerate(texts):
+        # A number stays beside its unit.
+        whole = (
+            cells if place >= text_columns else [word for text in cells for word in text.split()]
+        )
+        narrowest.append(max(map(cell_len, [*name.split(), *whole]), default=0))
+    spare = Console().width - sum(narrowest) - _GAP * len(header)
+    for place, (name, own) in enumerate(zip(header, texts, strict=True)):
+        wanted = max(map(cell_len, own)) - narrowest[place]
+        grown = max(0, min(wanted, spare))
+        spare -= grown
         justify: JustifyMethod = "left" if place < text_columns else "right"
-        table.add_column(name, justify=justify, overflow="fold")
-    for row in rows:
+        table.add_column(name, justify=justify, width=narrowest[place] + grown)
+    for row in body:
         table.add_row(*row)
     return table
 
@@ -133,9 +158,9 @@ def _show_inspect(report: InspectReport) -> None:
         ("model", report.model),
         ("family", report.family),
         ("MoE layers", f"{len(layers)} ({layers[0]} to {layers[-1]})"),
-        ("routed experts", f"{report.shape.experts} a layer, {report.top_k} a token"),
+        ("routed experts", f"{report.shape.experts} per layer, top-{report.top_k}"),
         ("shared experts", str(report.shared_experts)),
-        ("stack (E, H, I)", " x ".join(map(str, report.shape))),
+        ("experts x intermediate x hidden", " x ".join(map(str, report.shape))),
         ("type", report.dtype),
         ("routed parameters", _amount(report.size.routed_parameters, report.size.routed_bytes)),
         ("all parameters", _amount(report.size.total_parameters, report.size.total_bytes)),
@@ -173,10 +198,11 @@ def _show_plan(report: PlanReport) -> None:
         )
         for stack in report.stacks[:_MOST_ROWS]
     ]
-    header = ("layer", "group", "projection", "r_E,r_H,r_I", "bytes before", "after")
+    header = ("layer", "group", "projection", "core sizes*", "bytes before", "after")
     _print(_table(header, rows, text_columns=3))
     if len(report.stacks) > _MOST_ROWS:
         _print(f"... and {len(report.stacks) - _MOST_ROWS} more; --json lists all")
+    _print(_CORE_SIZES)
     bound = any(stack.tolerance is not None for stack in report.stacks)
     _print(
         _size_table(report.before, report.after, bound=bound),
@@ -201,10 +227,11 @@ def _show_decompose(report: DecomposeReport) -> None:
         )
         for stack in report.stacks[:_MOST_ROWS]
     ]
-    header = ("layer", "group", "projection", "r_E,r_H,r_I", "relative residual", "sweeps")
+    header = ("layer", "group", "projection", "core sizes*", "relative residual", "sweeps")
     _print(_table(header, rows, text_columns=3))
     if len(report.stacks) > _MOST_ROWS:
         _print(f"... and {len(report.stacks) - _MOST_ROWS} more; --json lists all")
+    _print(_CORE_SIZES)
     if report.calibrated:
         _show_calibrated(report)
     resumed = f", {report.resumed_pieces} pieces were done before" if report.resumed_pieces else ""
@@ -320,7 +347,7 @@ def _show_verify(report: VerifyReport) -> None:
         _print(f"dispatch of tokens to experts: {report.dispatch}{why}")
     what = "unsharded" if report.layout == "unsharded" else f"{_mesh(report)}, {report.layout}"
     verdict = "passed" if report.passed else "FAILED"
-    how = f"{report.device}, {report.dtype}, {report.tokens} tokens a layer"
+    how = f"{report.device}, {report.dtype}, {report.tokens} tokens per layer"
     _print(f"{verdict}: {report.folder} ({what}, {how})")
 
 
@@ -359,7 +386,10 @@ def _show_evaluate(report: EvaluateReport) -> None:
         for one in report.results
     ]
     _print(_table(("checkpoint", "all bytes", "routed parameters", "perplexity", ""), rows))
-    _print(f"on {report.tokens:,} tokens")
+    _print(
+        f"on {report.tokens:,} tokens, evenly spread over {', '.join(report.texts)}, in windows of "
+        f"{report.window}; not comparable with other texts, numbers of tokens or windows"
+    )
 
 
 def _show_doctor(report: DoctorReport) -> None:

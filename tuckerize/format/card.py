@@ -10,7 +10,7 @@ from huggingface_hub import CardData, ModelCard
 
 from tuckerize.checkpoint.files import write_text
 from tuckerize.format.manifest import TuckerManifest
-from tuckerize.version import __version__
+from tuckerize.version import INSTALL, __version__
 
 CARD = "README.md"
 SOURCE_CARD = "README.source.md"
@@ -23,8 +23,13 @@ _CODE = '''"""Loads this checkpoint with trust_remote_code=True, as `import tuck
 
 import transformers
 
-# Makes transformers know the format; a folder of that name, which is no package, has no version.
-from tuckerize import __version__  # noqa: F401
+try:
+    # Makes transformers know the format; a mere folder of that name has no version.
+    from tuckerize import __version__  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "this checkpoint needs the package tuckerize, from its source checkout: {install}"
+    ) from error
 
 
 class {architecture}(transformers.{architecture}):
@@ -43,7 +48,7 @@ _TEXT = """
 > a warning about an unknown quantization type and returns a model whose experts are **random**.
 
 ```python
-import tuckerize  # pip install tuckerize
+import tuckerize  # {install}
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")
@@ -80,7 +85,9 @@ def write_hub_files(
     """
     architecture = _architecture(config)
     if architecture is not None:
-        write_text(output / f"{LOADER}.py", _CODE.format(architecture=architecture))
+        write_text(
+            output / f"{LOADER}.py", _CODE.format(architecture=architecture, install=INSTALL)
+        )
     present = source / CARD
     before = present.read_text(encoding="utf-8", errors="replace") if present.exists() else None
     if before is not None:
@@ -109,6 +116,7 @@ def _card(source_card: str, manifest: TuckerManifest) -> str:
     name = Path(model).name
     text = _TEXT.format(
         name=name,
+        install=INSTALL,
         model=name if Path(model).exists() else model,
         version=__version__,
         share=after.routed_parameters / before.routed_parameters,

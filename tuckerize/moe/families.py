@@ -175,8 +175,10 @@ def describe_moe(config: Config, tensors: Mapping[str, TensorHeader]) -> MoeMode
 def _family(config: Config) -> Family:
     model_type = str(config.get("model_type"))
     if model_type not in FAMILIES:
+        is_moe = any("expert" in key for key in config)
+        why = "" if is_moe else ": the configuration names no experts"
         raise CheckpointError(
-            f"model_type '{model_type}' in config.json is not a supported MoE family",
+            f"model_type '{model_type}' in config.json is not a supported MoE family{why}",
             hint=f"supported: {', '.join(sorted(FAMILIES))}",
         )
     return FAMILIES[model_type]

@@ -17,7 +17,7 @@ from torch._C._distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
 from tuckerize.ascend.environment import MAX_CONNECT_TIMEOUT, STREAM_TIMEOUT, set_hccl_timeouts
-from tuckerize.errors import LeaderFailedError, ParallelError, TuckerizeError
+from tuckerize.errors import LeaderFailedError, ParallelError, ProcessLostError, TuckerizeError
 from tuckerize.parallel.backends import backend_for
 
 T = TypeVar("T")
@@ -185,7 +185,7 @@ def _explain_losses(timeout: timedelta) -> Iterator[None]:
         yield
     except RuntimeError as error:
         if any(words in str(error) for words in _LOST):
-            raise ParallelError(
+            raise ProcessLostError(
                 "another process of the run has ended", hint="see its own error message"
             ) from error
         if any(words in str(error) for words in _LATE):

@@ -194,7 +194,9 @@ def measure_perplexity(
         results.append(Evaluation(str(folder), nats, math.exp(nats), size, seconds))
     progress.close()
     count, length = windows.tokens_SL.shape
-    return EvaluateReport(tuple(results), count * (length - 1), windows.messages)
+    return EvaluateReport(
+        tuple(results), count * (length - 1), tuple(texts), length, windows.messages
+    )
 
 
 @torch.no_grad()

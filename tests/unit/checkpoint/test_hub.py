@@ -52,8 +52,40 @@ def test_resolve_model_expands_the_home(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_resolve_model_of_an_unknown_home_is_refused(cache: Path) -> None:
-    message, _ = refusal("~nobody-of-this-name/model")
-    assert "is neither a folder nor a Hugging Face id" in message
+    assert (
+        refusal("~nobody-of-this-name/model")[0] == "there is no folder ~nobody-of-this-name/model"
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "hint"),
+    [("./modls", "check the path"), ("models/tiny-mo", "did you mean 'models/tiny-moe'?")],
+)
+def test_resolve_model_of_a_missing_folder_says_so(cache: Path, model: str, hint: str) -> None:
+    Path("models/tiny-moe").mkdir(parents=True)
+    Path("models/other").mkdir()
+    if hint == "check the path":
+        Path("models").rename("elsewhere")
+    assert refusal(model) == (f"there is no folder {model}", hint)
+
+
+@pytest.mark.parametrize(
+    ("model", "meant"),
+    [
+        ("deepseek-v2-lite", "DeepSeek-V2-Lite"),
+        ("DeepSeek-V2-Lit", "DeepSeek-V2-Lite"),
+        ("Qwen3-30B-A3", "Qwen3-30B-A3B"),
+        ("OLMoE-1B-7B", "OLMoE-1B-7B-0924"),
+    ],
+)
+def test_resolve_model_like_a_short_name_asks_whether_it_is_meant(
+    cache: Path, model: str, meant: str
+) -> None:
+    message, hint = refusal(model)
+    assert message == f"'{model}' is neither a folder nor a Hugging Face id"
+    assert hint.startswith(f"did you mean '{meant}'? ")
+    snapshot = add_snapshot(cache, SHORT_NAMES[meant])
+    assert resolve_model(meant) == snapshot
 
 
 def test_resolve_model_of_a_name_too_long_for_a_file_is_refused(cache: Path) -> None:
@@ -89,14 +121,15 @@ def test_resolve_model_of_another_model_in_the_cache_is_refused(cache: Path) -> 
     assert "is not in the Hugging Face cache" in refusal("owner/name")[0]
 
 
-@pytest.mark.parametrize("model", ["DeepSeek", "a/b/c", "/absent/model", "./absent", "../a", ""])
+@pytest.mark.parametrize("model", ["DeepSeek", "a/b/c", ""])
 def test_resolve_model_that_is_no_id_lists_the_short_names(cache: Path, model: str) -> None:
     if not model:
         assert resolve_model(model) == Path()  # the working directory, as for any tool
         return
     message, hint = refusal(model)
     assert message == f"{model!r} is neither a folder nor a Hugging Face id"
-    assert hint == f"give a folder, an id like owner/name, or one of: {', '.join(SHORT_NAMES)}"
+    known = ", ".join(SHORT_NAMES)
+    assert hint.endswith(f"give a folder, an id like owner/name, or one of: {known}")
 
 
 def test_resolve_model_with_characters_that_no_id_has_is_refused(cache: Path) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +14,8 @@ from typer.testing import CliRunner, Result
 import tuckerize
 from tuckerize.cli.app import app
 
-COMMANDS = ("inspect", "decompose", "shard", "verify", "reconstruct", "doctor")
+COMMANDS = tuple(str(info.callback.__name__) for info in app.registered_commands if info.callback)
+ROOT = Path(__file__).parents[3]
 
 
 def run(*arguments: str | Path) -> Result:
@@ -170,3 +173,41 @@ def test_inspect_as_tables_keeps_names_that_look_like_markup(
     shutil.copytree(tiny_model, folder)
     result = run("inspect", folder)
     assert str(folder) in result.stdout
+
+
+def test_completion_of_bash_offers_every_command() -> None:
+    environment = {
+        **os.environ,
+        "_TUCKERIZE_COMPLETE": "complete_bash",
+        "COMP_WORDS": "tuckerize ",
+        "COMP_CWORD": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    script = "from tuckerize.cli import app; app(prog_name='tuckerize')"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert set(done.stdout.split()) == set(COMMANDS)
+
+
+def test_completion_script_of_bash_is_shown() -> None:
+    result = CliRunner().invoke(app, ["--show-completion", "bash"], prog_name="tuckerize")
+    assert result.exit_code == 0
+    assert "_TUCKERIZE_COMPLETE=complete_bash" in result.stdout
+
+
+def test_readme_lists_every_command_and_no_other() -> None:
+    rows = re.findall(
+        r"^\| `.*?tuckerize (\w+).*?` \|", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    assert sorted(rows) == sorted(COMMANDS)
+
+
+@pytest.mark.parametrize("removed", ["--shape", "--allocate", "--one-shot"])
+def test_switches_to_compare_with_are_recipe_keys_only(removed: str) -> None:
+    result = run("decompose", "--model", "m", removed)
+    assert (result.exit_code, "No such option" in result.output) == (2, True)
