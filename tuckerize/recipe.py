@@ -29,7 +29,7 @@ from tuckerize.domain import (
     Truncation,
 )
 from tuckerize.errors import RecipeError, UsageError
-from tuckerize.validation import Place, explain
+from tuckerize.schema_errors import Place, explain
 
 _LAYER = re.compile(r"\d+")
 _RANGE = re.compile(r"(\d*)\s*-\s*(\d*)")

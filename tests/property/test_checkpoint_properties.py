@@ -32,8 +32,8 @@ from tuckerize.errors import CheckpointError
 from tuckerize.format.manifest import read_shard_manifest, read_tucker_manifest
 from tuckerize.moe.source import SourceModel
 from tuckerize.parallel.processes import Processes
-from tuckerize.pipeline.compression import compress_model as decompose
 from tuckerize.pipeline.inspect import describe_plan
+from tuckerize.pipeline.run_plan import compress_model as decompose
 from tuckerize.planning.plan import make_plan, output_fingerprint
 from tuckerize.progress import SilentProgress
 from tuckerize.recipe import parse_recipe

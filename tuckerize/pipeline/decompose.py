@@ -20,8 +20,8 @@ from tuckerize.errors import UsageError
 from tuckerize.moe.source import SourceModel
 from tuckerize.parallel.backends import choose_device
 from tuckerize.parallel.processes import Processes, process_group
-from tuckerize.pipeline.compression import compress_model
 from tuckerize.pipeline.inspect import describe_plan
+from tuckerize.pipeline.run_plan import compress_model
 from tuckerize.planning.plan import Plan, make_plan, output_fingerprint, profiles_for
 from tuckerize.progress import Progress, SilentProgress
 from tuckerize.recipe import Recipe, Texts, recipe_of_options
