@@ -203,7 +203,8 @@ def test_verify_with_a_process_that_hangs_ends_after_the_time_out(
     assert result.returncode != 0
     assert "error: the other processes have not answered for 0:00:10" in result.stderr
     assert (
-        "hint: find the one that hangs, or wait longer with --collective-timeout" in result.stderr
+        "hint: find the process that hangs, or wait longer with --collective-timeout"
+        in result.stderr
     )
 
 
