@@ -40,7 +40,7 @@ check: $(VENV)/.installed-dev  ## Format, lint, types, architecture
 	$(BIN)/lint-imports
 
 test: check  ## Everything: check, then unit, property, integration and distributed tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --cov
 	@echo "heavy checks are separate: make full-width (a checkpoint of DeepSeek-V2-Lite's width)," \
 		"make test-npu (more on a stand-in for an NPU), make test-vllm (the real vLLM engine)," \
 		"make test-transformers (every supported release), make test-lm-eval (lm-evaluation-harness)"
@@ -92,4 +92,4 @@ test-lm-eval: $(LM_EVAL_VENV)/.installed  ## lm-evaluation-harness on local text
 	$(LM_EVAL_VENV)/bin/python -m pytest tests/lm_eval -m lm_eval -W default -o timeout=3000
 
 clean:  ## Remove what the targets made
-	rm -rf $(VENV) $(VLLM_VENV) $(LM_EVAL_VENV) $(TRANSFORMERS_VENVS) build demo-output
+	rm -rf .coverage $(VENV) $(VLLM_VENV) $(LM_EVAL_VENV) $(TRANSFORMERS_VENVS) build demo-output

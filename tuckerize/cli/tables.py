@@ -13,7 +13,7 @@ from rich.console import Console, JustifyMethod
 from rich.measure import Measurement
 from rich.table import Table
 
-from tuckerize.domain import Size
+from tuckerize.domain import Size, StackShape
 from tuckerize.report import (
     CurveReport,
     DecomposeReport,
@@ -160,7 +160,7 @@ def _show_inspect(report: InspectReport) -> None:
         ("MoE layers", f"{len(layers)} ({layers[0]} to {layers[-1]})"),
         ("routed experts", f"{report.shape.experts} per layer, top-{report.top_k}"),
         ("shared experts", str(report.shared_experts)),
-        ("experts x intermediate x hidden", " x ".join(map(str, report.shape))),
+        ("stack (E, H, I)", _shape_text(report.shape)),
         ("type", report.dtype),
         ("routed parameters", _amount(report.size.routed_parameters, report.size.routed_bytes)),
         ("all parameters", _amount(report.size.total_parameters, report.size.total_bytes)),
@@ -180,6 +180,10 @@ def _show_inspect(report: InspectReport) -> None:
             ("vLLM", "needs tuckerize installed beside it"),
         ]
     _print(_table(("", ""), rows, text_columns=2))
+
+
+def _shape_text(shape: StackShape) -> str:
+    return f"{shape.experts} experts x {shape.intermediate} intermediate x {shape.hidden} hidden"
 
 
 def _amount(parameters: int, count: int) -> str:

@@ -6,6 +6,7 @@ import pytest
 
 from tuckerize.ascend.npu import explained, import_torch_npu
 from tuckerize.errors import ParallelError
+from tuckerize.version import INSTALL_NPU
 
 # What torch raises where a backend that it loads by itself cannot be loaded.
 AUTOLOAD_ERROR = "Failed to load the backend extension: torch_npu. You can disable extension ..."
@@ -15,9 +16,7 @@ AUTOLOAD_ERROR = "Failed to load the backend extension: torch_npu. You can disab
 def test_import_of_a_missing_torch_npu_says_how_to_install_it() -> None:
     with pytest.raises(ParallelError, match="torch_npu, which is not installed") as caught:
         import_torch_npu()
-    assert caught.value.hint == (
-        "pip install 'tuckerize[npu]' with the same minor version of torch"
-    )
+    assert caught.value.hint == f"{INSTALL_NPU} with the same minor version of torch"
 
 
 @pytest.mark.parametrize(("autoload", "remedy"), [(None, True), ("1", True), ("0", False)])
