@@ -1,4 +1,4 @@
-"""The words of the program as types: projections, modes, shapes, multilinear ranks, stack names.
+"""Domain types: projections, modes, shapes, multilinear ranks, stack names.
 
 Pure Python, so that planning and `--help` never import torch. Shapes are always in the order
 (E experts, H intermediate, I hidden).
@@ -31,7 +31,7 @@ class Choice(StrEnum):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """The member of that value.
+        """Parse a member from its value.
 
         >>> Device.parse("cpu") is Device.CPU
         True
@@ -103,7 +103,7 @@ class Allocation(Choice):
 
 
 class Layout(Choice):
-    """How the tensors of a layer are split over tensor-parallel processes."""
+    """Split of a layer's tensors over tensor-parallel processes."""
 
     INTERMEDIATE = "intermediate"
     RANK = "rank"
@@ -131,7 +131,7 @@ class StackShape(NamedTuple):
 
     @property
     def parameters(self) -> int:
-        """Numbers in the dense stack."""
+        """Parameters of the dense stack."""
         return math.prod(self)
 
 
@@ -221,7 +221,7 @@ def stored_bytes(
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Numbers and bytes of the routed experts and of all tensors of a checkpoint."""
+    """Parameters and bytes of the routed experts and of all tensors of a checkpoint."""
 
     routed_parameters: int
     routed_bytes: int
@@ -246,7 +246,7 @@ def coupling_name(coupling: Coupling) -> str:
 
 @dataclass(frozen=True, slots=True)
 class StackResult:
-    """What one stack became.
+    """Result of the decomposition of one stack.
 
     Attributes:
         layer: Index of the layer in the model.
@@ -266,7 +266,7 @@ class StackResult:
 
 
 class TensorHeader(NamedTuple):
-    """What a weight file's header says of one tensor.
+    """Entry of one tensor in a weight file's header.
 
     Attributes:
         dtype: safetensors' name of the type: `BF16`, `F16`, `F32`, `F64`, …
@@ -280,5 +280,5 @@ class TensorHeader(NamedTuple):
 
     @property
     def parameters(self) -> int:
-        """Numbers in the tensor."""
+        """Number of values."""
         return math.prod(self.shape)

@@ -1,4 +1,4 @@
-"""How long work tells how far it is; the command line draws it, a library user may ignore it."""
+"""Progress of long work: the command line draws it, a library user may ignore it."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Shows how far long work is; the command line draws it, tests ignore it."""
+    """Receiver of progress; the command line draws it, tests ignore it."""
 
     def start(self, total: float) -> None:
         """Begin work of a total amount."""
 
     def stage(self, name: str) -> None:
-        """A part of the work begins."""
+        """Begin a part of the work."""
 
     def advance(self, amount: float, note: str) -> None:
-        """Some of it is done; the note says what."""
+        """Add a finished amount; the note names it."""
 
     def close(self) -> None:
-        """The work has ended."""
+        """End the work."""
 
 
 class SilentProgress:
-    """Shows nothing."""
+    """Receiver that shows nothing."""
 
     def start(self, total: float) -> None:
         """Do nothing."""

@@ -38,12 +38,12 @@ _SIZE = re.compile(r"full|[1-9]\d{0,17}|\d+(\.\d+)?%")
 
 
 def _rank_text(value: object) -> object:
-    """`full,50%,1024` and the YAML list [full, 50%, 1024] are the same."""
+    """Join the YAML list [full, 50%, 1024] to the text `full,50%,1024`."""
     return ",".join(str(part) for part in value) if isinstance(value, list) else value
 
 
 def _share(value: object) -> object:
-    """`75%` is 0.75."""
+    """Convert a percentage to a share: `75%` to 0.75."""
     if isinstance(value, str) and _PERCENTAGE.fullmatch(value.strip()):
         return float(value.strip()[:-1]) / 100
     return value
@@ -74,12 +74,12 @@ class _Schema(BaseModel):
 
 
 class Rule(_Schema):
-    """How far the stacks of some layers and projections are decomposed.
+    """Size of the stacks of some layers and projections.
 
     Attributes:
         layers: `1-3,7,20-`: single layers and ranges; all MoE layers if absent.
-        projections: Projections it is for; all three if absent.
-        rank: Core sizes `r_E,r_H,r_I`: numbers, percentages of the mode, or `full`.
+        projections: Projections that it applies to; all three if absent.
+        rank: Core sizes `r_E,r_H,r_I`: sizes, percentages of the mode, or `full`.
         keep: Kept share of the parameters of the stacks of this rule, in (0, 1].
         tolerance: Relative residual that each stack of this rule may have, in (0, 1).
     """
@@ -100,25 +100,25 @@ class Rule(_Schema):
         return self
 
     def matches(self, layer: int, projection: Projection) -> bool:
-        """Whether the rule is for a stack."""
+        """Whether the rule applies to a stack."""
         return projection in self.projections and (
             self.layers is None or _selects(_layer_ranges(self.layers), layer)
         )
 
 
 class CalibrationSettings(_Schema):
-    """How the decomposition learns what the experts see and give.
+    """Texts and settings of a calibrated decomposition.
 
     Attributes:
         texts: Text or JSONL files or data sets, each `NAME` or `NAME:WEIGHT`.
         tokens: Tokens of all texts together.
-        window: Tokens of one window of text.
-        random_share: Part of the tokens that are random ones, which belong to no domain.
-        sequential: A layer is calibrated behind the compressed layers before it, rather than
-            behind the dense ones.
-        shape: What may be truncated: `latent` the hidden mode, `neurons` the width of the experts,
-            `full` all three modes of every stack; `auto` takes for each layer what is predicted to
-            lose least, a width with a truncated hidden mode, or `full`.
+        window: Tokens per window of text.
+        random_share: Share of random tokens, which belong to no domain.
+        sequential: Calibrate each layer on the hidden states of the compressed layers before
+            it, rather than of the dense ones.
+        shape: Modes that may be truncated: `latent` the hidden mode, `neurons` the width of the
+            experts, `full` all three modes of every stack; `auto` takes for each layer the smaller
+            predicted error, of a width with a truncated hidden mode or of `full`.
         allocate: `error` shares the budget out by predicted KL divergence, `uniform` evenly.
         multiple: Truncated sizes are multiples of this; by default 128, or 8 below 1024.
         equal_widths: All experts of a layer keep equally many neurons, for kernels that need it.
@@ -142,12 +142,12 @@ class CalibrationSettings(_Schema):
 
 
 class Recipe(_Schema):
-    """Everything that determines the numbers a decomposition writes.
+    """Everything that determines the values that a decomposition writes.
 
     Attributes:
         schema_version: Version of the recipe format.
         rules: The first rule that matches a stack decides; stacks without a rule stay as they are.
-        group_size: Experts in a group; all experts of the layer if absent.
+        group_size: Experts per group; all experts of the layer if absent.
         joint: `gate_up`: gate_proj and up_proj share one U_I.
         dtype: Type of factors and cores (`bfloat16`, `float16`, `float32`); the source's if absent.
         max_sweeps: HOOI sweeps at most.
@@ -210,7 +210,7 @@ def recipe_of_options(
     Args:
         recipe: A YAML file, the name of a shipped recipe, or its keys and values.
         sizes: Options of a rule's size: rank, keep, tolerance. None stands for not given.
-        where: Options of the stacks that a rule is for: layers, projections.
+        where: Options of the stacks that a rule applies to: layers, projections.
         how: Options that are keys of a recipe; `calibration` may be a text, or several.
 
     Raises:

@@ -14,17 +14,17 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class InspectReport:
-    """What a model is made of, from its headers and configuration.
+    """Composition of a model, from its headers and configuration.
 
     Attributes:
         model: The folder.
         family: `model_type`.
         layers: Indices of the layers with routed experts.
         shape: Sizes (E, H, I) of a projection's experts in a layer.
-        top_k: Experts a token.
+        top_k: Experts per token.
         shared_experts: Number of shared experts.
         dtype: safetensors' name of the routed experts' type.
-        size: Numbers and bytes.
+        size: Parameters and bytes.
         tucker: Facts of the decomposition, for a Tucker checkpoint.
     """
 
@@ -41,7 +41,7 @@ class InspectReport:
 
 @dataclass(frozen=True, slots=True)
 class TuckerFacts:
-    """How a Tucker checkpoint was made.
+    """Origin of a Tucker checkpoint, and its shards.
 
     Attributes:
         source: The model it was made from.
@@ -63,7 +63,7 @@ class TuckerFacts:
 
 @dataclass(frozen=True, slots=True)
 class StackPlan:
-    """What one stack will become.
+    """Target of one stack.
 
     Attributes:
         layer: Index of the layer.
@@ -86,7 +86,7 @@ class StackPlan:
 
 @dataclass(frozen=True, slots=True)
 class PlanReport:
-    """What a decomposition will do.
+    """Sizes and costs of a planned decomposition.
 
     Attributes:
         stacks: Every stack.
@@ -108,11 +108,11 @@ class PlanReport:
 
 @dataclass(frozen=True, slots=True)
 class CurvePoint:
-    """What one budget is predicted to cost.
+    """Predicted cost of one budget.
 
     Attributes:
         keep: Kept share of the routed parameters that was asked for.
-        routed_parameters: Numbers that would be stored of the routed experts.
+        routed_parameters: Parameters of the routed experts that would be stored.
         total_bytes: Bytes of the whole checkpoint.
         kl: Predicted KL divergence from the source, nats per token.
         largest_error: Largest predicted relative output error of a layer.
@@ -133,7 +133,7 @@ class CurveReport:
         model: The folder.
         before: Size of the source.
         points: The budgets, the largest first.
-        notes: What the user should know about the calibration.
+        notes: Remarks for the user on the calibration.
     """
 
     model: str
@@ -144,13 +144,13 @@ class CurveReport:
 
 @dataclass(frozen=True, slots=True)
 class LayerOutcome:
-    """What calibration made of one layer.
+    """Outcome of the calibration of one layer.
 
     Attributes:
         layer: Index of the layer.
         neurons: Width: neurons that every expert keeps.
-        output_error: Relative output error on held-out calibration tokens, each counting relative
-            to the length of its hidden state behind the layer; None where there are none.
+        output_error: Relative output error on the validation set, each token relative to the
+            norm of its hidden state after the layer; None without a validation set.
         predicted_error: The same as predicted; None where core sizes were given.
     """
 
@@ -162,7 +162,7 @@ class LayerOutcome:
 
 @dataclass(frozen=True, slots=True)
 class DecomposeReport:
-    """What a decomposition did.
+    """Result of a decomposition.
 
     Attributes:
         output: The Tucker checkpoint.
@@ -171,10 +171,10 @@ class DecomposeReport:
         after: Size of the result.
         resumed_pieces: Pieces of work that an interrupted run had finished.
         seconds: Time of this run.
-        calibrated: What calibration made of every layer; empty for a data-free decomposition.
+        calibrated: Outcome of every calibrated layer; empty for a data-free decomposition.
         predicted_kl: Predicted KL divergence from the source, nats per token; None without a
             calibrated budget.
-        notes: What the user should know about the calibration.
+        notes: Remarks for the user on the calibration.
     """
 
     output: str
@@ -190,7 +190,7 @@ class DecomposeReport:
 
 @dataclass(frozen=True, slots=True)
 class LayoutCost:
-    """What one layout costs.
+    """Costs of one layout.
 
     Attributes:
         layout: Its name.
@@ -205,7 +205,7 @@ class LayoutCost:
 
 @dataclass(frozen=True, slots=True)
 class ShardReport:
-    """What a sharding did.
+    """Result of a sharding.
 
     Attributes:
         folder: Where the shards are.
@@ -230,7 +230,7 @@ class ShardReport:
 
 @dataclass(frozen=True, slots=True)
 class LayerVerdict:
-    """What verification found about one layer.
+    """Findings of a verification on one layer.
 
     Attributes:
         layer: Index of the layer.
@@ -241,7 +241,7 @@ class LayerVerdict:
         residual_recorded: Largest relative residual that decompose recorded for a stack.
         residual_difference: Largest |measured − recorded| relative residual of a stack; None
             without the source.
-        failures: What is wrong; empty if nothing is.
+        failures: Faults found; empty if there are none.
     """
 
     layer: int
@@ -254,15 +254,15 @@ class LayerVerdict:
 
 @dataclass(frozen=True, slots=True)
 class CollectiveTraffic:
-    """What one kind of collective moved, in bytes that a process sends for one of its tokens.
+    """Traffic of one kind of collective, in bytes that a process sends per token of its own.
 
     All are averages over processes and tokens, through all verified layers.
 
     Attributes:
         kind: The kind.
-        counted: What was counted.
-        predicted: What the layout predicts.
-        dense: What the dense model would move, split as Megatron does on the same mesh.
+        counted: Measured traffic.
+        predicted: Traffic that the layout predicts.
+        dense: Traffic of the dense model, split as Megatron does on the same mesh.
     """
 
     kind: str
@@ -273,7 +273,7 @@ class CollectiveTraffic:
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What a verification found.
+    """Result of a verification.
 
     Attributes:
         folder: The Tucker checkpoint.
@@ -286,9 +286,9 @@ class VerifyReport:
         tokens: Number of tokens.
         tolerance: Bound on the sharding error.
         layers: Every verified layer.
-        traffic: What every kind of collective moved.
+        traffic: Traffic of every kind of collective.
         dtype: Type in which the layers were computed.
-        float32_products: In what the device multiplies float32 matrices.
+        float32_products: Precision in which the device multiplies float32 matrices.
         dispatch: How tokens went to the processes of their experts: with `plain` collectives or
             Ascend's `fused` operators; None where experts are not split.
         fused_unmet: On an NPU, the first constraint of the fused operators that is not met.
@@ -320,7 +320,7 @@ class VerifyReport:
 
 @dataclass(frozen=True, slots=True)
 class ReconstructReport:
-    """What a reconstruction wrote.
+    """Result of a reconstruction.
 
     Attributes:
         output: The dense checkpoint.
@@ -335,13 +335,13 @@ class ReconstructReport:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What one checkpoint makes of a text.
+    """Perplexity of one checkpoint on a text.
 
     Attributes:
         folder: The checkpoint.
-        nats: Mean negative log-likelihood of a token, in nats.
+        nats: Mean negative log-likelihood per token, in nats.
         perplexity: Its exponential.
-        size: Numbers and bytes of the checkpoint.
+        size: Parameters and bytes of the checkpoint.
         seconds: Wall time.
     """
 
@@ -361,7 +361,7 @@ class EvaluateReport:
         tokens: Tokens that each predicted.
         texts: The texts, over which the tokens are evenly spread.
         window: Tokens that are read at once; all but the first of a window are predicted.
-        notes: What the user should know about the text.
+        notes: Remarks for the user on the text.
     """
 
     results: tuple[Evaluation, ...]
@@ -373,11 +373,11 @@ class EvaluateReport:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something that is wrong with a machine.
+    """Fault of a machine or its environment.
 
     Attributes:
-        message: What it is.
-        hint: What to change.
+        message: The fault.
+        hint: Its remedy.
     """
 
     message: str
@@ -393,7 +393,7 @@ class DeviceFacts:
         count: How many there are.
         name: Name of the first.
         backend: Collective backends of a run on them.
-        float32_products: In what they multiply float32 matrices.
+        float32_products: Precision in which they multiply float32 matrices.
         free_bytes: Free memory of the first, or of the host.
         total_bytes: All of it.
         generation: Generation of an NPU: A2 or A3; None for any other device.
@@ -411,12 +411,12 @@ class DeviceFacts:
 
 @dataclass(frozen=True, slots=True)
 class Variable:
-    """An environment variable that changes what runs.
+    """Environment variable that affects a run.
 
     Attributes:
         name: Its name.
-        value: What it is set to, or None.
-        default: What holds where it is not set.
+        value: Its value, or None if it is not set.
+        default: Behaviour where it is not set.
     """
 
     name: str
@@ -426,14 +426,14 @@ class Variable:
 
 @dataclass(frozen=True, slots=True)
 class DoctorReport:
-    """What a machine is like, and what is wrong with it.
+    """State of a machine, and its faults.
 
     Attributes:
-        versions: Versions by package, CANN's among them; None for what is not there.
+        versions: Versions by package, CANN's among them; None where not installed.
         cann_expected: The CANN that the installed torch_npu is for; None if that is not known.
         device: The device; None if torch cannot be imported.
         variables: Variables of the device and its collectives.
-        problems: What is wrong.
+        problems: Faults found.
     """
 
     versions: Mapping[str, str | None]

@@ -1,4 +1,4 @@
-"""pydantic's errors in our own words: which key, what stands there, and what was expected."""
+"""Explanations of pydantic's errors: which key, its value, and the values that are allowed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SHOWN = 60  # characters of a value in a message
 
 
 class Explanation(NamedTuple):
-    """What is wrong, and what to change; the hint is empty where the message says it already."""
+    """Message and hint for the user; the hint is empty where the message suffices."""
 
     message: str
     hint: str
@@ -33,7 +33,7 @@ def explain(
     """The first fault of a value that does not follow a model's schema.
 
     Args:
-        error: What pydantic raised.
+        error: The error that pydantic raised.
         model: The model.
         value: The value that was validated.
         name: Name of a place for the user; empty for the whole value.

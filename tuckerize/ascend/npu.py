@@ -23,7 +23,7 @@ AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 """Variable that tells torch whether to import installed device backends."""
 
 INSTALL_HINT = f"{INSTALL_NPU} with the same minor version of torch"
-"""How to install torch_npu."""
+"""Hint that installs torch_npu."""
 
 _TORCH_SAYS = f"Failed to load the backend extension: {PACKAGE}"
 

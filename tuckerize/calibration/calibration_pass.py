@@ -77,7 +77,7 @@ class CalibrationPass:
         if settings.refine and windows.tokens_SL.numel() < FEWEST_WITH_HELD_OUT:
             notes.append(
                 f"no refinement and no measured errors: fewer than {FEWEST_WITH_HELD_OUT} tokens "
-                "leave none to be held out"
+                "leave none for validation"
             )
         return cls(
             source,

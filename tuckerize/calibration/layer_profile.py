@@ -66,7 +66,7 @@ class LayerProfile:
     def errors(self, widths: Array, gate_up: Array, down: Array) -> Array:
         """Predicted errors at mean widths and core sizes r_I of gate and up, and of down.
 
-        The three causes add up: what is lost to one is not correlated with the others. Returns an
+        The errors of the three causes are uncorrelated, so that they add up. Returns an
         array of shape (len(widths), len(gate_up), len(down)).
         """
         ascending = self.widths_K[::-1]
@@ -142,9 +142,9 @@ def profile_layer(
 
 
 def _gate_up_energy(group: DenseGroup, moments: GroupMoments, kept: KeptNeurons) -> Tensor:
-    """Gram matrix (I, I) of the kept rows of gate and up, weighted by how the output moves.
+    """Gram matrix (I, I) of the kept rows of gate and up, weighted by the sensitivity.
 
-    It moves with the products of gate and up by first order; see `GroupMoments`.
+    Sensitivity of the output, to first order; see `GroupMoments`.
     """
     hidden = group.shape.hidden
     energy_II = torch.zeros((hidden, hidden), dtype=torch.float64)
@@ -179,10 +179,10 @@ def _measured_over_first_order(
     first_order_I: Array,
     activation: Activation,
 ) -> Array:
-    """By what the error of truncated inputs really exceeds its first order, for 0..I, shape (I+1,).
+    """Ratio of the error of truncated inputs to its first order, for 0..I, shape (I + 1,).
 
     The neurons of an expert lose the same directions of their inputs, so that their errors add up;
-    refitting down takes a part of it back. Both are measured at a few core sizes; in between the
+    refitting down recovers a part. Both are measured at a few core sizes; in between the
     ratio is interpolated.
     """
     hidden = groups[0].shape.hidden

@@ -21,7 +21,7 @@ class GroupMoments:
     Attributes:
         hidden_EII: Second moment of every expert's inputs, shape (E, I, I).
         neurons_EHH: Second moment of every expert's neurons (activated gate times up).
-        gate_sensitivity_EH: How much the squared output moves with a neuron's gate, by first order:
+        gate_sensitivity_EH: Change of the squared output with a neuron's gate, to first order:
             the mean over tokens of (g ∂h/∂gate)² times the squared norm of its row of down.
         up_sensitivity_EH: The same for up.
         output_II: Second moment of the group's combined output, shape (I, I).

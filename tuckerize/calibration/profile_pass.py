@@ -1,9 +1,9 @@
 """Profile a model: one pass over the calibration text, through the dense model.
 
-For every layer the curves of `profile`, and how much the model's prediction moves with an error of
-the layer. The latter is measured: on a few windows, spread over all of the text, the quarter of the
-neurons with the least energy is pruned in this layer alone, and the divergence of the logits is
-compared with the output error.
+For every layer the curves of `layer_profile`, and the sensitivity: the KL divergence of the model's
+prediction that an error of the layer causes. It is measured: on a few windows, spread over all of
+the text, the quarter of the neurons with the least energy is pruned in this layer alone, and the
+divergence of the logits is compared with the output error.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tuckerize.version import __version__
 # Windows of text that the sensitivity is measured on, and the share of neurons that is pruned.
 _PROBE_WINDOWS = 8
 _PRUNED_SHARE = 0.25
-# Raised whenever profiles get other contents.
+# Version of the contents of profiles.
 _PROFILE_VERSION = 6
 # Names of hidden states that are carried along.
 _CLEAN = "clean"
@@ -43,7 +43,7 @@ _ERROR = "error "
 
 @dataclass(frozen=True, slots=True)
 class ProfileCache:
-    """Profiles of one model and text on disk, found again by a hash of what they depend on.
+    """Profiles of one model and text on disk, keyed by a hash of all that they depend on.
 
     Attributes:
         folder: Where they are.
@@ -202,7 +202,7 @@ def _pruned(group: DenseGroup, moments: GroupMoments) -> dict[TensorName, Tensor
 
 
 def _spread(length: int, count: int) -> list[int]:
-    """At most `count` places in the middle of as many equal parts of a length."""
+    """Middles of `count` equal parts of a range, or all indices of a shorter one."""
     count = min(count, length)
     return [(2 * part + 1) * length // (2 * count) for part in range(count)]
 

@@ -41,7 +41,7 @@ class _Call(NamedTuple):
 
 
 class _Experts(nn.Module):
-    """Stands where the routed experts of a layer would be."""
+    """Stand-in for the routed experts of a layer."""
 
     def __init__(self, experts: ExpertsCall) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class StreamedModel:
 
     @contextmanager
     def embedding(self) -> Iterator[Step]:
-        """From tokens_SL to the hidden states_SLI that the first layer gets."""
+        """Step from tokens_SL to the hidden states_SLI before the first layer."""
 
         @torch.no_grad()
         def embed(tokens_SL: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ class StreamedModel:
 
     @contextmanager
     def layer(self, index: int, experts: ExpertsCall | None = None) -> Iterator[Step]:
-        """From the hidden states_SLI before a layer to those after it.
+        """Step from the hidden states_SLI before a layer to those after it.
 
         Args:
             index: Index of the layer.
@@ -164,7 +164,7 @@ class StreamedModel:
 
     @contextmanager
     def head(self) -> Iterator[Step]:
-        """From the hidden states_SLI after the last layer to logits_SLV."""
+        """Step from the hidden states_SLI after the last layer to logits_SLV."""
 
         @torch.no_grad()
         def logits(hidden_SLI: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ class StreamedModel:
 
     @torch.no_grad()
     def _calls_of(self, hidden_SLI: Tensor) -> list[_Call]:
-        """How every layer is called for windows of this shape."""
+        """Arguments of every layer for windows of this shape."""
         shape = hidden_SLI.shape
         if shape not in self._calls:
             calls: list[_Call] = []
@@ -196,7 +196,7 @@ class StreamedModel:
 
     @contextmanager
     def _layers_as(self, forward: Callable[..., Tensor]) -> Iterator[None]:
-        """Let every layer do something else; `forward` gets its index first."""
+        """Replace the forward pass of every layer; `forward` gets its index first."""
         layers = _layers(self._model)
         for index, layer in enumerate(layers):
             layer.forward = partial(forward, index)
@@ -208,7 +208,7 @@ class StreamedModel:
 
     @contextmanager
     def _experts_as(self, index: int, experts: ExpertsCall | None) -> Iterator[None]:
-        """Put the caller's experts into a layer, if it has some."""
+        """Replace the routed experts of a layer, if it has any, by the caller's."""
         path = self._experts.get(index)
         if path is None:
             yield
@@ -228,7 +228,7 @@ class StreamedModel:
         return [name for name in self._empty if name.startswith(f"{path}.")]
 
     def _open_rest(self) -> None:
-        """Read what is outside of the parts, such as the final norm: it is small."""
+        """Read the tensors outside of the parts, such as the final norm: they are small."""
         model = self._model
         parts = (model.get_input_embeddings(), model.get_output_embeddings(), *_layers(model))
         elsewhere = {name for part in parts for name in self._below(part)}
@@ -313,7 +313,7 @@ def _layers(model: Any) -> nn.ModuleList:  # noqa: ANN401
 
 
 def _renaming(model: Any) -> Callable[[str], str]:  # noqa: ANN401
-    """From names in checkpoints to names in the model, where transformers uses others."""
+    """Map of names in checkpoints to names in the model, where transformers uses others."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 

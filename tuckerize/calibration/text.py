@@ -26,7 +26,7 @@ Tokenize = Callable[[str], list[int]]
 _CHARACTERS_PER_TOKEN = 16
 _TOKENS_PER_ROW = 8
 
-# owner/name/configuration, or less of it; not what can only be the path of a file.
+# owner/name/configuration, or less of it, and no path of a text file.
 _DATASET = re.compile(r"(?!.*\.(txt|jsonl)$)\w[\w.-]*(/\w[\w.-]*){0,2}")
 
 
@@ -102,7 +102,7 @@ def read_windows(
         sources: Where the text comes from.
         tokenizer_folder: Folder of the model.
         tokens: Number of tokens in all windows together, rounded down to whole windows.
-        window: Number of tokens of a window.
+        window: Number of tokens per window.
         seed: Where in its part of the text each window begins, and which tokens are random.
         random_share: Part of the windows that are of random tokens, in [0, 1).
 
@@ -254,7 +254,7 @@ def _text_of_line(line: str, place: str) -> str:
         return _text_of_row(json.loads(line), place)
     except (ValueError, RecursionError):
         raise UsageError(
-            f"{place} is not JSON", hint="a JSONL file has one JSON object a line"
+            f"{place} is not JSON", hint="a JSONL file has one JSON object per line"
         ) from None
 
 

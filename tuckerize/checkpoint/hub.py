@@ -1,4 +1,4 @@
-"""From what a user types as a model to a folder on this machine. Nothing is ever downloaded."""
+"""Resolution of a model's name to a folder on this machine. Nothing is ever downloaded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def resolve_model(model: str) -> Path:
     fetched when the user says so, not as a side effect.
 
     Args:
-        model: What the user typed.
+        model: Path, id or short name, as typed.
 
     Raises:
         CheckpointError: Neither a folder nor in the cache; the hint says how to fetch it.

@@ -62,10 +62,10 @@ def boundary(command: Callable[P, None]) -> Callable[P, None]:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Whatever error Ctrl-C ends as, it is an interruption.
+    """Turn any error that Ctrl-C ends as into an interruption.
 
-    Python raises KeyboardInterrupt wherever it happens to be. A library in whose conversions that
-    is (torch asks storages for their length and takes any error for a no) makes another one of it.
+    Python raises KeyboardInterrupt wherever it happens to be, and a library may convert it to
+    another error: torch asks storages for their length and takes any error for a no.
     """
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield  # ignored (nohup), or somebody else's

@@ -49,7 +49,7 @@ _GAP = 3
 _CORE_SIZES = "* core sizes of the expert, the intermediate and the hidden mode: r_E,r_H,r_I"
 
 
-def show(report: Report, *, as_json: bool) -> None:  # noqa: C901 one case a report
+def show(report: Report, *, as_json: bool) -> None:  # noqa: C901 one case per report
     """Print a report to stdout: as JSON, or as tables after its notes, which go to stderr."""
     if as_json:
         Console(soft_wrap=True, highlight=False, markup=False, emoji=False).print(

@@ -59,7 +59,7 @@ def compress_layer(
 
     Args:
         calibration: The model and its calibration set.
-        piece: What to compress to.
+        piece: Targets of its groups.
         groups: The dense experts, in float32.
         dense: The same as a module.
         tokens: Tokens before the routed experts of the layer.

@@ -40,7 +40,7 @@ def decompose_piece(
 
     Args:
         source: The dense model.
-        piece: What to decompose.
+        piece: Stacks to decompose, and their targets.
         weights: Type of the stored cores and factors.
         engine: Implementation of HOOI.
         max_sweeps: Upper bound on its sweeps.

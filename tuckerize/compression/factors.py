@@ -29,7 +29,7 @@ class GroupFactors:
     Attributes:
         index: Index of the group in the layer.
         dense: The dense experts.
-        target: What they are compressed to.
+        target: Sizes that they are compressed to.
         factors: The Tucker tensor of every projection; coupled ones share their U_I.
         kept: Neurons that every expert kept; None if all.
         sweeps: Sweeps of HOOI or weighted least squares by projection.

@@ -14,7 +14,7 @@ from tuckerize.version import INSTALL, __version__
 
 CARD = "README.md"
 SOURCE_CARD = "README.source.md"
-"""Where the card of the source is kept."""
+"""File that keeps the card of the source."""
 
 # `copy_other_files` leaves it out, since it begins with the program's name.
 LOADER = "tuckerize_modeling"

@@ -97,7 +97,7 @@ class Sharding:
 
     @property
     def folder(self) -> Path:
-        """Where the files are."""
+        """Folder of the files."""
         return self.checkpoint / sharding_name(tp=self.manifest.tp_size, ep=self.manifest.ep_size)
 
     @property
@@ -107,7 +107,7 @@ class Sharding:
 
     @property
     def layout(self) -> Layout:
-        """How tensors are split."""
+        """Split of the tensors over tensor-parallel processes."""
         return self.manifest.layout
 
     def layer_shape(self, layer: int) -> LayerShape:

@@ -68,7 +68,7 @@ class TuckerCheckpoint:
 
     @property
     def folder(self) -> Path:
-        """Where it is."""
+        """Folder of the checkpoint."""
         return self.checkpoint.folder
 
     @property

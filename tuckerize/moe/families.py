@@ -137,10 +137,10 @@ def describe_moe(config: Config, tensors: Mapping[str, TensorHeader]) -> MoeMode
             are missing or have another shape or type than the configuration says.
     """
     family = _family(config)
-    announced = config.get("quantization_config")
-    if announced is not None:
-        known = isinstance(announced, Mapping)
-        method = announced.get("quant_method", "unknown") if known else "unknown"
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        known = isinstance(quantization, Mapping)
+        method = quantization.get("quant_method", "unknown") if known else "unknown"
         raise CheckpointError(
             f"config.json announces weights quantized with '{method}', which cannot be decomposed",
             hint="start from a bf16, fp16 or fp32 checkpoint of the model",

@@ -1,1 +1,1 @@
-"""The use cases, one file each: plan, decompose, shard, verify, reconstruct, describe."""
+"""The commands, one module each, and the steps that carry a plan out."""

@@ -39,8 +39,8 @@ class DecomposeRequest:
         rank: Core sizes "r_E,r_H,r_I" (experts, intermediate, hidden): sizes, percentages or
             "full".
         tolerance: Relative residual that each stack may have, in (0, 1).
-        recipe: YAML file, name of a shipped recipe, or the recipe's keys and values. It says all
-            that the options from layers to calibration say, which are left out then.
+        recipe: YAML file, name of a shipped recipe, or the recipe's keys and values. It
+            replaces the options from layers to calibration, which must be left out then.
         layers: Layers like "1-3,7,20-"; all MoE layers by default.
         projections: Of gate_proj, up_proj and down_proj, with commas or as a list; all by default.
         group_size: Experts that share a decomposition; all of a layer by default.
@@ -106,11 +106,11 @@ def decompose(
     torchrun the processes share out the stacks.
 
     Args:
-        request: What to decompose, how far, and where to.
+        request: The decomposition.
         progress: Shows how far the work is.
 
     Returns:
-        What was written, on process 0; None on the other processes of a torchrun run.
+        Report of the run, on process 0; None on the other processes of a torchrun run.
 
     Raises:
         TuckerizeError: The request cannot be carried out; the message says why.
@@ -157,7 +157,7 @@ def preview(request: DecomposeRequest, progress: Progress | None = None) -> Plan
     Reads weights only to profile the model, where a budget is calibrated.
 
     Args:
-        request: What to decompose, and how far.
+        request: The decomposition.
         progress: Shows how far a profile is.
 
     Returns:
@@ -185,7 +185,7 @@ def preview(request: DecomposeRequest, progress: Progress | None = None) -> Plan
 def _processes_of(
     request: DecomposeRequest, recipe: Recipe
 ) -> Iterator[tuple[Processes, torch.device]]:
-    """The processes of the run, which are one where there is a calibration, and the own device."""
+    """Processes of the run, only one with a calibration, and the device of this one."""
     choice, seconds = Device.parse(request.device), request.collective_timeout
     with process_group(
         lambda local: choose_device(choice, local_rank=local),
@@ -202,7 +202,7 @@ def _processes_of(
 def _open(
     request: DecomposeRequest, recipe: Recipe, device: torch.device
 ) -> tuple[SourceModel, CalibrationPass | None]:
-    """The source and its calibration set, if any; refuses what cannot be planned."""
+    """Source and calibration set, if any; refuses a recipe that cannot be planned."""
     source = SourceModel.open(resolve_model(str(request.model)))
     make_plan(source, recipe)  # before the text is read
     return source, CalibrationPass.open(source, recipe, device) if recipe.calibration else None

@@ -114,7 +114,7 @@ class EvaluateRequest:
         text: Text or JSONL file, PATH or PATH:WEIGHT, or several.
         against: Another of the same kind, on the same text; it comes first in the report.
         tokens: Tokens in all windows, evenly spread over the texts.
-        window: Tokens of a window; all but its first are predicted.
+        window: Tokens per window; all but its first are predicted.
         device: Where to compute: auto, npu, cuda or cpu.
     """
 
@@ -166,7 +166,7 @@ def measure_perplexity(
         folders: Checkpoints, dense or Tucker, with the tokenizer of the first.
         texts: Sources of text, as a user types them.
         tokens: Tokens in all windows, evenly spread over the texts.
-        window: Tokens of a window; all but its first are predicted.
+        window: Tokens per window; all but its first are predicted.
         device: Where to compute.
         progress: Shows how far the work is.
 
@@ -203,7 +203,7 @@ def measure_perplexity(
 def _nats(
     own: Evaluated, model: StreamedModel, tokens_SL: Tensor, progress: Progress, name: str
 ) -> float:
-    """Mean negative log-likelihood of a token, in nats."""
+    """Mean negative log-likelihood per token, in nats."""
     parts = torch.split(tokens_SL, _WINDOWS_AT_ONCE)
     with model.embedding() as embed:
         states = [embed(part) for part in parts]

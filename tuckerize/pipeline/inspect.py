@@ -51,7 +51,7 @@ def inspect(model: str | Path) -> InspectReport:
 
 
 def describe_plan(plan: Plan) -> PlanReport:
-    """What a plan will store, and what carrying it out will take."""
+    """Sizes that a plan will store, and its estimated memory and time."""
     before = plan.source.size
     stacks = [stack for piece in plan.layer_pieces for stack in _describe_piece(plan, piece)]
     saved_bytes = sum(stack.bytes_before - stack.bytes_after for stack in stacks)

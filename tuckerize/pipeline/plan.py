@@ -61,6 +61,6 @@ def plan(request: PlanRequest, progress: Progress | None = None) -> CurveReport:
     )
     choice = Device.parse(request.device)
     source = SourceModel.open(resolve_model(str(request.model)))
-    make_plan(source, recipe)  # refuses what cannot be planned before the text is read
+    make_plan(source, recipe)  # refuse an impossible recipe before reading the text
     opened = CalibrationPass.open(source, recipe, choose_device(choice))
     return kl_curve(recipe, opened, progress or SilentProgress())

@@ -25,7 +25,7 @@ from tuckerize.report import ReconstructReport
 from tuckerize.version import __version__
 
 RECORD = "tuckerize-reconstruct.json"
-"""What stands in the dense folder in place of a manifest: where it comes from."""
+"""File in the dense folder that records its origin, in place of a manifest."""
 
 
 def output_folder(output: Path) -> OutputFolder:
@@ -60,7 +60,7 @@ def reconstruct(request: ReconstructRequest, progress: Progress | None = None) -
     """Expand a Tucker checkpoint to an ordinary dense one, which any engine loads.
 
     Args:
-        request: What to expand, and where to.
+        request: The reconstruction.
         progress: Shows how far the work is.
 
     Raises:

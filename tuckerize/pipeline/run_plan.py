@@ -47,19 +47,19 @@ def compress_model(
     """Write the Tucker checkpoint of a plan to a claimed output folder.
 
     Pieces of work are shared out over the processes, the largest first; each is written atomically
-    and noted, so that a run that was interrupted continues, with identical bytes at the end.
+    and recorded, so that an interrupted run continues, with identical bytes at the end.
 
     Args:
-        plan: What to write.
+        plan: The plan.
         output: Folder that `OutputFolder.claim` took for this plan.
-        model: What the user gave as the model, for the manifest.
+        model: The model as the user named it, for the manifest.
         device: Where the products run.
         processes: The processes of the run.
         progress: Shows how far the work is.
         calibration: The model and its text, for a plan with calibration, in one process.
 
     Returns:
-        What was done, on process 0; None on the others.
+        Report of the run, on process 0; None on the others.
 
     Raises:
         DecompositionError: A stack cannot be decomposed.

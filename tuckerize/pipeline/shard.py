@@ -37,7 +37,7 @@ from tuckerize.progress import Progress, SilentProgress
 from tuckerize.report import LayoutCost, ShardReport
 from tuckerize.version import __version__
 
-# What torch.distributed.checkpoint.hf_storage looks for in a safetensors header.
+# Version that torch.distributed.checkpoint.hf_storage expects in a safetensors header.
 DCP_VERSION = "1.0"
 
 # A layout may store this much more than the smallest before its traffic stops mattering.
@@ -46,7 +46,7 @@ _BYTES_MARGIN = 1.1
 
 @dataclass(frozen=True, slots=True)
 class _Slices:
-    """How the tensors of one group are split over the processes of a mesh.
+    """Split of the tensors of one group over the processes of a mesh.
 
     Attributes:
         headers: The tensors.
@@ -199,7 +199,7 @@ def shard(request: ShardRequest, progress: Progress | None = None) -> ShardRepor
     """Cut a Tucker checkpoint into one file per layer, group and process.
 
     Args:
-        request: What to shard, and for which mesh.
+        request: The sharding.
         progress: Shows how far the work is.
 
     Raises:

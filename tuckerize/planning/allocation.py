@@ -40,7 +40,7 @@ class Choice:
     """Target of one layer and its predicted cost.
 
     Attributes:
-        target: What the stacks of every group are compressed to.
+        target: Sizes that the stacks of every group are compressed to.
         bytes: Bytes stored of all groups.
         error: Relative squared output error of the layer.
         predicted_kl: KL divergence from the source that this error causes, nats per token.

@@ -14,7 +14,7 @@ def check_budget(keep: float, *, dense: float, least: float, advice: str = "") -
         keep: Kept share of the dense bytes, in (0, 1].
         dense: Bytes of the dense experts, in the type that the result is stored in.
         least: Bytes of the smallest sizes.
-        advice: What else than a larger budget helps, for the hint.
+        advice: Remedies besides a larger budget, for the hint.
 
     Raises:
         UsageError: `keep` is too small; the hint names the smallest that is not.

@@ -1,4 +1,4 @@
-"""Predicted error at every budget: the choice of a user before hours of work."""
+"""Predicted KL divergence at every budget, to choose from before hours of work."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def data_free_bytes(
 def _hooi_bytes(
     shape: StackShape, coupling: Coupling, rank: MultilinearRank, source: WeightType, written: int
 ) -> int:
-    """The largest of what is alive beside the stacks: projections, cores, or the file's tensors."""
+    """Largest of the tensors alive beside the stacks: projections, cores, or the file's."""
     mixed = projected = 0
     if rank.expert < shape.experts:
         mixed = rank.expert * shape.intermediate * shape.hidden

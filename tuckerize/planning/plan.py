@@ -1,4 +1,4 @@
-"""From a checkpoint and a recipe to every piece of work, before any weight is read."""
+"""Plan of every piece of work, from a checkpoint and a recipe, before any weight is read."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Plan:
 
     Attributes:
         source: The dense model.
-        recipe: What was asked for.
+        recipe: The recipe.
         weights: Type of the stored cores and factors.
         group_size: Experts in a group.
         copies: Tensors to copy, by source file.
@@ -110,7 +110,7 @@ def output_fingerprint(source: SourceModel, recipe: Recipe, text: str = "") -> d
 
     Args:
         source: The dense model.
-        recipe: What is asked for.
+        recipe: The recipe.
         text: Fingerprint of the calibration set; empty if data-free.
     """
     headers = json.dumps(sorted(source.checkpoint.tensors.items())).encode()
@@ -137,7 +137,7 @@ def make_plan(source: SourceModel, recipe: Recipe, profiles: Sequence[LayerProfi
 
     Args:
         source: The dense model.
-        recipe: What is asked for.
+        recipe: The recipe.
         profiles: Profiles of the layers, for calibrated budgets. Without them a budget is checked,
             and its layers stay dense.
 

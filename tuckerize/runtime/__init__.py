@@ -1,1 +1,1 @@
-"""What runs a compressed layer."""
+"""Modules that run a compressed layer."""

@@ -71,7 +71,7 @@ class TuckerConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not ins
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> TuckerConfig:
-        """From config.json.
+        """Read the description in config.json.
 
         Raises:
             ValueError: It is of another release, or malformed; the message names the key.
@@ -80,7 +80,7 @@ class TuckerConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not ins
 
     @staticmethod
     def get_checkpoint_weight_mapper() -> WeightsMapper:
-        """From names in the checkpoint to names of parameters."""
+        """Map of names in the checkpoint to names of parameters."""
         return WeightsMapper(
             orig_to_new_regex={
                 re.compile(rf"\.experts\.({GROUP_PATTERN})\.{long}\."): (
@@ -91,12 +91,12 @@ class TuckerConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not ins
         )
 
     def get_quant_method(self, layer: Any, prefix: str, **ascend: Any) -> Any:  # noqa: ANN401
-        """How a layer computes; None as the engine's own, for all that is not factored.
+        """Method that computes a layer; None, the engine's own, for all that is not factored.
 
         Args:
             layer: The layer.
             prefix: Its name.
-            **ascend: What vllm-ascend passes for its MoE layers, and vLLM does not: `tid2eid`.
+            **ascend: Arguments of vllm-ascend for its MoE layers that vLLM lacks: `tid2eid`.
         """
         if isinstance(layer, LinearBase):
             return UnquantizedLinearMethod()

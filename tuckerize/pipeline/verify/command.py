@@ -31,7 +31,7 @@ class VerifyRequest:
     Attributes:
         folder: The Tucker checkpoint.
         model: The source model; by default the one that decompose was given.
-        tokens: Tokens for each layer.
+        tokens: Tokens per layer.
         layers: Layers like "1-3,7"; all by default.
         max_output_error: Bound on the relative output error against the source, if any.
         tp: Tensor-parallel processes; with ep, by default those of shards that fit the run.
@@ -66,7 +66,7 @@ def verify(request: VerifyRequest, progress: Progress | None = None) -> VerifyRe
     Writes the report to `verify.json` beside what was verified.
 
     Args:
-        request: What to verify, and how.
+        request: The verification.
         progress: Shows how far the work is.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Traffic that was counted, beside what a layout predicts for the same routes."""
+"""Measured traffic, beside a layout's prediction for the same routes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tuckerize.report import CollectiveTraffic
 
 
 class LayerMoved(NamedTuple):
-    """What the collectives of a layer moved, in bytes.
+    """Traffic of a layer's collectives, in bytes.
 
     Attributes:
         counted: By this process, for all of its tokens.
-        predicted: On average over processes, for one token.
-        dense: In the dense model, for one token.
+        predicted: Per token, on average over processes.
+        dense: Per token in the dense model.
     """
 
     counted: Traffic
@@ -30,7 +30,7 @@ class LayerMoved(NamedTuple):
 
 
 def load_of(experts_Tk: Tensor, sizes: LayerShape, mesh: Parallelism) -> ExpertLoad:
-    """Where the experts of tokens are.
+    """Distribution of tokens over the experts of a mesh.
 
     Args:
         experts_Tk: Experts of all tokens of the mesh, shape (T, k).
@@ -56,12 +56,12 @@ def load_of(experts_Tk: Tensor, sizes: LayerShape, mesh: Parallelism) -> ExpertL
 def compare(
     moved: Sequence[LayerMoved], processes: Processes, tokens: int
 ) -> tuple[CollectiveTraffic, ...]:
-    """What all processes moved through layers, by kind; the kinds that nothing used are left out.
+    """Traffic of all processes through layers, by kind of collective; unused kinds are left out.
 
     Args:
-        moved: What the collectives of every layer moved.
+        moved: Traffic of every layer.
         processes: The processes of the run.
-        tokens: Tokens of a position of the mesh.
+        tokens: Tokens per position of the mesh.
     """
     found = []
     for kind in Collective:

@@ -1,10 +1,10 @@
-"""Prove on the devices that shards compute what they should.
+"""Verify on the devices that shards compute the same as the unsharded layers.
 
 Process 0 makes tokens for a layer, routes them with the model's own router, and computes the
 unsharded Tucker layer on the host in float64, from expert weights that it expands one by one. Every
 process loads its own shards, computes its tokens on its device in float32 together with the others,
-and compares what it got; what the collectives move is counted. With the source at hand the Tucker
-layer is also compared with the dense one, and its weights with what decompose recorded.
+and compares the results; the collectives' traffic is counted. With the source at hand the Tucker
+layer is also compared with the dense one, and its residuals with those that decompose recorded.
 """
 
 from __future__ import annotations
@@ -39,36 +39,36 @@ from tuckerize.runtime.dense import ExpertWeights, dense_output
 from tuckerize.runtime.experts import Activation, TuckerExperts, activation_of
 from tuckerize.runtime.sharded import ShardedExperts
 
-# float32 rounds to 6e-8; over sums of some thousand terms that grows to about 3e-6. A wrong number
+# float32 rounds to 6e-8; over sums of some thousand terms that grows to about 3e-6. A wrong value
 # in a slice that a token uses moves that token's output by orders of magnitude more.
 SHARDING_TOLERANCE = 1e-5
-# The same of types of two bytes, which round to 4e-3 and 5e-4: only gross faults are told from it.
+# Those of the 16-bit types (unit roundoff 4e-3 and 5e-4) detect gross errors only.
 _TOLERANCES = {
     Dtype.FLOAT32: SHARDING_TOLERANCE,
     Dtype.BFLOAT16: 4e-2,
     Dtype.FLOAT16: 5e-3,
 }
-# Measured from the same stored numbers as the recorded one; only the order of sums differs.
+# Measured from the same stored values as the recorded one; only the order of sums differs.
 RESIDUAL_TOLERANCE = 1e-4
 
 _SEED = 0
 
 
 class _Case(NamedTuple):
-    """Tokens in front of a layer's experts, their routes, and the unsharded output (float64)."""
+    """Tokens before a layer's experts, their routes, and the unsharded output (float64)."""
 
     x_TI: Tensor
     routes: Routes
     reference_TI: Tensor
 
     def of(self, own_T: Tensor | slice) -> _Case:
-        """Some of the tokens."""
+        """Case of some of the tokens."""
         routes = Routes(self.routes.experts[own_T], self.routes.weights[own_T])
         return _Case(self.x_TI[own_T], routes, self.reference_TI[own_T])
 
 
 class _AgainstSource(NamedTuple):
-    """How a Tucker layer differs from its source."""
+    """Errors of a Tucker layer against its source."""
 
     output_error: float
     residual_difference: float
@@ -76,7 +76,7 @@ class _AgainstSource(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What is verified, and where.
+    """Checkpoint to verify, its shards and source, and the processes that do it.
 
     Attributes:
         tucker: The Tucker checkpoint.
@@ -84,7 +84,7 @@ class Verification:
         source: The dense checkpoint it was made from, if at hand.
         processes: The processes of the run.
         device: This process's device.
-        tokens: Number of tokens for each layer.
+        tokens: Number of tokens per layer.
         sequence_parallel: Whether each of the tensor-parallel processes has its own tokens.
         dtype: Type to compute layers in: float32, bfloat16 or float16.
     """
@@ -120,7 +120,7 @@ def verify_layers(
     """Verify layers; every process returns the same report.
 
     Args:
-        run: What is verified, and where.
+        run: The verification.
         layers: Indices of the layers.
         max_output_error: Bound on the relative output error against the dense layer, if any.
         progress: Shows how far the work is.
@@ -133,7 +133,7 @@ def verify_layers(
     mine = layers[run.processes.rank :: run.processes.size] if run.source else ()
     progress.start(len(layers) + len(mine))
     progress.stage("files: sizes and hashes")
-    failures = _damaged_files(run, layers, position)
+    failures = _faulty_files(run, layers, position)
     sharding_errors, cases, moved = {}, {}, []
     for layer in layers:
         progress.stage(f"layer {layer}: reference")
@@ -174,7 +174,7 @@ def verify_layers(
             _verdict(
                 run,
                 layer,
-                damage=[message for message, _ in failures[layer]],
+                faults=[message for message, _ in failures[layer]],
                 sharding_error=sharding_errors[layer],
                 against=against.get(layer),
                 max_output_error=max_output_error,
@@ -190,7 +190,7 @@ def verify_layers(
 
 
 def _place(run: Verification) -> Placement:
-    """Where this process is; all processes make the communicators of the run here."""
+    """Placement of this process; all processes make the communicators of the run here."""
     if run.sharding is None:
         return Placement(Position())
     return make_placement(
@@ -212,10 +212,10 @@ def _load(run: Verification, layer: int, place: Placement, activation: Activatio
     return TuckerExperts(groups, group_size=size, activation=activation)
 
 
-def _damaged_files(
+def _faulty_files(
     run: Verification, layers: Sequence[int], position: Position
 ) -> dict[int, list[tuple[str, bool]]]:
-    """What is wrong with shard files of all processes, and whether they can be read, by layer."""
+    """Faults of shard files of all processes, and whether the files are readable, by layer."""
     reads = run.sharding is not None and position.cp.rank == 0
     own = run.sharding.faults(position, layers) if run.sharding and reads else []
     found: dict[int, list[tuple[str, bool]]] = {layer: [] for layer in layers}
@@ -225,7 +225,7 @@ def _damaged_files(
 
 
 def _case_of_leader(run: Verification, layer: int, activation: Activation, tokens: int) -> _Case:
-    """What process 0 made for a layer, on every process."""
+    """Case of a layer that process 0 makes, on every process."""
     case = None
     if run.processes.is_leader:
         with run.processes.while_others_wait():
@@ -249,7 +249,7 @@ def _sharding_error(experts: TuckerExperts, case: _Case, run: Verification) -> f
 def _predicted(
     run: Verification, layer: int, case: _Case, place: Placement
 ) -> tuple[Traffic, Traffic]:
-    """What the tokens of a layer should move, and would move in the dense model."""
+    """Predicted traffic of a layer's tokens, and that of the dense model."""
     if run.sharding is None:
         return {}, {}
     sizes, mesh = run.tucker.manifest.layer_shape(layer), place.position.parallelism
@@ -344,12 +344,12 @@ def _verdict(
     run: Verification,
     layer: int,
     *,
-    damage: list[str],
+    faults: list[str],
     sharding_error: float,
     against: _AgainstSource | None,
     max_output_error: float | None,
 ) -> LayerVerdict:
-    failures = list(damage)
+    failures = list(faults)
     if not sharding_error <= run.tolerance:
         failures.append(
             f"sharded output differs from unsharded by {sharding_error:.1e}, "
