@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from tests.running import succeed
+from tuckerize import DecomposeRequest, ShardRequest, decompose, shard
 from tuckerize.checkpoint.output import MANIFEST
 from tuckerize.errors import CheckpointError, ParallelError
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
@@ -23,9 +23,8 @@ from tuckerize.runtime.sharded import ShardedExperts
 def tucker(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Tucker checkpoint whose layer 2 is decomposed, sharded for one process."""
     out = tmp_path_factory.mktemp("sharded") / "out"
-    size = ("--rank", "6,18,26", "--layers", "2")
-    succeed("decompose", "--model", tiny_model, *size, "--output", out)
-    succeed("shard", out, "--tp", "1")
+    decompose(DecomposeRequest(model=tiny_model, rank="6,18,26", layers="2", output=out))
+    shard(ShardRequest(folder=out, tp=1))
     return out
 
 
