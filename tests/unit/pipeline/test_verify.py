@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
-from tests.running import succeed
+from tuckerize import ShardRequest, shard
 from tuckerize.format.shards import find_sharding
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 from tuckerize.parallel.processes import Processes
@@ -51,7 +51,7 @@ def test_verify_opens_and_hashes_manifests_once_for_all_layers(
     alone: Processes, opened: Counter[str], tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(GOLDEN / "data-free", tmp_path / "data-free"))
-    succeed("shard", folder, "--tp", "1")
+    shard(ShardRequest(folder=folder, tp=1))
     opened.clear()
     tucker = TuckerCheckpoint.open(folder)
     sharding = find_sharding(tucker, 1, tp=1, ep=1, cp=1)
