@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.running import run_here, succeed
-from tuckerize.errors import ParallelError
+from tuckerize import DecomposeRequest, ShardRequest, VerifyRequest, decompose, shard, verify
+from tuckerize.errors import ParallelError, UsageError
 from tuckerize.format.shards import available_shardings, find_sharding
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 
-CHECKPOINTS = {
-    "latent": ("--rank", "full,full,20", "--joint", "gate_up"),
-    "all modes": ("--rank", "6,18,26"),
-    "groups": ("--rank", "full,20,12", "--group-size", "2"),
+CHECKPOINTS: dict[str, dict[str, Any]] = {
+    "latent": {"rank": "full,full,20", "joint": "gate_up"},
+    "all modes": {"rank": "6,18,26"},
+    "groups": {"rank": "full,20,12", "group_size": 2},
 }
 
 
@@ -28,7 +29,7 @@ def tucker(
 ) -> Path:
     """A Tucker checkpoint."""
     out = tmp_path_factory.mktemp("shard") / "out"
-    succeed("decompose", "--model", tiny_model, *CHECKPOINTS[request.param], "--output", out)
+    decompose(DecomposeRequest(model=tiny_model, output=out, **CHECKPOINTS[request.param]))
     return out
 
 
@@ -46,12 +47,9 @@ def routed_tensors(tucker: Path) -> dict[str, torch.Tensor]:
 def test_shard_files_put_at_their_offsets_are_the_whole_tensors(
     tucker: Path, tp: int, ep: int, layout: str
 ) -> None:
-    mesh = ("--tp", str(tp), "--ep", str(ep))
-    report = json.loads(
-        succeed("shard", tucker, *mesh, "--layout", layout, "--overwrite", "--json")
-    )
+    report = shard(ShardRequest(folder=tucker, tp=tp, ep=ep, layout=layout, overwrite=True))
     folder = tucker / (f"tp{tp}-ep{ep}" if ep > 1 else f"tp{tp}")
-    assert report["folder"] == str(folder)
+    assert report.folder == str(folder)
     whole = routed_tensors(tucker)
     rebuilt = {name: torch.full_like(tensor, torch.nan) for name, tensor in whole.items()}
     owned: dict[tuple[str, str], int] = {}
@@ -68,28 +66,27 @@ def test_shard_files_put_at_their_offsets_are_the_whole_tensors(
     assert len(owned) == tp * ep
     for name, tensor in whole.items():
         assert torch.equal(rebuilt[name], tensor), name
-    (cost,) = (cost for cost in report["costs"] if cost["layout"] == layout)
-    assert cost["bytes_per_process"] == max(owned.values())
+    (cost,) = (cost for cost in report.costs if cost.layout == layout)
+    assert cost.bytes_per_process == max(owned.values())
 
 
 def test_shard_of_experts_that_do_not_divide_is_refused_with_sizes_that_do(tucker: Path) -> None:
     groups = TuckerCheckpoint.open(tucker).manifest.groups
     what, fitting = ("4 groups", "1, 2, 4") if groups > 1 else ("8 experts", "1, 2, 4, 8")
-    result = run_here("shard", tucker, "--tp", "2", "--ep", "3")
-    assert result.returncode == 2
-    assert f"--ep 3 does not divide the {what} of a layer" in result.stderr
-    assert f"--ep can be {fitting}" in result.stderr
-    result = run_here("shard", tucker, "--tp", "2", "--ep", "0")
-    assert "--ep 0 is not a number of processes" in result.stderr
+    with pytest.raises(UsageError, match=f"--ep 3 does not divide the {what} of a layer") as uneven:
+        shard(ShardRequest(folder=tucker, tp=2, ep=3))
+    assert f"--ep can be {fitting}" in uneven.value.hint
+    with pytest.raises(UsageError, match="--ep 0 is not a number of processes"):
+        shard(ShardRequest(folder=tucker, tp=2, ep=0))
 
 
 def test_find_sharding_takes_the_mesh_that_was_named_or_the_one_that_fits(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    succeed("decompose", "--model", tiny_model, *CHECKPOINTS["latent"], "--output", out)
+    decompose(DecomposeRequest(model=tiny_model, output=out, **CHECKPOINTS["latent"]))
     for tp, ep in ((2, 2), (1, 4), (2, 1), (1, 2)):
-        succeed("shard", out, "--tp", str(tp), "--ep", str(ep))
+        shard(ShardRequest(folder=out, tp=tp, ep=ep))
     tucker = TuckerCheckpoint.open(out)
     assert len(available_shardings(out)) == 4
 
@@ -110,7 +107,6 @@ def test_find_sharding_takes_the_mesh_that_was_named_or_the_one_that_fits(
 
 
 def test_verify_on_a_mesh_without_torchrun_is_refused(tucker: Path) -> None:
-    result = run_here("verify", tucker, "--tp", "2", "--ep", "2")
-    assert result.returncode == 2
-    assert "a mesh needs processes" in result.stderr
-    assert "torchrun --nproc-per-node 4 -m tuckerize verify" in result.stderr
+    with pytest.raises(UsageError, match="a mesh needs processes") as caught:
+        verify(VerifyRequest(folder=tucker, tp=2, ep=2))
+    assert "torchrun --nproc-per-node 4 -m tuckerize verify" in caught.value.hint
