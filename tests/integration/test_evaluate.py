@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,19 @@ from transformers import AutoModelForCausalLM
 
 from tests.running import run_here, succeed
 from tests.tiny_models import write_text
+from tuckerize import DecomposeRequest, EvaluateRequest, decompose, evaluate
 from tuckerize.calibration.text import parse_source, read_windows
+from tuckerize.errors import CheckpointError, TuckerizeError
+from tuckerize.report import EvaluateReport
 
 SIZE = ("--tokens", "1024", "--window", "64")
+
+
+def measured(model: Path, text: str | Path, against: Path | None = None) -> EvaluateReport:
+    """Evaluate on windows of the size of `SIZE`."""
+    return evaluate(
+        EvaluateRequest(model=model, text=text, against=against, tokens=1024, window=64)
+    )
 
 
 @torch.no_grad()
@@ -30,29 +41,27 @@ def nats_by_transformers(folder: Path, text: Path, tokenizer: Path) -> float:
 @pytest.mark.parametrize(
     "options",
     [
-        ("--keep", "0.6"),
-        ("--rank", "3,8,20", "--group-size", "4"),
-        ("--keep", "0.6", "--layers", "2"),
+        {"keep": 0.6},
+        {"rank": "3,8,20", "group_size": 4},
+        {"keep": 0.6, "layers": "2"},
     ],
-    ids=" ".join,
+    ids=str,
 )
 def test_perplexity_is_that_of_the_whole_model(
-    options: tuple[str, ...], model: Path, text: Path, tmp_path: Path
+    options: dict[str, Any], model: Path, text: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    succeed("decompose", "--model", model, *options, "--output", out)
-    found = json.loads(
-        succeed("evaluate", out, "--against", model, "--text", text, *SIZE, "--json")
-    )
-    assert found["tokens"] == 16 * 63
-    dense, factored = found["results"]
-    assert (dense["folder"], factored["folder"]) == (str(model), str(out))
-    assert dense["size"]["routed_parameters"] > factored["size"]["routed_parameters"]
+    decompose(DecomposeRequest(model=model, output=out, **options))
+    found = measured(out, text, against=model)
+    assert found.tokens == 16 * 63
+    dense, factored = found.results
+    assert (dense.folder, factored.folder) == (str(model), str(out))
+    assert dense.size.routed_parameters > factored.size.routed_parameters
     for result, folder in ((dense, model), (factored, out)):
         expected = nats_by_transformers(folder, text, model)
-        assert result["nats"] == pytest.approx(expected, rel=1e-5)
-        assert result["perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
-    assert dense["nats"] != pytest.approx(factored["nats"], rel=1e-4)
+        assert result.nats == pytest.approx(expected, rel=1e-5)
+        assert result.perplexity == pytest.approx(math.exp(expected), rel=1e-5)
+    assert dense.nats != pytest.approx(factored.nats, rel=1e-4)
 
 
 def test_table_compares_with_the_other_checkpoint(model: Path, text: Path) -> None:
@@ -65,25 +74,23 @@ def test_table_compares_with_the_other_checkpoint(model: Path, text: Path) -> No
 
 def test_short_text_is_said(model: Path, tmp_path: Path) -> None:
     text = write_text(tmp_path / "short.txt", 200)
-    result = run_here("evaluate", model, "--text", text, *SIZE)
-    assert result.returncode == 0
-    assert "gives 192 tokens of its share of 1024" in result.stderr
+    (note,) = measured(model, text).notes
+    assert "gives 192 tokens of its share of 1024" in note
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--text", "missing.txt"), "missing.txt is missing"),
-        (("--text", "missing.txt:0"), "positive weight"),
-        ((), "--text"),
-    ],
+    ("text", "message"),
+    [("missing.txt", r"missing\.txt is missing"), ("missing.txt:0", "positive weight")],
 )
-def test_what_cannot_be_evaluated_is_refused(
-    options: tuple[str, ...], message: str, model: Path
-) -> None:
-    result = run_here("evaluate", model, *options)
+def test_what_cannot_be_evaluated_is_refused(text: str, message: str, model: Path) -> None:
+    with pytest.raises(TuckerizeError, match=message):
+        evaluate(EvaluateRequest(model=model, text=text))
+
+
+def test_text_must_be_given(model: Path) -> None:
+    result = run_here("evaluate", model)
     assert result.returncode == 2
-    assert message in result.stderr
+    assert "--text" in result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -92,12 +99,10 @@ def test_model_of_another_vocabulary_is_refused(model: Path, text: Path, tmp_pat
     shutil.copytree(model, other)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "vocab_size": 99}))
-    result = run_here("evaluate", other, "--against", model, "--text", text)
-    assert result.returncode != 0
-    assert "has a vocabulary of 99 tokens" in " ".join(result.stderr.split())
+    with pytest.raises(TuckerizeError, match="has a vocabulary of 99 tokens"):
+        evaluate(EvaluateRequest(model=other, against=model, text=text))
 
 
 def test_folder_without_a_model_is_refused(text: Path, tmp_path: Path) -> None:
-    result = run_here("evaluate", tmp_path, "--text", text)
-    assert result.returncode != 0
-    assert "config.json" in result.stderr
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        evaluate(EvaluateRequest(model=tmp_path, text=text))
