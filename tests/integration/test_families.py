@@ -6,7 +6,6 @@ be all that a family takes.
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,15 +14,30 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.running import succeed, torchrun
+from tests.running import torchrun
 from tests.tiny_models import add_tokenizer, make_tiny_family, write_text
+from tuckerize import (
+    DecomposeRequest,
+    EvaluateRequest,
+    ReconstructRequest,
+    ShardRequest,
+    VerifyRequest,
+    decompose,
+    evaluate,
+    inspect,
+    reconstruct,
+    shard,
+    verify,
+)
 from tuckerize.checkpoint.files import read_json_object, write_json
 from tuckerize.checkpoint.reader import CONFIG, SINGLE_FILE
 from tuckerize.checkpoint.writer import write_tensors
+from tuckerize.domain import StackShape
 from tuckerize.moe.families import FAMILIES, Family, Routing
 from tuckerize.moe.storage import Packed, PerExpert
 
 IDS = torch.arange(3, 43)[None]
+FULL = "full,full,full"
 
 MIXTRAL = Family(
     model_type="mixtral",
@@ -47,6 +61,18 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return add_tokenizer(make_tiny_family(folder, request.param))
 
 
+def decompose_calibrated(model: Path, text: Path, output: Path) -> None:
+    """Decompose to 60 % with few tokens and steps."""
+    calibration = {"texts": [str(text)], "tokens": 2048, "refine": 5}
+    decompose(DecomposeRequest(model=model, keep=0.6, calibration=calibration, output=output))
+
+
+def perplexities(model: Path, tucker: Path, text: Path) -> tuple[float, ...]:
+    """Of the dense model, and of the Tucker checkpoint."""
+    request = EvaluateRequest(model=tucker, against=model, text=text, tokens=1024)
+    return tuple(result.perplexity for result in evaluate(request).results)
+
+
 @torch.no_grad()
 def logits(folder: Path) -> torch.Tensor:
     found: torch.Tensor = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(
@@ -59,20 +85,20 @@ def test_checkpoint_is_decomposed_sharded_verified_loaded_and_reconstructed(
     model: Path, tmp_path: Path
 ) -> None:
     out, dense = tmp_path / "out", tmp_path / "dense"
-    facts = json.loads(succeed("inspect", model, "--json"))
-    assert facts["shape"] == [8, 24, 64]
-    assert (facts["layers"], facts["top_k"], facts["shared_experts"]) == ([0, 1], 2, 0)
-    succeed("decompose", "--model", model, "--rank", "6,16,24", "--output", out)
-    succeed("shard", out, "--tp", "2")
+    facts = inspect(model)
+    assert facts.shape == StackShape(8, 24, 64)
+    assert (facts.layers, facts.top_k, facts.shared_experts) == ((0, 1), 2, 0)
+    decompose(DecomposeRequest(model=model, rank="6,16,24", output=out))
+    shard(ShardRequest(folder=out, tp=2))
     result = torchrun(2, "-m", "tuckerize", "verify", out)
     assert result.returncode == 0, result.stderr
-    succeed("reconstruct", out, "--output", dense)
+    reconstruct(ReconstructRequest(folder=out, output=dense))
     torch.testing.assert_close(logits(out), logits(dense), rtol=1e-4, atol=1e-4)
 
 
 def test_full_rank_is_the_dense_model(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    succeed("decompose", "--model", model, "--rank", "full,full,full", "--output", out)
+    decompose(DecomposeRequest(model=model, rank=FULL, output=out))
     torch.testing.assert_close(logits(out), logits(model), rtol=1e-4, atol=1e-4)
 
 
@@ -81,14 +107,9 @@ def test_calibration_streams_the_family(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     out, text = tmp_path / "out", write_text(tmp_path / "text.txt", 4000)
-    settings = ("--keep", "0.6", "--calibration", text, "--calibration-tokens", "2048")
-    succeed("decompose", "--model", model, *settings, "--refine", "5", "--output", out)
-    report = json.loads(succeed("verify", out, "--json"))
-    assert report["passed"]
-    found = json.loads(
-        succeed("evaluate", out, "--against", model, "--text", text, "--tokens", "1024", "--json")
-    )
-    dense, factored = (result["perplexity"] for result in found["results"])
+    decompose_calibrated(model, text, out)
+    assert verify(VerifyRequest(folder=out)).passed
+    dense, factored = perplexities(model, out, text)
     assert factored == pytest.approx(dense, rel=0.2)
 
 
@@ -120,18 +141,18 @@ def test_row_is_all_that_another_layout_takes(
     text = write_text(tmp_path / "text.txt", 4000)
     full, dense, small = tmp_path / "full", tmp_path / "dense", tmp_path / "small"
 
-    succeed("decompose", "--model", model, "--rank", "full,full,full", "--output", full)
+    decompose(DecomposeRequest(model=model, rank=FULL, output=full))
     torch.testing.assert_close(logits(full), logits(model), rtol=1e-4, atol=1e-4)
-    succeed("reconstruct", full, "--output", dense)
+    reconstruct(ReconstructRequest(folder=full, output=dense))
     expected, found = weights(model), weights(dense)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
-    settings = ("--keep", "0.6", "--calibration", text, "--calibration-tokens", "2048")
-    succeed("decompose", "--model", model, *settings, "--refine", "5", "--output", small)
-    report = json.loads(succeed("verify", small, "--json"))
-    assert report["passed"]
-    assert all(layer["residual_difference"] < 1e-4 for layer in report["layers"])
-    compared = ("evaluate", small, "--against", model, "--text", text, "--tokens", "1024", "--json")
-    results = json.loads(succeed(*compared))["results"]
-    assert results[1]["perplexity"] == pytest.approx(results[0]["perplexity"], rel=0.2)
+    decompose_calibrated(model, text, small)
+    report = verify(VerifyRequest(folder=small))
+    assert report.passed
+    for layer in report.layers:
+        assert layer.residual_difference is not None
+        assert layer.residual_difference < 1e-4
+    before, after = perplexities(model, small, text)
+    assert after == pytest.approx(before, rel=0.2)
