@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,23 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from tests.running import ROOT, files_of, succeed, torchrun
+from tests.running import ROOT, files_of, torchrun
+from tuckerize import (
+    DecomposeRequest,
+    ReconstructRequest,
+    ShardRequest,
+    VerifyRequest,
+    decompose,
+    inspect,
+    reconstruct,
+    shard,
+    verify,
+)
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 
 GOLDEN = ROOT / "tests" / "golden" / "v0.1"
 SOURCE = GOLDEN / "source"
 BFLOAT16 = 2**-9  # unit roundoff of the reconstructed weights
-VERIFY = ("--model", SOURCE, "--json")
 
 checkpoints = pytest.mark.parametrize("name", ["tucker", "data-free", "calibrated"])
 
@@ -51,18 +62,19 @@ def test_tensors_have_the_sizes_of_the_manifest(name: str) -> None:
 @checkpoints
 def test_inspect_describes_it(name: str) -> None:
     manifest = read_json(GOLDEN / name / "tuckerize.json")
-    report = json.loads(succeed("inspect", GOLDEN / name, "--json"))
-    assert report["size"] == manifest["after"]
-    assert report["tucker"]["before"] == manifest["before"]
-    assert report["tucker"]["layers"] == report["layers"] == [1, 2]
+    report = inspect(GOLDEN / name)
+    assert report.tucker is not None
+    assert asdict(report.size) == manifest["after"]
+    assert asdict(report.tucker.before) == manifest["before"]
+    assert report.tucker.layers == report.layers == (1, 2)
     folders = {path.name for path in (GOLDEN / name).iterdir() if path.is_dir()}
-    assert set(report["tucker"]["shardings"]) == folders
-    assert report["tucker"]["carries_loader"] == (name == "tucker")
+    assert set(report.tucker.shardings) == folders
+    assert report.tucker.carries_loader == (name == "tucker")
 
 
 @checkpoints
 def test_loaded_model_computes_what_its_reconstruction_does(name: str, tmp_path: Path) -> None:
-    succeed("reconstruct", GOLDEN / name, "--output", tmp_path / "dense")
+    reconstruct(ReconstructRequest(folder=GOLDEN / name, output=tmp_path / "dense"))
     exact, found = logits(tmp_path / "dense"), logits(GOLDEN / name)
     assert (found - exact).norm() < BFLOAT16 * exact.norm()
 
@@ -80,9 +92,11 @@ def test_loader_of_the_checkpoint_still_imports_what_it_needs() -> None:
 @checkpoints
 def test_whole_checkpoint_passes_verification(name: str, tmp_path: Path) -> None:
     out = shutil.copytree(GOLDEN / name, tmp_path / "out")
-    report = json.loads(succeed("verify", out, *VERIFY))
-    assert (report["passed"], report["layout"]) == (True, "unsharded")
-    assert all(layer["residual_difference"] < 1e-6 for layer in report["layers"])
+    report = verify(VerifyRequest(folder=out, model=SOURCE))
+    assert (report.passed, report.layout) == (True, "unsharded")
+    for layer in report.layers:
+        assert layer.residual_difference is not None
+        assert layer.residual_difference < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -91,7 +105,7 @@ def test_whole_checkpoint_passes_verification(name: str, tmp_path: Path) -> None
 )
 def test_shards_pass_verification(name: str, processes: int, tmp_path: Path) -> None:
     out = shutil.copytree(GOLDEN / name, tmp_path / "out")
-    result = torchrun(processes, "-m", "tuckerize", "verify", out, *VERIFY)
+    result = torchrun(processes, "-m", "tuckerize", "verify", out, "--model", SOURCE, "--json")
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     assert (report["passed"], report["tp_size"] * report["ep_size"]) == (True, processes)
@@ -116,7 +130,7 @@ def fixed(value: Any) -> Any:  # noqa: ANN401
 def test_decomposition_is_written_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     golden, out = GOLDEN / "tucker", tmp_path / "out"
     monkeypatch.chdir(GOLDEN)
-    succeed("decompose", "--model", "source", "--rank", "3,16,24", "--output", out)
+    decompose(DecomposeRequest(model="source", rank="3,16,24", output=out))
     names = {path.name for path in golden.iterdir() if path.is_file()}
     assert {path.name for path in out.iterdir()} == names | {"README.md"}
     for file in ("config.json", "model.safetensors.index.json"):
@@ -130,19 +144,19 @@ def test_decomposition_is_written_alike(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("name", "folder", "options"),
     [
-        ("tucker", "tp2", ("--tp", "2", "--layout", "rank")),
-        ("data-free", "tp2", ("--tp", "2")),
-        ("data-free", "tp2-ep2", ("--tp", "2", "--ep", "2")),
-        ("calibrated", "tp2", ("--tp", "2")),
+        ("tucker", "tp2", {"tp": 2, "layout": "rank"}),
+        ("data-free", "tp2", {"tp": 2}),
+        ("data-free", "tp2-ep2", {"tp": 2, "ep": 2}),
+        ("calibrated", "tp2", {"tp": 2}),
     ],
 )
 def test_shards_are_written_alike(
-    name: str, folder: str, options: tuple[str, ...], tmp_path: Path
+    name: str, folder: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
     """A slice is not rounded: all bytes of the weights are the same."""
     out = shutil.copytree(GOLDEN / name, tmp_path / "out")
     shutil.rmtree(out / folder)
-    succeed("shard", out, *options)
+    shard(ShardRequest(folder=out, **options))
     found, golden = files_of(out / folder), files_of(GOLDEN / name / folder)
     manifests = [fixed(json.loads(files.pop("tuckerize.json"))) for files in (found, golden)]
     assert manifests[0] == manifests[1]
