@@ -8,26 +8,38 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
-from tests.running import run_here, succeed, torchrun
+from tests.running import succeed, torchrun
+from tuckerize import (
+    DecomposeRequest,
+    GenerateRequest,
+    ReconstructRequest,
+    decompose,
+    generate,
+    inspect,
+    reconstruct,
+)
+from tuckerize.errors import CheckpointError
 from tuckerize.runtime.experts import TuckerExperts
 from tuckerize.version import INSTALL
 
 IDS = torch.arange(3, 43)[None]
 
-WAYS = {
-    "hidden mode": ("--keep", "0.6"),
-    "all modes": ("--rank", "5,16,20"),
-    "groups": ("--rank", "full,16,20", "--group-size", "4"),
-    "one U_I": ("--rank", "full,full,20", "--joint", "gate_up"),
-    "one layer": ("--keep", "0.6", "--layers", "2"),
-    "calibrated": ("--keep", "0.6", "--multiple", "2", "--refine", "0"),
-    "equal widths": ("--keep", "0.6", "--multiple", "2", "--refine", "0", "--equal-widths"),
+CALIBRATION = {"tokens": 2048, "multiple": 2, "refine": 0}
+WAYS: dict[str, dict[str, Any]] = {
+    "hidden mode": {"keep": 0.6},
+    "all modes": {"rank": "5,16,20"},
+    "groups": {"rank": "full,16,20", "group_size": 4},
+    "one U_I": {"rank": "full,full,20", "joint": "gate_up"},
+    "one layer": {"keep": 0.6, "layers": "2"},
+    "calibrated": {"keep": 0.6, "calibration": CALIBRATION},
+    "equal widths": {"keep": 0.6, "calibration": {**CALIBRATION, "equal_widths": True}},
 }
 
 
@@ -46,10 +58,10 @@ def outputs(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -
     found = {}
     for name, options in WAYS.items():
         found[name] = folder / name
-        extra: tuple[str | Path, ...] = ()
-        if "--refine" in options:
-            extra = ("--calibration", text, "--calibration-tokens", "2048")
-        succeed("decompose", "--model", model, *options, *extra, "--output", found[name])
+        own = dict(options)
+        if "calibration" in own:
+            own["calibration"] = {"texts": [str(text)], **own["calibration"]}
+        decompose(DecomposeRequest(model=model, output=found[name], **own))
     return found
 
 
@@ -72,7 +84,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 def test_model_computes_what_the_reconstruction_does(
     way: str, outputs: dict[str, Path], tmp_path: Path
 ) -> None:
-    succeed("reconstruct", outputs[way], "--output", tmp_path / "dense")
+    reconstruct(ReconstructRequest(folder=outputs[way], output=tmp_path / "dense"))
     dense, factored = load(tmp_path / "dense"), load(outputs[way])
     assert relative(logits(factored), logits(dense)) < 1e-5
     assert factored.num_parameters() < dense.num_parameters()
@@ -246,9 +258,9 @@ def test_inspect_refuses_what_would_not_be_loaded(outputs: dict[str, Path], tmp_
 
     def refused(changed: dict[str, object]) -> str:
         (out / "config.json").write_text(json.dumps(changed))
-        result = run_here("inspect", out)
-        assert result.returncode == 2
-        return " ".join(result.stderr.split())
+        with pytest.raises(CheckpointError) as caught:
+            inspect(out)
+        return caught.value.message
 
     assert "has no quantization_config of tuckerize" in refused(
         {**config, "quantization_config": {}}
@@ -281,14 +293,14 @@ def test_card_and_loader_are_written_and_the_card_of_the_source_comes_back(
     remote = {"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.X"}
     (source / "config.json").write_text(json.dumps({**config, "auto_map": remote}))
     out, dense = tmp_path / "out", tmp_path / "dense"
-    succeed("decompose", "--model", source, "--keep", "0.7", "--output", out)
+    decompose(DecomposeRequest(model=source, keep=0.7, output=out))
     ours = (out / "README.md").read_text()
     assert "license: mit" in ours
     assert "- tiny\n- tuckerize\n" in ours
     assert ours.index("import tuckerize") < ours.index("from_pretrained")
     auto_map = json.loads((out / "config.json").read_text())["auto_map"]
     assert auto_map == {"AutoModelForCausalLM": "tuckerize_modeling.DeepseekV2ForCausalLM"}
-    succeed("reconstruct", out, "--output", dense)
+    reconstruct(ReconstructRequest(folder=out, output=dense))
     assert (dense / "README.md").read_text() == card
     assert json.loads((dense / "config.json").read_text())["auto_map"] == remote
     left = {path.name for path in dense.iterdir()}
@@ -302,7 +314,7 @@ def test_card_of_the_source_that_cannot_be_read_stops_nothing(
     source, out = tmp_path / "source", tmp_path / "out"
     shutil.copytree(model, source)
     (source / "README.md").write_text(card)
-    succeed("decompose", "--model", source, "--keep", "0.7", "--output", out)
+    decompose(DecomposeRequest(model=source, keep=0.7, output=out))
     assert "import tuckerize" in (out / "README.md").read_text()
     assert (out / "README.source.md").read_text() == card
 
@@ -311,6 +323,6 @@ def test_generate_continues_a_prompt(outputs: dict[str, Path], model: Path) -> N
     found = succeed("generate", outputs["calibrated"], "--prompt", "17 11", "--tokens", "5")
     assert found.startswith("17 11")
     assert len(found.split()) == 7
-    refused = run_here("generate", model, "--prompt", "x")
-    assert refused.returncode != 0
-    assert "is not a finished Tucker checkpoint" in refused.stderr
+    with pytest.raises(CheckpointError) as caught:
+        generate(GenerateRequest(folder=model, prompt="x"))
+    assert "is not a finished Tucker checkpoint" in f"{caught.value.message} {caught.value.hint}"
