@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.running import succeed
+from tuckerize import DecomposeRequest, ReconstructRequest, decompose, reconstruct
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SHIPPED = EXAMPLES / "tiny-moe"
@@ -46,11 +46,10 @@ def test_more_kept_parameters_lose_less_perplexity(
     perplexity: Callable[..., Any], tmp_path: Path
 ) -> None:
     found = [perplexity(SHIPPED, TEXT).perplexity]
-    for keep in ("0.9", "0.75", "0.5"):
-        out, dense = tmp_path / keep, tmp_path / f"dense-{keep}"
-        options = ("--keep", keep, "--joint", "gate_up", "--output", out)
-        succeed("decompose", "--model", SHIPPED, *options)
-        succeed("reconstruct", out, "--output", dense)
+    for keep in (0.9, 0.75, 0.5):
+        out, dense = tmp_path / f"{keep}", tmp_path / f"dense-{keep}"
+        decompose(DecomposeRequest(model=SHIPPED, keep=keep, joint="gate_up", output=out))
+        reconstruct(ReconstructRequest(folder=out, output=dense))
         found.append(perplexity(dense, TEXT).perplexity)
     assert found == sorted(found)
     assert found[-1] < 1.6 * found[0]
