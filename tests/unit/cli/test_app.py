@@ -6,12 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
 import tuckerize
+from tests.tiny_models import add_tokenizer, make_tiny_model, write_text
 from tuckerize.cli.app import app
 
 COMMANDS = tuple(str(info.callback.__name__) for info in app.registered_commands if info.callback)
@@ -144,23 +146,35 @@ def test_decompose_dry_run_as_json_writes_nothing(tiny_model: Path, tmp_path: Pa
 
 
 def test_every_command_as_json_prints_one_report_and_nothing_else(
-    tiny_model: Path, tmp_path: Path
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = add_tokenizer(make_tiny_model(tmp_path / "model"))
+    text = write_text(tmp_path / "text.txt", 1200)
     out, dense = tmp_path / "out", tmp_path / "dense"
-    source = ("--model", tiny_model)
-    calls: dict[str, tuple[str | Path, ...]] = {
-        "sweeps": ("decompose", *source, "--rank", "full,12,16", "--output", out),
-        "costs": ("shard", out, "--tp", "2"),
-        "passed": ("verify", out, "--tokens", "4"),
-        "layers": ("reconstruct", out, "--output", dense),
-        "largest_residual": ("inspect", out),
+    few = ("--calibration-tokens", "1024")
+    # A key of the report, and the arguments, in an order in which each finds what it needs.
+    calls: dict[str, tuple[str, tuple[str | Path, ...]]] = {
+        "doctor": ("versions", ()),
+        "plan": ("points", ("--model", model, "--calibration", text, *few)),
+        "decompose": ("sweeps", ("--model", model, "--rank", "full,12,16", "--output", out)),
+        "shard": ("costs", (out, "--tp", "2")),
+        "verify": ("passed", (out, "--tokens", "4")),
+        "reconstruct": ("layers", (out, "--output", dense)),
+        "inspect": ("largest_residual", (out,)),
+        "evaluate": ("perplexity", (out, "--text", text, "--tokens", "1024")),
     }
-    for key, arguments in calls.items():
-        result = run(*arguments, "--json")
+    assert calls.keys() == {
+        str(info.callback.__name__)
+        for info in app.registered_commands
+        if info.callback and "as_json" in signature(info.callback).parameters
+    }
+    for command, (key, arguments) in calls.items():
+        result = run(command, *arguments, "--json")
         assert (result.exit_code, result.stderr) == (0, ""), result.output
         assert f'"{key}"' in result.stdout
         assert json.loads(result.stdout)["schema_version"] == 1
-    again = run(*calls["sweeps"])
+    again = run("decompose", *calls["decompose"][1])
     assert again.exit_code == 2
     assert "already holds a finished result" in again.stderr
 
