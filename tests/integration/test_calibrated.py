@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import tuckerize
-from tests.running import files_of, run_here, start, succeed, torchrun
+from tests.running import files_of, run_here, start, torchrun
 from tests.tiny_models import write_text
 from tuckerize.calibration import calibration_pass as run_module
 from tuckerize.calibration import tokens as tokens_module
@@ -31,18 +31,17 @@ from tuckerize.calibration.tokens import DenseGroup, LayerTokens
 from tuckerize.checkpoint.output import OutputFolder
 from tuckerize.compression import calibrated as calibrated_module
 from tuckerize.domain import Projection
-from tuckerize.errors import UsageError
+from tuckerize.errors import TuckerizeError, UsageError
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 from tuckerize.moe.source import SourceModel
 from tuckerize.names import TensorName
 from tuckerize.pipeline.decompose import DecomposeRequest
 from tuckerize.progress import SilentProgress
 from tuckerize.recipe import CalibrationSettings, Recipe, Rule
+from tuckerize.report import DecomposeReport, PlanReport, VerifyReport
 from tuckerize.runtime.experts import ACTIVATIONS, TuckerExperts
 
 CPU = torch.device("cpu")
-PLAIN = ("--refine", "0")
-TOKENS = ("--calibration-tokens", "1024")
 BLOCK = 64  # held-out tokens stand in blocks of so many: 1024 tokens have one
 
 
@@ -60,37 +59,51 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def refined(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Tucker checkpoint of 60 %, with enough text to hold some out."""
     out = tmp_path_factory.mktemp("refined") / "out"
-    decompose(model, text, out, "--keep", "0.6", "--multiple", "1", "--refine", "5")
+    decompose(model, text, out, {"multiple": 1, "refine": 5}, keep=0.6)
     return out
 
 
-def decompose(model: Path, text: Path, out: Path, *options: str) -> dict[str, Any]:
-    """Decompose with calibration; returns the report."""
-    common = ("--calibration", text, *TOKENS, "--json")
-    output = succeed("decompose", "--model", model, "--output", out, *common, *options)
-    report: dict[str, Any] = json.loads(output)
-    return report
-
-
 def request_of(
-    model: Path, text: Path, out: Path, settings: dict[str, Any], options: dict[str, Any]
+    model: Path, text: Path, out: Path | None, settings: dict[str, Any], options: dict[str, Any]
 ) -> DecomposeRequest:
-    """A request without refinement, for settings that are recipe keys or for the API itself."""
+    """A request with calibration, without refinement unless the settings say so."""
     calibration = {"texts": [str(text)], "tokens": 1024, "refine": 0, **settings}
     return DecomposeRequest(model=model, output=out, **{**options, "calibration": calibration})
 
 
-def dry_run(model: Path, text: Path) -> tuple[str | Path, ...]:
-    """The command that plans a calibrated decomposition; its size is still to be added."""
-    options = ("--calibration", text, "--dry-run", "--json", *TOKENS, *PLAIN)
-    return ("decompose", "--model", model, *options)
+def decompose(
+    model: Path,
+    text: Path,
+    out: Path,
+    settings: dict[str, Any],
+    **options: Any,  # noqa: ANN401
+) -> DecomposeReport:
+    """Decompose with settings of the calibration and options beside it."""
+    report = tuckerize.decompose(request_of(model, text, out, settings, options))
+    assert report is not None
+    return report
 
 
-def plan_of(*arguments: str | Path) -> dict[str, Any]:
-    """The plan of a dry run, without the estimate of its time."""
-    plan: dict[str, Any] = json.loads(succeed(*arguments))
-    del plan["seconds"]
-    return plan
+def plan_of(model: Path, text: Path, *, keep: float) -> PlanReport:
+    """The plan of a calibrated decomposition, without the estimate of its time."""
+    plan = tuckerize.preview(request_of(model, text, None, {}, {"keep": keep}))
+    assert plan is not None
+    return replace(plan, seconds=0)
+
+
+def verify(folder: Path) -> VerifyReport:
+    """Verify a Tucker checkpoint in this process."""
+    return tuckerize.verify(tuckerize.VerifyRequest(folder=folder))
+
+
+def shard(folder: Path, tp: int, **options: Any) -> None:  # noqa: ANN401
+    """Cut a Tucker checkpoint into shards."""
+    tuckerize.shard(tuckerize.ShardRequest(folder=folder, tp=tp, **options))
+
+
+def reconstruct(folder: Path, output: Path) -> None:
+    """Expand a Tucker checkpoint."""
+    tuckerize.reconstruct(tuckerize.ReconstructRequest(folder=folder, output=output))
 
 
 def manifest_of(out: Path) -> dict[str, Any]:
@@ -144,24 +157,26 @@ def test_budget_is_kept_and_manifest_and_config_say_what_was_done(
 def test_result_is_verified_alone_and_in_shards(refined: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(refined, out)
-    report = json.loads(succeed("verify", out, "--json"))
-    assert report["passed"]
-    assert all(0 < layer["output_error"] < 1 for layer in report["layers"])
-    assert all(layer["residual_difference"] < 1e-6 for layer in report["layers"])
-    succeed("inspect", out)
-    succeed("shard", out, "--tp", "2", "--layout", "intermediate")
-    refused_layout = run_here("shard", out, "--tp", "2", "--layout", "rank", "--overwrite")
-    assert refused_layout.returncode == 2
-    assert "layout 'rank' splits experts of equal width only" in refused_layout.stderr
-    narrow = run_here("shard", out, "--tp", "25")
-    assert "is not enough for 25" in narrow.stderr
+    report = verify(out)
+    assert report.passed
+    for layer in report.layers:
+        assert layer.output_error is not None
+        assert 0 < layer.output_error < 1
+        assert layer.residual_difference is not None
+        assert layer.residual_difference < 1e-6
+    tuckerize.inspect(out)
+    shard(out, 2, layout="intermediate")
+    with pytest.raises(UsageError, match="layout 'rank' splits experts of equal width only"):
+        shard(out, 2, layout="rank", overwrite=True)
+    with pytest.raises(UsageError, match="is not enough for 25"):
+        shard(out, 25)
     result = torchrun(2, "-m", "tuckerize", "verify", out)
     assert result.returncode == 0, result.stderr
 
 
 def test_reconstruction_computes_what_the_factors_do(refined: Path, tmp_path: Path) -> None:
     dense = tmp_path / "dense"
-    succeed("reconstruct", refined, "--output", dense)
+    reconstruct(refined, dense)
     loaded = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
     tucker = TuckerCheckpoint.open(refined)
     weights = weights_of(dense)
@@ -196,7 +211,7 @@ def test_same_command_twice_gives_the_same_bytes(
     results = []
     for place in ("a", "b"):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache" / place))
-        decompose(model, text, tmp_path / place, "--keep", "0.7", "--refine", "5")
+        decompose(model, text, tmp_path / place, {"refine": 5}, keep=0.7)
         results.append(files_of(tmp_path / place))
     assert results[0] == results[1]
 
@@ -246,7 +261,7 @@ def test_budget_is_kept_and_used_as_planned_with_every_option(
     stored = manifest["after"]["routed_parameters"] - (2 - len(layers)) * ROUTED
     # The smallest step of neurons alone is an eighth of the smallest that may be left over.
     assert 0.93 * 0.7 * len(layers) * ROUTED <= stored <= 0.7 * len(layers) * ROUTED
-    assert "passed" in succeed("verify", out)
+    assert verify(out).passed
 
 
 def compressed_layers(
@@ -291,7 +306,7 @@ def test_experts_of_equal_widths_are_sharded_by_rank(
     ]
     assert all(isinstance(width, int) for width in widths)
     assert min(widths) < 24
-    succeed("shard", out, "--tp", "2", "--layout", "rank")
+    shard(out, 2, layout="rank")
     result = torchrun(2, "-m", "tuckerize", "verify", out)
     assert result.returncode == 0, result.stderr
 
@@ -342,8 +357,7 @@ def test_one_shot_differs_behind_the_first_compressed_layer(
     layers = []
     for name, sequential in (("sequential", True), ("one-shot", False)):
         settings = {"sequential": sequential}
-        request = request_of(model, text, tmp_path / name, settings, {"rank": "full,full,20"})
-        tuckerize.decompose(request)
+        decompose(model, text, tmp_path / name, settings, rank="full,full,20")
         tucker = TuckerCheckpoint.open(tmp_path / name)
         layers.append([tucker.read_group(layer, 0) for layer in (1, 2)])
     same = [
@@ -372,7 +386,7 @@ def test_outputs_count_relative_to_the_lengths_of_hidden_states(
 
     monkeypatch.setattr(calibrated_module, "refine", noted)
     out = tmp_path / "out"
-    decompose(model, text, out, "--rank", "full,16,20", "--refine", "2")
+    decompose(model, text, out, {"refine": 2}, rank="full,16,20")
     settings = CalibrationSettings(texts=(str(text),), tokens=1024)
     recipe = Recipe(rules=(Rule(rank="full,16,20"),), calibration=settings)
     tokens_SL = CalibrationPass.open(SourceModel.open(model), recipe, CPU).windows_SL
@@ -419,18 +433,18 @@ def layer_call(loaded: Any, index: int, tokens_SL: Tensor) -> LayerCall:  # noqa
     return LayerCall(seen["layer"].flatten(0, 1), seen["experts"], seen["experts in"])
 
 
-@pytest.mark.parametrize("joint", [(), ("--joint", "gate_up")], ids=["alone", "joint"])
+@pytest.mark.parametrize("joint", [None, "gate_up"], ids=["alone", "joint"])
 @pytest.mark.parametrize("rank", ["50%,50%,50%", "full,full,60%", "6,full,full"])
 def test_core_sizes_may_be_given(
-    rank: str, joint: tuple[str, ...], model: Path, text: Path, tmp_path: Path
+    rank: str, joint: str | None, model: Path, text: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    report = decompose(model, text, out, "--rank", rank, *joint, *PLAIN)
-    assert report["predicted_kl"] is None
+    report = decompose(model, text, out, {}, rank=rank, joint=joint)
+    assert report.predicted_kl is None
     manifest = manifest_of(out)
     assert all(layer["predicted_error"] is None for layer in manifest["calibrated"])
     assert len({tuple(stack["multilinear_rank"]) for stack in manifest["stacks"]}) == 1
-    assert "passed" in succeed("verify", out)
+    assert verify(out).passed
 
 
 def test_recipe_may_mix_budgets_and_core_sizes(model: Path, text: Path, tmp_path: Path) -> None:
@@ -439,44 +453,39 @@ def test_recipe_may_mix_budgets_and_core_sizes(model: Path, text: Path, tmp_path
     rules = [{"layers": "1", "keep": 0.6}, {"layers": "2", "rank": "full,12,20"}]
     recipe.write_text(json.dumps({"rules": rules, "calibration": calibration}))
     out = tmp_path / "out"
-    succeed("decompose", "--model", model, "--recipe", recipe, "--output", out)
+    tuckerize.decompose(DecomposeRequest(model=model, recipe=recipe, output=out))
     by_layer = {stack["layer"]: stack for stack in manifest_of(out)["stacks"]}
     assert by_layer[2]["multilinear_rank"] == [8, 12, 20]
-    assert "passed" in succeed("verify", out)
-    succeed("shard", out, "--tp", "2")
-    succeed("reconstruct", out, "--output", tmp_path / "dense")
+    assert verify(out).passed
+    shard(out, 2)
+    reconstruct(out, tmp_path / "dense")
 
 
 def test_whole_budget_gives_the_dense_model_back(model: Path, text: Path, tmp_path: Path) -> None:
     out, dense = tmp_path / "out", tmp_path / "dense"
-    decompose(model, text, out, "--keep", "1")
-    succeed("reconstruct", out, "--output", dense)
+    decompose(model, text, out, {"refine": 300}, keep=1)
+    reconstruct(out, dense)
     source, result = weights_of(model), weights_of(dense)
     assert source.keys() == result.keys()
     assert all(torch.equal(source[name], result[name]) for name in source)
-    assert "passed" in succeed("verify", out)
+    assert verify(out).passed
 
 
 def test_calibration_has_less_output_error_than_none(
     model: Path, text: Path, tmp_path: Path
 ) -> None:
     """On the text itself, at equal size: what all of this is for."""
-    size = ("--keep", "0.6")
-    settings = {"shape": "latent"}
-    report = tuckerize.decompose(
-        request_of(model, text, tmp_path / "with", settings, {"keep": 0.6})
-    )
-    succeed("decompose", "--model", model, *size, "--output", tmp_path / "without")
+    report = decompose(model, text, tmp_path / "with", {"shape": "latent"}, keep=0.6)
+    tuckerize.decompose(DecomposeRequest(model=model, keep=0.6, output=tmp_path / "without"))
     losses = []
     tokens = torch.tensor([[int(word) for word in text.read_text().split()[:512]]])
     exact = logits(model, tokens)
     for name in ("with", "without"):
-        succeed("reconstruct", tmp_path / name, "--output", tmp_path / f"{name}-dense")
+        reconstruct(tmp_path / name, tmp_path / f"{name}-dense")
         found = logits(tmp_path / f"{name}-dense", tokens)
         losses.append(float((exact.exp() * (exact - found)).sum(-1).mean()))
     assert routed_parameters(tmp_path / "with") <= routed_parameters(tmp_path / "without")
     assert losses[0] < losses[1]
-    assert report is not None
     assert report.predicted_kl is not None
     assert report.predicted_kl > 0
 
@@ -515,18 +524,18 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, owner: type, method: str, call: i
 def test_run_that_is_interrupted_anywhere_ends_with_the_same_bytes(
     method: str, call: int, model: Path, text: Path, tmp_path: Path
 ) -> None:
-    options = ("--rank", "full,16,20", *PLAIN)
-    decompose(model, text, tmp_path / "whole", *options)
+    rank = "full,16,20"
+    decompose(model, text, tmp_path / "whole", {}, rank=rank)
     out = tmp_path / "out"
     owner = OutputFolder if method == "write_record" else run_module.SavedStates
     with pytest.MonkeyPatch.context() as patch:
         interrupt(patch, owner, method, call)
-        arguments = ("--model", model, "--output", out, "--calibration", text, *TOKENS, *options)
-        assert run_here("decompose", *arguments).returncode == 130
+        with pytest.raises(Stop):
+            decompose(model, text, out, {}, rank=rank)
     assert not (out / "tuckerize.json").exists()
     with pytest.MonkeyPatch.context() as patch:
         layers = interrupt(patch, run_module.CalibrationPass, "groups", 0)
-        decompose(model, text, out, *options)
+        decompose(model, text, out, {}, rank=rank)
     done = {("write_record", 2): 1, ("save", 3): 1}.get((method, call), 0)
     assert len(layers) == 2 - done
     assert files_of(out) == files_of(tmp_path / "whole")
@@ -538,9 +547,10 @@ def test_killed_run_continues_and_ends_with_the_same_bytes(
     """A real kill, as soon as the first layer is noted."""
     monkeypatch.setattr(tokens_module, "HELD_OUT_BLOCK", 512)
     out = tmp_path / "out"
-    options = ("--rank", "full,16,20", "--refine", "20", "--calibration-tokens", "8192")
-    arguments = ("--calibration", text)
-    process = start("decompose", "--model", model, "--output", out, *arguments, *options)
+    rank, settings = "full,16,20", {"tokens": 8192, "refine": 20}
+    options = ("--rank", rank, "--calibration-tokens", "8192", "--refine", "20")
+    arguments = ("--model", model, "--output", out, "--calibration", text)
+    process = start("decompose", *arguments, *options)
     record = out / ".tuckerize" / "layer-00001.json"
     while not record.exists() and process.poll() is None:
         time.sleep(0.005)
@@ -548,8 +558,8 @@ def test_killed_run_continues_and_ends_with_the_same_bytes(
     _, errors = process.communicate()
     assert record.exists(), errors.decode()
     assert not (out / "tuckerize.json").exists()
-    decompose(model, text, out, *options)
-    decompose(model, text, tmp_path / "whole", *options)
+    decompose(model, text, out, settings, rank=rank)
+    decompose(model, text, tmp_path / "whole", settings, rank=rank)
     assert files_of(out) == files_of(tmp_path / "whole")
 
 
@@ -580,8 +590,7 @@ def test_nothing_of_a_layer_is_left_when_the_next_begins(
 
     monkeypatch.setattr(CalibrationPass, "groups", noted_groups)
     monkeypatch.setattr(CalibrationPass, "module", noted_module)
-    settings = {"sequential": sequential}
-    tuckerize.decompose(request_of(model, text, tmp_path / "out", settings, {"keep": 0.6}))
+    decompose(model, text, tmp_path / "out", {"sequential": sequential}, keep=0.6)
     assert len(made) > len(left) > 1
     assert left == [0] * len(left)
 
@@ -590,18 +599,19 @@ def test_profile_is_made_once_for_all_budgets(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    plan = dry_run(model, text)
-    first = json.loads(succeed(*plan, "--keep", "0.5"))
+    first = plan_of(model, text, keep=0.5)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
     assert sum(path.suffix == ".safetensors" for path in before) == 2
     calls = interrupt(monkeypatch, run_module.CalibrationPass, "run_layer", 0)
-    second = json.loads(succeed(*plan, "--keep", "0.8"))
+    second = plan_of(model, text, keep=0.8)
     assert calls == []
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*")} == before
-    assert second["predicted_kl"] < first["predicted_kl"]
+    assert first.predicted_kl is not None
+    assert second.predicted_kl is not None
+    assert second.predicted_kl < first.predicted_kl
     # Another text, another profile.
     other = write_text(tmp_path / "other.txt", 2000, seed=1)
-    succeed(*dry_run(model, other), "--keep", "0.5")
+    plan_of(model, other, keep=0.5)
     assert calls
 
 
@@ -627,16 +637,16 @@ def test_sensitivity_is_of_all_texts_whichever_comes_first(
 def test_interrupted_profile_continues_behind_the_last_layer(
     call: int, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = dry_run(model, text)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "whole"))
-    whole = plan_of(*plan, "--keep", "0.5")
+    whole = plan_of(model, text, keep=0.5)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.MonkeyPatch.context() as patch:
         interrupt(patch, run_module.SavedStates, "save", call)
-        assert run_here(*plan, "--keep", "0.5").returncode == 130
+        with pytest.raises(Stop):
+            plan_of(model, text, keep=0.5)
     with pytest.MonkeyPatch.context() as patch:
         calls = interrupt(patch, run_module.SavedStates, "save", 0)
-        assert plan_of(*plan, "--keep", "0.5") == whole
+        assert plan_of(model, text, keep=0.5) == whole
     assert len(calls) == 3 - (call - 1)
     folders = [next((tmp_path / name / "tuckerize").iterdir()) for name in ("whole", "cache")]
     assert files_of(folders[0]) == files_of(folders[1])
@@ -645,35 +655,32 @@ def test_interrupted_profile_continues_behind_the_last_layer(
 def test_profile_interrupted_at_its_end_is_finished(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = dry_run(model, text)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "whole"))
-    whole = plan_of(*plan, "--keep", "0.5")
+    whole = plan_of(model, text, keep=0.5)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.MonkeyPatch.context() as patch:
         # Two open profiles were saved in the pass, then one of the finished.
         interrupt(patch, ProfileCache, "save", 4)
-        assert run_here(*plan, "--keep", "0.5").returncode == 130
-    assert plan_of(*plan, "--keep", "0.5") == whole
+        with pytest.raises(Stop):
+            plan_of(model, text, keep=0.5)
+    assert plan_of(model, text, keep=0.5) == whole
 
 
 def test_few_tokens_of_an_expert_are_named(model: Path, text: Path, tmp_path: Path) -> None:
-    tokens = ("--calibration-tokens", "64", "--refine", "0")
     recipe = tmp_path / "recipe.yaml"
     settings = {"texts": [str(text)], "tokens": 64, "window": 32, "refine": 0}
     rules = [{"rank": "full,full,20"}]
     recipe.write_text(json.dumps({"rules": rules, "calibration": settings}))
     out = tmp_path / "out"
-    result = run_here("decompose", "--model", model, "--recipe", recipe, "--output", out)
-    assert result.returncode == 0, result.stderr
-    assert "saw fewer than 24 tokens" in result.stderr
-    assert "note: layer 1: experts" in result.stderr
+    report = tuckerize.decompose(DecomposeRequest(model=model, recipe=recipe, output=out))
+    assert report is not None
+    notes = "\n".join(report.notes)
+    assert "saw fewer than 24 tokens" in notes
+    assert any(note.startswith("layer 1: experts") for note in report.notes)
     assert all(np.isfinite(s["relative_residual"]) for s in manifest_of(out)["stacks"])
-    assert "passed" in succeed("verify", out)
-    result = run_here(
-        "decompose", "--model", model, "--calibration", text, *tokens, "--keep", "0.5", "--dry-run"
-    )
-    assert result.returncode == 2
-    assert "64 tokens in windows of 512" in result.stderr
+    assert verify(out).passed
+    with pytest.raises(TuckerizeError, match="64 tokens in windows of 512"):
+        tuckerize.preview(request_of(model, text, None, {"tokens": 64}, {"keep": 0.5}))
 
 
 @pytest.mark.parametrize("name", ["experts.5.up_proj.weight", "gate.weight"])
@@ -685,32 +692,30 @@ def test_nan_in_a_weight_names_the_layer(
     weights = load_file(broken / "model.safetensors")
     weights[f"model.layers.2.mlp.{name}"][3, 4] = float("nan")
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    size = ("--calibration", text, *TOKENS, *PLAIN, "--keep", "0.7")
-    result = run_here("decompose", "--model", broken, *size, "--output", tmp_path / "out")
-    assert result.returncode == 2, result.stderr
-    assert "layer 2" in result.stderr
+    with pytest.raises(TuckerizeError, match="layer 2") as caught:
+        decompose(broken, text, tmp_path / "out", {}, keep=0.7)
     if "experts" in name:
-        assert "the stack holds nan at expert 5, intermediate 3, hidden 4" in result.stderr
+        place = "the stack holds nan at expert 5, intermediate 3, hidden 4"
+        assert place in caught.value.message
 
 
 @pytest.mark.parametrize(
-    ("options", "message", "hint"),
+    ("source", "options", "message", "hint"),
     [
-        (("--calibration", "nowhere.txt"), "the file nowhere.txt is missing", "check the path"),
-        (("--calibration", "EMPTY"), "empty.txt has no text", "give a file with text"),
-        (("--calibration", "TEXT:-1"), "with a positive weight", "notes.txt:0.7"),
-        (("--refine", "10"), "--refine belongs to --calibration", "--calibration FILE"),
-        (("--calibration-tokens", "9"), "--calibration-tokens belongs to", "--calibration FILE"),
-        (("--calibration", "TEXT", "--engine", "tensorly"), "tensorly is data-free", ""),
-        (("--calibration", "TEXT", "--projections", "up_proj"), "all three projections", ""),
-        (("--calibration", "TEXT", "--layers", "0"), "names layer 0 without routed", "are 1 to 2"),
-        (("--calibration", "TEXT", "--group-size", "3"), "does not divide the 8", "1, 2, 4, 8"),
-        (("--calibration", "TEXT", "--multiple", "0"), "--multiple", "equal to 1"),
-        (("--calibration", "TEXT", "--calibration-tokens", "100"), "100 tokens in windows", ""),
+        ("nowhere.txt", {}, "the file nowhere.txt is missing", "check the path"),
+        ("EMPTY", {}, "empty.txt has no text", "give a file with text"),
+        ("TEXT:-1", {}, "with a positive weight", "notes.txt:0.7"),
+        ("TEXT", {"engine": "tensorly"}, "tensorly is data-free", ""),
+        ("TEXT", {"projections": "up_proj"}, "all three projections", ""),
+        ("TEXT", {"layers": "0"}, "names layer 0 without routed", "are 1 to 2"),
+        ("TEXT", {"group_size": 3}, "does not divide the 8", "1, 2, 4, 8"),
+        ("TEXT", {"calibration": {"multiple": 0}}, "--multiple 0 is not", "at least 1"),
+        ("TEXT", {"calibration": {"tokens": 100}}, "100 tokens in windows", ""),
     ],
 )
 def test_bad_option_of_calibration_says_what_to_change_and_writes_nothing(
-    options: tuple[str, ...],
+    source: str,
+    options: dict[str, Any],
     message: str,
     hint: str,
     model: Path,
@@ -720,28 +725,27 @@ def test_bad_option_of_calibration_says_what_to_change_and_writes_nothing(
 ) -> None:
     empty = tmp_path / "empty.txt"
     empty.write_text(" \n")
-    own = [word.replace("TEXT", str(text)).replace("EMPTY", str(empty)) for word in options]
-    refused(model, tmp_path, ("--keep", "0.7", *own), message, hint, cache)
+    own = source.replace("TEXT", str(text)).replace("EMPTY", str(empty))
+    calibration = {"texts": [own], **options.get("calibration", {})}
+    refused(
+        model,
+        tmp_path,
+        {"keep": 0.7, **options, "calibration": calibration},
+        message,
+        hint,
+        cache,
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "message", "hint"),
     [
-        (("--tolerance", "0.1"), "a tolerance is of weights", "give keep"),
-        (
-            ("--keep", "0.01"),
-            "keep 0.01 is below what the smallest",
-            "at least 0.061, or a smaller",
-        ),
-        (("--rank", "9,24,32"), "core size 9 of the expert mode (E) is not between 1 and 8", ""),
-        (
-            ("--rank", "2,3,7", "--joint", "gate_up"),
-            "core size 7 of the hidden mode (I) is above 6",
-            "at most 6",
-        ),
+        (("--refine", "10"), "--refine belongs to --calibration", "--calibration FILE"),
+        (("--calibration-tokens", "9"), "--calibration-tokens belongs to", "--calibration FILE"),
+        (("--calibration", "TEXT", "--multiple", "0"), "--multiple", "equal to 1"),
     ],
 )
-def test_bad_size_with_calibration_is_refused_before_any_work(
+def test_bad_option_of_the_command_line_is_refused_by_it(
     options: tuple[str, ...],
     message: str,
     hint: str,
@@ -750,26 +754,9 @@ def test_bad_size_with_calibration_is_refused_before_any_work(
     tmp_path: Path,
     cache: Path,
 ) -> None:
-    refused(model, tmp_path, ("--calibration", str(text), *options), message, hint, cache)
-
-
-def test_budget_below_the_smallest_latent_size_is_refused(
-    model: Path, text: Path, tmp_path: Path
-) -> None:
-    request = request_of(model, text, tmp_path / "out", {"shape": "latent"}, {"keep": 0.01})
-    with pytest.raises(UsageError, match=r"keep 0\.01 is below") as caught:
-        tuckerize.decompose(request)
-    assert "at least 0.278" in caught.value.hint
-    assert not (tmp_path / "out").exists()
-
-
-def refused(
-    model: Path, folder: Path, options: tuple[str, ...], message: str, hint: str, cache: Path
-) -> None:
-    """The command ends with exit code 2, and neither a folder nor a profile was begun."""
-    before = files_of(cache)
-    out = folder / "out"
-    result = run_here("decompose", "--model", model, *options, "--output", out)
+    before, out = files_of(cache), tmp_path / "out"
+    own = [word.replace("TEXT", str(text)) for word in options]
+    result = run_here("decompose", "--model", model, "--keep", "0.7", *own, "--output", out)
     assert result.returncode == 2, result.stderr
     words = " ".join(result.stderr.split())
     assert message in words
@@ -779,10 +766,58 @@ def refused(
     assert files_of(cache) == before
 
 
+@pytest.mark.parametrize(
+    ("options", "message", "hint"),
+    [
+        ({"tolerance": 0.1}, "a tolerance is of weights", "give keep"),
+        ({"keep": 0.01}, "keep 0.01 is below what the smallest", "at least 0.061, or a smaller"),
+        ({"rank": "9,24,32"}, "core size 9 of the expert mode (E) is not between 1 and 8", ""),
+        (
+            {"rank": "2,3,7", "joint": "gate_up"},
+            "core size 7 of the hidden mode (I) is above 6",
+            "at most 6",
+        ),
+    ],
+)
+def test_bad_size_with_calibration_is_refused_before_any_work(
+    options: dict[str, Any],
+    message: str,
+    hint: str,
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    cache: Path,
+) -> None:
+    refused(model, tmp_path, {"calibration": text, **options}, message, hint, cache)
+
+
+def test_budget_below_the_smallest_latent_size_is_refused(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=r"keep 0\.01 is below") as caught:
+        decompose(model, text, tmp_path / "out", {"shape": "latent"}, keep=0.01)
+    assert "at least 0.278" in caught.value.hint
+    assert not (tmp_path / "out").exists()
+
+
+def refused(
+    model: Path, folder: Path, options: dict[str, Any], message: str, hint: str, cache: Path
+) -> None:
+    """The request is refused, and neither a folder nor a profile was begun."""
+    before = files_of(cache)
+    out = folder / "out"
+    with pytest.raises(TuckerizeError) as caught:
+        tuckerize.decompose(DecomposeRequest(model=model, output=out, **options))
+    assert message in caught.value.message
+    assert hint in f"{caught.value.message} {caught.value.hint}"
+    assert not out.exists()
+    assert files_of(cache) == before
+
+
 def test_model_without_a_tokenizer_is_refused(
     tiny_model: Path, text: Path, tmp_path: Path, cache: Path
 ) -> None:
-    options = ("--keep", "0.7", "--calibration", str(text))
+    options = {"keep": 0.7, "calibration": text}
     refused(tiny_model, tmp_path, options, "has no tokenizer", "tokenizer files", cache)
 
 
