@@ -1,8 +1,12 @@
-"""The main job on checkpoints that transformers made, up to what transformers loads again."""
+"""The main job on checkpoints that transformers made, up to what transformers loads again.
+
+The first test runs the commands as users do, the others call the API.
+"""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,15 @@ from transformers import AutoModelForCausalLM
 
 from tests.running import files_of, succeed
 from tests.tiny_models import make_tiny_model
+from tuckerize import (
+    DecomposeRequest,
+    ReconstructRequest,
+    ShardRequest,
+    decompose,
+    preview,
+    reconstruct,
+    shard,
+)
 from tuckerize.domain import GATE_UP
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint, factors_of
 
@@ -67,14 +80,14 @@ def test_full_rank_reconstruct_gives_the_source_back(method: str, tmp_path: Path
     assert "passed" in succeed("verify", out)
 
 
-@pytest.mark.parametrize("joint", [(), ("--joint", "gate_up")])
+@pytest.mark.parametrize("joint", [None, "gate_up"])
 def test_truncated_residuals_recomputed_from_files_equal_the_recorded(
-    joint: tuple[str, ...], tmp_path: Path
+    joint: str | None, tmp_path: Path
 ) -> None:
     model = make_tiny_model(tmp_path / "model", dtype=torch.float32)
     out, dense = tmp_path / "out", tmp_path / "dense"
-    succeed("decompose", "--model", model, "--rank", "6,75%,70%", *joint, "--output", out)
-    succeed("reconstruct", out, "--output", dense)
+    decompose(DecomposeRequest(model=model, rank="6,75%,70%", joint=joint, output=out))
+    reconstruct(ReconstructRequest(folder=out, output=dense))
     source, result = weights_of(model), weights_of(dense)
     stacks = manifest_of(out)["stacks"]
     assert len(stacks) == 6
@@ -89,10 +102,11 @@ def test_truncated_residuals_recomputed_from_files_equal_the_recorded(
 def test_truncated_residuals_are_not_above_those_of_tensorly(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    size = ("--rank", "6,16,20", "--max-sweeps", "5")
-    succeed("decompose", "--model", tiny_model, *size, "--output", tmp_path / "ours")
-    options = (*size, "--engine", "tensorly", "--output", tmp_path / "tensorly")
-    succeed("decompose", "--model", tiny_model, *options)
+    request = DecomposeRequest(
+        model=tiny_model, rank="6,16,20", max_sweeps=5, output=tmp_path / "ours"
+    )
+    decompose(request)
+    decompose(replace(request, engine="tensorly", output=tmp_path / "tensorly"))
     pairs = zip(
         manifest_of(tmp_path / "ours")["stacks"],
         manifest_of(tmp_path / "tensorly")["stacks"],
@@ -105,9 +119,14 @@ def test_truncated_residuals_are_not_above_those_of_tensorly(
 def test_keep_on_the_shipped_model_never_exceeds_and_nearly_reaches_the_budget(
     tmp_path: Path,
 ) -> None:
-    for keep, extra in ((0.75, ()), (0.5, ("--joint", "gate_up")), (0.9, ("--group-size", "4"))):
+    options: tuple[tuple[float, dict[str, Any]], ...] = (
+        (0.75, {}),
+        (0.5, {"joint": "gate_up"}),
+        (0.9, {"group_size": 4}),
+    )
+    for keep, extra in options:
         out = tmp_path / f"{keep}"
-        succeed("decompose", "--model", SHIPPED, "--keep", str(keep), *extra, "--output", out)
+        decompose(DecomposeRequest(model=SHIPPED, keep=keep, output=out, **extra))
         stored = sum(
             tensor.numel() for name, tensor in weights_of(out).items() if ".experts." in name
         )
@@ -119,7 +138,7 @@ def test_keep_on_the_shipped_model_never_exceeds_and_nearly_reaches_the_budget(
 
 def test_tolerance_is_kept_by_every_stack(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    succeed("decompose", "--model", SHIPPED, "--tolerance", "0.3", "--output", out)
+    decompose(DecomposeRequest(model=SHIPPED, tolerance=0.3, output=out))
     residuals = [stack["relative_residual"] for stack in manifest_of(out)["stacks"]]
     assert max(residuals) <= 0.3
     assert max(residuals) > 0.1
@@ -129,8 +148,7 @@ def test_untouched_tensors_and_other_files_are_copied_byte_for_byte(
     tiny_sharded_model: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    options = ("--keep", "0.6", "--layers", "2", "--output", out)
-    succeed("decompose", "--model", tiny_sharded_model, *options)
+    decompose(DecomposeRequest(model=tiny_sharded_model, keep=0.6, layers="2", output=out))
     source, result = weights_of(tiny_sharded_model), weights_of(out)
     touched = "model.layers.2.mlp.experts."
     assert {n for n in source if not n.startswith(touched)} == {
@@ -150,8 +168,7 @@ def test_untouched_tensors_and_other_files_are_copied_byte_for_byte(
 
 def test_projections_left_out_are_stored_exactly(tiny_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    options = ("--keep", "0.6", "--projections", "down_proj", "--output", out)
-    succeed("decompose", "--model", tiny_model, *options)
+    decompose(DecomposeRequest(model=tiny_model, keep=0.6, projections="down_proj", output=out))
     source, tucker = weights_of(tiny_model), TuckerCheckpoint.open(out)
     group = {str(name): tensor for name, tensor in tucker.read_group(1, 0).items()}
     for projection in ("gate_proj", "up_proj"):
@@ -162,8 +179,7 @@ def test_projections_left_out_are_stored_exactly(tiny_model: Path, tmp_path: Pat
 
 def test_joint_shares_one_hidden_factor(tiny_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    options = ("--rank", "full,full,20", "--joint", "gate_up", "--output", out)
-    succeed("decompose", "--model", tiny_model, *options)
+    decompose(DecomposeRequest(model=tiny_model, rank="full,full,20", joint="gate_up", output=out))
     group = TuckerCheckpoint.open(out).read_group(1, 0)
     shapes = {str(name): tensor.shape for name, tensor in group.items()}
     assert shapes["gate_up_proj.U_I"] == (32, 20)
@@ -175,7 +191,7 @@ def test_joint_shares_one_hidden_factor(tiny_model: Path, tmp_path: Path) -> Non
 def test_recipe_decides_by_layer_and_projection(tmp_path: Path) -> None:
     out = tmp_path / "out"
     recipe = ROOT / "recipes" / "tiny-moe-by-layer.yaml"
-    succeed("decompose", "--model", SHIPPED, "--recipe", recipe, "--output", out)
+    decompose(DecomposeRequest(model=SHIPPED, recipe=recipe, output=out))
     stacks = {(s["layer"], s["projection"]): s for s in manifest_of(out)["stacks"]}
     assert stacks[1, "gate_proj"]["multilinear_rank"] == [16, 96, 96]
     assert stacks[2, "down_proj"]["relative_residual"] <= 0.2
@@ -186,9 +202,8 @@ def test_output_type_other_than_the_source_is_stored_and_reconstructed(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     out, dense = tmp_path / "out", tmp_path / "dense"
-    options = ("--tolerance", "1e-6", "--dtype", "float32", "--output", out)
-    succeed("decompose", "--model", tiny_model, *options)
-    succeed("reconstruct", out, "--output", dense)
+    decompose(DecomposeRequest(model=tiny_model, tolerance=1e-6, dtype="float32", output=out))
+    reconstruct(ReconstructRequest(folder=out, output=dense))
     assert max(s["relative_residual"] for s in manifest_of(out)["stacks"]) <= 1e-6
     source, result = weights_of(tiny_model), weights_of(dense)
     for name, tensor in source.items():
@@ -198,18 +213,19 @@ def test_output_type_other_than_the_source_is_stored_and_reconstructed(
 def test_dry_run_reads_no_weights_and_predicts_what_is_written(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    size = ("decompose", "--model", tiny_model, "--keep", "0.7", "--joint", "gate_up")
-    plan = json.loads(succeed(*size, "--dry-run", "--json"))
-    report = json.loads(succeed(*size, "--output", tmp_path / "out", "--json"))
-    assert plan["before"] == report["before"]
-    assert plan["after"] == report["after"]
-    assert plan["peak_bytes"] > 0
-    assert plan["seconds"] > 0
+    request = DecomposeRequest(model=tiny_model, keep=0.7, joint="gate_up", output=tmp_path / "out")
+    plan, report = preview(replace(request, output=None)), decompose(request)
+    assert plan is not None
+    assert report is not None
+    assert plan.before == report.before
+    assert plan.after == report.after
+    assert plan.peak_bytes > 0
+    assert plan.seconds > 0
 
 
 def test_same_command_twice_writes_the_same_bytes(tiny_model: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         out = tmp_path / name
-        succeed("decompose", "--model", tiny_model, "--rank", "5,20,24", "--output", out)
-        succeed("shard", out, "--tp", "3", "--layout", "rank")
+        decompose(DecomposeRequest(model=tiny_model, rank="5,20,24", output=out))
+        shard(ShardRequest(folder=out, tp=3, layout="rank"))
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
