@@ -171,7 +171,10 @@ def test_every_command_as_json_prints_one_report_and_nothing_else(
     }
     for command, (key, arguments) in calls.items():
         result = run(command, *arguments, "--json")
-        assert (result.exit_code, result.stderr) == (0, ""), result.output
+        # Doctor answers no where something is wrong with the machine.
+        codes = (0, 1) if command == "doctor" else (0,)
+        assert result.exit_code in codes, result.output
+        assert result.stderr == ""
         assert f'"{key}"' in result.stdout
         assert json.loads(result.stdout)["schema_version"] == 1
     again = run("decompose", *calls["decompose"][1])
