@@ -211,7 +211,9 @@ def test_completion_of_bash_offers_every_command() -> None:
     assert set(done.stdout.split()) == set(COMMANDS)
 
 
-def test_completion_script_of_bash_is_shown() -> None:
+def test_completion_script_of_bash_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Otherwise Typer takes the shell among the parents of this process, which may have none.
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
     result = CliRunner().invoke(app, ["--show-completion", "bash"], prog_name="tuckerize")
     assert result.exit_code == 0
     assert "_TUCKERIZE_COMPLETE=complete_bash" in result.stdout
