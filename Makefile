@@ -40,7 +40,7 @@ check: $(VENV)/.installed-dev  ## Format, lint, types, architecture
 	$(BIN)/lint-imports
 
 test: check  ## Everything: check, then unit, property, integration and distributed tests
-	$(BIN)/python -m pytest --cov
+	$(BIN)/python -m pytest --cov --numprocesses 2 --dist worksteal
 	@echo "heavy checks are separate: make full-width (a checkpoint of DeepSeek-V2-Lite's width)," \
 		"make test-npu (more on a stand-in for an NPU), make test-vllm (the real vLLM engine)," \
 		"make test-transformers (every supported release), make test-lm-eval (lm-evaluation-harness)"

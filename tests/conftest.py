@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from hypothesis import settings
 collect_ignore_glob = ["golden/*", "vllm/[!t]*"]
 
 # The tensors of tests are small. With several threads each product waits for all of them, for a
-# whole time slice of the scheduler where another process holds a core.
+# whole time slice of the scheduler where another process holds a core. So it is for the processes
+# that tests start, above all where a container sees more cores than it may use.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # A shell ignores Ctrl-C for what it starts in the background, and so would all that is tested.
 signal.signal(signal.SIGINT, signal.default_int_handler)
