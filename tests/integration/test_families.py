@@ -33,7 +33,8 @@ from tuckerize.checkpoint.files import read_json_object, write_json
 from tuckerize.checkpoint.reader import CONFIG, SINGLE_FILE
 from tuckerize.checkpoint.writer import write_tensors
 from tuckerize.domain import StackShape
-from tuckerize.moe.families import FAMILIES, Family, Routing
+from tuckerize.moe.families import FAMILIES
+from tuckerize.moe.family import Family, Routing
 from tuckerize.moe.storage import Packed, PerExpert
 
 IDS = torch.arange(3, 43)[None]

@@ -30,7 +30,8 @@ from tuckerize.calibration.text import TextSource, read_windows
 from tuckerize.checkpoint.reader import Checkpoint
 from tuckerize.domain import Projection
 from tuckerize.errors import CheckpointError
-from tuckerize.moe.families import FAMILIES, Family
+from tuckerize.moe.families import FAMILIES
+from tuckerize.moe.family import Family
 from tuckerize.runtime.dense import ExpertWeights, dense_output
 from tuckerize.runtime.experts import ACTIVATIONS
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from tuckerize.checkpoint.reader import Checkpoint
 from tuckerize.errors import CheckpointError
-from tuckerize.moe.families import Family
+from tuckerize.moe.family import Family
 
 ExpertsCall = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Routed output y_TI of tokens x_TI, from their experts_Tk and weights_Tk."""

@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from tuckerize.domain import GATE_UP, Joint, MultilinearRank, Projection, StackShape
 from tuckerize.format.manifest import TuckerManifest
-from tuckerize.moe.families import Family
+from tuckerize.moe.family import Family
 from tuckerize.names import TensorName
 
 METHOD = "tuckerize"

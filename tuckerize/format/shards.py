@@ -24,7 +24,7 @@ from tuckerize.format.manifest import (
     sharding_name,
 )
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint, family_of
-from tuckerize.moe.families import Family
+from tuckerize.moe.family import Family
 from tuckerize.names import TensorName, group_module
 from tuckerize.parallel.layouts import LayerShape, Parallelism, experts_are_split
 from tuckerize.parallel.mesh import Position, check_world

@@ -21,7 +21,8 @@ from tuckerize.format.config import without_quantization
 from tuckerize.format.manifest import TuckerManifest, read_tucker_manifest
 from tuckerize.linalg.selection import KeptNeurons, kept_neurons
 from tuckerize.linalg.tucker import TuckerFactors
-from tuckerize.moe.families import FAMILIES, Family
+from tuckerize.moe.families import FAMILIES
+from tuckerize.moe.family import Family
 from tuckerize.moe.source import SourceModel
 from tuckerize.names import TensorName, expert_rows, group_module
 

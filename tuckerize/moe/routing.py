@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tuckerize.moe.families import Routing
+from tuckerize.moe.family import Routing
 
 
 class Routes(NamedTuple):

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tuckerize.checkpoint.reader import TORCH_DTYPES, Checkpoint, measure_size
 from tuckerize.domain import Projection, Size
-from tuckerize.moe.families import MoeModel, describe_moe
+from tuckerize.moe.describe import describe_moe
+from tuckerize.moe.family import MoeModel
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from tuckerize.checkpoint.reader import Checkpoint, measure_size
 from tuckerize.domain import Device, Projection
 from tuckerize.errors import CheckpointError
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
-from tuckerize.moe.families import Family
+from tuckerize.moe.family import Family
 from tuckerize.moe.source import SourceModel
 from tuckerize.names import TensorName
 from tuckerize.parallel.backends import choose_device

@@ -26,7 +26,7 @@ from tuckerize.domain import (
 )
 from tuckerize.errors import RecipeError, UsageError
 from tuckerize.linalg.hooi import check_rank
-from tuckerize.moe.families import MoeModel
+from tuckerize.moe.family import MoeModel
 from tuckerize.moe.source import SourceModel
 from tuckerize.planning.allocation import SearchSpace, allocate, check_keep
 from tuckerize.planning.uniform import BudgetUnit, ranks_for_keep

@@ -16,7 +16,9 @@ from transformers.core_model_loading import (
 from tuckerize.checkpoint.reader import Checkpoint
 from tuckerize.domain import GATE_UP, Projection, StackShape, TensorHeader
 from tuckerize.errors import CheckpointError
-from tuckerize.moe.families import FAMILIES, MoeModel, Routing, describe_moe
+from tuckerize.moe.describe import describe_moe
+from tuckerize.moe.families import FAMILIES
+from tuckerize.moe.family import MoeModel, Routing
 
 CONFIG: dict[str, Any] = {
     "model_type": "deepseek_v2",
