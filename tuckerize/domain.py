@@ -69,6 +69,32 @@ class Dtype(Choice):
         return {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[self]
 
 
+class CoreType(Choice):
+    """Integer encoding of cores.
+
+    `w8` is int8 with one scale per output; `w4` is 4 bits with one scale per output and group of
+    32 consecutive inputs. Neither stores zero points.
+    """
+
+    W8 = "w8"
+    W4 = "w4"
+
+    @property
+    def bits(self) -> int:
+        """Bits per value, without scales."""
+        return {"w8": 8, "w4": 4}[self]
+
+    @property
+    def group_size(self) -> int | None:
+        """Inputs that share a scale; None if all of an output do."""
+        return {"w8": None, "w4": 32}[self]
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """Smallest and largest integer."""
+        return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+
+
 class Engine(Choice):
     """Implementation of HOOI: our own, or TensorLy's as the slow reference."""
 

@@ -1,0 +1,187 @@
+"""Quantisation against compressed-tensors' packing, a naive GPTQ in float64, and its own laws."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tuckerize.domain import CoreType
+from tuckerize.linalg.quantise import (
+    QuantisedMatrices,
+    gptq,
+    pack,
+    quantise,
+    unpack,
+    weighted_error,
+)
+
+
+def packing() -> Any:  # noqa: ANN401
+    """The module that packs in compressed-tensors, whose whole takes long to import."""
+    package = importlib.util.find_spec("compressed_tensors")
+    assert package is not None
+    assert package.origin is not None
+    path = Path(package.origin).parent / "compressors" / "pack_quantized" / "helpers.py"
+    spec = importlib.util.spec_from_file_location("packing", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+PACKING = packing()
+
+core_types = st.sampled_from(CoreType)
+
+
+def normal(*sizes: int, seed: int) -> Tensor:
+    return torch.randn(*sizes, generator=torch.Generator().manual_seed(seed))
+
+
+def moments(experts: int, columns: int, *, tokens: int, seed: int) -> Tensor:
+    """Second moments of correlated inputs of uneven energy, shape (E, K, K)."""
+    mixing = normal(columns, columns, seed=seed) * torch.logspace(0, -2, columns)[:, None]
+    inputs = normal(experts, tokens, columns, seed=seed + 1) @ mixing
+    return inputs.mT @ inputs
+
+
+def total_error(matrices: Tensor, found: QuantisedMatrices, moments_EKK: Tensor) -> Tensor:
+    """Weighted squared error of every output, shape (E, O)."""
+    return torch.stack([
+        weighted_error(m, QuantisedMatrices(c, s, found.core_type), h)
+        for m, c, s, h in zip(matrices, found.codes, found.scales, moments_EKK, strict=True)
+    ])  # fmt: skip
+
+
+@settings(deadline=None)
+@given(core_type=core_types, columns=st.integers(1, 70), seed=st.integers(0, 99))
+def test_packing_is_that_of_compressed_tensors(
+    core_type: CoreType, columns: int, seed: int
+) -> None:
+    low, high = core_type.code_range
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(low, high + 1, (2, 3, columns), generator=generator).to(torch.int8)
+    words = pack(codes, core_type)
+    expected = PACKING.pack_to_int32(codes, core_type.bits)
+    assert words.shape == expected.shape
+    # What fills the last word up is free.
+    assert torch.equal(PACKING.unpack_from_int32(words, core_type.bits, codes.shape), codes)
+    assert torch.equal(unpack(words, core_type, columns), codes)
+    assert torch.equal(unpack(expected, core_type, columns), codes)
+    if columns % (32 // core_type.bits) == 0:
+        assert torch.equal(words, expected)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    core_type=core_types,
+    columns=st.integers(1, 70),
+    tokens=st.integers(1, 90),
+    seed=st.integers(0, 999),
+)
+def test_inputs_never_make_an_output_worse_than_rounding_to_nearest(
+    core_type: CoreType, columns: int, tokens: int, seed: int
+) -> None:
+    matrices = normal(2, 5, columns, seed=seed)
+    moments_EKK = moments(2, columns, tokens=tokens, seed=seed)
+    nearest = total_error(matrices, quantise(matrices, core_type), moments_EKK)
+    found = total_error(matrices, quantise(matrices, core_type, list(moments_EKK)), moments_EKK)
+    assert (found <= nearest * (1 + 1e-4) + 1e-12).all()
+
+
+@pytest.mark.parametrize("core_type", CoreType)
+def test_inputs_help_much_where_they_are_uneven(core_type: CoreType) -> None:
+    matrices, moments_EKK = normal(2, 24, 96, seed=0), moments(2, 96, tokens=300, seed=1)
+    nearest = total_error(matrices, quantise(matrices, core_type), moments_EKK).sum()
+    found = total_error(matrices, quantise(matrices, core_type, list(moments_EKK)), moments_EKK)
+    assert found.sum() < 0.5 * nearest
+
+
+@settings(max_examples=30, deadline=None)
+@given(core_type=core_types, columns=st.integers(1, 70), seed=st.integers(0, 999))
+def test_values_on_a_grid_come_out_exactly(core_type: CoreType, columns: int, seed: int) -> None:
+    """Codes that reach the last one, times scales that have 16 bits."""
+    low, high = core_type.code_range
+    group = core_type.group_size or columns
+    groups = math.ceil(columns / group)
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(low, high + 1, (1, 4, columns), generator=generator)
+    codes[..., ::group] = low
+    scales = normal(1, 4, groups, seed=seed).bfloat16()
+    matrices = QuantisedMatrices(codes.to(torch.int8), scales, core_type).dequantised()
+    found = quantise(matrices, core_type)
+    assert found.scales.dtype == torch.bfloat16
+    assert found.scales.shape == scales.shape
+    assert torch.equal(found.dequantised(), matrices)
+
+
+@settings(max_examples=30, deadline=None)
+@given(core_type=core_types, columns=st.integers(1, 70), seed=st.integers(0, 999))
+def test_rounding_to_nearest_is_better_than_the_largest_magnitude_as_scale(
+    core_type: CoreType, columns: int, seed: int
+) -> None:
+    matrix = normal(1, 3, columns, seed=seed)
+    group, (low, high) = core_type.group_size or columns, core_type.code_range
+    expected = torch.zeros_like(matrix)
+    for start in range(0, columns, group):
+        part = matrix[..., start : start + group]
+        scale = part.abs().amax(-1, keepdim=True) / high
+        expected[..., start : start + group] = (part / scale).round().clamp(low, high) * scale
+    found = quantise(matrix, core_type, scale_dtype=torch.float32)
+    missed = (found.dequantised() - matrix).square().sum(-1)
+    assert (missed <= (expected - matrix).square().sum(-1) * (1 + 1e-4) + 1e-12).all()
+
+
+def naive_gptq(
+    matrix_OK: Tensor, scales_OK: Tensor, moment_KK: Tensor, core_type: CoreType
+) -> Tensor:
+    """Optimal brain quantisation in float64: the inverse of what is left, for every column."""
+    low, high = core_type.code_range
+    left_OK, codes_OK = matrix_OK.double().clone(), torch.zeros_like(matrix_OK)
+    damped_KK = moment_KK.double()
+    damped_KK = damped_KK + 0.01 * damped_KK.diagonal().mean() * torch.eye(len(damped_KK))
+    rest = damped_KK.diagonal().argsort(descending=True, stable=True).tolist()
+    while rest:
+        k, inverse = rest[0], torch.linalg.inv(damped_KK[rest][:, rest])
+        code_O = (left_OK[:, k] / scales_OK[:, k]).round().clamp(low, high)
+        codes_OK[:, k] = code_O
+        missed_O = (left_OK[:, k] - code_O * scales_OK[:, k]) / inverse[0, 0]
+        left_OK[:, rest] -= missed_O[:, None] * inverse[0]
+        rest = rest[1:]
+    return codes_OK
+
+
+@pytest.mark.parametrize("core_type", CoreType)
+@pytest.mark.parametrize("columns", [7, 32, 150])
+def test_gptq_is_that_of_a_naive_loop(core_type: CoreType, columns: int) -> None:
+    matrix_OK = normal(6, columns, seed=3)
+    (moment_KK,) = moments(1, columns, tokens=4 * columns, seed=4)
+    scales_OG = quantise(matrix_OK[None], core_type).scales[0]
+    codes_OK = gptq(matrix_OK, scales_OG, moment_KK, core_type)
+    scales_OK = scales_OG.double().repeat_interleave(core_type.group_size or columns, -1)
+    expected_OK = naive_gptq(matrix_OK, scales_OK[:, :columns], moment_KK, core_type)
+    # A value halfway between two codes may go either way, and others follow it.
+    assert (codes_OK != expected_OK).float().mean() < 0.02
+    ours, naive = (
+        weighted_error(matrix_OK, QuantisedMatrices(codes, scales_OG, core_type), moment_KK)
+        for codes in (codes_OK, expected_OK.to(torch.int8))
+    )
+    torch.testing.assert_close(ours.sum(), naive.sum(), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("core_type", CoreType)
+@pytest.mark.parametrize("with_inputs", [True, False])
+def test_zeros_stay_zero(core_type: CoreType, with_inputs: bool) -> None:
+    zeros, unseen = torch.zeros(1, 3, 40), [torch.zeros(40, 40)] if with_inputs else None
+    found = quantise(zeros, core_type, unseen)
+    assert not found.dequantised().any()
+    assert found.scales.isfinite().all()

@@ -1,0 +1,256 @@
+"""Quantisation of matrices to integers with scales: round to nearest, or GPTQ for given inputs.
+
+A matrix (O, K) maps K inputs to O outputs. Its values are codes times scales: one scale per output,
+or per output and group of consecutive inputs. Scales may be negative, so that the value of largest
+magnitude gets the code that has no counterpart, -8 of 4 bits: nearly as good as zero points, which
+would take bits of their own.
+
+Source:
+    Frantar et al. 2023 (GPTQ), with columns in the order of falling input energy and scales fixed
+    beforehand, so that no permutation is stored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tuckerize.domain import CoreType
+from tuckerize.linalg.tucker import in_float64
+
+# Scales that are tried, relative to one that just reaches the largest magnitude.
+_SCALE_SHARES = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68, 0.64)
+# Share of the mean input energy that is added to each, as in GPTQ.
+_DAMPING = 0.01
+# Columns whose rounding errors are passed on together.
+_BLOCK = 128
+_WORD_BITS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class QuantisedMatrices:
+    """Matrices as codes and scales; leading dimensions count matrices.
+
+    Attributes:
+        codes: Integers (int8), shape (..., O, K).
+        scales: Scales, shape (..., O, G) with G groups of inputs.
+        core_type: Encoding.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    core_type: CoreType
+
+    def dequantised(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Values, shape (..., O, K); exact in float32 where scales have 16 bits."""
+        scales = _per_column(self.scales.to(dtype), self.codes.shape[-1], self.core_type)
+        return self.codes.to(dtype) * scales
+
+
+def quantise(
+    matrices_EOK: Tensor,
+    core_type: CoreType,
+    moments_EKK: Sequence[Tensor] | None = None,
+    *,
+    scale_dtype: torch.dtype = torch.bfloat16,
+) -> QuantisedMatrices:
+    """Quantise matrices, each for the inputs that it sees.
+
+    Args:
+        matrices_EOK: The matrices, shape (E, O, K).
+        core_type: Encoding.
+        moments_EKK: Second moment of every matrix's inputs, each (K, K); None rounds to nearest.
+        scale_dtype: Type of the scales.
+    """
+    wide_EOK = matrices_EOK.float()
+    found = [
+        _round_to_nearest(matrix_OK, core_type, scale_dtype)
+        if moments_EKK is None
+        else _for_inputs(matrix_OK, core_type, moments_EKK[place], scale_dtype)
+        for place, matrix_OK in enumerate(wide_EOK)
+    ]
+    codes, scales = (torch.stack(parts) for parts in zip(*found, strict=True))
+    return QuantisedMatrices(codes, scales, core_type)
+
+
+def pack(codes: Tensor, core_type: CoreType) -> Tensor:
+    """Pack codes along the last dimension, the first in the lowest bits (int32).
+
+    Codes are stored with an offset, so that they are not negative; the last word is filled up.
+    """
+    bits = core_type.bits
+    per_word = _WORD_BITS // bits
+    offset = codes.to(torch.int32) + 2 ** (bits - 1)
+    shifts = torch.arange(0, _WORD_BITS, bits, dtype=torch.int32, device=codes.device)
+    words: Tensor = _grouped(offset, per_word) << shifts
+    return words.sum(-1, dtype=torch.int32)
+
+
+def unpack(words: Tensor, core_type: CoreType, columns: int) -> Tensor:
+    """Unpack codes (int8); the inverse of `pack`.
+
+    Args:
+        words: Packed codes.
+        core_type: Encoding.
+        columns: Number of codes in a row.
+    """
+    bits = core_type.bits
+    shifts = torch.arange(0, _WORD_BITS, bits, dtype=torch.int32, device=words.device)
+    offset: Tensor = (words.unsqueeze(-1) >> shifts) & (2**bits - 1)
+    codes: Tensor = offset.flatten(-2)[..., :columns] - 2 ** (bits - 1)
+    return codes.to(torch.int8)
+
+
+Found = tuple[Tensor, Tensor]
+"""Codes (O, K) and scales (O, G)."""
+
+
+def _round_to_nearest(
+    matrix_OK: Tensor,
+    core_type: CoreType,
+    scale_dtype: torch.dtype,
+    energy_K: Tensor | None = None,
+) -> Found:
+    """Round with the scales of least squared error, weighted by the energy of the inputs."""
+    columns = matrix_OK.shape[-1]
+    group = core_type.group_size or columns
+    grouped_OGg = _grouped(matrix_OK, group)
+    weight = torch.ones(columns) if energy_K is None else energy_K
+    weight = weight.to(matrix_OK).clamp_min(torch.finfo(matrix_OK.dtype).tiny)
+    weight_Gg = _grouped(weight, group)
+    low, high = core_type.code_range
+    extreme_OG1 = grouped_OGg.gather(-1, grouped_OGg.abs().argmax(-1, keepdim=True))
+    best_OG1 = torch.full_like(extreme_OG1, math.inf)
+    scale_OG1 = torch.ones_like(extreme_OG1)
+    for share in _SCALE_SHARES:
+        for last_code in (low, high):
+            # For the codes of a scale, the scale by least squares.
+            codes = _rounded(grouped_OGg, extreme_OG1 * (share / last_code), low, high)
+            weighted = weight_Gg * codes
+            fitted = (weighted * grouped_OGg).sum(-1, keepdim=True) / (weighted * codes).sum(
+                -1, keepdim=True
+            )
+            tried = fitted.nan_to_num(1.0).to(scale_dtype).to(matrix_OK.dtype)
+            missed = grouped_OGg - tried * _rounded(grouped_OGg, tried, low, high)
+            error_OG1 = (weight_Gg * missed.square()).sum(-1, keepdim=True)
+            better = error_OG1 < best_OG1
+            best_OG1 = torch.where(better, error_OG1, best_OG1)
+            scale_OG1 = torch.where(better, tried, scale_OG1)
+    codes_OGg = _rounded(grouped_OGg, scale_OG1, low, high)
+    codes_OK = codes_OGg.flatten(-2)[..., :columns].to(torch.int8)
+    return codes_OK, scale_OG1.squeeze(-1).to(scale_dtype)
+
+
+def _for_inputs(
+    matrix_OK: Tensor, core_type: CoreType, moment_KK: Tensor, scale_dtype: torch.dtype
+) -> Found:
+    """GPTQ, then scales by least squares; every output takes the best of what was found."""
+    moment_KK = moment_KK.to(matrix_OK)
+    nearest = _round_to_nearest(matrix_OK, core_type, scale_dtype, moment_KK.diagonal())
+    codes_OK = gptq(matrix_OK, nearest[1], moment_KK, core_type)
+    fitted_OG = _fit_scales(matrix_OK, codes_OK, moment_KK, core_type).to(scale_dtype)
+    found = (
+        nearest,
+        _round_to_nearest(matrix_OK, core_type, scale_dtype),
+        (codes_OK, nearest[1]),
+        (codes_OK, fitted_OG),
+    )
+    errors_FO = torch.stack(
+        [weighted_error(matrix_OK, QuantisedMatrices(*f, core_type), moment_KK) for f in found]
+    )
+    best_O = errors_FO.nan_to_num(math.inf).argmin(0)
+    rows_O = torch.arange(len(best_O), device=best_O.device)
+    return (
+        torch.stack([codes for codes, _ in found])[best_O, rows_O],
+        torch.stack([scales for _, scales in found])[best_O, rows_O],
+    )
+
+
+def weighted_error(matrix_OK: Tensor, found: QuantisedMatrices, moment_KK: Tensor) -> Tensor:
+    """Squared error of every output, summed over the inputs of a second moment, shape (O,)."""
+    missed_OK = matrix_OK - found.dequantised(matrix_OK.dtype)
+    return ((missed_OK @ moment_KK.to(missed_OK)) * missed_OK).sum(-1)
+
+
+def gptq(matrix_OK: Tensor, scales_OG: Tensor, moment_KK: Tensor, core_type: CoreType) -> Tensor:
+    """GPTQ with given scales: every column is rounded, and those that follow make up for its error.
+
+    Args:
+        matrix_OK: The matrix, shape (O, K).
+        scales_OG: Its scales, shape (O, G).
+        moment_KK: Second moment of its inputs, shape (K, K).
+        core_type: Encoding.
+
+    Returns:
+        Codes (int8), shape (O, K).
+    """
+    low, high = core_type.code_range
+    columns = matrix_OK.shape[-1]
+    order_K = moment_KK.diagonal().argsort(descending=True, stable=True)
+    inverse_KK = _inverse_root(moment_KK[order_K][:, order_K]).to(matrix_OK)
+    left_OK = matrix_OK[:, order_K].clone()
+    scales_OK = _per_column(scales_OG.to(matrix_OK.dtype), columns, core_type)[:, order_K]
+    codes_OK = torch.empty_like(left_OK)
+    for start in range(0, columns, _BLOCK):
+        stop = min(start + _BLOCK, columns)
+        missed_OB = torch.empty_like(left_OK[:, start:stop])
+        for k in range(start, stop):
+            scale_O1 = scales_OK[:, k : k + 1]
+            codes_OK[:, k : k + 1] = code_O1 = _rounded(left_OK[:, k : k + 1], scale_O1, low, high)
+            missed_O1 = (left_OK[:, k : k + 1] - code_O1 * scale_O1) / inverse_KK[k, k]
+            left_OK[:, k + 1 : stop] -= missed_O1 * inverse_KK[k, k + 1 : stop]
+            missed_OB[:, k - start : k - start + 1] = missed_O1
+        left_OK[:, stop:] -= missed_OB @ inverse_KK[start:stop, stop:]
+    return codes_OK[:, order_K.argsort()].to(torch.int8)
+
+
+def _inverse_root(moment_KK: Tensor) -> Tensor:
+    """Upper triangular R with RᵀR the inverse of the damped moment (float64)."""
+    damped_KK = in_float64(moment_KK).clone()
+    mean = float(damped_KK.diagonal().mean())
+    damped_KK.diagonal().add_(_DAMPING * mean if mean > 0 else 1.0)
+    inverse_KK = torch.cholesky_inverse(torch.linalg.cholesky(damped_KK))
+    root_KK: Tensor = torch.linalg.cholesky(inverse_KK, upper=True)
+    return root_KK
+
+
+def _fit_scales(
+    matrix_OK: Tensor, codes_OK: Tensor, moment_KK: Tensor, core_type: CoreType
+) -> Tensor:
+    """Scales of least weighted squared error for given codes, shape (O, G)."""
+    columns = codes_OK.shape[-1]
+    group = core_type.group_size or columns
+    codes_OK = codes_OK.to(matrix_OK.dtype)
+    normal, right = [], []
+    for start in range(0, columns, group):
+        stop = min(start + group, columns)
+        seen_OK = codes_OK[:, start:stop] @ moment_KK[start:stop]
+        normal.append(_grouped(seen_OK * codes_OK, group).sum(-1))
+        right.append((seen_OK * matrix_OK).sum(-1))
+    normal_OGG, right_OG = in_float64(torch.stack(normal, -2)), in_float64(torch.stack(right, -1))
+    energy_OG = normal_OGG.diagonal(dim1=-2, dim2=-1)
+    ridge_O1 = 1e-6 * energy_OG.mean(-1, keepdim=True) + torch.finfo(torch.float32).tiny
+    normal_OGG = normal_OGG + torch.diag_embed(ridge_O1.expand_as(energy_OG))
+    scales_OG: Tensor = torch.linalg.solve(normal_OGG, right_OG)
+    return scales_OG.to(matrix_OK)
+
+
+def _grouped(values: Tensor, group: int) -> Tensor:
+    """Values in groups along the last dimension, zero-padded, shape (..., G, group)."""
+    padded = functional.pad(values, (0, -values.shape[-1] % group))
+    return padded.view(*padded.shape[:-1], -1, group)
+
+
+def _rounded(values: Tensor, scales: Tensor, low: int, high: int) -> Tensor:
+    """Codes of values, as floating-point integers; of a scale of zero all are zero."""
+    return (values / torch.where(scales == 0, torch.inf, scales)).round().clamp(low, high)
+
+
+def _per_column(scales: Tensor, columns: int, core_type: CoreType) -> Tensor:
+    """The scale of every column, shape (..., O, K)."""
+    return scales.repeat_interleave(core_type.group_size or columns, -1)[..., :columns]
