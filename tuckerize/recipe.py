@@ -110,10 +110,12 @@ class CalibrationSettings(_Schema):
     """Texts and settings of a calibrated decomposition.
 
     Attributes:
-        texts: Text or JSONL files or data sets, each `NAME` or `NAME:WEIGHT`.
+        texts: Files (text, JSONL, JSON, parquet) or data sets, each `NAME` or `NAME:WEIGHT`.
         tokens: Tokens of all texts together.
         window: Tokens per window of text.
         random_share: Share of random tokens, which belong to no domain.
+        chat_template: Render conversations by the tokenizer's chat template; without it, or
+            without one, the contents of the messages are joined.
         sequential: Calibrate each layer on the hidden states of the compressed layers before
             it, rather than of the dense ones.
         shape: Modes that may be truncated: `latent` the hidden mode, `neurons` the width of the
@@ -129,6 +131,7 @@ class CalibrationSettings(_Schema):
     tokens: Annotated[int, Field(ge=1)] = 65536
     window: Annotated[int, Field(ge=2)] = 512
     random_share: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    chat_template: bool = True
     sequential: bool = True
     shape: Truncation = Truncation.AUTO
     allocate: Allocation = Allocation.ERROR
@@ -185,6 +188,7 @@ class Recipe(_Schema):
         return None
 
 
+_MOST_VALUES = 10_000
 _EXAMPLE = "rules:\n  - keep: 0.75"
 
 Texts = str | Path | Sequence[str | Path]
@@ -303,7 +307,29 @@ def parse_recipe(value: object, *, place: str) -> Recipe:
             f"{place} holds {_kind(value)}, expected keys and values",
             hint=f"write, for example:\n{_EXAMPLE}",
         )
+    _check_extent(value, place)
     return _validated(dict(value), _key_of, place=f"{place}: ")
+
+
+def _check_extent(value: object, place: str) -> None:
+    """Refuse what is far larger than a recipe: YAML's aliases multiply, and may hold themselves."""
+    queue, seen = [value], 0
+    while queue:
+        part = queue.pop()
+        seen += 1
+        if isinstance(part, Mapping):
+            queue += [*part.keys(), *part.values()]
+        elif isinstance(part, list | tuple | set):
+            queue += part
+        if seen > _MOST_VALUES or len(queue) > _MOST_VALUES:
+            raise RecipeError(
+                f"{place} has more than {_MOST_VALUES} values",
+                hint="a recipe has a few rules; check its aliases (*name), which repeat a value",
+            )
+        if isinstance(part, int) and part.bit_length() > 63:
+            raise RecipeError(f"{place} has a number of {part.bit_length()} bits: it is too large")
+        if isinstance(part, str) and part.encode(errors="ignore").decode() != part:
+            raise RecipeError(f"{place} has text with half a character (a lone surrogate)")
 
 
 def _validated(value: dict[str, Any], name: Callable[[Place], str], *, place: str) -> Recipe:
@@ -327,7 +353,11 @@ def _option_of(place: Place) -> str:
         words = words[1:]
     if words[:1] != ["calibration"] or len(words) == 1:
         return f"--{words[0].replace('_', '-')}" if words else ""
-    options = {"texts": "--calibration", "tokens": "--calibration-tokens"}
+    options = {
+        "texts": "--calibration",
+        "tokens": "--calibration-tokens",
+        "chat_template": "--no-chat-template",
+    }
     if words[1] in options:
         return options[words[1]]
     is_option = words[1] in ("random_share", "multiple", "equal_widths", "refine")

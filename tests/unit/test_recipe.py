@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -346,6 +347,7 @@ def test_calibration_has_the_documented_defaults() -> None:
         "tokens": 65536,
         "window": 512,
         "random_share": 0.5,
+        "chat_template": True,
         "sequential": True,
         "shape": "auto",
         "allocate": "error",
@@ -389,3 +391,26 @@ def test_calibration_that_cannot_be_is_refused(
     with pytest.raises(RecipeError) as caught:
         calibrated(rule, **settings)
     assert message in caught.value.message
+
+
+BOMB = "a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(
+    f"{one}: &{one} [{','.join([f'*{other}'] * 9)}]\n" for other, one in pairwise("abcdefghi")
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BOMB + "rules: *i\n", "more than 10000 values"),
+        ("rules:\n  - rank: &r [full, *r]\n", "more than 10000 values"),
+        (f"rules:\n  - keep: 0x{'f' * 5000}\n", "a number of 20000 bits"),
+        ('rules:\n  - rank: "\\ud800"\n', "half a character"),
+    ],
+)
+def test_recipe_that_would_cost_memory_or_cannot_be_printed_is_refused(
+    text: str, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        read_recipe(path)

@@ -65,6 +65,7 @@ class CalibrationPass:
             raise TypeError("the recipe has no calibration")
         checkpoint = source.checkpoint
         activation_of(checkpoint.config)
+        model = StreamedModel.open(checkpoint, source.moe.family, device=device)
         windows = read_windows(
             [parse_source(text) for text in settings.texts],
             checkpoint.folder,
@@ -72,6 +73,8 @@ class CalibrationPass:
             window=settings.window,
             seed=_SEED,
             random_share=settings.random_share,
+            vocabulary=model.vocabulary,
+            chat_template=settings.chat_template,
         )
         notes = list(windows.messages)
         if settings.refine and windows.tokens_SL.numel() < FEWEST_WITH_HELD_OUT:
@@ -81,7 +84,7 @@ class CalibrationPass:
             )
         return cls(
             source,
-            StreamedModel.open(checkpoint, source.moe.family, device=device),
+            model,
             windows.tokens_SL,
             windows.text,
             recipe.group_size or source.moe.shape.experts,

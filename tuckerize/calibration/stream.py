@@ -112,6 +112,11 @@ class StreamedModel:
         return len(_layers(self._model))
 
     @property
+    def vocabulary(self) -> int:
+        """Number of embeddings."""
+        return int(self._model.get_input_embeddings().num_embeddings)
+
+    @property
     def moe_layers(self) -> tuple[int, ...]:
         """Indices of the layers with routed experts."""
         return tuple(self._experts)

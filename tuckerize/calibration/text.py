@@ -6,9 +6,7 @@ Letters at the end of tensor names: S windows, L tokens of a window.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tuckerize.errors import CheckpointError, UsageError
+from tuckerize.calibration.documents import Reader, find_file
+from tuckerize.calibration.tokenizer import check_tokens, load_tokenizer, renderer
+from tuckerize.errors import UsageError
 
 Tokenize = Callable[[str], list[int]]
 
@@ -26,17 +26,14 @@ Tokenize = Callable[[str], list[int]]
 _CHARACTERS_PER_TOKEN = 16
 _TOKENS_PER_ROW = 8
 
-# owner/name/configuration, or less of it, and no path of a text file.
-_DATASET = re.compile(r"(?!.*\.(txt|jsonl)$)\w[\w.-]*(/\w[\w.-]*){0,2}")
-
 
 @dataclass(frozen=True, slots=True)
 class TextSource:
     """One source of text.
 
     Attributes:
-        name: A text file, a JSONL file, or a data set of the local cache (`owner/name`, or
-            `owner/name/configuration`; its split `train`).
+        name: A file, FILE#COLUMN, or a data set of the local cache: owner/name, and more exactly
+            owner/name/configuration@split#column; its split is `train` by default.
         weight: Its share of the tokens, relative to the other sources.
     """
 
@@ -60,7 +57,7 @@ class Windows:
 
 
 def parse_source(text: str) -> TextSource:
-    """A source as a user types it: `PATH` or `PATH:WEIGHT`.
+    """A source as a user types it: `PATH` or `PATH:WEIGHT`; the name of a file is no weight.
 
     Raises:
         UsageError: There is no path, or the weight is not a positive number.
@@ -73,6 +70,8 @@ def parse_source(text: str) -> TextSource:
     try:
         weight = float(last) if colon else 1.0
     except ValueError:  # the colon belongs to the name
+        return TextSource(text)
+    if colon and find_file(text)[0] is not None:
         return TextSource(text)
     name = name if colon else text
     if not name or not 0 < weight < math.inf:
@@ -91,6 +90,8 @@ def read_windows(
     window: int,
     seed: int,
     random_share: float = 0.0,
+    vocabulary: int | None = None,
+    chat_template: bool = True,
 ) -> Windows:
     """Windows of tokens, shared between sources by their weights and evenly spread over each.
 
@@ -105,9 +106,12 @@ def read_windows(
         window: Number of tokens per window.
         seed: Where in its part of the text each window begins, and which tokens are random.
         random_share: Part of the windows that are of random tokens, in [0, 1).
+        vocabulary: Number of embeddings of the model; not checked by default.
+        chat_template: Whether conversations are rendered by the tokenizer's chat template, if it
+            has one.
 
     Raises:
-        CheckpointError: The folder has no tokenizer.
+        CheckpointError: The folder has no tokenizer, or one of another vocabulary.
         UsageError: A source cannot be read, or there is not one window.
     """
     if not 2 <= window <= tokens:
@@ -115,13 +119,15 @@ def read_windows(
             f"{tokens} tokens in windows of {window} are not one window of at least 2 tokens",
             hint="ask for at least as many tokens as a window has",
         )
-    tokenize, begin, ordinary = _load_tokenizer(tokenizer_folder)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenize, begin, ordinary = _parts_of(tokenizer, vocabulary)
+    reader = Reader(renderer(tokenizer) if chat_template else None)
     random = Random(seed)
     randoms = int(random_share * (tokens // window))
     shares = share(tokens // window - randoms, [source.weight for source in sources])
     streams = []
     for source, count in zip(sources, shares, strict=True):
-        text = _read_text(source.name, rows=max(count, 1) * window // _TOKENS_PER_ROW)
+        text = reader.read(source.name, rows=max(count, 1) * window // _TOKENS_PER_ROW)
         excerpts = _excerpts(text, count, window * _CHARACTERS_PER_TOKEN, random)
         streams.append([tokenize(excerpt) for excerpt in excerpts])
     longest = max((len(stream) for own in streams for stream in own), default=0)
@@ -130,7 +136,8 @@ def read_windows(
     length = min(window - len(begin), longest)
     taken = [_take(own, count, length, random) for own, count in zip(streams, shares, strict=True)]
     width = len(begin) + length
-    messages = [f"windows have {width} tokens: no text fills {window}"] if width < window else []
+    messages = list(reader.notes)
+    messages += [f"windows have {width} tokens: no text fills {window}"] if width < window else []
     messages += [
         f"{source.name} gives {len(own) * width} tokens of its share of {count * window}"
         for source, own, count in zip(sources, taken, shares, strict=True)
@@ -139,7 +146,10 @@ def read_windows(
     text_rows = [row for own in taken for row in own]
     random_rows = [random.choices(ordinary, k=length) for _ in range(randoms)]
     rows = [begin + row for row in text_rows + random_rows]
-    return Windows(torch.tensor(rows, dtype=torch.int64), len(text_rows), tuple(messages))
+    tokens_SL = torch.tensor(rows, dtype=torch.int64)
+    if vocabulary is not None:
+        check_tokens(int(tokens_SL.max()), vocabulary, tokenizer_folder)
+    return Windows(tokens_SL, len(text_rows), tuple(messages))
 
 
 def share(count: int, weights: Sequence[float]) -> list[int]:
@@ -166,19 +176,11 @@ def fingerprint(tokens_SL: Tensor) -> str:
     return digest.hexdigest()
 
 
-def _load_tokenizer(folder: Path) -> tuple[Tokenize, list[int], list[int]]:
-    """Tokenizer, the begin token if one is added, and all ordinary tokens."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{folder} has no tokenizer that transformers can load: {error}",
-            hint="fetch the model's tokenizer files into the folder",
-        ) from error
+def _parts_of(
+    tokenizer: Any,  # noqa: ANN401
+    vocabulary: int | None,
+) -> tuple[Tokenize, list[int], list[int]]:
+    """Function of a tokenizer, the begin token if one is added, and all ordinary tokens."""
 
     def tokenize(text: str) -> list[int]:
         ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -187,7 +189,8 @@ def _load_tokenizer(folder: Path) -> tuple[Tokenize, list[int], list[int]]:
     begin = tokenizer.bos_token_id
     added = begin is not None and tokenizer("")["input_ids"][:1] == [begin]
     # Added tokens may lie beyond the embeddings, and special ones never stand in a text.
-    ordinary = sorted(set(range(tokenizer.vocab_size)) - set(tokenizer.all_special_ids))
+    known = min(tokenizer.vocab_size, vocabulary or tokenizer.vocab_size)
+    ordinary = sorted(set(range(known)) - set(tokenizer.all_special_ids))
     return tokenize, [begin] if added else [], ordinary
 
 
@@ -214,91 +217,3 @@ def _take(streams: list[list[int]], count: int, length: int, random: Random) -> 
         starts = _starts(len(stream), length, own, random)
         windows += [stream[start : start + length] for start in starts]
     return windows
-
-
-def _read_text(name: str, *, rows: int) -> str:
-    """All text of a file, or that of at most `rows` rows of a data set."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        raise UsageError(f"{name} is a folder", hint="give a text file or a JSONL file")
-    if not path.exists() and not _DATASET.fullmatch(name):
-        raise UsageError(
-            f"the file {name} is missing",
-            hint="check the path; a data set is owner/name or owner/name/configuration",
-        )
-    texts = _read_file(path) if path.exists() else _read_dataset(name, rows)
-    text = "\n\n".join(texts)
-    if not text.strip():
-        raise UsageError(f"{name} has no text", hint="give a file with text, or leave it out")
-    return text
-
-
-def _read_file(path: Path) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"{path} is not UTF-8 text: byte {error.start} cannot be read",
-            hint="convert it, for example with iconv -t utf-8",
-        ) from None
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
-    if path.suffix != ".jsonl":
-        return [text]
-    lines = enumerate(text.split("\n"), start=1)
-    return [_text_of_line(line, f"line {number} of {path}") for number, line in lines if line]
-
-
-def _text_of_line(line: str, place: str) -> str:
-    try:
-        return _text_of_row(json.loads(line), place)
-    except (ValueError, RecursionError):
-        raise UsageError(
-            f"{place} is not JSON", hint="a JSONL file has one JSON object per line"
-        ) from None
-
-
-def _text_of_row(row: object, place: str) -> str:
-    match row:
-        case {"text": str(text)}:
-            return text
-        case {"messages": [_, *_] as messages}:
-            contents = [m.get("content") if isinstance(m, dict) else None for m in messages]
-            strings = [content for content in contents if isinstance(content, str)]
-            if len(strings) == len(messages):
-                return "\n".join(strings)
-    raise UsageError(
-        f"{place} has no text",
-        hint='expected an object with the key "text", or "messages" that have a "content" each',
-    )
-
-
-def _read_dataset(name: str, rows: int) -> list[str]:
-    """Text of evenly spread rows of a data set of the local cache."""
-    data = _open_dataset(name)
-    step = max(1, len(data) // max(rows, 1))
-    places = range(0, len(data), step)
-    return [_text_of_row(data[place], f"row {place} of {name}") for place in places]
-
-
-def _open_dataset(name: str) -> Any:  # noqa: ANN401
-    owner_and_name, configuration = name, None
-    if name.count("/") == 2:
-        owner_and_name, _, configuration = name.rpartition("/")
-    fetch = f"datasets.load_dataset({owner_and_name!r}, {configuration!r}, split='train')"
-    try:
-        import datasets
-    except ImportError:
-        raise UsageError(
-            f"{name} is not a file, and the package that reads data sets is not installed",
-            hint="check the path; for a data set, owner/name or owner/name/configuration, run: "
-            "pip install datasets",
-        ) from None
-    datasets.config.HF_HUB_OFFLINE = True
-    try:
-        return datasets.load_dataset(owner_and_name, configuration, split="train")
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{name} is neither a file nor a data set in the local cache",
-            hint=f"check the path, or fetch the data set once, in Python: {fetch}",
-        ) from error

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tuckerize.checkpoint.files import check_plain_name, read_json_object
+from tuckerize.checkpoint.files import check_plain_name, read_json_object, system_error
 from tuckerize.domain import Size, TensorHeader
 from tuckerize.errors import CheckpointError
 
@@ -184,6 +184,9 @@ def read_tensors(
                 else:
                     yield name, file.get_slice(name)[rows.start : rows.stop]
     except (OSError, SafetensorError) as error:
+        cause = system_error(error)
+        if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
+            raise OSError(cause.errno, cause.strerror, str(path)) from error
         raise CheckpointError(
             f"{path} cannot be read: {error}", hint="fetch or write the file again"
         ) from error

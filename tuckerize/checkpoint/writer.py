@@ -7,10 +7,18 @@ import struct
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tuckerize.checkpoint.files import FileRecord, atomic_path, copy_range, sha256_of, write_json
+from tuckerize.checkpoint.files import (
+    FileRecord,
+    atomic_path,
+    copy_range,
+    sha256_of,
+    system_error,
+    write_json,
+)
 from tuckerize.checkpoint.reader import INDEX, WeightFile
 
 FORMAT = {"format": "pt"}
@@ -21,11 +29,14 @@ def write_tensors(
 ) -> FileRecord:
     """Write tensors as a safetensors file."""
     with atomic_path(path) as temporary:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()},
-            temporary,
-            metadata={**FORMAT, **(metadata or {})},
-        )
+        try:
+            save_file(
+                {name: tensor.contiguous() for name, tensor in tensors.items()},
+                temporary,
+                metadata={**FORMAT, **(metadata or {})},
+            )
+        except SafetensorError as error:
+            raise system_error(error) from error
         _sort_metadata(temporary)
         return describe_file(temporary, name=path.name)
 

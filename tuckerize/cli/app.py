@@ -63,6 +63,7 @@ def plan(
     calibration: options.RequiredCalibration,
     calibration_tokens: options.CalibrationTokens = None,
     random_share: options.RandomShare = None,
+    no_chat_template: options.NoChatTemplate = False,
     multiple: options.Multiple = None,
     equal_widths: options.EqualWidths = None,
     group_size: options.GroupSize = None,
@@ -78,6 +79,7 @@ def plan(
     settings = {
         "tokens": calibration_tokens,
         "random_share": random_share,
+        "chat_template": False if no_chat_template else None,
         "multiple": multiple,
         "equal_widths": equal_widths,
     }
@@ -115,6 +117,7 @@ def decompose(
     calibration: options.Calibration = None,
     calibration_tokens: options.CalibrationTokens = None,
     random_share: options.RandomShare = None,
+    no_chat_template: options.NoChatTemplate = False,
     multiple: options.Multiple = None,
     equal_widths: options.EqualWidths = None,
     refine: options.Refine = None,
@@ -135,6 +138,7 @@ def decompose(
     settings = {
         "tokens": calibration_tokens,
         "random_share": random_share,
+        "chat_template": False if no_chat_template else None,
         "multiple": multiple,
         "equal_widths": equal_widths,
         "refine": refine,
@@ -303,6 +307,7 @@ def evaluate(
     window: Annotated[
         int, typer.Option(min=2, metavar="N", help="Tokens that are read at once.")
     ] = 512,
+    no_chat_template: options.PlainChats = False,
     device: options.DeviceOption = Device.AUTO,
     as_json: options.AsJson = False,
 ) -> None:
@@ -318,7 +323,13 @@ def evaluate(
     from tuckerize.pipeline.evaluate import evaluate as run
 
     request = EvaluateRequest(
-        model=model, text=text, against=against, tokens=tokens, window=window, device=device
+        model=model,
+        text=text,
+        against=against,
+        tokens=tokens,
+        window=window,
+        chat_template=not no_chat_template,
+        device=device,
     )
     with TerminalProgress() as progress:
         report = run(request, progress)

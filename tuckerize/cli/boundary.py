@@ -1,14 +1,16 @@
 """The error boundary: exceptions become a message on stderr and an exit code.
 
 0 done, 1 the check ran and the answer is no, 2 something the user can fix, 70 a bug, 130
-interrupted.
+interrupted, 141 nobody reads the output any more.
 """
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -29,6 +31,12 @@ NO = 1
 USER_ERROR = 2
 BUG = 70
 INTERRUPTED = 130
+PIPE_CLOSED = 141
+
+# Parts of the messages of torch's allocators and of the system, where no type tells.
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "std::bad_alloc")
+_NO_THREAD = ("can't start new thread", "thread creation failed", "Resource temporarily unavail")
+_BYTES = re.compile(r"(\d+) bytes")
 
 
 def boundary(command: Callable[P, None]) -> Callable[P, None]:
@@ -39,25 +47,77 @@ def boundary(command: Callable[P, None]) -> Callable[P, None]:
         try:
             with _interruptible(), explained():
                 command(*args, **kwargs)
+                sys.stdout.flush()
         except KeyboardInterrupt:
             _leave("interrupted", "run the same command again: it continues", INTERRUPTED)
         except TuckerizeError as error:
             consequence = isinstance(error, ProcessLostError)
             _leave(error.message, error.hint, error.exit_code, is_cause=not consequence)
         except OSError as error:
-            place = f" ({error.filename})" if error.filename else ""
-            _leave(
-                f"{error.strerror or error}{place}",
-                "check that the folder may be written and that the disk has room",
-                USER_ERROR,
-            )
+            _leave_because_of_the_system(error)
         except LeaderFailedError:
             sys.exit(USER_ERROR)
         except Exception as error:  # noqa: BLE001 this is the one place that may
+            if message := _lack_of_memory(error):
+                _leave(
+                    message,
+                    "free memory or raise its limit (ulimit -v, the container's), and run the same "
+                    "command again; --dry-run of decompose estimates what it needs",
+                    USER_ERROR,
+                )
             traceback.print_exc()
             _leave(f"this is a bug in tuckerize: {error}", "please report it", BUG)
 
     return guarded
+
+
+def _leave_because_of_the_system(error: OSError) -> NoReturn:
+    """Leave with what the operating system refused, and what helps against that."""
+    if _output_is_lost():
+        if isinstance(error, BrokenPipeError):
+            sys.exit(PIPE_CLOSED)
+        _leave(
+            f"the standard output cannot be written: {error.strerror}",
+            "check where it is sent to; what the command writes to folders is in place",
+            USER_ERROR,
+        )
+    place = f" ({error.filename})" if error.filename else ""
+    hints = {
+        errno.ENOSPC: "make room on that disk, and run the same command again: it continues",
+        errno.EDQUOT: "make room in your quota, and run the same command again: it continues",
+        errno.EFBIG: "raise the limit on file sizes (ulimit -f), or choose another file system",
+        errno.ENOMEM: "free memory or raise its limit (ulimit -v), and run the command again",
+        errno.EMFILE: "raise the limit on open files: ulimit -n 1024",
+        errno.EIO: "the disk reports a fault: look at its log (dmesg), and use another disk",
+    }
+    _leave(
+        f"{error.strerror or error}{place}",
+        hints.get(error.errno or 0, "check that the path exists and that you may read or write it"),
+        USER_ERROR,
+    )
+
+
+def _output_is_lost() -> bool:
+    """Whether it is the standard output that cannot be written; it is given up then."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+def _lack_of_memory(error: BaseException) -> str:
+    """Message of an error that means too little memory; empty for any other error."""
+    text = str(error)
+    if isinstance(error, RuntimeError | ImportError) and any(part in text for part in _NO_THREAD):
+        return "the system starts no more threads: memory or processes are limited"
+    if not isinstance(error, MemoryError) and not any(part in text for part in _NO_MEMORY):
+        return ""
+    size = _BYTES.search(text)
+    wanted = f": {int(size[1]) / 2**20:,.0f} MiB more were needed" if size else ""
+    return f"there is not enough memory{wanted}"
 
 
 @contextmanager

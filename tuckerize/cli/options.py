@@ -155,6 +155,11 @@ Multiple = Annotated[
         rich_help_panel=CALIBRATION,
     ),
 ]
+_NO_CHAT_TEMPLATE = "Join the contents of conversations, without the tokenizer's chat template."
+NoChatTemplate = Annotated[
+    bool,
+    typer.Option("--no-chat-template", help=_NO_CHAT_TEMPLATE, rich_help_panel=CALIBRATION),
+]
 EqualWidths = Annotated[
     bool | None,
     typer.Option(
@@ -172,6 +177,7 @@ Refine = Annotated[
         rich_help_panel=CALIBRATION,
     ),
 ]
+PlainChats = Annotated[bool, typer.Option("--no-chat-template", help=_NO_CHAT_TEMPLATE)]
 Text = Annotated[
     list[str],
     typer.Option(

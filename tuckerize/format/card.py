@@ -106,8 +106,8 @@ def restore_card(output: Path) -> None:
 
 def _architecture(config: dict[str, Any]) -> str | None:
     """Name of the model's class in transformers, if the configuration has one."""
-    names = config.get("architectures") or [None]
-    name = names[0]
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
     return name if isinstance(name, str) and name.isidentifier() else None
 
 

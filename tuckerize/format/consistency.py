@@ -46,8 +46,9 @@ def check_loadable(tucker: TuckerCheckpoint) -> None:
 
 def carries_loader(tucker: TuckerCheckpoint) -> bool:
     """Whether it can also be loaded with `trust_remote_code=True`, without importing tuckerize."""
-    auto_map = tucker.config.get("auto_map") or {}
-    module = str(auto_map.get("AutoModelForCausalLM", "")).partition(".")[0]
+    auto_map = tucker.config.get("auto_map")
+    named = auto_map.get("AutoModelForCausalLM", "") if isinstance(auto_map, dict) else ""
+    module = str(named).partition(".")[0]
     return module == LOADER and (tucker.folder / f"{LOADER}.py").exists()
 
 

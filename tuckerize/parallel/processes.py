@@ -139,6 +139,30 @@ def started_by_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE"} <= os.environ.keys()
 
 
+def _check_environment() -> None:
+    """Check the variables that torchrun sets; a scheduler or a container may set some of them."""
+    numbers = ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    given = {name: os.environ[name] for name in numbers if name in os.environ}
+    odd = next((name for name, value in given.items() if not value.isdecimal()), None)
+    absent = next(
+        (n for n in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ),
+        None,
+    )
+    if odd or absent:
+        raise ParallelError(
+            f"the environment variable {odd} is {given[odd]!r}, expected a number"
+            if odd
+            else f"RANK and WORLD_SIZE are set as torchrun sets them, but {absent} is not",
+            hint="start the command with torchrun; for one process: "
+            f"env {' '.join(f'-u {name}' for name in given)} tuckerize ...",
+        )
+    if not int(given["RANK"]) < int(given["WORLD_SIZE"]):
+        raise ParallelError(
+            f"RANK={given['RANK']} is not below WORLD_SIZE={given['WORLD_SIZE']}",
+            hint="start the command with torchrun, which sets both",
+        )
+
+
 @contextmanager
 def process_group(
     choose: Callable[[int], torch.device], timeout: timedelta | None = None
@@ -158,6 +182,7 @@ def process_group(
     if not started_by_torchrun():
         yield Processes(), choose(0)
         return
+    _check_environment()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     device = choose(local_rank)

@@ -115,6 +115,7 @@ class EvaluateRequest:
         against: Another of the same kind, on the same text; it comes first in the report.
         tokens: Tokens in all windows, evenly spread over the texts.
         window: Tokens per window; all but its first are predicted.
+        chat_template: Render conversations by the tokenizer's chat template, if it has one.
         device: Where to compute: auto, npu, cuda or cpu.
     """
 
@@ -123,6 +124,7 @@ class EvaluateRequest:
     against: str | Path | None = None
     tokens: int = 65536
     window: int = 512
+    chat_template: bool = True
     device: str = Device.AUTO
 
 
@@ -146,6 +148,7 @@ def evaluate(request: EvaluateRequest, progress: Progress | None = None) -> Eval
         list_of_texts(request.text),
         tokens=request.tokens,
         window=request.window,
+        chat_template=request.chat_template,
         device=choose_device(Device.parse(request.device)),
         progress=progress or SilentProgress(),
     )
@@ -157,6 +160,7 @@ def measure_perplexity(
     *,
     tokens: int,
     window: int,
+    chat_template: bool = True,
     device: torch.device,
     progress: Progress,
 ) -> EvaluateReport:
@@ -167,6 +171,7 @@ def measure_perplexity(
         texts: Sources of text, as a user types them.
         tokens: Tokens in all windows, evenly spread over the texts.
         window: Tokens per window; all but its first are predicted.
+        chat_template: Whether conversations are rendered by the chat template.
         device: Where to compute.
         progress: Shows how far the work is.
 
@@ -182,8 +187,16 @@ def measure_perplexity(
             hint="compare checkpoints of the same model: they read the same tokens",
         )
     sources = [parse_source(text) for text in texts]
-    windows = read_windows(sources, folders[0], tokens=tokens, window=window, seed=_SEED)
     models = [StreamedModel.open(own.checkpoint, own.family, device=device) for own in opened]
+    windows = read_windows(
+        sources,
+        folders[0],
+        tokens=tokens,
+        window=window,
+        seed=_SEED,
+        vocabulary=models[0].vocabulary,
+        chat_template=chat_template,
+    )
     progress.start(sum(model.layers + 1 for model in models))
     results = []
     for folder, own, model in zip(folders, opened, models, strict=True):

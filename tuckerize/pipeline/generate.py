@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 import tuckerize.engines.transformers  # noqa: F401  transformers learns the format
+from tuckerize.calibration.documents import as_unicode
+from tuckerize.calibration.tokenizer import check_tokens, load_tokenizer
 from tuckerize.domain import Device
-from tuckerize.errors import CheckpointError
+from tuckerize.errors import CheckpointError, UsageError
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 from tuckerize.parallel.backends import choose_device
 
@@ -59,17 +62,38 @@ def generate(request: GenerateRequest) -> str:
 def _continue(folder: Path, prompt: str, *, tokens: int, device: torch.device) -> str:
     if not sys.stderr.isatty():
         disable_progress_bar()  # type: ignore[no-untyped-call]
+    tokenizer = load_tokenizer(folder)
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", local_files_only=True
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise CheckpointError(
             f"transformers cannot load {folder}: {error}",
             hint="check it with: tuckerize verify",
         ) from error
-    inputs = tokenizer(prompt, return_tensors="pt").to(device)
-    output = model.to(device).generate(**inputs, max_new_tokens=tokens, do_sample=False)
+    ids = _tokens(tokenizer, prompt)
+    check_tokens(max(ids), model.get_input_embeddings().num_embeddings, folder)
+    ids_SL = torch.tensor([ids], device=device)
+    output = model.to(device).generate(
+        ids_SL, attention_mask=torch.ones_like(ids_SL), max_new_tokens=tokens, do_sample=False
+    )
     text: str = tokenizer.decode(output[0], skip_special_tokens=True)
     return text
+
+
+def _tokens(tokenizer: Any, prompt: str) -> list[int]:  # noqa: ANN401
+    """Tokens of a prompt, or the begin token where it has none.
+
+    Raises:
+        UsageError: There is neither.
+    """
+    ids: list[int] = tokenizer(as_unicode(prompt), return_token_type_ids=False)["input_ids"]
+    if ids:
+        return ids
+    if tokenizer.bos_token_id is None:
+        raise UsageError(
+            f"the prompt {prompt!r} has no tokens, and the tokenizer has no begin token",
+            hint='give a text to continue: --prompt "Once upon a time"',
+        )
+    return [tokenizer.bos_token_id]

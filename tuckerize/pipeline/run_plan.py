@@ -199,6 +199,7 @@ def _write(
 def _finish(plan: Plan, folder: OutputFolder, model: str) -> TuckerManifest:
     """Write everything but the weights: other files, config, index, manifest, in this order."""
     records = [folder.record(piece.name) or {} for piece in plan.pieces]
+    auto_map = plan.source.checkpoint.config.get("auto_map")
     files = [FileRecord(**record["file"]) for record in records if record["file"]]
     read = TypeAdapter(list[StackResult]).validate_python
     calibrated = [LayerRecord(**r["calibrated"]) for r in records if "calibrated" in r]
@@ -214,7 +215,7 @@ def _finish(plan: Plan, folder: OutputFolder, model: str) -> TuckerManifest:
         source=SourceRecord(
             model=model,
             config_sha256=sha256_of(source.folder / CONFIG),
-            auto_map=source.config.get("auto_map"),
+            auto_map=auto_map if isinstance(auto_map, dict) else None,
             files=tuple(FileRecord(**record["source"]) for record in records if "source" in record),
         ),
         recipe=plan.recipe.model_dump(mode="json", exclude_none=True),

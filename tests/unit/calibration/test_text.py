@@ -228,7 +228,14 @@ def test_jsonl_line_without_text_is_named(tokenizer: Path, tmp_path: Path, line:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b" \n", "has no text"), (b"caf\xe9", "is not UTF-8 text: byte 3")]
+    ("content", "message"),
+    [
+        (b" \n", "has no text"),
+        (b"\0\0\0\1", "has zero bytes"),
+        ("天地玄黄宇宙洪荒".encode("gb18030"), "is not text in UTF-8, UTF-16 or Latin-1: byte 0"),
+        (b"\x1f\x8bno", "cannot be decompressed"),
+        (b"PAR1no", "cannot be read"),
+    ],
 )
 def test_unusable_file_is_named(
     tokenizer: Path, tmp_path: Path, content: bytes, message: str

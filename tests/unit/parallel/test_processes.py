@@ -14,7 +14,7 @@ from tuckerize.parallel.processes import (
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE"):
+    for name in ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -31,6 +31,27 @@ def test_process_group_without_torchrun_is_one_process() -> None:
         assert processes.broadcast({"a": 1}) == {"a": 1}
         assert processes.leader_first(lambda: 3) == 3
         assert list(processes.queue(4)) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "1"}, "but MASTER_ADDR is not"),
+        ({"RANK": "x", "WORLD_SIZE": "y"}, "RANK is 'x', expected a number"),
+        ({"RANK": "3", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK=3 is not"),
+    ],
+)
+def test_variables_of_torchrun_that_are_not_whole_are_named(
+    variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with (
+        pytest.raises(ParallelError, match=message) as caught,
+        process_group(lambda local: torch.device("cpu", local)),
+    ):
+        pass
+    assert "torchrun" in caught.value.hint
 
 
 def test_broadcast_of_nothing_is_refused() -> None:
