@@ -20,6 +20,7 @@ from wrapt import register_post_import_hook
 from tuckerize.version import __version__
 
 if TYPE_CHECKING:
+    from tuckerize.pipeline.check import check
     from tuckerize.pipeline.decompose import DecomposeRequest, decompose, preview
     from tuckerize.pipeline.doctor import doctor
     from tuckerize.pipeline.evaluate import EvaluateRequest, evaluate
@@ -39,6 +40,7 @@ __all__ = [
     "ShardRequest",
     "VerifyRequest",
     "__version__",
+    "check",
     "decompose",
     "doctor",
     "evaluate",

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tuckerize.domain import MultilinearRank, Size, StackResult, StackShape
+from tuckerize.format.check import FileFault
 
 SCHEMA_VERSION = 1
 
@@ -59,6 +60,30 @@ class TuckerFacts:
     largest_residual: float
     shardings: tuple[str, ...]
     carries_loader: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    """Result of hashing the files of a Tucker checkpoint and of its shards.
+
+    Attributes:
+        folder: The Tucker checkpoint.
+        files: Number of files that manifests record.
+        bytes: Their bytes.
+        faults: Files that are not as they were written.
+        notes: Remarks for the user: what could not be checked.
+    """
+
+    folder: str
+    files: int
+    bytes: int
+    faults: tuple[FileFault, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether every file is as it was written."""
+        return not self.faults
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +260,7 @@ class LayerVerdict:
     Attributes:
         layer: Index of the layer.
         sharding_error: Largest relative difference of a token's output, sharded against unsharded,
-            on any process.
+            on any process; None where a file of the layer is damaged.
         output_error: Relative output error of the Tucker layer against the dense one on the tokens;
             None without the source.
         residual_recorded: Largest relative residual that decompose recorded for a stack.
@@ -245,7 +270,7 @@ class LayerVerdict:
     """
 
     layer: int
-    sharding_error: float
+    sharding_error: float | None
     output_error: float | None
     residual_recorded: float
     residual_difference: float | None
@@ -292,7 +317,10 @@ class VerifyReport:
         dispatch: How tokens went to the processes of their experts: with `plain` collectives or
             Ascend's `fused` operators; None where experts are not split.
         fused_unmet: On an NPU, the first constraint of the fused operators that is not met.
-        notes: Remarks for the user: what was not compared or verified.
+        damaged: Files that are not as they were written. Where the layers are computed from one
+            of them, none is verified.
+        not_verified: Folders of shards that were not looked at.
+        notes: Remarks for the user: what was not compared.
     """
 
     folder: str
@@ -310,12 +338,14 @@ class VerifyReport:
     float32_products: str = "float32"
     dispatch: str | None = None
     fused_unmet: str | None = None
+    damaged: tuple[FileFault, ...] = ()
+    not_verified: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
-        """Whether no layer has a failure."""
-        return not any(layer.failures for layer in self.layers)
+        """Whether no file is damaged and no layer has a failure."""
+        return not self.damaged and not any(layer.failures for layer in self.layers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -451,7 +481,7 @@ class DoctorReport:
 def to_json(report: Any) -> dict[str, Any]:  # noqa: ANN401
     """A report as JSON values, its own derived verdict included."""
     value: dict[str, Any] = {"schema_version": SCHEMA_VERSION, **asdict(report)}
-    if isinstance(report, VerifyReport | DoctorReport):
+    if isinstance(report, CheckReport | VerifyReport | DoctorReport):
         value["passed"] = report.passed
     return {key: _finite(item) for key, item in value.items()}
 

@@ -122,7 +122,8 @@ def fixed(value: Any) -> Any:  # noqa: ANN401
     if isinstance(value, list):
         return [fixed(item) for item in value]
     if isinstance(value, dict):
-        decided = ("tuckerize_version", "relative_residual", "sweeps", "sha256")
+        rounded = {"tuckerize_version", "relative_residual", "sweeps", "sha256"}
+        decided = rounded | {"other_files", "checksum"}  # which it did not have
         return {key: fixed(own) for key, own in value.items() if key not in decided}
     return value
 

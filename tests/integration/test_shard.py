@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from tuckerize import DecomposeRequest, ShardRequest, VerifyRequest, decompose, shard, verify
 from tuckerize.errors import ParallelError, UsageError
-from tuckerize.format.shards import available_shardings, find_sharding
+from tuckerize.format.manifest import available_shardings
+from tuckerize.format.shards import find_sharding
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 
 CHECKPOINTS: dict[str, dict[str, Any]] = {

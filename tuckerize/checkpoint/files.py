@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Annotated, Any
@@ -109,13 +109,24 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, as hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
+def sha256_of(path: Path, read: Callable[[int], object] = lambda _: None) -> str:
+    """SHA-256 of a file's bytes, as hexadecimal digits.
+
+    Args:
+        path: The file.
+        read: Called with the number of bytes of every chunk that was read.
+    """
+    digest, chunk = hashlib.sha256(), memoryview(bytearray(_CHUNK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(chunk):
+            digest.update(chunk[:count])
+            read(count)
     return digest.hexdigest()
+
+
+def describe_file(path: Path, *, name: str = "") -> FileRecord:
+    """Size and SHA-256 of a file, under its name or the one it will be given."""
+    return FileRecord(name=name or path.name, bytes=path.stat().st_size, sha256=sha256_of(path))
 
 
 def copy_range(source: Path, start: int, count: int, target: Any) -> None:  # noqa: ANN401

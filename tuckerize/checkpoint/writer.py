@@ -15,7 +15,7 @@ from tuckerize.checkpoint.files import (
     FileRecord,
     atomic_path,
     copy_range,
-    sha256_of,
+    describe_file,
     system_error,
     write_json,
 )
@@ -79,11 +79,6 @@ def copy_tensors(path: Path, source: WeightFile, names: Collection[str]) -> File
             for described, start in ranges.values():
                 copy_range(source.path, start, described.bytes, file)
         return describe_file(temporary, name=path.name)
-
-
-def describe_file(path: Path, *, name: str = "") -> FileRecord:
-    """Size and SHA-256 of a file, under its name or the one it will be given."""
-    return FileRecord(name=name or path.name, bytes=path.stat().st_size, sha256=sha256_of(path))
 
 
 def write_index(folder: Path, files: Sequence[WeightFile]) -> None:

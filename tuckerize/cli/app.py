@@ -234,8 +234,9 @@ def verify(
 ) -> None:
     """Verify a Tucker checkpoint and, under torchrun, its shards.
 
-    Without --tp and --ep, it takes the shards that fit the number of processes. Writes the report
-    to verify.json beside what was verified. Exits with 0 if it passed, 1 if not.
+    Hashes all files, then computes the layers. Without --tp and --ep, it takes the shards that
+    fit the number of processes. Writes the report to verify.json beside what was verified. Exits
+    with 0 if it passed, 1 if not.
 
     Example: torchrun --nproc-per-node 4 -m tuckerize verify OUT
     """
@@ -263,6 +264,27 @@ def verify(
         report = run(request, progress)
     if is_leader():
         show(report, as_json=as_json)
+    if not report.passed:
+        raise SystemExit(NO)
+
+
+@app.command()
+@boundary
+def check(folder: options.TuckerFolder, as_json: options.AsJson = False) -> None:
+    """Hash every file of a Tucker checkpoint and of its shards.
+
+    Compares them with the hashes that were recorded when they were written; computes nothing.
+    Exits with 0 if all are the same, 1 if not.
+
+    Example: tuckerize check OUT
+    """
+    from tuckerize.cli.progress import TerminalProgress
+    from tuckerize.cli.tables import show
+    from tuckerize.pipeline.check import check as run
+
+    with TerminalProgress() as progress:
+        report = run(folder, progress)
+    show(report, as_json=as_json)
     if not report.passed:
         raise SystemExit(NO)
 

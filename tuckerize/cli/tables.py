@@ -14,7 +14,9 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from tuckerize.domain import Size, StackShape
+from tuckerize.format.check import FileFault
 from tuckerize.report import (
+    CheckReport,
     CurveReport,
     DecomposeReport,
     DoctorReport,
@@ -33,6 +35,7 @@ Report = (
     | PlanReport
     | DecomposeReport
     | ShardReport
+    | CheckReport
     | VerifyReport
     | ReconstructReport
     | EvaluateReport
@@ -69,6 +72,8 @@ def show(report: Report, *, as_json: bool) -> None:  # noqa: C901 one case per r
             _show_decompose(report)
         case ShardReport():
             _show_shard(report)
+        case CheckReport():
+            _show_check(report)
         case VerifyReport():
             _show_verify(report)
         case ReconstructReport():
@@ -178,6 +183,7 @@ def _show_inspect(report: InspectReport) -> None:
             ("sharded for", ", ".join(facts.shardings) or "nothing yet"),
             ("transformers", f"needs 'import tuckerize'{trusted}: random experts without"),
             ("vLLM", "needs tuckerize installed beside it"),
+            ("hashes of files", f"not checked: run 'tuckerize check {report.model}'"),
         ]
     _print(_table(("", ""), rows, text_columns=2))
 
@@ -319,11 +325,27 @@ def _show_shard(report: ShardReport) -> None:
     _print(f"wrote {report.files} files to {report.folder}")
 
 
+def _show_check(report: CheckReport) -> None:
+    _show_faults(report.faults)
+    verdict = "passed" if report.passed else "FAILED"
+    _print(
+        f"{verdict}: {report.folder} ({report.files} files, {size_text(report.bytes)}, hashed and "
+        "compared with the manifests)"
+    )
+
+
+def _show_faults(faults: Sequence[FileFault]) -> None:
+    if faults:
+        _print(*map(str, faults))
+        _print("fetch these files again, or write them again with --overwrite")
+
+
 def _show_verify(report: VerifyReport) -> None:
+    _show_faults(report.damaged)
     rows = [
         (
             str(layer.layer),
-            f"{layer.sharding_error:.1e}",
+            "-" if layer.sharding_error is None else f"{layer.sharding_error:.1e}",
             "-" if layer.output_error is None else f"{layer.output_error:.4f}",
             f"{layer.residual_recorded:.4f}",
             "-" if layer.residual_difference is None else f"{layer.residual_difference:.1e}",
@@ -339,7 +361,10 @@ def _show_verify(report: VerifyReport) -> None:
         "measured - recorded",
         "",
     )
-    _print(_table(header, rows))
+    if rows:
+        _print(_table(header, rows))
+    else:
+        _print("no layer was computed: files that decide what they are were changed")
     for layer in report.layers:
         for failure in layer.failures:
             _print(f"layer {layer.layer}: {failure}")
@@ -352,7 +377,9 @@ def _show_verify(report: VerifyReport) -> None:
     what = "unsharded" if report.layout == "unsharded" else f"{_mesh(report)}, {report.layout}"
     verdict = "passed" if report.passed else "FAILED"
     how = f"{report.device}, {report.dtype}, {report.tokens} tokens per layer"
-    _print(f"{verdict}: {report.folder} ({what}, {how})")
+    unseen = report.not_verified
+    missed = f"; NOT verified: the shards {', '.join(unseen)}" if unseen else ""
+    _print(f"{verdict}: {report.folder} ({what}, {how}){missed}")
 
 
 def _mesh(report: VerifyReport) -> str:

@@ -74,8 +74,8 @@ def with_loader(config: dict[str, Any]) -> dict[str, Any]:
 
 def write_hub_files(
     source: Path, output: Path, manifest: TuckerManifest, config: dict[str, Any]
-) -> None:
-    """Write the card and the loader of a Tucker checkpoint.
+) -> list[str]:
+    """Write the card and the loader of a Tucker checkpoint; returns the names of the files.
 
     Args:
         source: Folder of the source; its card is kept beside ours.
@@ -84,15 +84,19 @@ def write_hub_files(
         config: Configuration of the source.
     """
     architecture = _architecture(config)
+    written = [CARD]
     if architecture is not None:
         write_text(
             output / f"{LOADER}.py", _CODE.format(architecture=architecture, install=INSTALL)
         )
+        written.append(f"{LOADER}.py")
     present = source / CARD
     before = present.read_text(encoding="utf-8", errors="replace") if present.exists() else None
     if before is not None:
         write_text(output / SOURCE_CARD, before)
+        written.append(SOURCE_CARD)
     write_text(output / CARD, _card(before or "", manifest))
+    return written
 
 
 def restore_card(output: Path) -> None:

@@ -6,6 +6,10 @@ Both are JSON with an integer `schema_version`, written last: docs/reference/for
 from __future__ import annotations
 
 import base64
+import hashlib
+import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -32,7 +36,7 @@ from tuckerize.domain import (
     StackShape,
 )
 from tuckerize.errors import CheckpointError
-from tuckerize.parallel.layouts import LayerShape
+from tuckerize.parallel.layouts import LayerShape, Parallelism
 
 SCHEMA_VERSION = 1
 
@@ -95,6 +99,9 @@ class TuckerManifest(Record):
         before: Size of the source.
         after: Size of this checkpoint.
         files: Its weight files.
+        other_files: Its other files: config.json, index, tokenizer, loader, card; empty in
+            checkpoints of early versions.
+        checksum: Hash of the rest of this file; see `sealed`.
     """
 
     schema_version: Literal[1] = 1
@@ -111,6 +118,8 @@ class TuckerManifest(Record):
     before: Size
     after: Size
     files: tuple[FileRecord, ...]
+    other_files: tuple[FileRecord, ...] = ()
+    checksum: Sha256 | None = None
 
     @model_validator(mode="after")
     def _groups_fit(self) -> TuckerManifest:
@@ -202,6 +211,7 @@ class ShardManifest(Record):
         uneven: Tensors with a size that `tp_size` does not divide: the first processes own one row
             or column more than the last. Nothing is dropped and no zeros are stored.
         shards: Every file.
+        checksum: Hash of the rest of this file; see `sealed`.
     """
 
     schema_version: Literal[1] = 1
@@ -212,6 +222,7 @@ class ShardManifest(Record):
     tucker_manifest_sha256: Sha256
     uneven: tuple[str, ...]
     shards: tuple[ShardRecord, ...]
+    checksum: Sha256 | None = None
 
     def owned_by(self, *, tp_rank: int, ep_rank: int) -> list[ShardRecord]:
         """The shards of one process."""
@@ -219,9 +230,22 @@ class ShardManifest(Record):
         return [shard for shard in self.shards if (shard.tp_rank, shard.ep_rank) == place]
 
 
+def shard_file_name(layer: int, group: int, *, rank: int, size: int) -> str:
+    """Name of the file of one process's shard of a group."""
+    return f"layer-{layer:05d}-group-{group:04d}-rank-{rank:05d}-of-{size:05d}.safetensors"
+
+
 def sharding_name(*, tp: int, ep: int) -> str:
     """Name of the folder of a sharding: `tp4`, or `tp2-ep2`."""
     return f"tp{tp}-ep{ep}" if ep > 1 else f"tp{tp}"
+
+
+def available_shardings(folder: Path) -> dict[str, Parallelism]:
+    """Meshes that a Tucker checkpoint has finished shards for, by the folder of their shards."""
+    names = (path.parent.name for path in folder.glob(f"tp*/{MANIFEST}"))
+    found = (re.fullmatch(r"tp(\d+)(?:-ep(\d+))?", name) for name in names)
+    sizes = sorted((int(match[1]), int(match[2] or 1)) for match in found if match)
+    return {sharding_name(tp=tp, ep=ep): Parallelism(tp, ep) for tp, ep in sizes}
 
 
 def pack_neurons(kept_EH: Mask) -> str:
@@ -246,6 +270,18 @@ def unpack_neurons(text: str, shape: StackShape) -> Mask:
     return bits[:count].reshape(shape.experts, shape.intermediate).astype(bool)
 
 
+def sealed(manifest: TuckerManifest | ShardManifest) -> dict[str, Any]:
+    """JSON values of a manifest, with their checksum."""
+    value = manifest.model_dump(mode="json")
+    return {**value, "checksum": checksum(value)}
+
+
+def checksum(value: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest's JSON values other than the checksum, however they are laid out."""
+    rest = {key: item for key, item in value.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 _Manifest = TypeVar("_Manifest", TuckerManifest, ShardManifest)
 
 
@@ -264,6 +300,9 @@ def read_tucker_manifest(folder: Path) -> TuckerManifest:
     manifest = _read(path, TuckerManifest)
     for file in manifest.files:
         check_plain_name(file.name, found_in=path)
+    for file in manifest.other_files:
+        for part in file.name.split("/"):
+            check_plain_name(part, found_in=path)
     return manifest
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from tuckerize.format.manifest import (
     ShardManifest,
     ShardRecord,
     TuckerManifest,
+    available_shardings,
     read_shard_manifest,
     read_tucker_manifest,
     sharding_name,
@@ -28,21 +28,6 @@ from tuckerize.moe.family import Family
 from tuckerize.names import TensorName, group_module
 from tuckerize.parallel.layouts import LayerShape, Parallelism, experts_are_split
 from tuckerize.parallel.mesh import Position, check_world
-
-
-@dataclass(frozen=True, slots=True)
-class ShardFault:
-    """A shard file that differs from its record in the manifest.
-
-    Attributes:
-        layer: Layer whose shard it is.
-        message: How it differs.
-        readable: Whether its tensors can still be read.
-    """
-
-    layer: int
-    message: str
-    readable: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,32 +125,8 @@ class Sharding:
             if shard.layer == layer
         ]
 
-    def faults(self, position: Position, layers: Collection[int]) -> list[ShardFault]:
-        """Files of one process that are missing or changed since they were written."""
-        owned = (shard for shard in self._owned_by(position) if shard.layer in layers)
-        return [fault for shard in owned if (fault := self._fault(shard)) is not None]
-
     def _owned_by(self, position: Position) -> list[ShardRecord]:
         return self.manifest.owned_by(tp_rank=position.tp.rank, ep_rank=position.ep.rank)
-
-    def _fault(self, shard: ShardRecord) -> ShardFault | None:
-        path = self.folder / shard.file.name
-        if not path.exists():
-            return ShardFault(shard.layer, f"{path.name} is missing", readable=False)
-        if path.stat().st_size != shard.file.bytes:
-            return ShardFault(shard.layer, f"{path.name} has another size", readable=False)
-        if sha256_of(path) == shard.file.sha256:
-            return None
-        message = f"{path.name} was changed: its SHA-256 is not the manifest's"
-        return ShardFault(shard.layer, message, readable=_opens(path))
-
-
-def available_shardings(folder: Path) -> tuple[Parallelism, ...]:
-    """Meshes that a Tucker checkpoint has finished shards for."""
-    names = (path.parent.name for path in folder.glob(f"tp*/{MANIFEST}"))
-    found = (re.fullmatch(r"tp(\d+)(?:-ep(\d+))?", name) for name in names)
-    sizes = sorted((int(match[1]), int(match[2] or 1)) for match in found if match)
-    return tuple(Parallelism(tp, ep) for tp, ep in sizes)
 
 
 def find_sharding(
@@ -176,7 +137,7 @@ def find_sharding(
     Args:
         tucker: The Tucker checkpoint.
         processes: Number of processes.
-        tp: Tensor-parallel ones; None takes the sharding that fits.
+        tp: Tensor-parallel processes; None takes the sharding that fits.
         ep: Expert-parallel ones, likewise.
         cp: Context-parallel ones, which have the same shards.
 
@@ -185,33 +146,49 @@ def find_sharding(
             does.
         CheckpointError: It was cut from another version of the checkpoint.
     """
+    return Sharding.of(tucker, find_mesh(tucker.folder, processes, tp=tp, ep=ep, cp=cp))
+
+
+def find_mesh(
+    folder: Path, processes: int, *, tp: int | None, ep: int | None, cp: int
+) -> Parallelism:
+    """The mesh of the sharding for a number of processes; reads no files.
+
+    Args:
+        folder: Folder of the Tucker checkpoint.
+        processes: Number of processes.
+        tp: Tensor-parallel processes; None takes the sharding that fits.
+        ep: Expert-parallel ones, likewise.
+        cp: Context-parallel ones, which have the same shards.
+
+    Raises:
+        ParallelError: No sharding fits, or the sizes do not fit the processes.
+    """
     if tp is None and ep is None:
-        mesh = _fitting(tucker, processes, cp)
-    else:
-        ep = ep or max(1, processes // ((tp or 1) * cp))
-        mesh = Parallelism(tp or max(1, processes // (ep * cp)), ep, cp)
-        check_world(processes, mesh)
-    return Sharding.of(tucker, mesh)
+        return _fitting(folder, processes, cp)
+    ep = ep or max(1, processes // ((tp or 1) * cp))
+    mesh = Parallelism(tp or max(1, processes // (ep * cp)), ep, cp)
+    check_world(processes, mesh)
+    return mesh
 
 
-def _fitting(tucker: TuckerCheckpoint, processes: int, cp: int) -> Parallelism:
+def _fitting(folder: Path, processes: int, cp: int) -> Parallelism:
     """The mesh of the sharding without expert parallelism, or of the only one that fits."""
-    present = available_shardings(tucker.folder)
-    fitting = [mesh for mesh in present if mesh.tp * mesh.ep * cp == processes]
+    present = available_shardings(folder)
+    fitting = [mesh for mesh in present.values() if mesh.tp * mesh.ep * cp == processes]
     without_ep = [mesh for mesh in fitting if mesh.ep == 1]
     if without_ep or len(fitting) == 1:
         return replace((without_ep or fitting)[0], cp=cp)
     run = [
-        f"torchrun --nproc-per-node {mesh.tp * mesh.ep * cp} -m tuckerize verify {tucker.folder} "
+        f"torchrun --nproc-per-node {mesh.tp * mesh.ep * cp} -m tuckerize verify {folder} "
         f"--tp {mesh.tp} --ep {mesh.ep} --cp {cp}"
-        for mesh in fitting or present
+        for mesh in fitting or present.values()
     ]
-    cut = f"tuckerize shard {tucker.folder} --tp {max(1, processes // cp)}"
-    names = [sharding_name(tp=mesh.tp, ep=mesh.ep) for mesh in present]
-    only = f", only {', '.join(names)}" if names else ""
+    cut = f"tuckerize shard {folder} --tp {max(1, processes // cp)}"
+    only = f", only {', '.join(present)}" if present else ""
     what = "several shardings" if fitting else "no shards"
     raise ParallelError(
-        f"{tucker.folder} has {what} for {processes} processes{only}",
+        f"{folder} has {what} for {processes} processes{only}",
         hint="run one of:\n  " + "\n  ".join([*run, cut]),
     )
 
@@ -249,11 +226,3 @@ def _read_shard(path: Path, module: str, first: int) -> dict[TensorName, Tensor]
         own = None if name.expert is None else name.expert - first
         found[replace(name.within_group, expert=own)] = tensor
     return found
-
-
-def _opens(path: Path) -> bool:
-    try:
-        WeightFile.open(path)
-    except CheckpointError:
-        return False
-    return True

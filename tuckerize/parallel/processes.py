@@ -53,6 +53,7 @@ class Processes:
     store: Store | None = None
     timeout: timedelta = _TIMEOUT
     _taken: int = 0
+    _started: int = 0
 
     @property
     def is_leader(self) -> bool:
@@ -68,9 +69,11 @@ class Processes:
         """
         if self.store is None:
             return work()
+        key = f"{_STARTED}/{self._started}"
+        self._started += 1
         if not self.is_leader:
-            self.store.wait([_STARTED], self.timeout)
-            if self.store.get(_STARTED) != b"ok":
+            self.store.wait([key], self.timeout)
+            if self.store.get(key) != b"ok":
                 raise LeaderFailedError
             try:
                 return work()
@@ -83,9 +86,9 @@ class Processes:
         try:
             result = work()
         except BaseException:
-            self.store.set(_STARTED, "failed")
+            self.store.set(key, "failed")
             raise
-        self.store.set(_STARTED, "ok")
+        self.store.set(key, "ok")
         return result
 
     def queue(self, count: int) -> Iterator[int]:

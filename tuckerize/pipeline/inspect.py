@@ -11,8 +11,7 @@ from tuckerize.compression.target import LayerPiece
 from tuckerize.domain import WEIGHT_TYPES, Projection, Size, coupling_name, stored_bytes
 from tuckerize.format.config import find_quantization
 from tuckerize.format.consistency import carries_loader, check_loadable
-from tuckerize.format.manifest import sharding_name
-from tuckerize.format.shards import available_shardings
+from tuckerize.format.manifest import available_shardings
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 from tuckerize.moe.source import SourceModel
 from tuckerize.planning.estimate import peak_bytes, seconds
@@ -103,9 +102,7 @@ def _describe_tucker(tucker: TuckerCheckpoint) -> InspectReport:
             layers=manifest.layers,
             before=manifest.before,
             largest_residual=max(stack.relative_residual for stack in manifest.stacks),
-            shardings=tuple(
-                sharding_name(tp=mesh.tp, ep=mesh.ep) for mesh in available_shardings(tucker.folder)
-            ),
+            shardings=tuple(available_shardings(tucker.folder)),
             carries_loader=carries_loader(tucker),
         ),
     )

@@ -12,11 +12,11 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from tuckerize.calibration.calibration_pass import CalibrationPass, SavedStates, experts_call
-from tuckerize.checkpoint.files import FileRecord, sha256_of, write_json
+from tuckerize.checkpoint.files import FileRecord, describe_file, sha256_of, write_json
 from tuckerize.checkpoint.other_files import copy_other_files
 from tuckerize.checkpoint.output import OutputFolder
-from tuckerize.checkpoint.reader import CONFIG, WeightFile, measure_size
-from tuckerize.checkpoint.writer import copy_tensors, describe_file, write_index
+from tuckerize.checkpoint.reader import CONFIG, INDEX, WeightFile, measure_size
+from tuckerize.checkpoint.writer import copy_tensors, write_index
 from tuckerize.compression.calibrated import compress_layer
 from tuckerize.compression.data_free import decompose_piece
 from tuckerize.compression.factors import LayerFactors
@@ -25,7 +25,7 @@ from tuckerize.compression.write import write_piece
 from tuckerize.domain import StackResult
 from tuckerize.format.card import with_loader, write_hub_files
 from tuckerize.format.config import TuckerQuantization, with_quantization
-from tuckerize.format.manifest import LayerRecord, SourceRecord, TuckerManifest
+from tuckerize.format.manifest import LayerRecord, SourceRecord, TuckerManifest, sealed
 from tuckerize.parallel.processes import Processes
 from tuckerize.planning.estimate import work
 from tuckerize.planning.plan import Piece, Plan
@@ -206,7 +206,7 @@ def _finish(plan: Plan, folder: OutputFolder, model: str) -> TuckerManifest:
     stacks = [stack for record in records for stack in read(record.get("stacks", []))]
     stacks.sort(key=lambda stack: (stack.layer, stack.group))
     output, source, moe = folder.folder, plan.source.checkpoint, plan.source.moe
-    copy_other_files(source.folder, output)
+    others = copy_other_files(source.folder, output)
     opened = [WeightFile.open(output / file.name) for file in files]
     headers = {name: place.header for file in opened for name, place in file.tensors.items()}
     manifest = TuckerManifest(
@@ -232,7 +232,10 @@ def _finish(plan: Plan, folder: OutputFolder, model: str) -> TuckerManifest:
     config = source.config
     quantization = TuckerQuantization.of(manifest, moe.family)
     write_json(output / CONFIG, with_quantization(with_loader(config), quantization))
-    write_hub_files(source.folder, output, manifest, config)
+    others += write_hub_files(source.folder, output, manifest, config)
     write_index(output, opened)
-    folder.finish(manifest.model_dump(mode="json"))
+    names = sorted({*others, CONFIG, INDEX})
+    recorded = tuple(describe_file(output / name) for name in names)
+    manifest = manifest.model_copy(update={"other_files": recorded})
+    folder.finish(sealed(manifest))
     return manifest

@@ -17,6 +17,8 @@ from tuckerize.format.manifest import (
     ShardManifest,
     ShardRecord,
     TuckerManifest,
+    sealed,
+    shard_file_name,
     sharding_name,
 )
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
@@ -276,7 +278,7 @@ def write_shards(
         uneven=tuple(uneven),
         shards=tuple(shards),
     )
-    folder.finish(manifest.model_dump(mode="json"))
+    folder.finish(sealed(manifest))
     dense = [dense_sizes(tucker.manifest)] * len(tucker.manifest.layers)
     return ShardReport(
         folder=str(folder.folder),
@@ -311,14 +313,14 @@ def _write_group(
     records: list[object] = []
     for ep_rank, tp_rank in itertools.product(slices.owners, range(mesh.tp)):
         rank, size = ep_rank * mesh.tp + tp_rank, mesh.ep * mesh.tp
-        name = f"layer-{layer:05d}-group-{group:04d}-rank-{rank:05d}-of-{size:05d}"
+        name = shard_file_name(layer, group, rank=rank, size=size)
         parts = slices.parts(ep_rank, tp_rank)
         sharding = {
             str(tensor.within(group, experts)): {"saved_offsets": [part.start for part in own]}
             for tensor, own in parts.items()
         }
         file = write_tensors(
-            folder.folder / f"{name}.safetensors",
+            folder.folder / name,
             {
                 str(tensor.within(group, experts)): tensors[tensor][
                     tuple(slice(p.start, p.stop) for p in own)

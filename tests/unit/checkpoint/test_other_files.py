@@ -17,9 +17,10 @@ def test_copy_other_files_takes_neither_weights_nor_what_is_written_anew(tmp_pat
         "pytorch_model.bin",
         "tuckerize.json",
         ".gitattributes",
+        "verify.json",
     ]
     for name in kept + left:
         (source / name).write_bytes(name.encode())
-    copy_other_files(source, output)
+    assert copy_other_files(source, output) == sorted(kept)
     assert sorted(path.name for path in output.iterdir()) == sorted(kept)
     assert all((output / name).read_bytes() == name.encode() for name in kept)

@@ -7,9 +7,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tuckerize.checkpoint.files import sha256_of
+from tuckerize.checkpoint.files import describe_file, sha256_of
 from tuckerize.checkpoint.reader import INDEX, Checkpoint, WeightFile
-from tuckerize.checkpoint.writer import copy_tensors, describe_file, write_index, write_tensors
+from tuckerize.checkpoint.writer import copy_tensors, write_index, write_tensors
 
 
 def data_of(file: WeightFile, name: str) -> bytes:

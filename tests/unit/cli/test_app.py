@@ -159,6 +159,7 @@ def test_every_command_as_json_prints_one_report_and_nothing_else(
         "plan": ("points", ("--model", model, "--calibration", text, *few)),
         "decompose": ("sweeps", ("--model", model, "--rank", "full,12,16", "--output", out)),
         "shard": ("costs", (out, "--tp", "2")),
+        "check": ("faults", (out,)),
         "verify": ("passed", (out, "--tokens", "4")),
         "reconstruct": ("layers", (out, "--output", dense)),
         "inspect": ("largest_residual", (out,)),

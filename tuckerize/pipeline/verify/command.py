@@ -1,23 +1,28 @@
-"""The `verify` command: open the checkpoint, its shards and its source, and verify the layers."""
+"""The `verify` command: hash the files of a checkpoint and its shards, then verify the layers."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+
+import torch
 
 from tuckerize.checkpoint.files import write_json
 from tuckerize.checkpoint.output import REPORT
 from tuckerize.domain import Device, Dtype
 from tuckerize.errors import TuckerizeError, UsageError
-from tuckerize.format.manifest import sharding_name
-from tuckerize.format.shards import Sharding, available_shardings, find_sharding
+from tuckerize.format.check import FileFault, Inventory, take_inventory
+from tuckerize.format.manifest import available_shardings, sharding_name
+from tuckerize.format.shards import Sharding, find_mesh
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint, open_source
 from tuckerize.moe.source import SourceModel
 from tuckerize.parallel.backends import choose_device
 from tuckerize.parallel.determinism import make_deterministic
-from tuckerize.parallel.processes import process_group, started_by_torchrun
-from tuckerize.pipeline.verify.verification import Verification, verify_layers
+from tuckerize.parallel.layouts import Parallelism
+from tuckerize.parallel.processes import Processes, process_group, started_by_torchrun
+from tuckerize.pipeline.verify.verification import TOLERANCES, Verification, verify_layers
 from tuckerize.progress import Progress, SilentProgress
 from tuckerize.recipe import select_layers
 from tuckerize.report import VerifyReport, to_json
@@ -63,7 +68,8 @@ class VerifyRequest:
 def verify(request: VerifyRequest, progress: Progress | None = None) -> VerifyReport:
     """Verify a Tucker checkpoint and, under torchrun, its shards.
 
-    Writes the report to `verify.json` beside what was verified.
+    Hashes every file of the checkpoint and of the shards, then computes the layers. Writes the
+    report to `verify.json` beside what was verified.
 
     Args:
         request: The verification.
@@ -79,7 +85,8 @@ def verify(request: VerifyRequest, progress: Progress | None = None) -> VerifyRe
         >>> verify(VerifyRequest(folder="OUT")).passed  # doctest: +SKIP
     """
     progress = progress or SilentProgress()
-    device, dtype = Device.parse(request.device), Dtype.parse(request.dtype)
+    device = Device.parse(request.device)
+    Dtype.parse(request.dtype)
     seconds = request.collective_timeout
     if request.deterministic:
         make_deterministic()
@@ -87,62 +94,121 @@ def verify(request: VerifyRequest, progress: Progress | None = None) -> VerifyRe
         lambda local: choose_device(device, local_rank=local),
         None if seconds is None else timedelta(seconds=seconds),
     ) as (processes, own_device):
+        folder = Path(request.folder)
 
-        def prepare() -> tuple[Verification, tuple[int, ...], tuple[str, ...]]:
-            tucker = TuckerCheckpoint.open(Path(request.folder))
-            layers = select_layers(request.layers, tucker.manifest.layers)
-            activation_of(tucker.config)
-            source, notes = _source(request, tucker)
-            sharding = _sharding(request, tucker, processes.size)
-            if sharding is None:
-                notes += _not_verified(tucker)
-            run = Verification(
-                tucker,
-                sharding,
-                source,
-                processes,
-                own_device,
-                request.tokens,
-                request.sequence_parallel,
-                dtype,
+        def look() -> tuple[Parallelism | None, Inventory]:
+            mesh = _mesh(request, folder, processes.size)
+            return mesh, take_inventory(folder, _names(mesh))
+
+        mesh, inventory = processes.leader_first(look)
+        damaged, notes = _hash(inventory, processes, progress)
+        if any(map(inventory.prevents_computing, damaged)):
+            report = _not_computed(request, mesh, own_device.type)
+        else:
+
+            def prepare() -> tuple[Verification, tuple[int, ...], tuple[str, ...]]:
+                return _open(request, mesh, processes, own_device)
+
+            run, layers, found = processes.leader_first(prepare)
+            notes += found
+            by_layer: dict[int, list[str]] = {}
+            for fault in damaged:
+                if fault.name in inventory.layer_of:
+                    by_layer.setdefault(inventory.layer_of[fault.name], []).append(str(fault))
+            report = verify_layers(
+                run,
+                layers=layers,
+                damaged=by_layer,
+                max_output_error=request.max_output_error,
+                progress=progress,
             )
-            return run, layers, notes
-
-        run, layers, notes = processes.leader_first(prepare)
-        report = verify_layers(
-            run, layers=layers, max_output_error=request.max_output_error, progress=progress
-        )
-        report = replace(report, notes=notes)
+        others = tuple(name for name in available_shardings(folder) if name not in _names(mesh))
+        notes += _how_to_verify(folder, others)
+        report = replace(report, damaged=damaged, not_verified=others, notes=notes)
         if processes.is_leader:
-            folder = run.sharding.folder if run.sharding else run.tucker.folder
-            write_json(folder / REPORT, to_json(report))
+            write_json(folder.joinpath(*_names(mesh), REPORT), to_json(report))
     return report
 
 
-def _sharding(request: VerifyRequest, tucker: TuckerCheckpoint, processes: int) -> Sharding | None:
-    """The shards for the processes of this run; None without torchrun."""
+def _mesh(request: VerifyRequest, folder: Path, processes: int) -> Parallelism | None:
+    """The mesh of this run; None without torchrun."""
     tp, ep, cp = request.tp, request.ep, request.cp
     if started_by_torchrun():
-        return find_sharding(tucker, processes, tp=tp, ep=ep, cp=cp)
+        return find_mesh(folder, processes, tp=tp, ep=ep, cp=cp)
     if tp or ep or cp > 1 or request.sequence_parallel:
         raise UsageError(
             "a mesh needs processes, and this is one that torchrun did not start",
             hint=f"run: torchrun --nproc-per-node {(tp or 1) * (ep or 1) * cp} "
-            f"-m tuckerize verify {tucker.folder} ...",
+            f"-m tuckerize verify {folder} ...",
         )
     return None
 
 
-def _not_verified(tucker: TuckerCheckpoint) -> tuple[str, ...]:
-    """A note on shards that lie beside a checkpoint that is verified unsharded."""
-    meshes = available_shardings(tucker.folder)
-    if not meshes:
+def _names(mesh: Parallelism | None) -> tuple[str, ...]:
+    """Folder of the shards of a mesh, if there is one."""
+    return () if mesh is None else (sharding_name(tp=mesh.tp, ep=mesh.ep),)
+
+
+def _how_to_verify(folder: Path, names: Sequence[str]) -> tuple[str, ...]:
+    """A note on shards that lie beside what was verified."""
+    if not names:
         return ()
-    names = ", ".join(sharding_name(tp=mesh.tp, ep=mesh.ep) for mesh in meshes)
-    processes = meshes[0].tp * meshes[0].ep
+    mesh = available_shardings(folder)[names[0]]
     return (
-        f"the shards were not verified: {names}; run: "
-        f"torchrun --nproc-per-node {processes} -m tuckerize verify {tucker.folder}",
+        f"the shards were not verified: {', '.join(names)}; run: torchrun --nproc-per-node "
+        f"{mesh.tp * mesh.ep} -m tuckerize verify {folder}",
+    )
+
+
+def _hash(
+    inventory: Inventory, processes: Processes, progress: Progress
+) -> tuple[tuple[FileFault, ...], tuple[str, ...]]:
+    """Faults of all files, which the processes share out, and notes on them."""
+    own = inventory.files[processes.rank :: processes.size]
+    progress.start(sum(file.bytes for file in own))
+    progress.stage("files: sizes and hashes")
+    found = processes.gather(inventory.hash(own, progress.advance))
+    progress.close()
+    return inventory.verdict(fault for part in found for fault in part)
+
+
+def _open(
+    request: VerifyRequest, mesh: Parallelism | None, processes: Processes, device: torch.device
+) -> tuple[Verification, tuple[int, ...], tuple[str, ...]]:
+    """Open what is verified; returns the layers and notes, too."""
+    tucker = TuckerCheckpoint.open(Path(request.folder))
+    layers = select_layers(request.layers, tucker.manifest.layers)
+    activation_of(tucker.config)
+    source, notes = _source(request, tucker)
+    run = Verification(
+        tucker,
+        None if mesh is None else Sharding.of(tucker, mesh),
+        source,
+        processes,
+        device,
+        request.tokens,
+        request.sequence_parallel,
+        Dtype.parse(request.dtype),
+    )
+    return run, layers, notes
+
+
+def _not_computed(request: VerifyRequest, mesh: Parallelism | None, device: str) -> VerifyReport:
+    """Report of a verification that ended with the files."""
+    size = mesh or Parallelism(1)
+    return VerifyReport(
+        folder=str(request.folder),
+        tp_size=size.tp,
+        ep_size=size.ep,
+        cp_size=size.cp,
+        sequence_parallel=request.sequence_parallel,
+        layout="unsharded" if mesh is None else "sharded",
+        device=device,
+        tokens=request.tokens,
+        tolerance=TOLERANCES[Dtype.parse(request.dtype)],
+        layers=(),
+        traffic=(),
+        dtype=request.dtype,
     )
 
 

@@ -10,7 +10,7 @@ layer is also compared with the dense one, and its residuals with those that dec
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -42,12 +42,13 @@ from tuckerize.runtime.sharded import ShardedExperts
 # float32 rounds to 6e-8; over sums of some thousand terms that grows to about 3e-6. A wrong value
 # in a slice that a token uses moves that token's output by orders of magnitude more.
 SHARDING_TOLERANCE = 1e-5
-# Those of the 16-bit types (unit roundoff 4e-3 and 5e-4) detect gross errors only.
-_TOLERANCES = {
+TOLERANCES = {
     Dtype.FLOAT32: SHARDING_TOLERANCE,
     Dtype.BFLOAT16: 4e-2,
     Dtype.FLOAT16: 5e-3,
 }
+"""Bounds on the sharding error; those of 16-bit types (unit roundoff 4e-3 and 5e-4) detect gross
+errors only."""
 # Measured from the same stored values as the recorded one; only the order of sums differs.
 RESIDUAL_TOLERANCE = 1e-4
 
@@ -107,13 +108,14 @@ class Verification:
     @property
     def tolerance(self) -> float:
         """Bound on the sharding error."""
-        return _TOLERANCES[self.dtype]
+        return TOLERANCES[self.dtype]
 
 
 def verify_layers(
     run: Verification,
     *,
     layers: Sequence[int],
+    damaged: Mapping[int, Sequence[str]] | None = None,
     max_output_error: float | None,
     progress: Progress,
 ) -> VerifyReport:
@@ -122,6 +124,7 @@ def verify_layers(
     Args:
         run: The verification.
         layers: Indices of the layers.
+        damaged: Faults of the files of shards, by layer; such a layer is not computed.
         max_output_error: Bound on the relative output error against the dense layer, if any.
         progress: Shows how far the work is.
     """
@@ -132,16 +135,15 @@ def verify_layers(
     own_T = own_tokens(tokens, position)
     mine = layers[run.processes.rank :: run.processes.size] if run.source else ()
     progress.start(len(layers) + len(mine))
-    progress.stage("files: sizes and hashes")
-    failures = _faulty_files(run, layers, position)
-    sharding_errors, cases, moved = {}, {}, []
+    faults = damaged or {}
+    sharding_errors: dict[int, float] = {}
+    cases, moved = {}, []
     for layer in layers:
         progress.stage(f"layer {layer}: reference")
         case = _case_of_leader(run, layer, activation, tokens)
         if layer in mine:
             cases[layer] = case
-        error = math.inf
-        if all(readable for _, readable in failures[layer]):
+        if not faults.get(layer):
             progress.stage(f"layer {layer}: load")
             experts = _load(run, layer, place, activation).to(run.device)
             if layer == layers[0] and run.device.type != "cpu":
@@ -151,7 +153,7 @@ def verify_layers(
             with counted() as sent:
                 error = _sharding_error(experts, case.of(own_T), run)
             moved.append(LayerMoved(sent, *_predicted(run, layer, case, place)))
-        sharding_errors[layer] = max(run.processes.gather(error), key=_nan_last)
+            sharding_errors[layer] = max(run.processes.gather(error), key=_nan_last)
         progress.advance(1, f"layer {layer}: shards")
     found = {}
     for layer, case in cases.items():
@@ -174,8 +176,8 @@ def verify_layers(
             _verdict(
                 run,
                 layer,
-                faults=[message for message, _ in failures[layer]],
-                sharding_error=sharding_errors[layer],
+                faults=faults.get(layer, ()),
+                sharding_error=sharding_errors.get(layer),
                 against=against.get(layer),
                 max_output_error=max_output_error,
             )
@@ -210,18 +212,6 @@ def _load(run: Verification, layer: int, place: Placement, activation: Activatio
     groups = _read_groups(run.tucker, layer)
     size = run.tucker.manifest.group_size
     return TuckerExperts(groups, group_size=size, activation=activation)
-
-
-def _faulty_files(
-    run: Verification, layers: Sequence[int], position: Position
-) -> dict[int, list[tuple[str, bool]]]:
-    """Faults of shard files of all processes, and whether the files are readable, by layer."""
-    reads = run.sharding is not None and position.cp.rank == 0
-    own = run.sharding.faults(position, layers) if run.sharding and reads else []
-    found: dict[int, list[tuple[str, bool]]] = {layer: [] for layer in layers}
-    for fault in (fault for part in run.processes.gather(own) for fault in part):
-        found[fault.layer].append((fault.message, fault.readable))
-    return found
 
 
 def _case_of_leader(run: Verification, layer: int, activation: Activation, tokens: int) -> _Case:
@@ -344,13 +334,13 @@ def _verdict(
     run: Verification,
     layer: int,
     *,
-    faults: list[str],
-    sharding_error: float,
+    faults: Sequence[str],
+    sharding_error: float | None,
     against: _AgainstSource | None,
     max_output_error: float | None,
 ) -> LayerVerdict:
     failures = list(faults)
-    if not sharding_error <= run.tolerance:
+    if sharding_error is not None and not sharding_error <= run.tolerance:
         failures.append(
             f"sharded output differs from unsharded by {sharding_error:.1e}, "
             f"allowed {run.tolerance:.0e}"
