@@ -113,6 +113,7 @@ def make_tiny_family(folder: Path, model_type: str, *, experts: int = 8, neurons
     routed: dict[str, Any] = {"num_experts": experts, "norm_topk_prob": True, "head_dim": 32}
     if model_type == "olmoe":
         architecture = OlmoeForCausalLM
+        routed["norm_topk_prob"] = False  # as published; vLLM does not look
         config = OlmoeConfig(**sizes, **routed, intermediate_size=neurons)
     elif model_type == "mixtral":
         architecture = MixtralForCausalLM

@@ -1,10 +1,9 @@
 """The real vLLM engine on CPU: `make test-vllm`.
 
-Random models of three families: dense against all modes full, and compressed checkpoints against
-their reconstructions, alone, over tensor-parallel and over expert-parallel workers. In float32,
-alone, greedy tokens must be the same. Over several workers, and in bfloat16, sums are rounded
-differently: see `assert_same_up_to_ties`. Results of different numbers of workers, compiled and
-not, are not compared: vLLM's own differ by far more than rounding, those of the dense model too.
+Random models of three families: every checkpoint against transformers, dense against all modes
+full, and compressed checkpoints against their reconstructions, alone, over tensor-parallel and over
+expert-parallel workers. In float32, alone, greedy tokens must be the same. Over several workers,
+and in bfloat16, sums are rounded differently: see `assert_same_up_to_ties`.
 """
 
 from __future__ import annotations
@@ -22,7 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+import tuckerize  # noqa: F401  # teaches transformers to load Tucker checkpoints
 from tests.running import ROOT, succeed
 from tests.tiny_models import add_tokenizer, make_tiny_family, write_text
 
@@ -130,6 +132,30 @@ def alone(dense: Path, full: Path, small: Path, reconstructed: Path) -> dict[str
 def compiled(small: Path, reconstructed: Path) -> list[Found]:
     """What one worker gives for these two, compiled as by default."""
     return run([small, reconstructed], "--compiled")
+
+
+def assert_as_in_transformers(found: Found, folder: Path) -> None:
+    """The same log-probabilities after every prompt and its tokens, of a run in float32."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    runs = zip(found["prompts"], found["tokens"], found["logprobs"], strict=True)
+    for prompt, tokens, logprobs in runs:
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt + tokens[:-1]])).logits[0, len(prompt) - 1 :]
+        expected = logits.log_softmax(-1)
+        torch.testing.assert_close(torch.tensor(logprobs), expected, rtol=0, atol=EXACT)
+
+
+@pytest.mark.parametrize("name", ["dense", "full", "small", "reconstructed"])
+def test_engine_computes_what_transformers_does(
+    name: str, alone: dict[str, Found], request: pytest.FixtureRequest
+) -> None:
+    assert_as_in_transformers(alone[name], request.getfixturevalue(name))
+
+
+def test_compiled_engine_computes_what_transformers_does(
+    small: Path, compiled: list[Found]
+) -> None:
+    assert_as_in_transformers(compiled[0], small)
 
 
 def test_all_modes_full_is_the_dense_model(alone: dict[str, Found]) -> None:

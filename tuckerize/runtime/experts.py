@@ -155,7 +155,7 @@ class TuckerGroup(nn.Module):
 
     def stack(self, projection: Projection) -> TuckerStack:
         """The stack of a projection."""
-        module = self.get_submodule(projection)
+        module = getattr(self, projection.value)
         if not isinstance(module, TuckerStack):
             raise TypeError(f"{projection} is not a TuckerStack")
         return module
@@ -163,8 +163,9 @@ class TuckerGroup(nn.Module):
     def hidden_factor(self, projection: Projection) -> Tensor | None:
         """U_I of a projection, its own or the shared one."""
         own = self.stack(projection).U_I
-        if own is None and projection != Projection.DOWN and hasattr(self, SHARED_U_I):
-            return self.get_parameter(str(TensorName.factor(Mode.HIDDEN, projection, GATE_UP)))
+        if own is None and projection in GATE_UP and hasattr(self, SHARED_U_I):
+            shared: TuckerStack = getattr(self, SHARED_U_I)
+            return shared.U_I
         return own
 
 
@@ -205,39 +206,51 @@ class TuckerExperts(nn.Module):
         """
         tokens = Tokens([x_TI], experts_Tk, weights_Tk)
         tokens, hidden_combines = dispatch_all(self.exchange.hidden_steps, tokens)
-        low = self._low(tokens.vectors[0])
+        low, places = self._low(tokens.vectors[0])
         tokens, latent_combines = dispatch_all(
-            self.exchange.latent_steps, tokens._replace(vectors=[*low.values()])
+            self.exchange.latent_steps, tokens._replace(vectors=low)
         )
-        low = dict(zip(low, tokens.vectors, strict=True))
         assigned = [
             assign(tokens.experts_Tk, range(start, start + self.group_size))
             for start in range(0, len(self.groups) * self.group_size, self.group_size)
         ]
-        neurons = self._gate_up(low, assigned)
+        neurons = self._gate_up([tokens.vectors[place] for place in places], assigned)
         outputs = self._down(neurons, assigned, tokens.weights_Tk)
         return self._complete(outputs, [*latent_combines, *hidden_combines])
 
-    def _low(self, x_TI: Tensor) -> dict[Tensor | None, Tensor]:
-        """Project tokens to latent space, once per distinct U_I of gate and up; None: identity."""
-        factors = {
-            group.hidden_factor(projection): None
-            for group in self.groups
-            for projection in (Projection.GATE, Projection.UP)
-        }
-        return {
-            U_I: self.exchange.own_hidden(x_TI) if U_I is None else x_TI @ U_I.to(x_TI.dtype)
-            for U_I in factors
-        }
+    def _low(self, x_TI: Tensor) -> tuple[list[Tensor], list[int]]:
+        """Project tokens to latent space, once per distinct U_I of gate and up.
 
-    def _gate_up(
-        self, low: Mapping[Tensor | None, Tensor], assigned: list[Assignments]
-    ) -> list[Tensor]:
-        """Activated neurons of every group, each (N, H) or the process's own columns of it."""
+        Returns:
+            The projections, and the index of that of gate and of up of every group.
+        """
+        factors: list[Tensor | None] = []
+        places = []
+        for group in self.groups:
+            for projection in GATE_UP:
+                own = group.hidden_factor(projection)
+                known = [place for place, factor in enumerate(factors) if factor is own]
+                places.append(known[0] if known else len(factors))
+                if not known:
+                    factors.append(own)
+        low = [
+            self.exchange.own_hidden(x_TI) if U_I is None else x_TI @ U_I.to(x_TI.dtype)
+            for U_I in factors
+        ]
+        return low, places
+
+    def _gate_up(self, low: Sequence[Tensor], assigned: list[Assignments]) -> list[Tensor]:
+        """Activated neurons of every group, each (N, H) or the process's own columns of it.
+
+        Args:
+            low: Projected tokens for gate and for up of every group.
+            assigned: Rows of every group.
+        """
         middles, factors = [], []
+        own = iter(low)
         for group, rows in zip(self.groups, assigned, strict=True):
-            for projection in (Projection.GATE, Projection.UP):
-                stack, low_TR = group.stack(projection), low[group.hidden_factor(projection)]
+            for projection in GATE_UP:
+                stack, low_TR = group.stack(projection), next(own)
                 low_NR = low_TR.index_select(0, rows.tokens_N)
                 middles.append(stack.multiply(low_NR, rows, transposed=False))
                 factors.append(None if stack.U_H is None else _own(stack.U_H))

@@ -131,7 +131,8 @@ def multiply_uneven(
         matrices_EXY: One matrix per expert of the group, in the rows' dtype.
         assigned: Assignment of rows to experts.
     """
-    widest = max(matrices_EXY, key=Tensor.numel)
+    sizes = [matrix.numel() for matrix in matrices_EXY]
+    widest = matrices_EXY[sizes.index(max(sizes))]
     like_EXY = widest.expand(len(matrices_EXY), -1, -1)  # takes no memory
     if rows_NX.device.type == "cpu" or not _has_grouped_gemm(rows_NX, like_EXY):
         return multiply_one_by_one(rows_NX, matrices_EXY, assigned)
@@ -153,7 +154,7 @@ def multiply_one_by_one(
     results: list[Tensor] = []
     first = 0
     for matrix_XY, count in zip(matrices_EXY, assigned.counts, strict=True):
-        if count:
+        if count or matrix_XY.requires_grad:  # a gradient of zeros: DDP waits for every one
             product = rows_NX[first : first + count, : len(matrix_XY)] @ matrix_XY
             results.append(functional.pad(product, (0, width - product.shape[1])))
             first += count

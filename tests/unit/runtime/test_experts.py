@@ -203,3 +203,40 @@ def test_dense_output_reads_each_expert_that_has_tokens_once() -> None:
     x, _, weights = make_tokens(3, E, top_k=2)
     dense_output(x, experts, weights, expert_weights=matrices, activation=silu)
     assert read == [1, 3]
+
+
+def uneven_layer() -> list[dict[TensorName, Tensor]]:
+    """A group whose experts have different widths."""
+    generator = torch.Generator().manual_seed(5)
+    tensors = {
+        TensorName.core(projection, expert): torch.randn(1 + expert, 4, generator=generator)
+        for projection in Projection
+        for expert in range(E)
+    }
+    for owner in ("gate_up_proj", "down_proj"):
+        tensors[TensorName(owner, TensorKind.U_I)] = torch.randn(I, 4, generator=generator)
+    return [tensors]
+
+
+def test_every_parameter_gets_a_gradient_whichever_experts_have_tokens() -> None:
+    """Data-parallel training waits for the gradients of all of them."""
+    module = TuckerExperts(uneven_layer(), group_size=E, activation=silu).requires_grad_()
+    x, weights = torch.randn(2, I), torch.rand(2, 1)
+    module(x, torch.tensor([[1], [1]]), weights).sum().backward()
+    gradients = {name: value.grad for name, value in module.named_parameters()}
+    assert all(gradient is not None for gradient in gradients.values())
+    idle = gradients["group_0.gate_proj.core.0"]
+    assert idle is not None
+    assert not idle.any()
+
+
+def test_torch_compile_gives_the_same_without_compiling_again_for_every_batch() -> None:
+    module = TuckerExperts(uneven_layer(), group_size=E, activation=silu)
+    torch.compiler.reset()
+    compiled = torch.compile(module, backend="eager")
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for count in range(2, 14):
+            x, experts, weights = make_tokens(count, E)
+            x = x.float()
+            expected = module(x, experts, weights)
+            torch.testing.assert_close(compiled(x, experts, weights), expected)
