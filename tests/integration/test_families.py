@@ -30,7 +30,7 @@ from tuckerize import (
     verify,
 )
 from tuckerize.checkpoint.files import read_json_object, write_json
-from tuckerize.checkpoint.reader import CONFIG, SINGLE_FILE
+from tuckerize.checkpoint.weight_set import CONFIG, SINGLE_FILE
 from tuckerize.checkpoint.writer import write_tensors
 from tuckerize.domain import StackShape
 from tuckerize.moe.families import FAMILIES

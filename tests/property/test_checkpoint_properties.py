@@ -19,14 +19,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tuckerize.checkpoint.output import MANIFEST, OutputFolder
-from tuckerize.checkpoint.reader import (
-    INDEX,
-    SINGLE_FILE,
-    TORCH_DTYPES,
-    Checkpoint,
-    WeightFile,
-    read_tensors,
-)
+from tuckerize.checkpoint.reader import TORCH_DTYPES, Checkpoint, WeightFile, read_tensors
+from tuckerize.checkpoint.weight_set import INDEX, SINGLE_FILE
 from tuckerize.checkpoint.writer import copy_tensors, write_index, write_tensors
 from tuckerize.errors import CheckpointError
 from tuckerize.format.manifest import read_shard_manifest, read_tucker_manifest

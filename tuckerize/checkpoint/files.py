@@ -18,6 +18,7 @@ from tuckerize.errors import CheckpointError
 TEMPORARY_SUFFIX = ".tmp"
 """Suffix of files that are being written."""
 
+_LFS_POINTER = b"version https://git-lfs"
 _CHUNK_BYTES = 16 * 2**20
 
 
@@ -88,6 +89,23 @@ def write_json(path: Path, value: object) -> None:
         write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is what Git leaves in the place of a large one when git-lfs is missing."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_LFS_POINTER)) == _LFS_POINTER
+    except OSError:
+        return False
+
+
+def lfs_error(path: Path) -> CheckpointError:
+    """Error for a file that is only a pointer."""
+    return CheckpointError(
+        f"{path} is a Git LFS pointer, not the file itself",
+        hint=f"fetch the files: git -C {path.parent} lfs pull, or hf download OWNER/NAME",
+    )
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """Read a JSON file that must hold an object.
 
@@ -101,6 +119,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
             f"{path} does not exist", hint="is the folder a checkpoint, and complete?"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
+        if is_lfs_pointer(path):
+            raise lfs_error(path) from error
         raise CheckpointError(
             f"{path} cannot be read as JSON: {error}", hint="fetch or write the file again"
         ) from error

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tuckerize.checkpoint.files import atomic_path
 from tuckerize.checkpoint.output import REPORT
-from tuckerize.checkpoint.reader import CONFIG
+from tuckerize.checkpoint.weight_set import CONFIG
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 _OWN_PREFIX = "tuckerize"

@@ -13,13 +13,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tuckerize.checkpoint.files import check_plain_name, read_json_object, system_error
+from tuckerize.checkpoint.files import is_lfs_pointer, lfs_error, read_json_object, system_error
+from tuckerize.checkpoint.weight_set import (
+    CONFIG,
+    find_weight_files,
+    refuse_other_formats,
+)
 from tuckerize.domain import Size, TensorHeader
 from tuckerize.errors import CheckpointError
-
-CONFIG = "config.json"
-INDEX = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
 
 TORCH_DTYPES = {
     "BF16": torch.bfloat16,
@@ -57,6 +58,8 @@ class WeightFile:
         Raises:
             CheckpointError: The file is missing, truncated or not safetensors.
         """
+        if is_lfs_pointer(path):
+            raise lfs_error(path)
         try:
             with path.open("rb") as file:
                 size = file.seek(0, 2)
@@ -107,21 +110,15 @@ class Checkpoint:
         Raises:
             CheckpointError: Something is missing, unreadable or contradictory.
         """
-        _refuse_other_formats(folder)
+        refuse_other_formats(folder)
         config = read_json_object(folder / CONFIG)
-        file_of = _file_of_tensors(folder)
-        files = {name: WeightFile.open(folder / name) for name in sorted(set(file_of.values()))}
-        for tensor, name in file_of.items():
-            if tensor not in files[name].tensors:
-                raise CheckpointError(
-                    f"{folder / INDEX} places {tensor} in {name}, which does not hold it",
-                    hint="fetch the checkpoint again",
-                )
+        files = {name: WeightFile.open(folder / name) for name in find_weight_files(folder)}
+        file_of = _file_of_tensors(files)
         tensors = {
             tensor: place.header
             for name, file in files.items()
             for tensor, place in file.tensors.items()
-            if file_of.get(tensor) == name
+            if file_of[tensor] == name
         }
         return cls(folder, config, files, tensors, file_of)
 
@@ -218,43 +215,28 @@ def _ranges(header: dict[str, Any], data_start: int) -> Iterator[tuple[str, Data
         yield name, DataRange(TensorHeader(dtype, tuple(shape), stop - start), data_start + start)
 
 
-def _file_of_tensors(folder: Path) -> dict[str, str]:
-    """Weight file of every tensor, from the index or the single file."""
-    index = folder / INDEX
-    if index.exists():
-        weight_map = read_json_object(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index} has no weight_map", hint="fetch the file again")
-        for tensor, name in weight_map.items():
-            if not isinstance(name, str):
+def _file_of_tensors(files: Mapping[str, WeightFile]) -> dict[str, str]:
+    """Weight file of every tensor; one that lies in several files must be the same in all."""
+    file_of: dict[str, str] = {}
+    for name, file in files.items():
+        for tensor in file.tensors:
+            first = file_of.setdefault(tensor, name)
+            if first != name and not _same_bytes(files[first], file, tensor):
                 raise CheckpointError(
-                    f"{index} places {tensor} in {name!r}, expected the name of a file",
-                    hint="fetch the file again",
+                    f"{files[first].path} and {name} hold different tensors named {tensor}",
+                    hint="one of the files is from another checkpoint: fetch both again",
                 )
-            check_plain_name(name, found_in=index)
-        return weight_map
-    if (folder / SINGLE_FILE).exists():
-        return dict.fromkeys(WeightFile.open(folder / SINGLE_FILE).tensors, SINGLE_FILE)
-    other = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
-    raise CheckpointError(
-        f"{folder} has neither {INDEX} nor {SINGLE_FILE}",
-        hint=f"convert {other[0]} first: load it with transformers, then save_pretrained"
-        if other
-        else "the folder is unfinished or is not a checkpoint",
-    )
+    return file_of
 
 
-def _refuse_other_formats(folder: Path) -> None:
-    """Name what a folder without a configuration holds, where it is a known other format."""
-    if (folder / CONFIG).exists():
-        return
-    if (folder / "adapter_config.json").exists():
-        raise CheckpointError(
-            f"{folder} holds a LoRA adapter, not a model",
-            hint="merge it into its base model first, and give the folder of the merged model",
-        )
-    if any(folder.glob("*.gguf")):
-        raise CheckpointError(
-            f"{folder} holds a GGUF file, which cannot be decomposed",
-            hint="give the safetensors checkpoint that it was converted from",
-        )
+def _same_bytes(one: WeightFile, other: WeightFile, tensor: str) -> bool:
+    """Whether a tensor is the same in two files."""
+    places = one.tensors[tensor], other.tensors[tensor]
+    if places[0].header != places[1].header:
+        return False
+    parts = []
+    for file, place in zip((one, other), places, strict=True):
+        with file.path.open("rb") as opened:
+            opened.seek(place.start)
+            parts.append(opened.read(place.header.bytes))
+    return parts[0] == parts[1]

@@ -19,7 +19,8 @@ from tuckerize.checkpoint.files import (
     system_error,
     write_json,
 )
-from tuckerize.checkpoint.reader import INDEX, WeightFile
+from tuckerize.checkpoint.reader import WeightFile
+from tuckerize.checkpoint.weight_set import INDEX
 
 FORMAT = {"format": "pt"}
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tuckerize.checkpoint.files import read_json_object, sha256_of
 from tuckerize.checkpoint.output import MANIFEST
-from tuckerize.checkpoint.reader import CONFIG, WeightFile, read_tensors
+from tuckerize.checkpoint.reader import WeightFile, read_tensors
+from tuckerize.checkpoint.weight_set import CONFIG
 from tuckerize.domain import Layout
 from tuckerize.errors import CheckpointError, ParallelError
 from tuckerize.format.manifest import (

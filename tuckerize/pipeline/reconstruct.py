@@ -13,7 +13,8 @@ from torch import Tensor
 from tuckerize.checkpoint.files import write_json
 from tuckerize.checkpoint.other_files import copy_other_files
 from tuckerize.checkpoint.output import OutputFolder, refuse_overlap
-from tuckerize.checkpoint.reader import CONFIG, TORCH_DTYPES, WeightFile, measure_size
+from tuckerize.checkpoint.reader import TORCH_DTYPES, WeightFile, measure_size
+from tuckerize.checkpoint.weight_set import CONFIG
 from tuckerize.checkpoint.writer import copy_tensors, write_index, write_tensors
 from tuckerize.domain import Coupling, Projection, coupling_name, group_experts
 from tuckerize.format.card import restore_card

@@ -15,7 +15,8 @@ from tuckerize.calibration.calibration_pass import CalibrationPass, SavedStates,
 from tuckerize.checkpoint.files import FileRecord, describe_file, sha256_of, write_json
 from tuckerize.checkpoint.other_files import copy_other_files
 from tuckerize.checkpoint.output import OutputFolder
-from tuckerize.checkpoint.reader import CONFIG, INDEX, WeightFile, measure_size
+from tuckerize.checkpoint.reader import WeightFile, measure_size
+from tuckerize.checkpoint.weight_set import CONFIG, INDEX
 from tuckerize.checkpoint.writer import copy_tensors, write_index
 from tuckerize.compression.calibrated import compress_layer
 from tuckerize.compression.data_free import decompose_piece

@@ -14,14 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tuckerize.checkpoint.files import write_json
-from tuckerize.checkpoint.reader import (
-    CONFIG,
-    INDEX,
-    SINGLE_FILE,
-    Checkpoint,
-    WeightFile,
-    read_tensors,
-)
+from tuckerize.checkpoint.reader import Checkpoint, WeightFile, read_tensors
+from tuckerize.checkpoint.weight_set import CONFIG, INDEX, SINGLE_FILE
 from tuckerize.checkpoint.writer import write_tensors
 from tuckerize.domain import TensorHeader
 from tuckerize.errors import CheckpointError
@@ -127,14 +121,6 @@ def test_checkpoint_without_weights_is_refused(tmp_path: Path) -> None:
     assert caught.value.hint == "the folder is unfinished or is not a checkpoint"
 
 
-def test_checkpoint_with_pickled_weights_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(CheckpointError) as caught:
-        Checkpoint.open(tmp_path)
-    assert caught.value.hint.startswith("convert pytorch_model.bin first")
-
-
 def test_checkpoint_without_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json does not exist"):
         Checkpoint.open(tmp_path)
@@ -171,19 +157,6 @@ def test_index_that_names_a_file_outside_is_refused(
     assert caught.value.message == (
         f"{index} names the file {name!r}, expected a plain name in the same folder"
     )
-
-
-def test_index_that_places_a_tensor_wrongly_is_refused(
-    tiny_sharded_model: Path, tmp_path: Path
-) -> None:
-    folder = copy_of(tiny_sharded_model, tmp_path)
-    files = sorted(path.name for path in folder.glob("*.safetensors"))
-    tensor = next(t for t, f in Checkpoint.open(folder).file_of.items() if f == files[0])
-    index = change_index(folder, {tensor: files[1]})
-    with pytest.raises(CheckpointError) as caught:
-        Checkpoint.open(folder)
-    message = f"{index} places {tensor} in {files[1]}, which does not hold it"
-    assert caught.value.message == message
 
 
 @pytest.mark.parametrize("weight_map", [None, [], {}, "x"])

@@ -8,7 +8,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tuckerize.checkpoint.files import describe_file, sha256_of
-from tuckerize.checkpoint.reader import INDEX, Checkpoint, WeightFile
+from tuckerize.checkpoint.reader import Checkpoint, WeightFile
+from tuckerize.checkpoint.weight_set import INDEX
 from tuckerize.checkpoint.writer import copy_tensors, write_index, write_tensors
 
 

@@ -10,7 +10,8 @@ from transformers import Qwen3MoeForCausalLM
 
 from tests.tiny_models import make_tiny_family
 from tuckerize.checkpoint.files import read_json_object, write_json
-from tuckerize.checkpoint.reader import CONFIG, SINGLE_FILE, Checkpoint
+from tuckerize.checkpoint.reader import Checkpoint
+from tuckerize.checkpoint.weight_set import CONFIG, SINGLE_FILE
 from tuckerize.checkpoint.writer import write_tensors
 from tuckerize.domain import Projection
 from tuckerize.errors import CheckpointError

@@ -18,7 +18,8 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from tuckerize.checkpoint.files import write_json
-from tuckerize.checkpoint.reader import CONFIG, SINGLE_FILE, Checkpoint
+from tuckerize.checkpoint.reader import Checkpoint
+from tuckerize.checkpoint.weight_set import CONFIG, SINGLE_FILE
 from tuckerize.checkpoint.writer import write_tensors
 from tuckerize.domain import Projection, StackShape
 from tuckerize.moe.storage import Packed, PerExpert, Storage
