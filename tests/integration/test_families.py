@@ -1,17 +1,11 @@
-"""The whole job on families other than DeepSeek-V2, whose models transformers makes and runs.
-
-Two of them are rows that the tests add: experts named w1, w3 and w2, and packed experts. A row must
-be all that a family takes.
-"""
+"""The whole job on families other than DeepSeek-V2, whose models transformers makes and runs."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.running import torchrun
@@ -29,31 +23,10 @@ from tuckerize import (
     shard,
     verify,
 )
-from tuckerize.checkpoint.files import read_json_object, write_json
-from tuckerize.checkpoint.weight_set import CONFIG, SINGLE_FILE
-from tuckerize.checkpoint.writer import write_tensors
 from tuckerize.domain import StackShape
-from tuckerize.moe.families import FAMILIES
-from tuckerize.moe.family import Family, Routing
-from tuckerize.moe.storage import Packed, PerExpert
 
 IDS = torch.arange(3, 43)[None]
 FULL = "full,full,full"
-
-MIXTRAL = Family(
-    model_type="mixtral",
-    experts="model.layers.{layer}.block_sparse_moe.experts",
-    storage=PerExpert(
-        gate="{expert}.w1.weight", up="{expert}.w3.weight", down="{expert}.w2.weight"
-    ),
-    router_weight="model.layers.{layer}.block_sparse_moe.gate.weight",
-    input_norm="model.layers.{layer}.post_attention_layernorm.weight",
-    experts_keys=("num_local_experts",),
-    intermediate_key="intermediate_size",
-    shared_key=None,
-    routing=lambda config: Routing("greedy", config["num_experts_per_tok"], normalize=True),
-)
-PACKED_QWEN = replace(FAMILIES["qwen3_moe"], storage=Packed("gate_up_proj", "down_proj"))
 
 
 @pytest.fixture(scope="module", params=["olmoe", "qwen3_moe"])
@@ -112,48 +85,3 @@ def test_calibration_streams_the_family(
     assert verify(VerifyRequest(folder=out)).passed
     dense, factored = perplexities(model, out, text)
     assert factored == pytest.approx(dense, rel=0.2)
-
-
-def saved_packed(folder: Path) -> Path:
-    """A Qwen3-MoE model as transformers holds it in memory, which is packed."""
-    model = AutoModelForCausalLM.from_pretrained(make_tiny_family(folder / "plain", "qwen3_moe"))
-    packed = folder / "model"
-    packed.mkdir()
-    write_json(packed / CONFIG, read_json_object(folder / "plain" / CONFIG))
-    write_tensors(packed / SINGLE_FILE, model.state_dict())
-    return packed
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {n: t for path in folder.glob("*.safetensors") for n, t in load_file(path).items()}
-
-
-@pytest.mark.parametrize("family", [MIXTRAL, PACKED_QWEN], ids=["numbered", "packed"])
-def test_row_is_all_that_another_layout_takes(
-    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setitem(FAMILIES, family.model_type, family)
-    if isinstance(family.storage, Packed):
-        model = saved_packed(tmp_path)
-    else:
-        model = make_tiny_family(tmp_path / "model", family.model_type)
-    add_tokenizer(model)
-    text = write_text(tmp_path / "text.txt", 4000)
-    full, dense, small = tmp_path / "full", tmp_path / "dense", tmp_path / "small"
-
-    decompose(DecomposeRequest(model=model, rank=FULL, output=full))
-    torch.testing.assert_close(logits(full), logits(model), rtol=1e-4, atol=1e-4)
-    reconstruct(ReconstructRequest(folder=full, output=dense))
-    expected, found = weights(model), weights(dense)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-    decompose_calibrated(model, text, small)
-    report = verify(VerifyRequest(folder=small))
-    assert report.passed
-    for layer in report.layers:
-        assert layer.residual_difference is not None
-        assert layer.residual_difference < 1e-4
-    before, after = perplexities(model, small, text)
-    assert after == pytest.approx(before, rel=0.2)

@@ -118,12 +118,12 @@ def header(path: Path) -> bytes:
 
 
 def fixed(value: Any) -> Any:  # noqa: ANN401
-    """A manifest without its version, and without what rounding decides."""
+    """A manifest without its version, what 0.1 did not record, and what rounding decides."""
     if isinstance(value, list):
         return [fixed(item) for item in value]
     if isinstance(value, dict):
         rounded = {"tuckerize_version", "relative_residual", "sweeps", "sha256"}
-        decided = rounded | {"other_files", "checksum"}  # which it did not have
+        decided = rounded | {"other_files", "checksum", "layout"}  # which it did not have
         return {key: fixed(own) for key, own in value.items() if key not in decided}
     return value
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ from tuckerize.runtime.experts import ACTIVATIONS
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CPU = torch.device("cpu")
-DEEPSEEK = FAMILIES["deepseek_v2"]
+ROW = FAMILIES["deepseek_v2"]
+DEEPSEEK = Family(ROW, "model.layers", ROW.storages[0])
 PROJECTIONS = tuple(Projection)
 TOKENS = torch.randint(0, 64, (3, 17), generator=torch.Generator().manual_seed(0))
 
@@ -279,13 +281,13 @@ OTHERS = [
             use_sliding_window=True,
             tie_word_embeddings=True,
         ),
-        "model.layers.{layer}.mlp.experts",
+        "mlp.experts",
         PROJECTIONS,
     ),
     (
         MixtralForCausalLM,
         MixtralConfig(**SIZES, num_local_experts=8),
-        "model.layers.{layer}.block_sparse_moe.experts",
+        "block_sparse_moe.experts",
         ("w1", "w3", "w2"),
     ),
     (
@@ -303,7 +305,7 @@ OTHERS = [
             qk_rope_head_dim=4,
             v_head_dim=8,
         ),
-        "model.layers.{layer}.mlp.experts",
+        "mlp.experts",
         PROJECTIONS,
     ),
 ]
@@ -327,16 +329,6 @@ def test_other_families_stream_too(
             if name.endswith("e_score_correction_bias"):
                 buffer.uniform_(100, 100.2)  # in bfloat16 they are all 100
         made.save_pretrained(tmp_path)
-    family = Family(
-        model_type=config.model_type,
-        experts=experts,
-        storage=DEEPSEEK.storage,
-        router_weight="",
-        input_norm="",
-        experts_keys=("",),
-        intermediate_key="",
-        shared_key="",
-        routing=DEEPSEEK.routing,
-    )
+    family = replace(DEEPSEEK, row=replace(ROW, experts=experts))
     found = list(stream(tmp_path, TOKENS, dtype, family, names))
     assert_equal(found, whole(tmp_path, TOKENS, dtype))

@@ -22,7 +22,7 @@ from tuckerize.linalg.tucker import largest_magnitude
 from tuckerize.moe.source import SourceModel
 from tuckerize.names import TensorName
 from tuckerize.recipe import CalibrationSettings, Recipe
-from tuckerize.runtime.experts import ACTIVATIONS, Activation, TuckerExperts, activation_of
+from tuckerize.runtime.experts import Activation, TuckerExperts, activation_of
 
 _WINDOWS_AT_ONCE = 8
 _SEED = 0
@@ -64,7 +64,7 @@ class CalibrationPass:
         if settings is None:
             raise TypeError("the recipe has no calibration")
         checkpoint = source.checkpoint
-        activation_of(checkpoint.config)
+        activation_of(source.moe.activation)
         model = StreamedModel.open(checkpoint, source.moe.family, device=device)
         windows = read_windows(
             [parse_source(text) for text in settings.texts],
@@ -95,7 +95,7 @@ class CalibrationPass:
     @property
     def activation(self) -> Activation:
         """The activation between gate and up."""
-        return ACTIVATIONS[self.source.moe.activation]
+        return activation_of(self.source.moe.activation)
 
     def embed(self) -> Tensor:
         """Hidden states before the first layer, shape (S, L, I)."""

@@ -134,7 +134,7 @@ class StreamedModel:
                 return hidden_states
 
             with self._layers_as(look):
-                self._model.get_decoder()(input_ids=tokens_SL, use_cache=False)
+                self._run_decoder(input_ids=tokens_SL)
             return seen[0]
 
         with self._filled(self._below(self._model.get_input_embeddings())):
@@ -158,10 +158,7 @@ class StreamedModel:
             args, kwargs = self._calls_of(hidden_SLI)[index]
             output = layer(hidden_SLI, *args, **kwargs)
             if not isinstance(output, Tensor):
-                raise CheckpointError(
-                    f"layers of {self._source.config.get('model_type')} return more than their "
-                    "hidden states, which streaming does not support"
-                )
+                raise self._no_streaming("return more than their hidden states")
             return output
 
         with self._experts_as(index, experts), self._filled(self._below(layer)):
@@ -195,9 +192,25 @@ class StreamedModel:
                 return hidden_states
 
             with self._layers_as(note):
-                self._model.get_decoder()(inputs_embeds=hidden_SLI, use_cache=False)
+                self._run_decoder(inputs_embeds=hidden_SLI)
             self._calls[shape] = calls
         return self._calls[shape]
+
+    def _run_decoder(self, **inputs: Tensor) -> None:
+        """Run the model around layers that do nothing."""
+        try:
+            self._model.get_decoder()(**inputs, use_cache=False)
+        except ValueError as error:
+            if "unpack" not in str(error):
+                raise
+            raise self._no_streaming("return more than their hidden states") from error
+
+    def _no_streaming(self, why: str) -> CheckpointError:
+        return CheckpointError(
+            f"layers of {self._source.config.get('model_type')} {why}, "
+            "which streaming does not support",
+            hint="decompose without calibration",
+        )
 
     @contextmanager
     def _layers_as(self, forward: Callable[..., Tensor]) -> Iterator[None]:
@@ -263,7 +276,7 @@ class StreamedModel:
 def _build(source: Checkpoint, device: torch.device, dtype: torch.dtype | None) -> Any:  # noqa: ANN401
     """The model without weights; buffers that no checkpoint has are computed."""
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     try:
         config = AutoConfig.from_pretrained(
@@ -274,9 +287,10 @@ def _build(source: Checkpoint, device: torch.device, dtype: torch.dtype | None) 
         with torch.device("meta"), warnings.catch_warnings():
             # Of a model without shared experts, which has empty tensors in their place.
             warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
-            model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, dtype=dtype, trust_remote_code=False
-            )
+            auto: Any = AutoModelForCausalLM
+            if type(config) not in auto._model_mapping:  # a model of texts and images
+                auto = AutoModelForImageTextToText
+            model = auto.from_config(config, dtype=dtype, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise CheckpointError(
             f"transformers cannot build the model of {source.folder}: {error}",

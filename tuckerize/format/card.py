@@ -69,7 +69,9 @@ def with_loader(config: dict[str, Any]) -> dict[str, Any]:
     architecture = _architecture(config)
     if architecture is None:
         return kept
-    return {**kept, "auto_map": {"AutoModelForCausalLM": f"{LOADER}.{architecture}"}}
+    several = architecture.endswith("ForConditionalGeneration")  # of text and images
+    auto = "AutoModelForImageTextToText" if several else "AutoModelForCausalLM"
+    return {**kept, "auto_map": {auto: f"{LOADER}.{architecture}"}}
 
 
 def write_hub_files(

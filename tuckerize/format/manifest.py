@@ -36,6 +36,7 @@ from tuckerize.domain import (
     StackShape,
 )
 from tuckerize.errors import CheckpointError
+from tuckerize.moe.storage import Packed, PerExpert
 from tuckerize.parallel.layouts import LayerShape, Parallelism
 
 SCHEMA_VERSION = 1
@@ -81,6 +82,18 @@ class LayerRecord(Record):
     refined: bool
 
 
+class LayoutRecord(Record):
+    """Layout of the dense model's routed experts on disk, and of a reconstruction.
+
+    Attributes:
+        layers: Module of the decoder layers.
+        storage: Names of the experts' tensors below a layer.
+    """
+
+    layers: str
+    storage: PerExpert | Packed
+
+
 class TuckerManifest(Record):
     """Contents and origin of a Tucker checkpoint.
 
@@ -88,6 +101,7 @@ class TuckerManifest(Record):
         schema_version: Version of this file.
         tuckerize_version: Version of the program that wrote it.
         family: `model_type` of the model.
+        layout: How its routed experts lay on disk; None in manifests of version 0.1.
         source: The dense checkpoint that was decomposed.
         recipe: The recipe as carried out.
         dtype: safetensors' name of the type of factors and cores.
@@ -107,6 +121,7 @@ class TuckerManifest(Record):
     schema_version: Literal[1] = 1
     tuckerize_version: str
     family: str
+    layout: LayoutRecord | None = None
     source: SourceRecord
     recipe: dict[str, Any]
     dtype: str

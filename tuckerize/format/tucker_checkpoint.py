@@ -21,8 +21,9 @@ from tuckerize.format.config import without_quantization
 from tuckerize.format.manifest import TuckerManifest, read_tucker_manifest
 from tuckerize.linalg.selection import KeptNeurons, kept_neurons
 from tuckerize.linalg.tucker import TuckerFactors
-from tuckerize.moe.families import FAMILIES
+from tuckerize.moe.families import FAMILIES, LAYERS
 from tuckerize.moe.family import Family
+from tuckerize.moe.routing import Router, read_input_norm
 from tuckerize.moe.source import SourceModel
 from tuckerize.names import TensorName, expert_rows, group_module
 
@@ -92,13 +93,13 @@ class TuckerCheckpoint:
         tensors = self.checkpoint.read(map(str, names))
         return {TensorName.parse(name).within_group: tensor for name, tensor in tensors}
 
-    def router(self, layer: int) -> Tensor:
-        """Weight of the router of a layer, shape (E, I)."""
-        return self.checkpoint.read_one(self.family.router_weight.format(layer=layer))
+    def router(self, layer: int) -> Router:
+        """Router of a layer."""
+        return Router.read(self.checkpoint, self.family, layer)
 
     def input_norm(self, layer: int) -> Tensor:
-        """Weight of the norm before the MoE block of a layer, shape (I,)."""
-        return self.checkpoint.read_one(self.family.input_norm.format(layer=layer))
+        """Factors of the norm before the MoE block of a layer, float32, shape (I,)."""
+        return read_input_norm(self.checkpoint, self.family, layer)
 
     def dense_layers(self) -> SourceModel | None:
         """The layers that stayed dense as a model of their own; None if there are none.
@@ -130,7 +131,10 @@ def family_of(manifest: TuckerManifest, folder: Path) -> Family:
     """
     if manifest.family not in FAMILIES:
         raise CheckpointError(f"{folder} is of the family '{manifest.family}', which is unknown")
-    return FAMILIES[manifest.family]
+    row, layout = FAMILIES[manifest.family], manifest.layout
+    if layout is None:  # of version 0.1
+        return Family(row, LAYERS[0], row.storages[0])
+    return Family(row, layout.layers, layout.storage)
 
 
 def open_source(model: str, tucker: TuckerCheckpoint) -> SourceModel:

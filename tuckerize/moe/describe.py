@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from tuckerize.domain import StackShape, TensorHeader
 from tuckerize.errors import CheckpointError
-from tuckerize.moe.families import FAMILIES
-from tuckerize.moe.family import Config, Family, MoeModel, positive
+from tuckerize.moe.families import FAMILIES, LAYERS, UNSUPPORTED
+from tuckerize.moe.family import Config, Family, FamilyRow, MoeModel, positive, text_config
 
 # Types that can be decomposed, by safetensors' names.
 DECOMPOSABLE_DTYPES = ("BF16", "F16", "F32", "F64")
+
+# Index of a layer or an expert.
+_INDEX = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def describe_moe(config: Config, tensors: Mapping[str, TensorHeader]) -> MoeModel:
@@ -24,7 +28,7 @@ def describe_moe(config: Config, tensors: Mapping[str, TensorHeader]) -> MoeMode
         CheckpointError: The family is not supported, the weights are quantized, or routed weights
             are missing or have another shape or type than the configuration says.
     """
-    family = _family(config)
+    row = _row(config)
     quantization = config.get("quantization_config")
     if quantization is not None:
         known = isinstance(quantization, Mapping)
@@ -33,8 +37,12 @@ def describe_moe(config: Config, tensors: Mapping[str, TensorHeader]) -> MoeMode
             f"config.json announces weights quantized with '{method}', which cannot be decomposed",
             hint="start from a bf16, fp16 or fp32 checkpoint of the model",
         )
-    found = {family.layer_of(name) for name in tensors}
-    layers = tuple(sorted(layer for layer in found if layer is not None))
+    family = _resolve(row, tensors)
+    text = text_config(config)
+    found = {layer for name in tensors if (layer := family.layer_of(name)) is not None}
+    # Layers after the last one predict further tokens: no engine runs them as part of the model.
+    last = text.get("num_hidden_layers")
+    layers = tuple(sorted(layer for layer in found if not isinstance(last, int) or layer < last))
     if not layers:
         raise CheckpointError(
             f"no tensor is named like the routed experts of {family.model_type} "
@@ -42,9 +50,9 @@ def describe_moe(config: Config, tensors: Mapping[str, TensorHeader]) -> MoeMode
             hint="the checkpoint may be incomplete, or saved in another layout",
         )
     shape = StackShape(
-        positive(config, *family.experts_keys),
-        positive(config, family.intermediate_key),
-        positive(config, "hidden_size"),
+        positive(text, *row.experts_keys),
+        positive(text, *row.intermediate_keys),
+        positive(text, "hidden_size"),
     )
     first = next(iter(family.stored(layers[0]).tensors(shape)))
     model = MoeModel(
@@ -53,37 +61,62 @@ def describe_moe(config: Config, tensors: Mapping[str, TensorHeader]) -> MoeMode
         shape=shape,
         shared_experts=family.shared_experts(config),
         routing=family.routing(config),
-        activation=str(config.get("hidden_act", "silu")),
+        activation=family.activation(config),
         dtype=tensors[first].dtype if first in tensors else "",
     )
-    _check_weights(model, tensors)
+    _check_weights(model, tensors, text)
     return model
 
 
-def _family(config: Config) -> Family:
-    model_type = str(config.get("model_type"))
-    if model_type not in FAMILIES:
-        is_moe = any("expert" in key for key in config)
-        why = "" if is_moe else ": the configuration names no experts"
-        raise CheckpointError(
-            f"model_type '{model_type}' in config.json is not a supported MoE family{why}",
-            hint=f"supported: {', '.join(sorted(FAMILIES))}",
-        )
-    return FAMILIES[model_type]
-
-
-def _check_weights(model: MoeModel, tensors: Mapping[str, TensorHeader]) -> None:
-    for layer in model.layers:
-        prefix = model.family.experts_prefix(layer) + "."
-        known = model.family.stored(layer).tensors(model.shape)
-        for name, expected in known.items():
-            _check_weight(name, tensors.get(name), expected, model.dtype)
-        extra = sorted(n for n in tensors if n.startswith(prefix) and n not in known)
-        if extra:
+def _row(config: Config) -> FamilyRow:
+    nested = config.get("text_config")
+    types = [str(part.get("model_type")) for part in (config, nested) if isinstance(part, Mapping)]
+    for model_type in types:
+        if model_type in FAMILIES:
+            return FAMILIES[model_type]
+        if model_type in UNSUPPORTED:
             raise CheckpointError(
-                f"layer {layer} has the tensor {extra[0]}, which the family "
-                f"{model.family.model_type} with {model.shape.experts} experts does not know",
-                hint=f"check {' or '.join(model.family.experts_keys)} in config.json",
+                f"models of type '{model_type}' cannot be decomposed: {UNSUPPORTED[model_type]}",
+                hint="docs/reference/models.md lists the supported families",
+            )
+    is_moe = any("expert" in key for key in text_config(config))
+    why = "" if is_moe else ": the configuration names no experts"
+    raise CheckpointError(
+        f"model_type '{types[0]}' in config.json is not a supported MoE family{why}",
+        hint="docs/reference/models.md lists the supported families",
+    )
+
+
+def _resolve(row: FamilyRow, tensors: Mapping[str, TensorHeader]) -> Family:
+    """The family with the layout that the tensors have; the row's first if they have none."""
+    numbered = {_INDEX.sub("0", name): name for name in tensors}
+    for layers in LAYERS:
+        for storage in row.storages:
+            first = f"{layers}.0.{storage.names[0]}".format(expert=0).removesuffix(".weight")
+            for name, example in numbered.items():
+                if name.startswith(first):
+                    layer = example.removeprefix(f"{layers}.").partition(".")[0]
+                    return Family(row, layers, storage.oriented(tensors, f"{layers}.{layer}"))
+    return Family(row, LAYERS[0], row.storages[0])
+
+
+def _check_weights(model: MoeModel, tensors: Mapping[str, TensorHeader], config: Config) -> None:
+    family = model.family
+    known = {
+        name: shape
+        for layer in model.layers
+        for name, shape in family.stored(layer).tensors(model.shape).items()
+    }
+    for name, expected in known.items():
+        _check_weight(name, tensors.get(name), expected, model.dtype)
+    for name in sorted(tensors):
+        layer = family.layer_of(name)
+        if layer in model.layers and name not in known:
+            keys = [key for key in family.row.experts_keys if key in config]
+            raise CheckpointError(
+                f"layer {layer} has the tensor {name}, which the family {family.model_type} with "
+                f"{model.shape.experts} experts does not know",
+                hint=f"check {' or '.join(keys)} in config.json",
             )
 
 

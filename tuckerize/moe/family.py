@@ -1,10 +1,15 @@
-"""Words of one model family and the MoE facts of one checkpoint, as types."""
+"""Words of a model family and the MoE facts of one checkpoint, as types.
+
+A family is described by a row of the table in `families.py`. Which of the row's layouts a
+checkpoint has is decided by its tensors: `Family` is the row with that decision.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 from tuckerize.domain import Projection, StackShape
@@ -14,72 +19,129 @@ from tuckerize.moe.storage import Storage
 Config = Mapping[str, Any]
 """Contents of config.json."""
 
+EXPERTS_KEYS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
+INTERMEDIATE_KEYS = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
+TOP_K_KEYS = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_k",
+    "top_k_experts",
+)
+SHARED_KEYS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
+# Sizes of a shared expert, where families have one or none.
+_SHARED_SIZES = ("shared_expert_intermediate_size", "shared_intermediate_size")
+_ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function")
+
 
 @dataclass(frozen=True, slots=True)
 class Routing:
     """Routing from router logits to experts and weights.
 
     Attributes:
-        method: `greedy` takes the top-k of all experts; `group_limited_greedy` takes it from the
-            best groups of experts only.
         top_k: Experts per token.
-        scale: Factor on the routing weights.
+        score: Function from a token's logits to its scores, by which experts are chosen and
+            weighted. `sparsemixer` is Phi-3.5-MoE's choice of two experts.
         normalize: Whether the top-k weights of a token are normalised to sum to 1.
-        groups: Number of expert groups (`group_limited_greedy`).
-        top_groups: Expert groups per token (`group_limited_greedy`).
+        scale: Factor on the routing weights.
+        groups: Number of expert groups; the top-k is taken from the best groups only.
+        top_groups: Expert groups per token.
+        group_score: Score of a group: its best expert's, or the sum of its two best.
+        jitter: Relative distance from the best logit within which `sparsemixer` keeps experts.
     """
 
-    method: Literal["greedy", "group_limited_greedy"]
     top_k: int
-    scale: float = 1.0
+    score: Literal["softmax", "sigmoid", "sqrtsoftplus", "sparsemixer"] = "softmax"
     normalize: bool = False
+    scale: float = 1.0
     groups: int = 1
     top_groups: int = 1
+    group_score: Literal["best", "two_best"] = "best"
+    jitter: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyRow:
+    """One model family, a row of the table; names are those below a decoder layer.
+
+    Attributes:
+        model_type: `model_type` in config.json, or in its `text_config`.
+        routing: Reads the routing from a configuration.
+        experts: Module of the routed experts; factors are stored below it.
+        storages: Layouts of the routed experts on disk that checkpoints of the family have.
+        router: Weight of the router, shape (E, I).
+        router_bias: Bias of its logits, where the family has one, shape (E,).
+        correction: What is added to scores to choose experts by, where the family has it,
+            shape (E,).
+        input_norm: Weight of the norm before the MoE block, shape (I,).
+        norm_offset: What the norm adds to its weight.
+        experts_keys: Configuration keys of the number of routed experts; the first one present
+            counts.
+        intermediate_keys: The same of the experts' intermediate size.
+    """
+
+    model_type: str
+    routing: Callable[[Config], Routing]
+    experts: str
+    storages: tuple[Storage, ...]
+    router: str
+    router_bias: str | None = None
+    correction: str | None = None
+    input_norm: str = "post_attention_layernorm.weight"
+    norm_offset: float = 0.0
+    experts_keys: tuple[str, ...] = EXPERTS_KEYS
+    intermediate_keys: tuple[str, ...] = INTERMEDIATE_KEYS
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Names of one model family; `{layer}` is filled in.
+    """A family as one checkpoint has it.
 
     Attributes:
-        model_type: `model_type` in config.json.
-        experts: Module of the routed experts of a layer.
-        storage: Their layout on disk, with names below that module.
-        router_weight: Weight of the router, shape (E, I).
-        input_norm: Weight of the norm before the MoE block, shape (I,).
-        experts_keys: Configuration keys of the number of routed experts; the first one present
-            counts.
-        intermediate_key: Configuration key of the experts' intermediate size.
-        shared_key: Configuration key of the number of shared experts; None where there are none.
-        routing: Reads the routing from a configuration.
+        row: Its row of the table.
+        layers: Module of the decoder layers in the checkpoint, `model.layers` say.
+        storage: The layout of the routed experts, with names below a layer.
     """
 
-    model_type: str
-    experts: str
+    row: FamilyRow
+    layers: str
     storage: Storage
-    router_weight: str
-    input_norm: str
-    experts_keys: tuple[str, ...]
-    intermediate_key: str
-    shared_key: str | None
-    routing: Callable[[Config], Routing]
+
+    @property
+    def model_type(self) -> str:
+        """`model_type` of the row."""
+        return self.row.model_type
+
+    def routing(self, config: Config) -> Routing:
+        """Routing of tokens to experts."""
+        return self.row.routing(text_config(config))
+
+    def activation(self, config: Config) -> str:
+        """Name of the activation between gate and up."""
+        text = text_config(config)
+        return str(next((text[key] for key in _ACTIVATION_KEYS if key in text), "silu"))
 
     def shared_experts(self, config: Config) -> int:
         """Number of shared experts."""
-        return int(config.get(self.shared_key) or 0) if self.shared_key else 0
+        text = text_config(config)
+        counts = [int(text[key]) for key in SHARED_KEYS if isinstance(text.get(key), int)]
+        return counts[0] if counts else int(any(text.get(key) for key in _SHARED_SIZES))
+
+    def name(self, layer: int, below: str) -> str:
+        """Name in the checkpoint of a tensor or module of a layer."""
+        return f"{self.layers}.{layer}.{below}"
 
     def experts_prefix(self, layer: int) -> str:
         """Prefix of the routed experts of a layer, without the final dot."""
-        return self.experts.format(layer=layer)
+        return self.name(layer, self.row.experts)
 
     def stored(self, layer: int) -> Storage:
         """Layout of the routed experts of a layer, with names as in the checkpoint."""
-        return self.storage.within(self.experts_prefix(layer))
+        return self.storage.within(f"{self.layers}.{layer}")
 
     def layer_of(self, name: str) -> int | None:
         """Index of the layer whose routed experts a tensor belongs to, or None."""
-        before, after = self.experts.split("{layer}")
-        match = re.match(rf"{re.escape(before)}(\d+){re.escape(after)}\.", name)
+        match = _routed_names(self).match(name)
         return int(match[1]) if match else None
 
     def is_routed(self, name: str) -> bool:
@@ -87,12 +149,23 @@ class Family:
         return self.layer_of(name) is not None
 
 
+@cache
+def _routed_names(family: Family) -> re.Pattern[str]:
+    """Names below the module of the experts, but for the router's, and those of the layout."""
+    row = family.row
+    beside = "|".join(re.escape(name) for name in (row.router_bias, row.correction) if name)
+    others = f"(?!(?:{beside})$)" if beside else ""
+    outside = [re.escape(name) for name in family.storage.names if not name.startswith(row.experts)]
+    places = "|".join([re.escape(f"{row.experts}."), *outside])
+    return re.compile(rf"{re.escape(family.layers)}\.(\d+)\.{others}(?:{places})")
+
+
 @dataclass(frozen=True, slots=True)
 class MoeModel:
     """The MoE facts of one checkpoint.
 
     Attributes:
-        family: Its row of the table.
+        family: Its family.
         layers: Indices of the layers with routed experts.
         shape: Sizes (E, H, I) of a projection's experts in a layer.
         shared_experts: Number of shared experts.
@@ -119,14 +192,22 @@ class MoeModel:
         return self.family.is_routed(name)
 
 
+def text_config(config: Config) -> Config:
+    """Configuration of the language model, which models of several modalities nest."""
+    nested = config.get("text_config")
+    return {**config, **nested} if isinstance(nested, Mapping) else config
+
+
 def positive(config: Config, *keys: str) -> int:
-    """Value of the first of some keys that is in config.json.
+    """Value of the first of some keys that is in config.json; lists of one value count as it.
 
     Raises:
         CheckpointError: It is not a positive integer.
     """
     key = next((key for key in keys if key in config), keys[0])
     value = config.get(key)
+    if isinstance(value, list) and len(set(map(str, value))) == 1:  # one for every layer
+        value = value[0]
     if not isinstance(value, int) or value < 1:
         raise CheckpointError(
             f"config.json has {key} = {value!r}, expected a positive integer",

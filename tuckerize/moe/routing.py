@@ -1,4 +1,4 @@
-"""Routers of the supported families: from router logits to experts and weights."""
+"""Routers: from tokens to experts and weights."""
 
 from __future__ import annotations
 
@@ -6,8 +6,43 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from tuckerize.moe.family import Routing
+from tuckerize.checkpoint.reader import Checkpoint
+from tuckerize.moe.family import Family, Routing
+
+
+class Router(NamedTuple):
+    """Tensors of a router: weight (E, I), bias of its logits (E,), correction of scores (E,)."""
+
+    weight_EI: Tensor
+    bias_E: Tensor | None = None
+    correction_E: Tensor | None = None
+
+    @classmethod
+    def read(cls, checkpoint: Checkpoint, family: Family, layer: int) -> Router:
+        """Read the router of a layer from a checkpoint of a family.
+
+        Raises:
+            CheckpointError: Its weight is missing, or a tensor cannot be read.
+        """
+
+        def find(below: str | None) -> Tensor | None:
+            name = family.name(layer, below or "")
+            return checkpoint.read_one(name).flatten() if name in checkpoint.tensors else None
+
+        weight_EI = checkpoint.read_one(family.name(layer, family.row.router))
+        return cls(weight_EI, find(family.row.router_bias), find(family.row.correction))
+
+
+def read_input_norm(checkpoint: Checkpoint, family: Family, layer: int) -> Tensor:
+    """Read the factors of the norm before the MoE block of a layer, float32, shape (I,).
+
+    Raises:
+        CheckpointError: The tensor is missing or cannot be read.
+    """
+    weight_I = checkpoint.read_one(family.name(layer, family.row.input_norm))
+    return weight_I.float() + family.row.norm_offset
 
 
 class Routes(NamedTuple):
@@ -17,33 +52,70 @@ class Routes(NamedTuple):
     weights: Tensor
 
 
-def route(x_TI: Tensor, router_EI: Tensor, routing: Routing) -> Routes:
-    """Route tokens: softmax over all experts, then top-k.
+def route(x_TI: Tensor, router: Router, routing: Routing) -> Routes:
+    """Route tokens: scores of all experts, then top-k, as transformers' routers do, in float32.
 
     Args:
         x_TI: Tokens, shape (T, I).
-        router_EI: Router weight, shape (E, I).
-        routing: Method, top-k, scale and expert groups.
+        router: Tensors of the router.
+        routing: Score function, top-k, scale and expert groups.
 
     Returns:
         Expert indices (int64) and float32 weights, scaled, and normalised where the family does so.
 
     Source:
-        DeepSeek-V2 2024, section 2.2; transformers' `DeepseekV2TopkRouter`, `Qwen3MoeTopKRouter`.
+        DeepSeek-V2 2024, section 2.2; DeepSeek-V3 2024, section 2.1.2; the routers of transformers.
     """
-    scores_TE = (x_TI.float() @ router_EI.float().T).softmax(dim=-1)
-    if routing.method == "group_limited_greedy":
-        scores_TE = _keep_best_groups(scores_TE, routing)
-    weights_Tk, experts_Tk = scores_TE.topk(routing.top_k, dim=-1)
+    logits_TE = x_TI.float() @ router.weight_EI.float().T
+    if router.bias_E is not None:
+        logits_TE = logits_TE + router.bias_E.float()
+    if routing.score == "sparsemixer":
+        return _sparsemixer(logits_TE, routing)
+    scores_TE = _scores(logits_TE, routing)
+    choice_TE = scores_TE
+    if router.correction_E is not None:
+        choice_TE = scores_TE + router.correction_E.float()
+    if routing.groups > 1:
+        choice_TE = _best_groups(choice_TE, routing)
+    experts_Tk = choice_TE.topk(routing.top_k, dim=-1).indices
+    weights_Tk = scores_TE.gather(1, experts_Tk)
     if routing.normalize:
         weights_Tk = weights_Tk / weights_Tk.sum(dim=-1, keepdim=True)
     return Routes(experts_Tk, weights_Tk * routing.scale)
 
 
-def _keep_best_groups(scores_TE: Tensor, routing: Routing) -> Tensor:
-    """Zero all scores outside the `top_groups` groups with the highest maximum score."""
-    tokens, experts = scores_TE.shape
-    grouped = scores_TE.view(tokens, routing.groups, experts // routing.groups)
-    best = grouped.amax(dim=-1).topk(routing.top_groups, dim=-1).indices
-    mask = torch.zeros_like(grouped[..., 0]).scatter_(1, best, 1.0)
-    return (grouped * mask.unsqueeze(-1)).view(tokens, experts)
+def _scores(logits_TE: Tensor, routing: Routing) -> Tensor:
+    if routing.score == "sigmoid":
+        return logits_TE.sigmoid()
+    if routing.score == "sqrtsoftplus":
+        return functional.softplus(logits_TE).sqrt()
+    return logits_TE.softmax(dim=-1)
+
+
+def _best_groups(choice_TE: Tensor, routing: Routing) -> Tensor:
+    """Set all scores outside of the `top_groups` groups with the highest score to −∞."""
+    tokens, experts = choice_TE.shape
+    grouped = choice_TE.view(tokens, routing.groups, experts // routing.groups)
+    counted = 1 if routing.group_score == "best" else 2
+    scores = grouped.topk(min(counted, grouped.shape[-1]), dim=-1).values.sum(dim=-1)
+    best = scores.topk(routing.top_groups, dim=-1).indices
+    outside = torch.ones_like(scores, dtype=torch.bool).scatter_(1, best, value=False)
+    return grouped.masked_fill(outside.unsqueeze(-1), -torch.inf).view(tokens, experts)
+
+
+def _sparsemixer(logits_TE: Tensor, routing: Routing) -> Routes:
+    """Take the best expert again and again, weighted among those whose logits are near its own.
+
+    Source:
+        GRIN 2024; transformers' `sparsemixer`, in evaluation.
+    """
+    left_TE, experts, weights = logits_TE, [], []
+    for _ in range(routing.top_k):
+        best_T1, expert_T1 = left_TE.max(dim=-1, keepdim=True)
+        scale_TE = logits_TE.abs().clamp(min=best_T1)
+        far = (best_T1 - logits_TE) / scale_TE > 2 * routing.jitter
+        near_TE = left_TE.masked_fill(far, -torch.inf)
+        experts.append(expert_T1)
+        weights.append(near_TE.softmax(dim=-1).gather(1, expert_T1))
+        left_TE = left_TE.scatter(1, expert_T1, -torch.inf)
+    return Routes(torch.cat(experts, dim=1), torch.cat(weights, dim=1))

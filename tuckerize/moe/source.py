@@ -12,6 +12,7 @@ from tuckerize.checkpoint.reader import TORCH_DTYPES, Checkpoint, measure_size
 from tuckerize.domain import Projection, Size
 from tuckerize.moe.describe import describe_moe
 from tuckerize.moe.family import MoeModel
+from tuckerize.moe.routing import Router, read_input_norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +83,10 @@ class SourceModel:
         gate_HI, up_HI, down_HI = (self.stack(layer, p, one)[0] for p in Projection)
         return gate_HI, up_HI, down_HI
 
-    def router(self, layer: int) -> Tensor:
-        """Weight of the router of a layer, shape (E, I)."""
-        return self.checkpoint.read_one(self.moe.family.router_weight.format(layer=layer))
+    def router(self, layer: int) -> Router:
+        """Router of a layer."""
+        return Router.read(self.checkpoint, self.moe.family, layer)
 
     def input_norm(self, layer: int) -> Tensor:
-        """Weight of the norm before the MoE block of a layer, shape (I,)."""
-        return self.checkpoint.read_one(self.moe.family.input_norm.format(layer=layer))
+        """Factors of the norm before the MoE block of a layer, float32, shape (I,)."""
+        return read_input_norm(self.checkpoint, self.moe.family, layer)

@@ -15,14 +15,24 @@ import torch
 from torch import Tensor
 
 from tuckerize.checkpoint.reader import Checkpoint
-from tuckerize.domain import GATE_UP, Coupling, Projection, StackShape
+from tuckerize.domain import GATE_UP, Coupling, Projection, StackShape, TensorHeader
 
 
 class Storage(ABC):
     """Layout of the routed experts of one layer.
 
-    Names are those below the module of the layer's experts; `within` completes them.
+    Names are those below some module, the layer say; `within` completes them.
     """
+
+    @property
+    @abstractmethod
+    def names(self) -> tuple[str, ...]:
+        """Names of its tensors, with `{expert}` for the expert's index."""
+
+    def oriented(self, tensors: Mapping[str, TensorHeader], module: str) -> Self:
+        """The same layout, transposed where the shapes of its tensors below a module say so."""
+        del tensors, module
+        return self
 
     @property
     @abstractmethod
@@ -98,6 +108,11 @@ class PerExpert(Storage):
     down: str
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Names of its tensors, with `{expert}` for the expert's index."""
+        return self.gate, self.up, self.down
+
+    @property
     def together(self) -> tuple[Coupling, ...]:
         """The projections; those that share a tensor stand together."""
         return tuple((projection,) for projection in Projection)
@@ -161,6 +176,23 @@ class Packed(Storage):
     down: str
     interleaved: bool = False
     transposed: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of its tensors."""
+        return self.gate_up, self.down
+
+    def oriented(self, tensors: Mapping[str, TensorHeader], module: str) -> Self:
+        """The same layout, transposed where the shapes of its tensors below a module say so.
+
+        The neurons are twice as many in gate and up as in down, on one side or the other.
+        """
+        names = [f"{module}.{name}" for name in self.names]
+        found = [tensors[name].shape for name in names if name in tensors]
+        if [len(shape) for shape in found] != [3, 3]:
+            return self
+        gate_up, down = found
+        return replace(self, transposed=gate_up[2] == 2 * down[1] and gate_up[1] == down[2])
 
     @property
     def together(self) -> tuple[Coupling, ...]:

@@ -95,13 +95,13 @@ def open_evaluated(folder: Path) -> Evaluated:
     """
     if (folder / MANIFEST).exists():
         tucker = TuckerCheckpoint.open(folder)
-        activation = activation_of(tucker.config)
+        activation = activation_of(tucker.family.activation(tucker.config))
         return Evaluated(
             tucker.checkpoint, tucker.family, activation, tucker, tucker.dense_layers()
         )
     source = SourceModel.open(folder)
     checkpoint = source.checkpoint
-    activation = activation_of(checkpoint.config)
+    activation = activation_of(source.moe.activation)
     return Evaluated(checkpoint, source.moe.family, activation, None, source)
 
 

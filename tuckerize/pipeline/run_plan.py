@@ -26,7 +26,13 @@ from tuckerize.compression.write import write_piece
 from tuckerize.domain import StackResult
 from tuckerize.format.card import with_loader, write_hub_files
 from tuckerize.format.config import TuckerQuantization, with_quantization
-from tuckerize.format.manifest import LayerRecord, SourceRecord, TuckerManifest, sealed
+from tuckerize.format.manifest import (
+    LayerRecord,
+    LayoutRecord,
+    SourceRecord,
+    TuckerManifest,
+    sealed,
+)
 from tuckerize.parallel.processes import Processes
 from tuckerize.planning.estimate import work
 from tuckerize.planning.plan import Piece, Plan
@@ -213,6 +219,7 @@ def _finish(plan: Plan, folder: OutputFolder, model: str) -> TuckerManifest:
     manifest = TuckerManifest(
         tuckerize_version=__version__,
         family=moe.family.model_type,
+        layout=LayoutRecord(layers=moe.family.layers, storage=moe.family.storage),
         source=SourceRecord(
             model=model,
             config_sha256=sha256_of(source.folder / CONFIG),

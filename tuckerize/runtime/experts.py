@@ -12,7 +12,7 @@ k experts per token, N rows (a token with one of its experts), others as in lina
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -37,21 +37,21 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "silu": functional.silu,
     "swish": functional.silu,
     "gelu": functional.gelu,
+    "gelu_pytorch_tanh": partial(functional.gelu, approximate="tanh"),
     "relu": functional.relu,
 }
 """Activations between gate and up, by the configuration's `hidden_act`."""
 
 
-def activation_of(config: Mapping[str, Any]) -> Activation:
+def activation_of(name: str) -> Activation:
     """The activation between gate and up.
 
     Args:
-        config: Contents of config.json.
+        name: Its name in config.json.
 
     Raises:
         CheckpointError: It is not known.
     """
-    name = str(config.get("hidden_act", "silu"))
     if name not in ACTIVATIONS:
         raise CheckpointError(
             f"hidden_act '{name}' in config.json is not known",

@@ -115,7 +115,7 @@ class ShardedExperts(TuckerExperts):
             layout=sharding.layout,
             sizes=sharding.layer_shape(layer),
             position=position,
-            activation=activation_of(sharding.config),
+            activation=activation_of(sharding.family.activation(sharding.config)),
             fused=fused,
         )
 

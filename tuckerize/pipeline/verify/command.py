@@ -178,7 +178,7 @@ def _open(
     """Open what is verified; returns the layers and notes, too."""
     tucker = TuckerCheckpoint.open(Path(request.folder))
     layers = select_layers(request.layers, tucker.manifest.layers)
-    activation_of(tucker.config)
+    activation_of(tucker.family.activation(tucker.config))
     source, notes = _source(request, tucker)
     run = Verification(
         tucker,

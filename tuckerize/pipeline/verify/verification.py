@@ -128,7 +128,7 @@ def verify_layers(
         max_output_error: Bound on the relative output error against the dense layer, if any.
         progress: Shows how far the work is.
     """
-    activation = activation_of(run.tucker.config)
+    activation = activation_of(run.tucker.family.activation(run.tucker.config))
     place = _place(run)
     position = place.position
     tokens = padded_count(run.tokens, position.parallelism)
@@ -263,10 +263,9 @@ def _case(run: Verification, layer: int, activation: Activation, tokens: int) ->
     model = run.source or tucker
     generator = torch.Generator().manual_seed(_SEED + layer)
     x_TI = torch.randn(run.tokens, tucker.manifest.shape.hidden, generator=generator)
-    x_TI *= model.input_norm(layer).float()
+    x_TI *= model.input_norm(layer)
     x_TI = functional.pad(x_TI, (0, 0, 0, tokens - run.tokens)).to(run.torch_dtype).float()
-    router_EI = model.router(layer)
-    routes = route(x_TI, router_EI, tucker.family.routing(tucker.config))
+    routes = route(x_TI, model.router(layer), tucker.family.routing(tucker.config))
     groups = _read_groups(tucker, layer)
 
     def expand_expert(expert: int) -> ExpertWeights:

@@ -1,0 +1,163 @@
+"""Every row of the table, on a random model that transformers makes and runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tests.tiny_families import FAMILY_NAMES, auto_class, make_family
+from tests.tiny_models import add_tokenizer, write_text
+from tuckerize import (
+    DecomposeRequest,
+    EvaluateRequest,
+    ReconstructRequest,
+    ShardRequest,
+    VerifyRequest,
+    decompose,
+    evaluate,
+    reconstruct,
+    shard,
+    verify,
+)
+from tuckerize.checkpoint.weight_set import SINGLE_FILE
+from tuckerize.domain import Projection
+from tuckerize.moe.routing import Router, route
+from tuckerize.moe.source import SourceModel
+from tuckerize.runtime.experts import TuckerExperts
+
+IDS = torch.arange(3, 43)[None]
+FULL = "full,full,full"
+
+
+@pytest.fixture(scope="module", params=FAMILY_NAMES)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp(request.param) / request.param
+    return make_family(folder, request.param)
+
+
+def load(folder: Path) -> Any:  # noqa: ANN401
+    """The model as transformers loads it, in float32."""
+    return auto_class(folder).from_pretrained(folder, dtype=torch.float32)
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    found: Tensor = model(input_ids=IDS, use_cache=False).logits
+    return found
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return {n: t for path in folder.glob("*.safetensors") for n, t in load_file(path).items()}
+
+
+def assert_equal_weights(folder: Path, expected: dict[str, Tensor]) -> None:
+    found = weights(folder)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_full_rank_is_the_model_and_reconstructs_to_its_files(model: Path, tmp_path: Path) -> None:
+    out, dense = tmp_path / "out", tmp_path / "dense"
+    decompose(DecomposeRequest(model=model, rank=FULL, output=out))
+    factored = load(out)
+    layers = SourceModel.open(model).moe.layers
+    assert sum(isinstance(part, TuckerExperts) for part in factored.modules()) == len(layers)
+    torch.testing.assert_close(logits(factored), logits(load(model)), rtol=1e-4, atol=1e-5)
+    reconstruct(ReconstructRequest(folder=out, output=dense))
+    assert_equal_weights(dense, weights(model))
+
+
+def experts_of(model: nn.Module) -> list[nn.Module]:
+    """The modules of routed experts, layer by layer."""
+    return [module for path, module in model.named_modules() if path.endswith(".experts")]
+
+
+def test_routes_are_those_of_the_family_in_transformers(model: Path) -> None:
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def look(_: nn.Module, inputs: Any) -> None:  # noqa: ANN401
+        seen.append(tuple(part.flatten(0, -2) for part in inputs))
+
+    dense = load(model)
+    for experts in experts_of(dense):
+        experts.register_forward_pre_hook(look)
+    logits(dense)
+    source = SourceModel.open(model)
+    assert len(seen) == len(source.moe.layers)
+    for layer, (x_TI, experts_Tk, weights_Tk) in zip(source.moe.layers, seen, strict=True):
+        routes = route(x_TI, source.router(layer), source.moe.routing)
+        order, own = experts_Tk.argsort(1), routes.experts.argsort(1)
+        assert torch.equal(routes.experts.gather(1, own), experts_Tk.gather(1, order))
+        torch.testing.assert_close(
+            routes.weights.gather(1, own), weights_Tk.gather(1, order).float(), rtol=1e-4, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize(
+    "name", ["deepseek_v3", "glm4_moe", "lfm2_moe", "minimax_m2", "qwen3_next", "qwen3_vl_moe"]
+)
+def test_calibrated_family_shards_and_verifies(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = add_tokenizer(make_family(tmp_path / "model", name))
+    out, text = tmp_path / "out", write_text(tmp_path / "text.txt", 3000)
+    calibration = {"texts": [str(text)], "tokens": 512, "window": 64, "refine": 2}
+    decompose(DecomposeRequest(model=model, keep=0.75, calibration=calibration, output=out))
+    shard(ShardRequest(folder=out, tp=2))
+    report = verify(VerifyRequest(folder=out))
+    assert report.passed
+    for layer in report.layers:
+        assert layer.residual_difference is not None
+        assert layer.residual_difference < 1e-4
+    request = EvaluateRequest(model=out, against=model, text=text, tokens=512, window=64)
+    dense, factored = (result.perplexity for result in evaluate(request).results)
+    assert factored == pytest.approx(dense, rel=0.05)
+
+
+def packed(folder: Path, change: Callable[[str, Tensor], Tensor]) -> Path:
+    """The checkpoint as transformers holds it in memory, with a change to the experts."""
+    tensors = load(folder).state_dict()
+    prefixes = {"model.layers.": "model.layers."}
+    if any(name.startswith("model.language_model.") for name in weights(folder)):
+        prefixes = {"model.language_model.": "model.language_model."}
+    assert all(any(name.startswith(p) for p in prefixes) for name in tensors if "experts" in name)
+    save_file(
+        {n: change(n, t).contiguous().clone() for n, t in tensors.items()}, folder / SINGLE_FILE
+    )
+    return folder
+
+
+def _transposed(name: str, tensor: Tensor) -> Tensor:
+    is_expert = name.endswith(("experts.gate_up_proj", "experts.down_proj"))
+    return tensor.mT if is_expert else tensor
+
+
+@pytest.mark.parametrize("change", [lambda _, tensor: tensor, _transposed], ids=["", "transposed"])
+@pytest.mark.parametrize("name", ["qwen3_next", "qwen3_5_moe", "qwen3_moe"])
+def test_layout_is_that_of_the_tensors(
+    name: str, change: Callable[[str, Tensor], Tensor], tmp_path: Path
+) -> None:
+    """bf16 releases of Qwen3-Next are packed, its FP8 releases are not."""
+    plain = SourceModel.open(make_family(tmp_path / "plain", name))
+    model = packed(make_family(tmp_path / "model", name), change)
+    source = SourceModel.open(model)
+    assert len(source.routed_tensors(0)) == 2
+    for projection in Projection:
+        assert torch.equal(source.stack(1, projection), plain.stack(1, projection))
+    decompose(DecomposeRequest(model=model, rank=FULL, output=tmp_path / "out"))
+    found = logits(load(tmp_path / "out"))
+    torch.testing.assert_close(found, logits(load(tmp_path / "plain")), rtol=1e-4, atol=1e-5)
+    reconstruct(ReconstructRequest(folder=tmp_path / "out", output=tmp_path / "dense"))
+    assert_equal_weights(tmp_path / "dense", weights(model))
+
+
+def test_router_without_its_correction_reads_as_none(tmp_path: Path) -> None:
+    source = SourceModel.open(make_family(tmp_path, "lfm2_moe", use_expert_bias=False))
+    assert Router.read(source.checkpoint, source.moe.family, 1).correction_E is None

@@ -1,0 +1,181 @@
+"""Tiny random models of every family, from transformers' own configurations made small."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.utils import logging
+
+from tuckerize.moe.families import FAMILIES
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 12,
+    "moe_intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_experts": 8,
+    "num_local_experts": 8,
+    "n_routed_experts": 8,
+    "moe_num_experts": 8,
+    "num_experts_per_tok": 2,
+    "num_experts_per_token": 2,
+    "moe_topk": 2,
+    "moe_k": 2,
+    "n_shared_experts": 1,
+    "moe_num_shared_experts": 1,
+    "num_shared_experts": 1,
+    "shared_expert_intermediate_size": 12,
+    "shared_intermediate_size": 12,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_expert_group": 2,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "first_k_dense_replace": 1,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+"""Sizes that are set wherever a configuration has the key."""
+
+OWN: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": {"num_attention_heads": 4, "num_key_value_heads": 4},
+    "deepseek_v32": {"index_topk": 4, "index_n_heads": 2, "index_head_dim": 16},
+    "mistral4": {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 1.0,
+            "llama_4_scaling_beta": 0.1,
+            "original_max_position_embeddings": 64,
+        }
+    },
+    "glm4v_moe": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}
+    },
+    "glm_moe_dsa": {"index_topk": 4, "index_n_heads": 2, "index_head_dim": 16},
+    "granitemoehybrid": {
+        "layer_types": ["attention", "mamba"],
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_d_state": 8,
+        "mamba_chunk_size": 8,
+    },
+    "jamba": {"mamba_d_state": 4, "attn_layer_offset": 0, "attn_layer_period": 2},
+    "lfm2_moe": {
+        "layer_types": ["conv", "full_attention"],
+        "num_dense_layers": 1,
+        "use_expert_bias": True,
+    },
+    "qwen3_next": {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    | {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    | {"layer_types": ["linear_attention", "full_attention"]},
+    "qwen3_vl_moe": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+    },
+}
+OWN["qwen3_5_moe_text"] = OWN["qwen3_next"] | {
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "mrope_section": [1, 0, 0],
+        "partial_rotary_factor": 0.25,
+    }
+}
+OWN["qwen3_5_moe"] = OWN["qwen3_5_moe_text"]
+
+FAMILY_NAMES = [name for name in FAMILIES if name != "kimi_k2"]
+"""Rows that transformers has models of; Kimi-K2 is a DeepSeek-V3 by another name."""
+
+NESTED = {"mistral4": "mistral3"}
+"""Families that are released inside another architecture."""
+
+PIXTRAL = {
+    "model_type": "pixtral",
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+    "head_dim": 8,
+}
+VISION = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_heads": 2,
+    "out_hidden_size": 32,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0],
+}
+
+
+def tiny_config(model_type: str, **own: Any) -> Any:  # noqa: ANN401
+    """A small configuration of a family."""
+    own = OWN.get(model_type, {}) | own
+    if model_type in NESTED:
+        text = tiny_text(model_type, own)
+        kind: Any = type(AutoConfig.for_model(NESTED[model_type]))
+        return kind(text_config=text.to_dict(), vision_config=PIXTRAL)
+    base = AutoConfig.for_model(model_type)
+    if "text_config" in base.sub_configs:
+        text = _shrunk(type(base.text_config), own)
+        vision = {k: v for k, v in VISION.items() if hasattr(base.vision_config, k)}
+        composite: Any = type(base)
+        return composite(text_config=text.to_dict(), vision_config=vision)
+    return _shrunk(type(base), own)
+
+
+def tiny_text(model_type: str, own: dict[str, Any]) -> Any:  # noqa: ANN401
+    """The part of a configuration that is of text."""
+    return _shrunk(type(AutoConfig.for_model(model_type)), own)
+
+
+def _shrunk(kind: type, own: dict[str, Any]) -> Any:  # noqa: ANN401
+    base = kind()
+    known = {key: value for key, value in SIZES.items() if hasattr(base, key)}
+    lists = [key for key in known if isinstance(getattr(base, key), list)]
+    if "kv_lora_rank" in known:  # latent attention has no groups of queries
+        known["num_key_value_heads"] = known["num_attention_heads"]
+    return kind(**{**{k: v for k, v in known.items() if k not in lists}, **own})
+
+
+def auto_class(folder: Path) -> Any:  # noqa: ANN401
+    """The class of transformers that loads a checkpoint with everything that it has."""
+    return _auto_class(AutoConfig.from_pretrained(folder))
+
+
+def _auto_class(config: Any) -> Any:  # noqa: ANN401
+    images = type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if images else AutoModelForCausalLM
+
+
+def make_family(folder: Path, model_type: str, *, seed: int = 0, **own: Any) -> Path:  # noqa: ANN401
+    """Save a random float32 model of two layers."""
+    config = tiny_config(model_type, **own)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _auto_class(config).from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+                if "norm" in name and tensor.is_floating_point():
+                    tensor.uniform_(0.5, 1.5)
+                elif "bias" in name and "experts" not in name:
+                    tensor.uniform_(-0.2, 0.2)
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    nn.Module.to(model, torch.float32).save_pretrained(folder)
+    return folder
