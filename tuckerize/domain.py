@@ -111,14 +111,30 @@ class Joint(Choice):
 class Truncation(Choice):
     """Modes that a calibrated budget may truncate.
 
-    `latent` truncates the hidden mode, `neurons` the width of the experts, `full` all three modes
-    of every stack. `auto` takes for each layer the one with the smallest predicted error.
+    `latent` truncates the hidden mode, `neurons` the width of the experts, `narrow-latent` both,
+    with one size of the hidden mode, `full` all three modes of every stack. `auto` takes for each
+    layer the one with the smallest predicted error.
     """
 
     AUTO = "auto"
     LATENT = "latent"
     NEURONS = "neurons"
+    NARROW_LATENT = "narrow-latent"
     FULL = "full"
+
+
+class Target(Choice):
+    """Engines that a calibrated result is made for, which decides what may be truncated.
+
+    `any-engine`: all experts of all layers equally wide and no factor, so that `reconstruct` writes
+    a stock checkpoint of the family. `fused-kernels`: one width and one latent size for a layer,
+    for the fused-MoE kernels of engines with our plugin. `free`: each expert its own width, and
+    any mode.
+    """
+
+    FREE = "free"
+    FUSED_KERNELS = "fused-kernels"
+    ANY_ENGINE = "any-engine"
 
 
 class Allocation(Choice):

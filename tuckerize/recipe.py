@@ -26,6 +26,7 @@ from tuckerize.domain import (
     MultilinearRank,
     Projection,
     StackShape,
+    Target,
     Truncation,
 )
 from tuckerize.errors import RecipeError, UsageError
@@ -106,6 +107,17 @@ class Rule(_Schema):
         )
 
 
+_IMPLIED: Mapping[str, Mapping[str, object]] = {
+    Target.FUSED_KERNELS: {"shape": Truncation.NARROW_LATENT, "equal_widths": True},
+    Target.ANY_ENGINE: {
+        "shape": Truncation.NEURONS,
+        "equal_widths": True,
+        "allocate": Allocation.UNIFORM,
+    },
+}
+"""Settings that a target implies."""
+
+
 class CalibrationSettings(_Schema):
     """Texts and settings of a calibrated decomposition.
 
@@ -118,11 +130,15 @@ class CalibrationSettings(_Schema):
             without one, the contents of the messages are joined.
         sequential: Calibrate each layer on the hidden states of the compressed layers before
             it, rather than of the dense ones.
+        target: Engines that the result is made for: `any-engine` (all experts equally wide,
+            no factor), `fused-kernels` (one width and one latent size for a layer) or `free`.
         shape: Modes that may be truncated: `latent` the hidden mode, `neurons` the width of the
-            experts, `full` all three modes of every stack; `auto` takes for each layer the smaller
-            predicted error, of a width with a truncated hidden mode or of `full`.
+            experts, `narrow-latent` both, `full` all three modes of every stack; `auto` takes for
+            each layer the smaller predicted error, of a width with a truncated hidden mode or of
+            `full`.
         allocate: `error` shares the budget out by predicted KL divergence, `uniform` evenly.
-        multiple: Truncated sizes are multiples of this; by default 128, or 8 below 1024.
+        multiple: Truncated sizes are multiples of this; by default 128, and below 1024, 8, or 32
+            for `fused-kernels`.
         equal_widths: All experts of a layer keep equally many neurons, for kernels that need it.
         refine: Gradient steps against each layer's output; 0 for none.
     """
@@ -133,15 +149,27 @@ class CalibrationSettings(_Schema):
     random_share: Annotated[float, Field(ge=0, lt=1)] = 0.5
     chat_template: bool = True
     sequential: bool = True
+    target: Target = Target.FREE
     shape: Truncation = Truncation.AUTO
     allocate: Allocation = Allocation.ERROR
     multiple: Annotated[int, Field(ge=1)] | None = None
     equal_widths: bool = False
     refine: Annotated[int, Field(ge=0)] = 300
 
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_target(cls, value: Any) -> Any:  # noqa: ANN401  # as read
+        target = value.get("target") if isinstance(value, Mapping) else None
+        implied = _IMPLIED.get(target, {}) if isinstance(target, str) else {}
+        for key, own in implied.items():
+            if value.get(key, own) != own:
+                raise ValueError(f"the target {target} implies {key}: {own}, not {value[key]}")
+        return {**value, **implied} if implied else value
+
     def multiple_for(self, size: int) -> int:
         """Multiple of the truncated sizes of a mode."""
-        return self.multiple or (128 if size >= 1024 else 8)
+        small = 32 if self.target == Target.FUSED_KERNELS else 8
+        return self.multiple or (128 if size >= 1024 else small)
 
 
 class Recipe(_Schema):
@@ -178,6 +206,10 @@ class Recipe(_Schema):
                 raise ValueError("a tolerance is of weights, calibration is of outputs: give keep")
             if set(rule.projections) != set(Projection):
                 raise ValueError("with calibration all three projections follow one rule")
+        if self.calibration.target == Target.ANY_ENGINE and (
+            len(self.rules) > 1 or self.rules[0].keep is None or self.rules[0].layers is not None
+        ):
+            raise ValueError("any-engine takes one keep for all layers: experts are equally wide")
         return self
 
     def rule_index(self, layer: int, projection: Projection) -> int | None:
@@ -360,7 +392,7 @@ def _option_of(place: Place) -> str:
     }
     if words[1] in options:
         return options[words[1]]
-    is_option = words[1] in ("random_share", "multiple", "equal_widths", "refine")
+    is_option = words[1] in ("random_share", "multiple", "target", "refine")
     return f"--{words[1].replace('_', '-')}" if is_option else ".".join(words)
 
 

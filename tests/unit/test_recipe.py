@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tuckerize.domain import MultilinearRank, Projection, StackShape
+from tuckerize.domain import MultilinearRank, Projection, StackShape, Target
 from tuckerize.errors import RecipeError
 from tuckerize.recipe import Recipe, parse_recipe, read_recipe, resolve_rank, select_layers
 
@@ -349,6 +349,7 @@ def test_calibration_has_the_documented_defaults() -> None:
         "random_share": 0.5,
         "chat_template": True,
         "sequential": True,
+        "target": "free",
         "shape": "auto",
         "allocate": "error",
         "multiple": None,
@@ -356,9 +357,25 @@ def test_calibration_has_the_documented_defaults() -> None:
         "refine": 300,
     }
     assert [settings.multiple_for(size) for size in (96, 1023, 1024, 2048)] == [8, 8, 128, 128]
+    fused = calibrated(target="fused-kernels").calibration
+    assert fused is not None
+    assert [fused.multiple_for(size) for size in (96, 2048)] == [32, 128]
     exact = calibrated(multiple=3).calibration
     assert exact is not None
     assert exact.multiple_for(2048) == 3
+
+
+@pytest.mark.parametrize("target", Target)
+def test_what_a_target_implies_is_recorded_and_read_again(target: Target) -> None:
+    settings = calibrated(target=target).calibration
+    assert settings is not None
+    implied = {
+        Target.FREE: ("auto", "error", False),
+        Target.FUSED_KERNELS: ("narrow-latent", "error", True),
+        Target.ANY_ENGINE: ("neurons", "uniform", True),
+    }
+    assert (settings.shape, settings.allocate, settings.equal_widths) == implied[target]
+    assert type(settings).model_validate(settings.model_dump(mode="json")) == settings
 
 
 @pytest.mark.parametrize(
@@ -372,9 +389,24 @@ def test_calibration_has_the_documented_defaults() -> None:
         (
             None,
             {"shape": "wide"},
-            "calibration.shape wide is not one of: auto, latent, neurons, full",
+            "calibration.shape wide is not one of: auto, latent, neurons, narrow-latent, full",
         ),
         (None, {"allocate": "best"}, "calibration.allocate best is not one of: error, uniform"),
+        (
+            None,
+            {"target": "any-engine", "allocate": "error"},
+            "the target any-engine implies allocate: uniform, not error",
+        ),
+        (
+            {"keep": 0.5, "layers": "1-2"},
+            {"target": "any-engine"},
+            "any-engine takes one keep for all layers: experts are equally wide",
+        ),
+        (
+            {"rank": "full,full,4"},
+            {"target": "any-engine"},
+            "any-engine takes one keep for all layers: experts are equally wide",
+        ),
         (None, {"steps": 3}, "calibration: 'steps' is not a key"),
         (None, {"engine": "tensorly"}, "the engine tensorly is data-free: it takes no calibration"),
         ({"tolerance": 0.1}, {}, "a tolerance is of weights, calibration is of outputs: give keep"),

@@ -65,7 +65,7 @@ def plan(
     random_share: options.RandomShare = None,
     no_chat_template: options.NoChatTemplate = False,
     multiple: options.Multiple = None,
-    equal_widths: options.EqualWidths = None,
+    target: options.TargetOption = None,
     group_size: options.GroupSize = None,
     device: options.DeviceOption = Device.AUTO,
     as_json: options.AsJson = False,
@@ -81,7 +81,7 @@ def plan(
         "random_share": random_share,
         "chat_template": False if no_chat_template else None,
         "multiple": multiple,
-        "equal_widths": equal_widths,
+        "target": target,
     }
     from tuckerize.cli.progress import TerminalProgress
     from tuckerize.cli.tables import show
@@ -119,7 +119,7 @@ def decompose(
     random_share: options.RandomShare = None,
     no_chat_template: options.NoChatTemplate = False,
     multiple: options.Multiple = None,
-    equal_widths: options.EqualWidths = None,
+    target: options.TargetOption = None,
     refine: options.Refine = None,
     device: options.DeviceOption = Device.AUTO,
     collective_timeout: options.CollectiveTimeout = None,
@@ -140,7 +140,7 @@ def decompose(
         "random_share": random_share,
         "chat_template": False if no_chat_template else None,
         "multiple": multiple,
-        "equal_widths": equal_widths,
+        "target": target,
         "refine": refine,
     }
     text = _calibration(calibration, settings)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tuckerize.ascend.environment import MAX_CONNECT_TIMEOUT
-from tuckerize.domain import Device, Dtype, Engine, Joint, Layout
+from tuckerize.domain import Device, Dtype, Engine, Joint, Layout, Target
 
 SIZE = "Size: exactly one"
 STACKS = "What is decomposed"
@@ -160,11 +160,11 @@ NoChatTemplate = Annotated[
     bool,
     typer.Option("--no-chat-template", help=_NO_CHAT_TEMPLATE, rich_help_panel=CALIBRATION),
 ]
-EqualWidths = Annotated[
-    bool | None,
+TargetOption = Annotated[
+    Target | None,
     typer.Option(
-        "--equal-widths",
-        help="Experts of a layer keep equally many neurons, for kernels and layouts that need it.",
+        "--target",
+        help="Engines that it is made for: any-engine, fused-kernels, or free.",
         rich_help_panel=CALIBRATION,
     ),
 ]

@@ -8,6 +8,11 @@ from dataclasses import dataclass
 from tuckerize.domain import MultilinearRank, StackShape, WeightType, stored_bytes
 from tuckerize.planning.budget import check_budget
 
+# Grouped GEMMs of devices need aligned sizes: 16 bytes. For small models, which run anywhere, the
+# step would be a large part of the budget.
+_ALIGNED = 8
+_ALIGNED_FROM = 1024
+
 
 @dataclass(frozen=True, slots=True)
 class BudgetUnit:
@@ -22,6 +27,11 @@ class BudgetUnit:
     shape: StackShape
     coupled: int
     weights: WeightType
+
+    @property
+    def step(self) -> int:
+        """Difference of the core sizes that the hidden mode may have."""
+        return _ALIGNED if self.shape.hidden >= _ALIGNED_FROM else 1
 
     @property
     def dense_bytes(self) -> int:
@@ -42,27 +52,29 @@ def ranks_for_keep(units: Sequence[BudgetUnit], keep: float) -> list[Multilinear
 
     Without calibration data nothing tells one stack from another: all get the same share. Only the
     hidden mode is truncated (the latent shape); a factor on the intermediate mode would mix neurons
-    that do not correspond. What rounding down leaves of the budget buys one more column per unit,
-    first unit first, so the result falls short by less than one column of one unit.
+    that do not correspond. Core sizes of large models are multiples of 8. What rounding down leaves
+    of the budget buys one more step per unit, first unit first, so the result falls short by less
+    than one step of one unit.
 
     Args:
         units: Stacks that share the budget.
         keep: Kept share of the dense bytes, in (0, 1].
 
     Raises:
-        UsageError: The budget does not pay for one column per unit; the hint names the smallest.
+        UsageError: The budget does not pay for one step per unit; the hint names the smallest.
     """
     for unit in units:
-        check_budget(keep, dense=unit.dense_bytes, least=unit.bytes(1))
+        check_budget(keep, dense=unit.dense_bytes, least=unit.bytes(unit.step))
     budget = int(keep * sum(unit.dense_bytes for unit in units))
     hidden = [_largest_hidden(unit, keep) for unit in units]
     left = budget - sum(unit.bytes(size) for unit, size in zip(units, hidden, strict=True))
     for index, unit in enumerate(units):
         if hidden[index] == unit.shape.hidden:
             continue
-        step = unit.bytes(hidden[index] + 1) - unit.bytes(hidden[index])
+        size = min(hidden[index] + unit.step, unit.shape.hidden)
+        step = unit.bytes(size) - unit.bytes(hidden[index])
         if step <= left:
-            hidden[index] += 1
+            hidden[index] = size
             left -= step
     return [unit.rank(size) for unit, size in zip(units, hidden, strict=True)]
 
@@ -72,4 +84,5 @@ def _largest_hidden(unit: BudgetUnit, keep: float) -> int:
     if keep >= 1.0:
         return unit.shape.hidden
     budget = int(keep * unit.dense_bytes)
-    return min(budget // unit.bytes(1), unit.shape.hidden - 1)
+    size = min(budget // unit.bytes(1), unit.shape.hidden - 1)
+    return size // unit.step * unit.step

@@ -291,6 +291,17 @@ def test_no_other_sizes_within_the_budget_are_predicted_to_have_less_kl(
     assert total_kl(choices) == pytest.approx(min(feasible), rel=1e-9, abs=1e-15)
 
 
+@pytest.mark.parametrize("keep", [0.3, 0.6, 0.9])
+def test_layers_for_fused_kernels_have_one_latent_size_or_stay_dense(keep: float) -> None:
+    space = search_space(WIDE, truncation=Truncation.NARROW_LATENT, equal_widths=True)
+    choices = allocate(make_profiles(4, WIDE, seed=2), space, keep=keep)
+    assert any(choice.target.ranks[DOWN].hidden < WIDE.hidden for choice in choices)
+    for choice in choices:
+        neurons, gate_up, down = sizes_of(choice)
+        assert gate_up == down == MultilinearRank(WIDE.experts, neurons, down.hidden)
+        assert down.hidden < WIDE.hidden or neurons == WIDE.intermediate
+
+
 @pytest.mark.parametrize("equal_widths", [True, False])
 def test_real_sizes_use_the_budget_whose_parameters_are_counted_in_units(
     equal_widths: bool,

@@ -39,11 +39,12 @@ def test_ranks_for_keep_give_what_rounding_left_to_the_first_units() -> None:
     assert stored(units, ranks) == 99 * 2
 
 
-def test_ranks_for_keep_of_a_large_model_come_within_a_column_of_the_budget() -> None:
+def test_ranks_for_keep_of_a_large_model_are_aligned_and_come_within_a_step_of_the_budget() -> None:
     units = [BudgetUnit(LITE, coupled, BF16) for _ in range(26) for coupled in (2, 1)]
     dense = sum(unit.dense_bytes for unit in units)
-    left = 0.75 * dense - stored(units, ranks_for_keep(units, 0.75))
-    assert 0 <= left < 2 * (64 * 1408 + 2048)
+    ranks = ranks_for_keep(units, 0.75)
+    assert 0 <= 0.75 * dense - stored(units, ranks) < 2 * 8 * (64 * 1408 + 2048)
+    assert all(rank.hidden % 8 == 0 for rank in ranks)
 
 
 def test_ranks_for_keep_below_one_column_are_refused_with_the_least_that_works() -> None:
