@@ -90,6 +90,11 @@ class CoreType(Choice):
         return {"w8": None, "w4": 32}[self]
 
     @property
+    def word_codes(self) -> int:
+        """Codes that are stored as one integer: eight of 4 bits, padded with zeros."""
+        return {"w8": 1, "w4": 8}[self]
+
+    @property
     def code_range(self) -> tuple[int, int]:
         """Smallest and largest integer."""
         return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
@@ -197,6 +202,10 @@ class MultilinearRank(NamedTuple):
         return ",".join(str(size) for size in self)
 
 
+Count = TypeVar("Count", int, "npt.NDArray[np.float64]")
+"""A size, or the sizes of many candidates at once."""
+
+
 @dataclass(frozen=True, slots=True)
 class WeightType:
     """Encoding of stored cores and factors.
@@ -206,11 +215,29 @@ class WeightType:
         bits: Bits per value.
         rounding: Half a unit in the last place: about the relative error of rounding a core and
             its factors (unitless).
+        cores: Encoding of cores, the type being that of factors and scales; None for the same.
     """
 
     name: str
     bits: int
     rounding: float
+    cores: CoreType | None = None
+
+    def core_bytes(self, rank: tuple[Count, Count, Count], *, transposed: bool) -> Count:
+        """Bytes of a core with its scales.
+
+        Args:
+            rank: Core sizes (r_E, r_H, r_I).
+            transposed: Whether its inputs are neurons, as those of down_proj.
+        """
+        experts, outputs, inputs = rank
+        if self.cores is None:
+            return experts * outputs * inputs * self.bits // 8
+        if transposed:
+            outputs, inputs = inputs, outputs
+        groups = -(-inputs // self.cores.group_size) if self.cores.group_size else 1
+        codes = -(-inputs // self.cores.word_codes) * self.cores.word_codes * self.cores.bits // 8
+        return experts * outputs * (codes + groups * self.bits // 8)
 
 
 WEIGHT_TYPES = {
@@ -224,9 +251,6 @@ WEIGHT_TYPES = {
 }
 """Types that cores and factors are stored in, by safetensors' name."""
 
-Count = TypeVar("Count", int, "npt.NDArray[np.float64]")
-"""A size, or the sizes of many candidates at once."""
-
 
 def stored_parameters(
     shape: tuple[Count, Count, Count], rank: tuple[Count, Count, Count], *, coupled: int = 1
@@ -239,8 +263,14 @@ def stored_parameters(
         coupled: Number of stacks that share one U_I.
     """
     core = rank[0] * rank[1] * rank[2]
+    return coupled * core + _factor_parameters(shape, rank, coupled)
+
+
+def _factor_parameters(
+    shape: tuple[Count, Count, Count], rank: tuple[Count, Count, Count], coupled: int
+) -> Count:
     U_E, U_H, U_I = (n * r * (r < n) for n, r in zip(shape, rank, strict=True))
-    return coupled * (core + U_E + U_H) + U_I
+    return coupled * (U_E + U_H) + U_I
 
 
 def stored_bytes(
@@ -249,6 +279,7 @@ def stored_bytes(
     weights: WeightType,
     *,
     coupled: int = 1,
+    transposed: bool = False,
 ) -> Count:
     """Bytes of coupled Tucker tensors on disk: the unit of every budget and estimate.
 
@@ -257,8 +288,10 @@ def stored_bytes(
         rank: Core sizes (r_E, r_H, r_I) of every stack.
         weights: Type that they are stored in.
         coupled: Number of stacks that share one U_I.
+        transposed: Whether they are of down_proj.
     """
-    return stored_parameters(shape, rank, coupled=coupled) * weights.bits // 8
+    factors = _factor_parameters(shape, rank, coupled) * weights.bits // 8
+    return coupled * weights.core_bytes(rank, transposed=transposed) + factors
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +302,10 @@ class Size:
     routed_bytes: int
     total_parameters: int
     total_bytes: int
+
+    def bits_per_weight(self, dense: Size) -> float:
+        """Stored bits of the routed experts over the number of routed weights of a dense model."""
+        return 8 * self.routed_bytes / dense.routed_parameters
 
 
 Coupling = tuple[Projection, ...]

@@ -6,6 +6,7 @@ A layer's factors are stored below the module of its routed experts, `model.laye
     <experts>.group_0.down_proj.core.5    core rows of expert 5 of the group, where widths differ
     <experts>.group_0.down_proj.U_H       factor of a truncated mode
     <experts>.group_0.gate_up_proj.U_I    U_I shared by gate_proj and up_proj
+    <experts>.group_0.up_proj.core.weight_packed    codes of a quantised core; also core.5.weight_…
 
 No other module parses or formats such names.
 """
@@ -29,15 +30,27 @@ class TensorKind(StrEnum):
     U_I = "U_I"
 
 
+class CorePart(StrEnum):
+    """Tensor of a quantised core, by its name in compressed-tensors.
+
+    Its last two dimensions are outputs and inputs: r_I x H of down_proj, H x r_I of the others.
+    """
+
+    CODES = "weight"
+    PACKED_CODES = "weight_packed"
+    SCALES = "weight_scale"
+
+
 GROUP_PATTERN = r"group_(?P<group>0|[1-9][0-9]*)"
 """Regular expression of the module of a group."""
 
 _OWNERS = "|".join((*Projection, SHARED_U_I))
 _KINDS = "|".join(TensorKind)
+_PARTS = "|".join(CorePart)
 _INDICES = ("expert", "group")
 _NAME = re.compile(
     rf"(?:(?:(?P<experts>.+)\.)?{GROUP_PATTERN}\.)?"
-    rf"(?P<owner>{_OWNERS})\.(?P<kind>{_KINDS})(?:\.(?P<expert>0|[1-9][0-9]*))?",
+    rf"(?P<owner>{_OWNERS})\.(?P<kind>{_KINDS})(?:\.(?P<expert>0|[1-9][0-9]*))?(?:\.(?P<part>{_PARTS}))?",
     re.DOTALL,
 )
 
@@ -52,10 +65,11 @@ class TensorName:
         expert: Index in the group of the expert whose core rows these are; None for all experts.
         group: Index of the group in the layer; None in names relative to the group.
         experts: Module of the layer's routed experts; None in names relative to the layer.
+        part: Codes or scales, of a quantised core.
 
     Raises:
-        ValueError: No tensor has such a name: rows of a factor, a shared core, or experts without
-            a group.
+        ValueError: No tensor has such a name: rows or codes of a factor, a shared core, or experts
+            without a group.
 
     >>> TensorName.parse("model.layers.3.mlp.experts.group_0.down_proj.core.5").expert
     5
@@ -68,10 +82,11 @@ class TensorName:
     expert: int | None = None
     group: int | None = None
     experts: str | None = None
+    part: CorePart | None = None
 
     def __post_init__(self) -> None:
         if (
-            (self.expert is not None and self.kind != TensorKind.CORE)
+            ((self.expert, self.part) != (None, None) and self.kind != TensorKind.CORE)
             or (self.owner == SHARED_U_I and self.kind != TensorKind.U_I)
             or (self.experts is not None and self.group is None)
         ):
@@ -107,7 +122,8 @@ class TensorName:
         if match is None:
             raise ValueError(f"'{text}' is not the name of a tensor of factored experts")
         expert, group = (None if (n := match[key]) is None else int(n) for key in _INDICES)
-        return cls(match["owner"], TensorKind(match["kind"]), expert, group, match["experts"])
+        part = CorePart(match["part"]) if match["part"] else None
+        return cls(match["owner"], TensorKind(match["kind"]), expert, group, match["experts"], part)
 
     @classmethod
     def find(cls, text: str) -> TensorName | None:
@@ -124,13 +140,19 @@ class TensorName:
 
     @property
     def within_owner(self) -> str:
-        """Name relative to the projection: `core`, `core.5`, `U_I`."""
-        return self.kind.value if self.expert is None else f"{self.kind.value}.{self.expert}"
+        """Name relative to the projection: `core`, `core.5`, `core.5.weight_scale`, `U_I`."""
+        words = (self.kind, self.expert, self.part)
+        return ".".join(str(word) for word in words if word is not None)
 
     @property
     def within_group(self) -> TensorName:
         """The same tensor, named relative to its group."""
         return replace(self, group=None, experts=None)
+
+    @property
+    def core_name(self) -> TensorName:
+        """The core that it is a part of, or itself."""
+        return replace(self, part=None)
 
     def within(self, group: int, experts: str | None = None) -> TensorName:
         """The same tensor, named relative to the layer, or to the checkpoint.

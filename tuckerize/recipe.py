@@ -20,6 +20,7 @@ from pydantic import (
 
 from tuckerize.domain import (
     Allocation,
+    CoreType,
     Dtype,
     Engine,
     Joint,
@@ -181,6 +182,8 @@ class Recipe(_Schema):
         group_size: Experts per group; all experts of the layer if absent.
         joint: `gate_up`: gate_proj and up_proj share one U_I.
         dtype: Type of factors and cores (`bfloat16`, `float16`, `float32`); the source's if absent.
+        quantize: Encoding of the cores: `w8`, int8 with a scale per output, or `w4`, 4 bits with a
+            scale per group of 32 inputs; the type of the factors if absent.
         max_sweeps: HOOI sweeps at most.
         engine: `tuckerize`, or `tensorly` for the slow reference.
         calibration: Texts to calibrate with; without them the decomposition is data-free.
@@ -191,9 +194,16 @@ class Recipe(_Schema):
     group_size: Annotated[int, Field(ge=1)] | None = None
     joint: Joint | None = None
     dtype: Dtype | None = None
+    quantize: CoreType | None = None
     max_sweeps: Annotated[int, Field(ge=0)] = 10
     engine: Engine = Engine.TUCKERIZE
     calibration: CalibrationSettings | None = None
+
+    @model_validator(mode="after")
+    def _fits_quantisation(self) -> Recipe:
+        if self.quantize and any(rule.tolerance is not None for rule in self.rules):
+            raise ValueError("a tolerance is of cores that are not quantised: give keep or rank")
+        return self
 
     @model_validator(mode="after")
     def _fits_calibration(self) -> Recipe:

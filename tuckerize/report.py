@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tuckerize.domain import MultilinearRank, Size, StackResult, StackShape
+from tuckerize.domain import CoreType, MultilinearRank, Size, StackResult, StackShape
 from tuckerize.format.check import FileFault
 
 SCHEMA_VERSION = 1
@@ -50,6 +50,7 @@ class TuckerFacts:
         before: Size of the source.
         largest_residual: Largest relative residual of a stack.
         shardings: Folders of its shards: `tp4`, `tp2-ep2`.
+        cores: Encoding of quantised cores, if they are.
         carries_loader: Whether transformers may load it with `trust_remote_code=True` as well as
             after `import tuckerize`.
     """
@@ -60,6 +61,7 @@ class TuckerFacts:
     largest_residual: float
     shardings: tuple[str, ...]
     carries_loader: bool
+    cores: CoreType | None = None
 
 
 @dataclass(frozen=True, slots=True)

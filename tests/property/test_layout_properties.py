@@ -40,6 +40,16 @@ def test_slices_of_all_processes_concatenated_are_the_tensor(
     assert torch.equal(torch.cat(slices, dim=dimension), tensor)
 
 
+@given(st.integers(0, 500), st.integers(1, 12), st.sampled_from([4, 32]))
+def test_parts_end_between_units(size: int, tp_size: int, unit: int) -> None:
+    parts = [owned_slice(size, tp_size, tp_rank, unit) for tp_rank in range(tp_size)]
+    assert [p.start for p in parts] == [0, *(p.stop for p in parts[:-1])]
+    assert parts[-1].stop == size
+    assert all(p.start % unit == 0 or p.length == 0 for p in parts)
+    units = [-(-p.length // unit) for p in parts]
+    assert max(units) - min(units) <= 1
+
+
 @given(st.integers(0, 10_000), st.integers(1, 300))
 def test_parts_are_even_and_in_order(size: int, tp_size: int) -> None:
     parts = [owned_slice(size, tp_size, tp_rank) for tp_rank in range(tp_size)]

@@ -1,16 +1,25 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
 from tuckerize.domain import GATE_UP, Mode, Projection
-from tuckerize.names import TensorKind, TensorName, expert_rows, group_module
+from tuckerize.names import CorePart, TensorKind, TensorName, expert_rows, group_module
 
 
 def test_core_name_is_that_of_the_format() -> None:
     assert str(TensorName.core(Projection.GATE)) == "gate_proj.core"
     assert str(TensorName.core(Projection.DOWN, 5)) == "down_proj.core.5"
+
+
+def test_parts_of_a_quantised_core_are_named_below_it() -> None:
+    core = TensorName.core(Projection.DOWN, 5)
+    codes = replace(core, part=CorePart.PACKED_CODES)
+    assert str(codes.within(0)) == "group_0.down_proj.core.5.weight_packed"
+    assert codes.core_name == core
+    assert TensorName.parse("gate_proj.core.weight_scale").part == CorePart.SCALES
 
 
 @pytest.mark.parametrize("projection", Projection)
@@ -61,6 +70,8 @@ def test_shared_factor_belongs_to_gate() -> None:
         "model.layers.1.mlp.experts.5.gate_proj.weight",
         "model.layers.1.mlp.shared_experts.gate_proj.core",
         "model.layers.1.mlp.experts.group_0.gate_proj.core.scale",
+        "gate_proj.core.weight.5",
+        "gate_proj.U_I.weight_scale",
     ],
 )
 def test_name_of_another_tensor_is_refused(text: str) -> None:

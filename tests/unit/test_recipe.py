@@ -59,6 +59,7 @@ def test_recipe_with_rules_only_has_the_documented_defaults() -> None:
         "group_size": None,
         "joint": None,
         "dtype": None,
+        "quantize": None,
         "max_sweeps": 10,
         "engine": "tuckerize",
         "calibration": None,

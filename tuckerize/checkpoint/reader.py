@@ -21,6 +21,7 @@ from tuckerize.checkpoint.weight_set import (
 )
 from tuckerize.domain import Size, TensorHeader
 from tuckerize.errors import CheckpointError
+from tuckerize.names import TensorName
 
 TORCH_DTYPES = {
     "BF16": torch.bfloat16,
@@ -189,15 +190,33 @@ def read_tensors(
         ) from error
 
 
-def measure_size(tensors: Mapping[str, TensorHeader], *, is_routed: Callable[[str], bool]) -> Size:
-    """Parameters and bytes of the routed experts and of all tensors."""
+def measure_size(
+    tensors: Mapping[str, TensorHeader],
+    *,
+    is_routed: Callable[[str], bool],
+    quantised_parameters: int = 0,
+) -> Size:
+    """Parameters and bytes of the routed experts and of all tensors.
+
+    Args:
+        tensors: Headers by name.
+        is_routed: Whether a tensor is of routed experts.
+        quantised_parameters: Parameters of quantised cores, whose tensors do not tell.
+    """
     routed = [header for name, header in tensors.items() if is_routed(name)]
+    plain = {name: header for name, header in tensors.items() if not _is_part_of_core(name)}
     return Size(
-        routed_parameters=sum(header.parameters for header in routed),
+        routed_parameters=quantised_parameters
+        + sum(header.parameters for name, header in plain.items() if is_routed(name)),
         routed_bytes=sum(header.bytes for header in routed),
-        total_parameters=sum(header.parameters for header in tensors.values()),
+        total_parameters=quantised_parameters + sum(header.parameters for header in plain.values()),
         total_bytes=sum(header.bytes for header in tensors.values()),
     )
+
+
+def _is_part_of_core(name: str) -> bool:
+    found = TensorName.find(name)
+    return found is not None and found.part is not None
 
 
 def _ranges(header: dict[str, Any], data_start: int) -> Iterator[tuple[str, DataRange]]:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tuckerize.ascend.environment import MAX_CONNECT_TIMEOUT
-from tuckerize.domain import Device, Dtype, Engine, Joint, Layout, Target
+from tuckerize.domain import CoreType, Device, Dtype, Engine, Joint, Layout, Target
 
 SIZE = "Size: exactly one"
 STACKS = "What is decomposed"
@@ -96,6 +96,14 @@ StoredDtype = Annotated[
     typer.Option(
         "--dtype",
         help="Type of stored factors; the source's by default.",
+        rich_help_panel=STACKS,
+    ),
+]
+Quantize = Annotated[
+    CoreType | None,
+    typer.Option(
+        "--quantize",
+        help="Cores in 8 bits with a scale per output, or in 4 bits with one per 32 inputs.",
         rich_help_panel=STACKS,
     ),
 ]

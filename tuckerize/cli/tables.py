@@ -154,6 +154,9 @@ def _size_table(before: Size, after: Size, *, bound: bool = False) -> Table:
         ("all bytes", before.total_bytes, after.total_bytes, size_text),
     ):
         rows.append((name, text(old), at_most + text(new), f"{at_most}{new / old:.2%}"))
+    old_bits, new_bits = before.bits_per_weight(before), after.bits_per_weight(before)
+    share = f"{at_most}{new_bits / old_bits:.2%}"
+    rows.append(("bits per weight", f"{old_bits:.2f}", f"{at_most}{new_bits:.2f}", share))
     return _table(("", "before", "after", "kept"), rows)
 
 
@@ -179,6 +182,11 @@ def _show_inspect(report: InspectReport) -> None:
             ("decomposed from", facts.source),
             ("decomposed layers", ", ".join(map(str, facts.layers))),
             ("kept", f"{kept:.2%} of the routed parameters"),
+            (
+                "bits per weight",
+                f"{report.size.bits_per_weight(facts.before):.2f} per routed weight of the dense "
+                f"model, cores {facts.cores or 'not quantised'}",
+            ),
             ("largest residual", f"{facts.largest_residual:.4f} (relative, of a stack's weights)"),
             ("sharded for", ", ".join(facts.shardings) or "nothing yet"),
             ("transformers", f"needs 'import tuckerize'{trusted}: random experts without"),

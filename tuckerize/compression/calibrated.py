@@ -22,10 +22,12 @@ from tuckerize.compression.factors import (
     GroupFactors,
     GroupStep,
     LayerFactors,
+    Step,
     compress,
     for_each_group,
     rounding,
 )
+from tuckerize.compression.quantise import QuantiseForTokens
 from tuckerize.compression.target import LayerPiece
 from tuckerize.domain import (
     DOWN,
@@ -71,12 +73,14 @@ def compress_layer(
     """
     fit, held_out = tokens.split()
     activation = calibration.activation
-    steps = (
+    steps: list[Step] = [
         for_each_group(closed_form(fit, activation=activation, max_sweeps=max_sweeps)),
         Refine(calibration, dense, fit, held_out),
         orthonormalise,
-        rounding(weights),
-    )
+    ]
+    if weights.cores:
+        steps.append(QuantiseForTokens(weights, weights.cores, fit, held_out, dense, activation))
+    steps.append(rounding(weights))
     layer = LayerFactors(
         piece.layer,
         tuple(

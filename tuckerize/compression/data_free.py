@@ -17,6 +17,7 @@ from tuckerize.compression.factors import (
     for_each_group,
     rounding,
 )
+from tuckerize.compression.quantise import round_cores
 from tuckerize.compression.target import CompressionTarget, LayerPiece
 from tuckerize.domain import Coupling, Engine, MultilinearRank, WeightType, group_experts
 from tuckerize.linalg.hooi import hooi
@@ -51,6 +52,7 @@ def decompose_piece(
     """
     steps = (
         for_each_group(hooi_step(weights, engine=engine, max_sweeps=max_sweeps)),
+        *([round_cores(weights, weights.cores)] if weights.cores else []),
         rounding(weights),
     )
     for index in range(len(piece.targets)):

@@ -7,7 +7,7 @@ list of steps. Before the first one, the dense stacks are their own factors, eve
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -16,9 +16,11 @@ from tuckerize.checkpoint.reader import TORCH_DTYPES
 from tuckerize.compression.target import CompressionTarget
 from tuckerize.domain import MultilinearRank, Projection, WeightType, coupling_name
 from tuckerize.errors import located
+from tuckerize.format.cores import core_tensors
+from tuckerize.linalg.quantise import QuantisedMatrices
 from tuckerize.linalg.selection import KeptNeurons
 from tuckerize.linalg.tucker import TuckerFactors, check_no_overflow
-from tuckerize.names import TensorName
+from tuckerize.names import TensorKind, TensorName
 from tuckerize.runtime.experts import named_tensors
 
 
@@ -33,6 +35,8 @@ class GroupFactors:
         factors: The Tucker tensor of every projection; coupled ones share their U_I.
         kept: Neurons that every expert kept; None if all.
         sweeps: Sweeps of HOOI or weighted least squares by projection.
+        quantised: Cores that are quantised, in the orientation of `format.cores`; their values are
+            those of the Tucker tensors' cores.
     """
 
     index: int
@@ -41,6 +45,7 @@ class GroupFactors:
     factors: Mapping[Projection, TuckerFactors]
     kept: KeptNeurons | None
     sweeps: Mapping[Projection, int]
+    quantised: Mapping[Projection, QuantisedMatrices] = field(default_factory=dict)
 
     @classmethod
     def of(cls, index: int, dense: DenseGroup, target: CompressionTarget) -> GroupFactors:
@@ -63,13 +68,26 @@ class GroupFactors:
     def tensors(self) -> dict[TensorName, Tensor]:
         """Stored tensors by names relative to the group."""
         return {
-            name: tensor
+            part: stored
             for coupling in self.target.couplings
             for projection in coupling
             for name, tensor in named_tensors(
                 coupling, projection, self.factors[projection], self.widths
             )
+            for part, stored in self._stored(name, tensor)
         }
+
+    def _stored(self, name: TensorName, tensor: Tensor) -> Iterable[tuple[TensorName, Tensor]]:
+        """A tensor, or codes and scales in place of a core that is quantised."""
+        found = self.quantised.get(name.projection)
+        if name.kind != TensorKind.CORE or found is None:
+            return [(name, tensor)]
+        if name.expert is not None and self.widths is not None:
+            found = found.of_expert(name.expert)
+            width = self.widths[name.expert]
+            down = name.projection == Projection.DOWN
+            found = found.narrowed(inputs=width) if down else found.narrowed(outputs=width)
+        return core_tensors(name, found)
 
     def rank(self, projection: Projection) -> MultilinearRank:
         """Core sizes of a stack, r_H being the mean over experts of different widths."""
@@ -129,7 +147,7 @@ def for_each_group(step: GroupStep) -> Step:
 
 
 def rounding(weights: WeightType) -> Step:
-    """The step that rounds cores and factors to the type that they are stored in.
+    """The step that rounds factors, and cores that are not quantised, to the stored type.
 
     Raises:
         NonFiniteError: A value overflows the type.
@@ -143,4 +161,10 @@ def rounding(weights: WeightType) -> Step:
                 check_no_overflow(tensor, weights.name)
         return stored
 
-    return lambda layer: layer.with_factors(rounded)
+    def treat(group: GroupFactors) -> GroupFactors:
+        cores = {projection: group.factors[projection].core for projection in group.quantised}
+        group = group.with_factors(rounded)
+        exact = {p: replace(group.factors[p], core=core) for p, core in cores.items()}
+        return replace(group, factors={**group.factors, **exact})
+
+    return lambda layer: replace(layer, groups=tuple(map(treat, layer.groups)))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tuckerize.domain import (
+    DOWN,
     Coupling,
     MultilinearRank,
     StackShape,
@@ -60,6 +61,7 @@ class CompressionTarget:
             self.ranks[coupling],
             weights,
             coupled=len(coupling),
+            transposed=coupling == DOWN,
         )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tuckerize.domain import Layout
 from tuckerize.format.config import GroupShape
+from tuckerize.format.cores import part_dtype
 from tuckerize.names import TensorName
 from tuckerize.parallel.layouts import owned_slice, split_dimensions
 
@@ -47,7 +48,8 @@ class WorkerGroup:
         for name, shape in self.shape.tensor_shapes(self.hidden).items():
             if self.owns(name):
                 own = self.cut(name, torch.empty(shape, device="meta"))
-                tensors[self.own_name(name)] = torch.empty(own.shape, dtype=dtype)
+                own_dtype = part_dtype(name.part, dtype)
+                tensors[self.own_name(name)] = torch.empty(own.shape, dtype=own_dtype)
         return tensors
 
     def owns(self, name: TensorName) -> bool:
@@ -63,10 +65,12 @@ class WorkerGroup:
     def cut(self, name: TensorName, tensor: Tensor) -> Tensor:
         """The worker's part of a tensor of the checkpoint."""
         stack = self.shape.stack_shape(self.hidden)
-        cut = split_dimensions(Layout.INTERMEDIATE, name, self.shape.ranks, stack)
+        ranks, core_type = self.shape.ranks, self.shape.core_type
+        cut = split_dimensions(Layout.INTERMEDIATE, name, ranks, stack, core_type)
         if cut.experts is not None:
             own = torch.tensor(self.own, dtype=torch.long, device=tensor.device)
             tensor = tensor.index_select(cut.experts, own)
         if cut.tp is None:
             return tensor
-        return tensor.narrow(cut.tp, *owned_slice(tensor.shape[cut.tp], self.tp_size, self.tp_rank))
+        size = tensor.shape[cut.tp]
+        return tensor.narrow(cut.tp, *owned_slice(size, self.tp_size, self.tp_rank, cut.unit))

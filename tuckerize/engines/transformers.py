@@ -21,6 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tuckerize.format.config import METHOD, GroupShape, TuckerQuantization
+from tuckerize.format.cores import part_dtype
 from tuckerize.names import TensorKind, TensorName
 from tuckerize.runtime.experts import TuckerExperts
 
@@ -163,10 +164,12 @@ def _factored(dense: Any, groups: Sequence[GroupShape]) -> TuckerExperts:  # noq
     like = next(dense.parameters())
     tensors = [
         {
-            name: torch.empty(shape, dtype=like.dtype, device=like.device)
+            name: torch.empty(shape, dtype=part_dtype(name.part, like.dtype), device=like.device)
             for name, shape in group.tensor_shapes(dense.hidden_dim).items()
         }
         for group in groups
     ]
     module = TuckerExperts(tensors, group_size=groups[0].experts, activation=dense.act_fn)
-    return module.requires_grad_()
+    for name, parameter in module.named_parameters():  # a quantised core stays as it is
+        parameter.requires_grad_(TensorName.parse(name).part is None)
+    return module

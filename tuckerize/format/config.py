@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
-from tuckerize.domain import GATE_UP, Joint, MultilinearRank, Projection, StackShape
+from tuckerize.domain import GATE_UP, CoreType, Joint, MultilinearRank, Projection, StackShape
+from tuckerize.format.cores import core_tensor_shapes, core_type_of, scheme_of
 from tuckerize.format.manifest import TuckerManifest
 from tuckerize.moe.family import Family
 from tuckerize.names import TensorName
@@ -17,6 +18,8 @@ METHOD = "tuckerize"
 """`quant_method`: the name under which transformers and vLLM look up the loader."""
 
 FORMAT_VERSION = 2
+QUANTISED_FORMAT_VERSION = 3
+"""Format version of a checkpoint with quantised cores."""
 
 _KEY = "quantization_config"
 
@@ -29,11 +32,13 @@ class GroupShape:
         widths: Neurons of every expert.
         ranks: Core sizes of every projection.
         joint: Whether gate and up share one U_I.
+        core_type: Encoding of the cores; None if they are of the same type as the factors.
     """
 
     widths: tuple[int, ...]
     ranks: Mapping[Projection, MultilinearRank]
     joint: bool
+    core_type: CoreType | None = None
 
     @property
     def experts(self) -> int:
@@ -53,6 +58,17 @@ class GroupShape:
         """
         return StackShape(self.experts, sum(self.widths) // self.experts, hidden)
 
+    def core_shapes(self) -> dict[TensorName, tuple[int, ...]]:
+        """Shapes of the cores, or of the experts' matrices, by their names in the group."""
+        shapes: dict[TensorName, tuple[int, ...]] = {}
+        for projection, rank in self.ranks.items():
+            if self.equal_widths:
+                shapes[TensorName.core(projection)] = tuple(rank)
+            else:
+                for expert, width in enumerate(self.widths):
+                    shapes[TensorName.core(projection, expert)] = (width, rank.hidden)
+        return shapes
+
     def tensor_shapes(self, hidden: int) -> dict[TensorName, tuple[int, ...]]:
         """Shapes of the stored tensors by their names relative to the group.
 
@@ -61,12 +77,11 @@ class GroupShape:
         """
         stack = self.stack_shape(hidden)
         shapes: dict[TensorName, tuple[int, ...]] = {}
+        cores = self.core_shapes()
         for projection, rank in self.ranks.items():
-            if self.equal_widths:
-                shapes[TensorName.core(projection)] = tuple(rank)
-            else:
-                for expert, width in enumerate(self.widths):
-                    shapes[TensorName.core(projection, expert)] = (width, rank.hidden)
+            for core, shape in cores.items():
+                if core.projection == projection:
+                    shapes |= core_tensor_shapes(core, self.core_type, shape)
             coupling = GATE_UP if self.joint and projection in GATE_UP else None
             for mode in rank.truncated_modes(stack):
                 shapes[TensorName.factor(mode, projection, coupling)] = (stack[mode], rank[mode])
@@ -81,11 +96,13 @@ class TuckerQuantization:
         group_size: Experts in a group.
         joint: Projections that share one U_I, if any.
         modules: Groups of every factored experts module, by the module's name in the checkpoint.
+        core_type: Encoding of the cores; None if they are of the same type as the factors.
     """
 
     group_size: int
     joint: Joint | None
     modules: Mapping[str, tuple[GroupShape, ...]]
+    core_type: CoreType | None = None
 
     @classmethod
     def of(cls, manifest: TuckerManifest, family: Family) -> TuckerQuantization:
@@ -98,12 +115,12 @@ class TuckerQuantization:
         joint = manifest.joint is not None
         modules = {
             family.experts_prefix(layer): tuple(
-                GroupShape(manifest.widths(layer, group), ranks, joint)
+                GroupShape(manifest.widths(layer, group), ranks, joint, manifest.cores)
                 for group, ranks in enumerate(manifest.ranks(layer))
             )
             for layer in manifest.layers
         }
-        return cls(manifest.group_size, manifest.joint, modules)
+        return cls(manifest.group_size, manifest.joint, modules, manifest.cores)
 
     @classmethod
     def parse(cls, value: Mapping[str, Any]) -> TuckerQuantization:
@@ -117,10 +134,10 @@ class TuckerQuantization:
                 invalid; the message names it.
         """
         version = value.get("format_version")
-        if version != FORMAT_VERSION:
+        if version not in (FORMAT_VERSION, QUANTISED_FORMAT_VERSION):
             raise ValueError(
                 f"the checkpoint has format_version {version!r}, this tuckerize reads "
-                f"{FORMAT_VERSION}: use the release that wrote it"
+                f"{FORMAT_VERSION} and {QUANTISED_FORMAT_VERSION}: use the release that wrote it"
             )
         try:
             found = _Contents.model_validate(value)
@@ -133,15 +150,17 @@ class TuckerQuantization:
             )
             for module, groups in found.modules.items()
         }
-        return cls(found.group_size, found.joint, modules)
+        return cls(found.group_size, found.joint, modules, found.core_type)
 
     def to_json(self) -> dict[str, Any]:
         """Contents of `quantization_config`."""
+        quantised = self.core_type is not None
         return {
             "quant_method": METHOD,
-            "format_version": FORMAT_VERSION,
+            "format_version": QUANTISED_FORMAT_VERSION if quantised else FORMAT_VERSION,
             "group_size": self.group_size,
             "joint": self.joint,
+            **({"cores": scheme_of(self.core_type)} if self.core_type else {}),
             "modules": {
                 module: [
                     {
@@ -195,7 +214,18 @@ class _Contents(BaseModel):
 
     group_size: _Size
     joint: Joint | None
+    cores: dict[str, Any] | None = None
     modules: dict[str, Annotated[tuple[_Group, ...], Field(min_length=1)]]
+
+    @property
+    def core_type(self) -> CoreType | None:
+        """Encoding of the cores, checked to be one that is known."""
+        if self.cores is None:
+            return None
+        try:
+            return core_type_of(self.cores)
+        except ValueError as error:
+            raise _invalid(("cores",), str(error)) from None
 
     def group_shape(self, group: _Group, place: tuple[str, int]) -> GroupShape:
         """One group, checked against the number of its experts."""
@@ -207,7 +237,7 @@ class _Contents(BaseModel):
             )
         ranks = (group.gate_proj, group.up_proj, group.down_proj)
         named = {p: MultilinearRank(*rank) for p, rank in zip(Projection, ranks, strict=True)}
-        return GroupShape(widths, named, self.joint is not None)
+        return GroupShape(widths, named, self.joint is not None, self.core_type)
 
 
 def _invalid(place: Sequence[str | int], message: str) -> ValueError:

@@ -27,6 +27,7 @@ from tuckerize.checkpoint.files import (
 )
 from tuckerize.checkpoint.output import MANIFEST
 from tuckerize.domain import (
+    CoreType,
     Joint,
     Layout,
     MultilinearRank,
@@ -105,6 +106,7 @@ class TuckerManifest(Record):
         source: The dense checkpoint that was decomposed.
         recipe: The recipe as carried out.
         dtype: safetensors' name of the type of factors and cores.
+        cores: Encoding of the cores, if it is another one; left out of the file if not.
         shape: Sizes (E, H, I) of a projection's experts in a layer.
         group_size: Experts in a group.
         joint: Projections that share one U_I, if any.
@@ -125,6 +127,7 @@ class TuckerManifest(Record):
     source: SourceRecord
     recipe: dict[str, Any]
     dtype: str
+    cores: CoreType | None = None
     shape: StackShape
     group_size: Annotated[int, Field(ge=1)]
     joint: Joint | None
@@ -188,7 +191,12 @@ class TuckerManifest(Record):
 
     def layer_shape(self, layer: int) -> LayerShape:
         """Sizes that decide how a layer is split over processes."""
-        return LayerShape(self.ranks(layer), self.stack_shape(layer), joint=self.joint is not None)
+        return LayerShape(
+            self.ranks(layer),
+            self.stack_shape(layer),
+            joint=self.joint is not None,
+            core_type=self.cores,
+        )
 
     def widths(self, layer: int, group: int) -> tuple[int, ...]:
         """Neurons of every expert of a group."""
@@ -288,6 +296,8 @@ def unpack_neurons(text: str, shape: StackShape) -> Mask:
 def sealed(manifest: TuckerManifest | ShardManifest) -> dict[str, Any]:
     """JSON values of a manifest, with their checksum."""
     value = manifest.model_dump(mode="json")
+    if value.get("cores", "") is None:
+        del value["cores"]
     return {**value, "checksum": checksum(value)}
 
 

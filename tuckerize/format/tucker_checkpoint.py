@@ -17,7 +17,8 @@ from tuckerize.checkpoint.output import MANIFEST
 from tuckerize.checkpoint.reader import Checkpoint
 from tuckerize.domain import GATE_UP, Mode, Projection, TensorHeader
 from tuckerize.errors import CheckpointError
-from tuckerize.format.config import without_quantization
+from tuckerize.format.config import GroupShape, without_quantization
+from tuckerize.format.cores import dequantised
 from tuckerize.format.manifest import TuckerManifest, read_tucker_manifest
 from tuckerize.linalg.selection import KeptNeurons, kept_neurons
 from tuckerize.linalg.tucker import TuckerFactors
@@ -93,6 +94,15 @@ class TuckerCheckpoint:
         tensors = self.checkpoint.read(map(str, names))
         return {TensorName.parse(name).within_group: tensor for name, tensor in tensors}
 
+    def read_factors(self, layer: int, group: int) -> dict[Projection, TuckerFactors]:
+        """A group's Tucker tensors, cores that are quantised in float32."""
+        ranks = self.manifest.ranks(layer)[group]
+        shape = GroupShape(
+            self.manifest.widths(layer, group), ranks, self.manifest.joint is not None
+        )
+        tensors = dequantised(self.read_group(layer, group), shape.core_shapes())
+        return {projection: factors_of(tensors, projection) for projection in ranks}
+
     def router(self, layer: int) -> Router:
         """Router of a layer."""
         return Router.read(self.checkpoint, self.family, layer)
@@ -156,7 +166,7 @@ def open_source(model: str, tucker: TuckerCheckpoint) -> SourceModel:
 
 
 def factors_of(group: Mapping[TensorName, Tensor], projection: Projection) -> TuckerFactors:
-    """Tucker tensor of one projection from its group's tensors.
+    """Tucker tensor of one projection from its group's tensors, no core being quantised.
 
     Rows of the core beyond the width of an expert are zero.
     """

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -51,6 +51,22 @@ class QuantisedMatrices:
         scales = _per_column(self.scales.to(dtype), self.codes.shape[-1], self.core_type)
         return self.codes.to(dtype) * scales
 
+    def of_expert(self, expert: int) -> QuantisedMatrices:
+        """One of the matrices."""
+        return replace(self, codes=self.codes[expert], scales=self.scales[expert])
+
+    def narrowed(
+        self, *, outputs: int | None = None, inputs: int | None = None
+    ) -> QuantisedMatrices:
+        """The first outputs or inputs of the matrices; all by default."""
+        group = self.core_type.group_size
+        groups = None if inputs is None or group is None else -(-inputs // group)
+        return replace(
+            self,
+            codes=self.codes[..., :outputs, :inputs],
+            scales=self.scales[..., :outputs, :groups],
+        )
+
 
 def quantise(
     matrices_EOK: Tensor,
@@ -81,13 +97,13 @@ def quantise(
 def pack(codes: Tensor, core_type: CoreType) -> Tensor:
     """Pack codes along the last dimension, the first in the lowest bits (int32).
 
-    Codes are stored with an offset, so that they are not negative; the last word is filled up.
+    Codes are stored with an offset, so that they are not negative; zeros fill the last word up.
     """
     bits = core_type.bits
     per_word = _WORD_BITS // bits
-    offset = codes.to(torch.int32) + 2 ** (bits - 1)
+    offset = _grouped(codes.to(torch.int32), per_word) + 2 ** (bits - 1)
     shifts = torch.arange(0, _WORD_BITS, bits, dtype=torch.int32, device=codes.device)
-    words: Tensor = _grouped(offset, per_word) << shifts
+    words: Tensor = offset << shifts
     return words.sum(-1, dtype=torch.int32)
 
 

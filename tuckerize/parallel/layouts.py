@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-from tuckerize.domain import Layout, Mode, MultilinearRank, Projection, StackShape
-from tuckerize.names import TensorKind, TensorName
+from tuckerize.domain import CoreType, Layout, Mode, MultilinearRank, Projection, StackShape
+from tuckerize.names import CorePart, TensorKind, TensorName
 
 
 class Slice(NamedTuple):
@@ -113,11 +113,13 @@ class LayerShape:
         ranks: Core sizes of the projections of each group.
         shape: Sizes of one stack.
         joint: Whether gate and up share one U_I.
+        core_type: Encoding of quantised cores.
     """
 
     ranks: Sequence[RankByProjection]
     shape: StackShape
     joint: bool
+    core_type: CoreType | None = None
 
     @property
     def experts(self) -> int:
@@ -145,28 +147,37 @@ class SplitDimensions(NamedTuple):
     Attributes:
         tp: Over tensor-parallel processes.
         experts: Over the owners of the group's experts.
+        unit: Indices of the first that stay together: a scale is of a group of neurons.
     """
 
     tp: int | None
     experts: int | None
+    unit: int = 1
 
 
 INDEX_BYTES = 8
 """Bytes of an expert index sent with a token."""
 
 
-def owned_slice(size: int, tp_size: int, tp_rank: int) -> Slice:
-    """Slice of a dimension that a process owns; lengths differ by one at most.
+def owned_slice(size: int, tp_size: int, tp_rank: int, unit: int = 1) -> Slice:
+    """Slice of a dimension that a process owns; lengths differ by one unit at most.
 
     >>> [owned_slice(10, 4, tp_rank).length for tp_rank in range(4)]
     [3, 3, 2, 2]
+    >>> [owned_slice(90, 2, tp_rank, 32).length for tp_rank in range(2)]
+    [64, 26]
     """
-    base, larger = divmod(size, tp_size)
-    return Slice(tp_rank * base + min(tp_rank, larger), base + (tp_rank < larger))
+    base, larger = divmod(-(-size // unit), tp_size)
+    start = min(unit * (tp_rank * base + min(tp_rank, larger)), size)
+    return Slice(start, min(unit * (base + (tp_rank < larger)), size - start))
 
 
 def split_dimensions(
-    layout: Layout, name: TensorName, ranks: RankByProjection, shape: StackShape
+    layout: Layout,
+    name: TensorName,
+    ranks: RankByProjection,
+    shape: StackShape,
+    core_type: CoreType | None = None,
 ) -> SplitDimensions:
     """Dimensions along which a stored tensor is split; one expert's core rows belong to its owner.
 
@@ -175,11 +186,34 @@ def split_dimensions(
         name: Name of the tensor.
         ranks: Core sizes of the projections of its group.
         shape: Sizes of one stack of the group.
+        core_type: Encoding of quantised cores, which the intermediate layout alone can split.
     """
     rank = ranks[name.projection]
     whole_core = name.kind == TensorKind.CORE and name.expert is None
     by_expert = name.kind == TensorKind.U_E or (whole_core and rank.expert == shape.experts)
-    return SplitDimensions(_split_over_tp(layout, name, rank, shape), 0 if by_expert else None)
+    over_tp, unit = _split_over_tp(layout, name, rank, shape), 1
+    if core_type and over_tp is not None:
+        over_tp, unit = _split_of_quantised(name, over_tp, core_type)
+    return SplitDimensions(over_tp, 0 if by_expert else None, unit)
+
+
+def _split_of_quantised(
+    name: TensorName, neurons: int, core_type: CoreType
+) -> tuple[int | None, int]:
+    """Dimension of a tensor that is split on H, and its unit, beside quantised cores.
+
+    Args:
+        name: Its name.
+        neurons: Dimension that is split of U_H or of the core.
+        core_type: Encoding.
+    """
+    unit = core_type.group_size or 1
+    if name.part is None or name.projection != Projection.DOWN:
+        return neurons, unit
+    # Neurons are the inputs of down_proj: the last dimension.
+    if name.part != CorePart.SCALES:
+        return neurons + 1, unit // core_type.word_codes or 1
+    return (None if core_type.group_size is None else neurons + 1), 1
 
 
 def _split_over_tp(
@@ -214,9 +248,19 @@ def owners_of(group: int, *, groups: int, ep: int) -> range:
     return range(owner, owner + 1)
 
 
-def smallest_split_size(layout: Layout, ranks: RankByProjection, shape: StackShape) -> int:
-    """Smallest size that a layout splits, and so its maximum number of tp processes."""
-    sizes = [shape.intermediate]
+def smallest_split_size(
+    layout: Layout, ranks: RankByProjection, shape: StackShape, core_type: CoreType | None = None
+) -> int:
+    """Smallest size that a layout splits, and so its maximum number of tp processes.
+
+    Args:
+        layout: The layout.
+        ranks: Core sizes of the projections of a group.
+        shape: Sizes of one stack of the group, H being the width of the narrowest expert.
+        core_type: Encoding of quantised cores, whose groups stay together.
+    """
+    unit = (core_type and core_type.group_size) or 1
+    sizes = [-(-shape.intermediate // unit)]
     if layout == Layout.RANK:
         sizes += [ranks[projection].hidden for projection in (Projection.GATE, Projection.UP)]
         sizes.append(ranks[Projection.DOWN].intermediate)

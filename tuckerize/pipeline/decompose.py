@@ -46,6 +46,8 @@ class DecomposeRequest:
         group_size: Experts that share a decomposition; all of a layer by default.
         joint: "gate_up": one U_I for gate_proj and up_proj.
         dtype: Type of stored factors: bfloat16, float16 or float32; the source's by default.
+        quantize: Encoding of the cores: "w8" (int8) or "w4" (4 bits in groups of 32); that of the
+            factors by default.
         max_sweeps: Largest number of HOOI sweeps after the start; 10 by default.
         engine: "tuckerize", or "tensorly" as the slow reference.
         calibration: Text or JSONL file, or several, or the `calibration` keys of a recipe:
@@ -68,6 +70,7 @@ class DecomposeRequest:
     group_size: int | None = None
     joint: str | None = None
     dtype: str | None = None
+    quantize: str | None = None
     max_sweeps: int | None = None
     engine: str | None = None
     calibration: Texts | Mapping[str, Any] | None = None
@@ -90,6 +93,7 @@ class DecomposeRequest:
                 "group_size": self.group_size,
                 "joint": self.joint,
                 "dtype": self.dtype,
+                "quantize": self.quantize,
                 "max_sweeps": self.max_sweeps,
                 "engine": self.engine,
                 "calibration": self.calibration,

@@ -53,7 +53,7 @@ class Evaluated:
     dense: SourceModel | None
 
     def module(self, layer: int, device: torch.device) -> TuckerExperts:
-        """The routed experts of a layer, factored or dense, in float32.
+        """The routed experts of a layer, factored or dense, in float32 besides quantised cores.
 
         Raises:
             CheckpointError: There are none, or they cannot be read.
@@ -71,11 +71,8 @@ class Evaluated:
                 f"{self.checkpoint.folder} has no routed experts of layer {layer}",
                 hint="fetch or write the folder again",
             )
-        on_device = [
-            {name: tensor.to(device, torch.float32) for name, tensor in group.items()}
-            for group in groups
-        ]
-        return TuckerExperts(on_device, group_size=size, activation=self.activation)
+        experts = TuckerExperts(groups, group_size=size, activation=self.activation)
+        return experts.to(device, torch.float32)
 
 
 def _as_group(source: SourceModel, layer: int) -> dict[TensorName, Tensor]:

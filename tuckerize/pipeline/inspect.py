@@ -104,5 +104,6 @@ def _describe_tucker(tucker: TuckerCheckpoint) -> InspectReport:
             largest_residual=max(stack.relative_residual for stack in manifest.stacks),
             shardings=tuple(available_shardings(tucker.folder)),
             carries_loader=carries_loader(tucker),
+            cores=manifest.cores,
         ),
     )

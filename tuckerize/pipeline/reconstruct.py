@@ -19,7 +19,7 @@ from tuckerize.checkpoint.writer import copy_tensors, write_index, write_tensors
 from tuckerize.domain import Coupling, Projection, coupling_name, group_experts
 from tuckerize.format.card import restore_card
 from tuckerize.format.config import without_quantization
-from tuckerize.format.tucker_checkpoint import TuckerCheckpoint, factors_of
+from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 from tuckerize.linalg.tucker import with_zero_rows
 from tuckerize.progress import Progress, SilentProgress
 from tuckerize.report import ReconstructReport
@@ -154,7 +154,7 @@ def _expand_experts(
     wide = torch.promote_types(TORCH_DTYPES[tucker.manifest.dtype], torch.float32)
     rows = tucker.manifest.shape.intermediate
     for group in range(tucker.manifest.groups):
-        factors = factors_of(tucker.read_group(layer, group), projection)
+        factors = tucker.read_factors(layer, group)[projection]
         experts = group_experts(tucker.manifest.shape, tucker.manifest.group_size, group)
         kept = tucker.kept(layer, group)
         slices = zip(experts, factors.expand_slices(wide), strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -166,11 +167,7 @@ def _pass_layer(
     )
     record = _write(plan, piece, [compressed], output)
     if calibration.settings.sequential:
-        stored = [
-            {name: tensor.float() for name, tensor in group.tensors().items()}
-            for group in compressed.groups
-        ]
-        module = calibration.module(stored)
+        module = calibration.module([group.tensors() for group in compressed.groups]).float()
         after_SLI = calibration.run_layer(layer, hidden_SLI, experts_call(module))
     return after_SLI, record
 
@@ -228,13 +225,20 @@ def _finish(plan: Plan, folder: OutputFolder, model: str) -> TuckerManifest:
         ),
         recipe=plan.recipe.model_dump(mode="json", exclude_none=True),
         dtype=plan.weights.name,
+        cores=plan.weights.cores,
         shape=moe.shape,
         group_size=plan.group_size,
         joint=plan.joint,
         stacks=tuple(stacks),
         calibrated=tuple(calibrated),
         before=plan.source.size,
-        after=measure_size(headers, is_routed=moe.is_routed),
+        after=measure_size(
+            headers,
+            is_routed=moe.is_routed,
+            quantised_parameters=sum(math.prod(stack.multilinear_rank) for stack in stacks)
+            if plan.weights.cores
+            else 0,
+        ),
         files=tuple(files),
     )
     config = source.config

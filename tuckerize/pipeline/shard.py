@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tuckerize.checkpoint.output import OutputFolder
 from tuckerize.checkpoint.writer import write_tensors
-from tuckerize.domain import Layout, MultilinearRank, Projection, TensorHeader
+from tuckerize.domain import WEIGHT_TYPES, Layout, MultilinearRank, Projection, TensorHeader
 from tuckerize.errors import UsageError
 from tuckerize.format.manifest import (
     ShardManifest,
@@ -72,9 +72,9 @@ class _Slices:
         for name, header in self.headers.items():
             if name.expert is None or own.start <= name.expert < own.stop:
                 parts = [Slice(0, size) for size in header.shape]
-                tp, experts = self.cuts[name]
+                tp, experts, unit = self.cuts[name]
                 if tp is not None:
-                    parts[tp] = owned_slice(header.shape[tp], self.tp, tp_rank)
+                    parts[tp] = owned_slice(header.shape[tp], self.tp, tp_rank, unit)
                 if experts is not None:
                     parts[experts] = own
                 found[name] = parts
@@ -97,7 +97,7 @@ class _Slices:
         return [
             name
             for name, cut in self.cuts.items()
-            if cut.tp is not None and self.headers[name].shape[cut.tp] % self.tp
+            if cut.tp is not None and self.headers[name].shape[cut.tp] % (self.tp * cut.unit)
         ]
 
 
@@ -121,17 +121,22 @@ def choose_layout(tucker: TuckerCheckpoint, mesh: Parallelism, layout: Layout | 
         layout = Layout(min(affordable, key=lambda cost: cost.traffic_per_token).layout)
     if layout not in _layouts(tucker):
         raise UsageError(
-            f"layout '{layout}' splits experts of equal width only, and calibration gave these "
-            "different ones",
+            f"layout '{layout}' splits cores that are not quantised only, and these are"
+            if tucker.manifest.cores
+            else f"layout '{layout}' splits experts of equal width only, and calibration gave "
+            "these different ones",
             hint=f"use --layout {Layout.INTERMEDIATE}",
         )
+    manifest = tucker.manifest
     smallest = min(
-        min(
-            smallest_split_size(layout, ranks, tucker.manifest.stack_shape(layer)),
-            *tucker.manifest.widths(layer, group),
+        smallest_split_size(
+            layout,
+            ranks,
+            manifest.shape._replace(intermediate=min(manifest.widths(layer, group))),
+            manifest.cores,
         )
-        for layer in tucker.manifest.layers
-        for group, ranks in enumerate(tucker.manifest.ranks(layer))
+        for layer in manifest.layers
+        for group, ranks in enumerate(manifest.ranks(layer))
     )
     if mesh.tp > smallest:
         raise UsageError(
@@ -159,7 +164,7 @@ def _layouts(tucker: TuckerCheckpoint) -> tuple[Layout, ...]:
     manifest = tucker.manifest
     places = [(layer, group) for layer in manifest.layers for group in range(manifest.groups)]
     equal = all(len(set(manifest.widths(*place))) == 1 for place in places)
-    return tuple(Layout) if equal else (Layout.INTERMEDIATE,)
+    return tuple(Layout) if equal and not manifest.cores else (Layout.INTERMEDIATE,)
 
 
 def layout_costs(tucker: TuckerCheckpoint, mesh: Parallelism) -> tuple[LayoutCost, ...]:
@@ -349,7 +354,10 @@ def _slices(
     headers = tucker.group_headers(layer, group)
     return _Slices(
         headers,
-        {name: split_dimensions(layout, name, sizes.ranks[group], sizes.shape) for name in headers},
+        {
+            name: split_dimensions(layout, name, sizes.ranks[group], sizes.shape, sizes.core_type)
+            for name in headers
+        },
         mesh.tp,
         owners_of(group, groups=len(sizes.ranks), ep=mesh.ep),
         sizes.shape.experts,
@@ -360,8 +368,8 @@ def _traffic(
     tucker: TuckerCheckpoint, layout: Layout, layers: Sequence[LayerShape], mesh: Parallelism
 ) -> float:
     """Bytes that a process sends per token through layers, with an even router."""
-    header = next(iter(tucker.group_headers(tucker.manifest.layers[0], 0).values()))
-    value_bytes = header.bytes // header.parameters  # activations have the type of the weights
+    # Activations have the type of the factors.
+    value_bytes = WEIGHT_TYPES[tucker.manifest.dtype].bits // 8
     top_k = tucker.family.routing(tucker.config).top_k
     return math.fsum(
         sum(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tuckerize.calibration.calibration_pass import CalibrationPass
@@ -175,7 +175,8 @@ def make_plan(source: SourceModel, recipe: Recipe, profiles: Sequence[LayerProfi
         )
         for file, content in source.checkpoint.files.items()
     )
-    return Plan(source, recipe, weights, group_size, copies, tuple(pieces), predicted_kl)
+    stored = replace(weights, cores=recipe.quantize)  # budgets are of parameters
+    return Plan(source, recipe, stored, group_size, copies, tuple(pieces), predicted_kl)
 
 
 def stored_type(recipe: Recipe, model: MoeModel) -> WeightType:

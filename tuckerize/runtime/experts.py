@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from tuckerize.domain import GATE_UP, SHARED_U_I, Coupling, Mode, Projection
 from tuckerize.errors import CheckpointError
+from tuckerize.format.cores import parts_of_cores
 from tuckerize.linalg.tucker import TuckerFactors
 from tuckerize.names import TensorKind, TensorName, expert_rows, group_module
 from tuckerize.runtime.exchange import Combine, Exchange, Tokens, dispatch_all
@@ -30,6 +31,7 @@ from tuckerize.runtime.grouped import (
     multiply,
     multiply_uneven,
 )
+from tuckerize.runtime.quantised import QuantisedCore, QuantisedRows, multiply_quantised
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -89,25 +91,33 @@ def named_tensors(
 class TuckerStack(nn.Module):
     """Core and factors of one stack, whole or a process's slices; absent ones are None.
 
-    The core is a list of the experts' matrices where their widths differ.
+    The core is a list of the experts' matrices where their widths differ, and a module where it is
+    quantised.
 
     Args:
         tensors: Tensors of one owner by their names, relative to the group.
     """
 
-    core: Tensor | nn.ParameterList | None
+    core: Tensor | nn.ParameterList | QuantisedCore | QuantisedRows | None
     U_E: Tensor | None
     U_H: Tensor | None
     U_I: Tensor | None
 
     def __init__(self, tensors: Mapping[TensorName, Tensor]) -> None:
         super().__init__()
-        whole = {name.kind: tensor for name, tensor in tensors.items() if name.expert is None}
+        plain = {name: tensor for name, tensor in tensors.items() if name.part is None}
+        whole = {name.kind: tensor for name, tensor in plain.items() if name.expert is None}
         for kind in TensorKind:
             self.register_parameter(kind.value, _parameter(whole.get(kind)))
-        if rows := expert_rows(tensors):
+        quantised = {name: QuantisedCore(parts) for name, parts in parts_of_cores(tensors).items()}
+        if quantised or expert_rows(plain):
             del self.core  # a name is that of a parameter or of a module
+        if rows := expert_rows(plain):
             self.core = nn.ParameterList(_parameter(tensors[name]) for name in rows)
+        elif rows := expert_rows(quantised):
+            self.core = QuantisedRows(quantised[name] for name in rows)
+        elif quantised:
+            (self.core,) = quantised.values()
 
     def multiply(self, rows_NX: Tensor, assigned: Assignments, *, transposed: bool) -> Tensor:
         """Multiply every row by the C_e of its expert, or by C_eᵀ.
@@ -116,6 +126,9 @@ class TuckerStack(nn.Module):
         """
         if self.core is None:
             raise CheckpointError("a stack has no core", hint="write the checkpoint again")
+        if isinstance(self.core, QuantisedCore | QuantisedRows):
+            U_E = None if self.U_E is None else _own(self.U_E).to(rows_NX.dtype)
+            return multiply_quantised(rows_NX, self.core, assigned, U_E)
 
         def oriented(core: Tensor) -> Tensor:
             own = _own(core).to(rows_NX.dtype)

@@ -147,19 +147,33 @@ def zero_padded(matrices_EXY: Sequence[Tensor]) -> Tensor:
 
 
 def multiply_one_by_one(
-    rows_NX: Tensor, matrices_EXY: Sequence[Tensor], assigned: Assignments
+    rows_NX: Tensor,
+    matrices_EXY: Sequence[Tensor],
+    assigned: Assignments,
+    *,
+    width: int | None = None,
 ) -> Tensor:
-    """`multiply_uneven` with one GEMM per expert that has rows, without a copy."""
-    width = max(matrix.shape[1] for matrix in matrices_EXY)
+    """`multiply_uneven` with one GEMM per expert that has rows, without a copy.
+
+    Args:
+        rows_NX: Rows, shape (N, X).
+        matrices_EXY: One matrix per expert; those of experts with rows are looked up.
+        assigned: Assignment of rows to experts.
+        width: The largest Y, of matrices that are made when they are looked up, and have no
+            gradients; None for tensors.
+    """
+    largest = max(matrix.shape[1] for matrix in matrices_EXY) if width is None else width
     results: list[Tensor] = []
     first = 0
-    for matrix_XY, count in zip(matrices_EXY, assigned.counts, strict=True):
-        if count or matrix_XY.requires_grad:  # a gradient of zeros: DDP waits for every one
+    for expert, count in enumerate(assigned.counts):
+        # A gradient of zeros where there are no rows: DDP waits for every one.
+        if count or (width is None and matrices_EXY[expert].requires_grad):
+            matrix_XY = matrices_EXY[expert]
             product = rows_NX[first : first + count, : len(matrix_XY)] @ matrix_XY
-            results.append(functional.pad(product, (0, width - product.shape[1])))
+            results.append(functional.pad(product, (0, largest - product.shape[1])))
             first += count
     if first < len(rows_NX) or not results:
-        results.append(rows_NX.new_zeros(len(rows_NX) - first, width))
+        results.append(rows_NX.new_zeros(len(rows_NX) - first, largest))
     return torch.cat(results)
 
 

@@ -200,7 +200,8 @@ def _axes_to_sum(
 ) -> set[str]:
     """Mesh axes over which a parameter's gradient is a partial sum."""
     name = TensorName.parse(text)
-    cut = split_dimensions(layout, name, sizes.ranks[name.group or 0], sizes.shape)
+    ranks = sizes.ranks[name.group or 0]
+    cut = split_dimensions(layout, name, ranks, sizes.shape, sizes.core_type)
     # Outside of the exchange over tp, all of its processes compute the same tokens.
     outside = name.kind == TensorKind.U_I and not position.sequence_parallel
     outside &= space.latent_output if name.projection == Projection.DOWN else space.latent_input

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tuckerize.checkpoint.reader import Checkpoint
-from tuckerize.domain import Joint, MultilinearRank, Projection
+from tuckerize.domain import CoreType, Joint, MultilinearRank, Projection
 from tuckerize.format.config import (
     METHOD,
     GroupShape,
@@ -115,10 +116,11 @@ def quantizations(draw: st.DrawFn) -> TuckerQuantization:
         dict.fromkeys(Projection, st.builds(MultilinearRank, size, size, size))
     )
     widths = st.lists(size, min_size=experts, max_size=experts).map(tuple)
-    group = st.builds(GroupShape, widths, ranks, st.just(joint))
+    core_type = draw(st.none() | st.sampled_from(CoreType))
+    group = st.builds(GroupShape, widths, ranks, st.just(joint), st.just(core_type))
     groups = st.lists(group, min_size=1, max_size=3).map(tuple)
     modules = draw(st.dictionaries(st.text(), groups, max_size=3))
-    return TuckerQuantization(experts, Joint.GATE_UP if joint else None, modules)
+    return TuckerQuantization(experts, Joint.GATE_UP if joint else None, modules, core_type)
 
 
 @given(quantizations())
@@ -170,10 +172,30 @@ def test_malformed_contents_are_refused_by_their_key(value: dict[str, Any], mess
 
 
 @pytest.mark.parametrize(
-    "value", [changed("format_version"), changed("format_version", value=3), {}]
+    "value", [changed("format_version"), changed("format_version", value=4), {}]
 )
 def test_another_format_version_is_refused(value: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="this tuckerize reads 2: use the release that wrote it"):
+    with pytest.raises(ValueError, match="this tuckerize reads 2 and 3: use the release that"):
+        TuckerQuantization.parse(value)
+
+
+@pytest.mark.parametrize("core_type", CoreType)
+def test_quantised_cores_are_described_in_the_words_of_compressed_tensors(
+    core_type: CoreType,
+) -> None:
+    plain = TuckerQuantization.parse(on_disk())
+    value = replace(plain, core_type=core_type).to_json()
+    assert value["format_version"] == 3
+    weights = value["cores"]["config_groups"]["group_0"]["weights"]
+    assert (weights["num_bits"], weights["type"], weights["symmetric"]) == (
+        core_type.bits,
+        "int",
+        True,
+    )
+    found = TuckerQuantization.parse(value)
+    assert {g.core_type for groups in found.modules.values() for g in groups} == {core_type}
+    weights["group_size"] = 16
+    with pytest.raises(ValueError, match=r"quantization_config\.cores: it is not a scheme that"):
         TuckerQuantization.parse(value)
 
 

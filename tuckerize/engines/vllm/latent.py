@@ -106,7 +106,8 @@ class LatentKernel:
 
 def _latent_width(moe: Any, groups: Sequence[GroupShape]) -> int | None:  # noqa: ANN401
     """Hidden size r of a layer of the latent shape; None if it has another one."""
-    if len(groups) > 1 or not groups[0].joint or not groups[0].equal_widths:
+    uneven = not groups[0].equal_widths
+    if len(groups) > 1 or not groups[0].joint or uneven or groups[0].core_type:
         return None
     whole = (moe.num_experts, groups[0].widths[0])
     ranks = [groups[0].ranks[projection] for projection in Projection]

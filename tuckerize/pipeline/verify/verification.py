@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from tuckerize.domain import Dtype, Layout, Projection, group_experts
 from tuckerize.format.shards import Sharding
-from tuckerize.format.tucker_checkpoint import TuckerCheckpoint, factors_of
+from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 from tuckerize.linalg.tucker import relative_residual
 from tuckerize.moe.routing import Routes, route
 from tuckerize.moe.source import SourceModel
@@ -266,12 +266,12 @@ def _case(run: Verification, layer: int, activation: Activation, tokens: int) ->
     x_TI *= model.input_norm(layer)
     x_TI = functional.pad(x_TI, (0, 0, 0, tokens - run.tokens)).to(run.torch_dtype).float()
     routes = route(x_TI, model.router(layer), tucker.family.routing(tucker.config))
-    groups = _read_groups(tucker, layer)
+    groups = [tucker.read_factors(layer, group) for group in range(tucker.manifest.groups)]
 
     def expand_expert(expert: int) -> ExpertWeights:
         group, place = divmod(expert, tucker.manifest.group_size)
         gate_HI, up_HI, down_HI = (
-            factors_of(groups[group], projection).expand_slice(place, torch.float64)
+            groups[group][projection].expand_slice(place, torch.float64)
             for projection in Projection
         )
         return ExpertWeights(gate_HI, up_HI, down_HI.T)
@@ -316,14 +316,14 @@ def _residual_difference(tucker: TuckerCheckpoint, source: SourceModel, layer: i
     """Largest |measured − recorded| relative residual of a layer's stacks."""
     largest = 0.0
     for group in range(tucker.manifest.groups):
-        tensors, kept = tucker.read_group(layer, group), tucker.kept(layer, group)
+        factors, kept = tucker.read_factors(layer, group), tucker.kept(layer, group)
         experts = group_experts(source.moe.shape, tucker.manifest.group_size, group)
         for recorded in tucker.manifest.stacks:
             if (recorded.layer, recorded.group) != (layer, group):
                 continue
             stack_EHI = source.stack(layer, recorded.projection, experts)
             measured = relative_residual(
-                stack_EHI, factors_of(tensors, recorded.projection), kept and kept.places_EK
+                stack_EHI, factors[recorded.projection], kept and kept.places_EK
             )
             largest = max(largest, abs(measured - recorded.relative_residual))
     return largest

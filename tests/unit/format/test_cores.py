@@ -1,0 +1,70 @@
+"""Quantised cores as tensors: shapes as announced, values as quantised, also where columns end."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tuckerize.domain import WEIGHT_TYPES, CoreType, Projection, StackShape, WeightType
+from tuckerize.format.cores import (
+    core_tensor_shapes,
+    core_tensors,
+    core_type_of,
+    dequantised,
+    part_dtype,
+    quantised_matrices,
+    scheme_of,
+)
+from tuckerize.linalg.quantise import quantise
+from tuckerize.names import CorePart, TensorName
+
+sizes = st.integers(1, 70)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(CoreType), st.sampled_from(Projection), st.integers(1, 3), sizes, sizes)
+def test_stored_tensors_have_the_announced_shapes_and_values(
+    core_type: CoreType, projection: Projection, experts: int, rows: int, columns: int
+) -> None:
+    core_EHI = torch.randn(experts, rows, columns, generator=torch.Generator().manual_seed(0))
+    down = projection == Projection.DOWN
+    found = quantise(core_EHI.mT if down else core_EHI, core_type)
+    name = TensorName.core(projection)
+    stored = dict(core_tensors(name, found))
+    assert {n: tuple(t.shape) for n, t in stored.items()} == core_tensor_shapes(
+        name, core_type, core_EHI.shape
+    )
+    assert all(t.dtype == part_dtype(n.part, torch.bfloat16) for n, t in stored.items())
+    values = found.dequantised().mT if down else found.dequantised()
+    read = dequantised(stored, {name: core_EHI.shape})
+    assert torch.equal(read[name], values)
+    counted = WeightType("BF16", 16, 2.0**-8, core_type).core_bytes(
+        StackShape(*core_EHI.shape), transposed=down
+    )
+    assert sum(t.numel() * t.element_size() for t in stored.values()) == counted
+
+
+@settings(max_examples=20, deadline=None)
+@given(sizes)
+def test_codes_beyond_the_inputs_are_zero(columns: int) -> None:
+    matrix = torch.randn(1, 2, columns, generator=torch.Generator().manual_seed(1))
+    stored = core_tensors(TensorName.core(Projection.UP), quantise(matrix, CoreType.W4))
+    parts = {name.part: tensor for name, tensor in stored if name.part}
+    room = quantised_matrices(parts).codes
+    assert room.shape[-1] == -(-columns // 8) * 8
+    assert not room[..., columns:].any()
+
+
+@pytest.mark.parametrize("core_type", CoreType)
+def test_scheme_names_one_encoding(core_type: CoreType) -> None:
+    assert core_type_of(scheme_of(core_type)) == core_type
+    with pytest.raises(ValueError, match="int-quantized of 8 bits, pack-quantized of 4 bits"):
+        core_type_of({**scheme_of(core_type), "format": "marlin-24"})
+
+
+def test_bytes_of_plain_cores_are_those_of_their_values() -> None:
+    assert WEIGHT_TYPES["BF16"].core_bytes((2, 3, 5), transposed=False) == 60
+    assert part_dtype(None, torch.float16) == torch.float16
+    assert part_dtype(CorePart.PACKED_CODES, torch.float16) == torch.int32

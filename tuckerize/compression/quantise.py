@@ -1,0 +1,143 @@
+"""Quantised cores: the last step before writing.
+
+With calibration tokens, each expert's matrix is quantised for the inputs that it sees: gate and up
+for its tokens in the latent space, down for its neurons as the quantised gate and up give them. A
+matrix that experts share sees the inputs of all, weighted by the squares of their coefficients.
+Without tokens, values are rounded to nearest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tuckerize.calibration.refine import relative_output_error
+from tuckerize.calibration.tokens import LayerTokens
+from tuckerize.checkpoint.reader import TORCH_DTYPES
+from tuckerize.compression.factors import GroupFactors, LayerFactors, Step, for_each_group
+from tuckerize.domain import GATE_UP, CoreType, Projection, WeightType
+from tuckerize.linalg.quantise import quantise
+from tuckerize.linalg.tucker import check_no_overflow
+from tuckerize.runtime.experts import Activation, TuckerExperts
+
+Inputs = Callable[[int], Tensor]
+"""Inputs of one expert of a group, one per row, times the weights of its tokens."""
+
+
+def round_cores(weights: WeightType, core_type: CoreType) -> Step:
+    """The step that rounds cores to nearest.
+
+    Args:
+        weights: Type of the scales.
+        core_type: Encoding of the cores.
+    """
+
+    def treat(group: GroupFactors) -> GroupFactors:
+        for projection in group.factors:
+            group = _quantised(group, projection, weights, core_type, None)
+        return group
+
+    return for_each_group(treat)
+
+
+@dataclass(frozen=True, slots=True)
+class QuantiseForTokens:
+    """Step that quantises cores for the inputs that a layer's experts see.
+
+    Attributes:
+        weights: Type of the scales.
+        core_type: Encoding of the cores.
+        fit: Tokens of the layer.
+        held_out: Validation set, on which the output error is measured again.
+        dense: The dense experts of the layer.
+        activation: Between gate and up.
+    """
+
+    weights: WeightType
+    core_type: CoreType
+    fit: LayerTokens
+    held_out: LayerTokens
+    dense: TuckerExperts
+    activation: Activation
+
+    @torch.no_grad()
+    def __call__(self, layer: LayerFactors) -> LayerFactors:
+        """Quantise all cores of a layer."""
+        layer = for_each_group(self._quantise)(layer)
+        module = TuckerExperts(
+            [group.tensors() for group in layer.groups],
+            group_size=layer.groups[0].dense.shape.experts,
+            activation=self.activation,
+        )
+        error = relative_output_error(module, self.held_out, self.dense(*self.held_out))
+        return replace(layer, output_error=None if math.isnan(error) else error)
+
+    def _quantise(self, group: GroupFactors) -> GroupFactors:
+        for projection in Projection:
+            inputs = self._tokens(group) if projection in GATE_UP else self._neurons(group)
+            moments = list(_moments(group, projection, inputs))
+            group = _quantised(group, projection, self.weights, self.core_type, moments)
+        return group
+
+    def _tokens(self, group: GroupFactors) -> Inputs:
+        def of_expert(place: int) -> Tensor:
+            own = self.fit.of_expert(group.dense.experts[place], group.dense.shape.intermediate)
+            return own.weights_N[:, None] * own.x_NI
+
+        return of_expert
+
+    def _neurons(self, group: GroupFactors) -> Inputs:
+        def of_expert(place: int) -> Tensor:
+            own = self.fit.of_expert(group.dense.experts[place], group.dense.shape.intermediate)
+            gate_NH, up_NH = (
+                own.x_NI @ group.factors[projection].expand_slice(place).T for projection in GATE_UP
+            )
+            return own.weights_N[:, None] * self.activation(gate_NH) * up_NH
+
+        return of_expert
+
+
+def _moments(group: GroupFactors, projection: Projection, inputs: Inputs) -> Iterator[Tensor]:
+    """Second moment of the inputs of every matrix of a core, after U_I or U_H."""
+    factors = group.factors[projection]
+    factor = factors.U_I if projection in GATE_UP else factors.U_H
+    experts = range(factors.shape.experts)
+
+    def of_expert(place: int) -> Tensor:
+        rows = inputs(place)
+        if factor is not None:
+            rows = rows @ factor
+        return rows.T @ rows
+
+    if factors.U_E is None:
+        yield from map(of_expert, experts)
+        return
+    shared = [(of_expert(place), factors.U_E[place].square()) for place in experts]
+    for index in range(factors.rank.expert):
+        yield sum((share_P[index] * moment for moment, share_P in shared), torch.tensor(0.0))
+
+
+def _quantised(
+    group: GroupFactors,
+    projection: Projection,
+    weights: WeightType,
+    core_type: CoreType,
+    moments: list[Tensor] | None,
+) -> GroupFactors:
+    """A group with one core quantised, and replaced by the values that it stands for."""
+    factors = group.factors[projection]
+    down = projection == Projection.DOWN
+    matrices = factors.core.mT if down else factors.core
+    found = quantise(matrices, core_type, moments, scale_dtype=TORCH_DTYPES[weights.name])
+    check_no_overflow(found.scales, weights.name)
+    values = found.dequantised()
+    core = values.mT.contiguous() if down else values
+    return replace(
+        group,
+        factors={**group.factors, projection: replace(factors, core=core)},
+        quantised={**group.quantised, projection: found},
+    )

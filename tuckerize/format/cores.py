@@ -1,0 +1,141 @@
+"""Quantised cores as tensors, in the names and the packing of compressed-tensors.
+
+`<core>.weight` holds codes of 8 bits, `<core>.weight_packed` codes of 4 bits, eight in an int32,
+and `<core>.weight_scale` the scales. Outputs are rows, inputs are columns: the core of down_proj
+is stored as (r_E, r_I, r_H), those of gate_proj and up_proj as (r_E, r_H, r_I).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tuckerize.domain import CoreType, Projection
+from tuckerize.linalg.quantise import QuantisedMatrices, pack, unpack
+from tuckerize.names import CorePart, TensorName
+
+_CODES = {CoreType.W8: CorePart.CODES, CoreType.W4: CorePart.PACKED_CODES}
+_FORMATS = {CoreType.W8: "int-quantized", CoreType.W4: "pack-quantized"}
+
+
+def scheme_of(core_type: CoreType) -> dict[str, Any]:
+    """compressed-tensors' description of an encoding, for `quantization_config`."""
+    group_size = core_type.group_size
+    weights = {
+        "num_bits": core_type.bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "channel" if group_size is None else "group",
+        "group_size": group_size,
+        "dynamic": False,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": _FORMATS[core_type],
+        "config_groups": {"group_0": {"targets": ["core"], "weights": weights}},
+    }
+
+
+def core_type_of(scheme: Mapping[str, Any]) -> CoreType:
+    """The encoding that a description is of.
+
+    Raises:
+        ValueError: It is not one that is known.
+    """
+    found = [core_type for core_type in CoreType if scheme_of(core_type) == scheme]
+    if not found:
+        known = ", ".join(
+            f"{_FORMATS[core_type]} of {core_type.bits} bits" for core_type in CoreType
+        )
+        raise ValueError(f"it is not a scheme that this tuckerize reads: {known}")
+    return found[0]
+
+
+def core_tensors(core: TensorName, found: QuantisedMatrices) -> Iterator[tuple[TensorName, Tensor]]:
+    """Codes and scales of a core, or of one expert's matrix, by their names."""
+    codes = found.codes if found.core_type.word_codes == 1 else pack(found.codes, found.core_type)
+    yield replace(core, part=_CODES[found.core_type]), codes
+    yield replace(core, part=CorePart.SCALES), found.scales
+
+
+def core_tensor_shapes(
+    core: TensorName, core_type: CoreType | None, shape: Sequence[int]
+) -> dict[TensorName, tuple[int, ...]]:
+    """Shapes of codes and scales by their names; of the core itself if it is not quantised.
+
+    Args:
+        core: Name of the core, or of one expert's matrix.
+        core_type: Encoding.
+        shape: Sizes of the core that it stands for; the last two are H and I.
+    """
+    if core_type is None:
+        return {core: tuple(shape)}
+    *experts, outputs, inputs = shape
+    if core.projection == Projection.DOWN:
+        outputs, inputs = inputs, outputs
+    groups = -(-inputs // (core_type.group_size or inputs))
+    return {
+        replace(core, part=_CODES[core_type]): (
+            *experts,
+            outputs,
+            -(-inputs // core_type.word_codes),
+        ),
+        replace(core, part=CorePart.SCALES): (*experts, outputs, groups),
+    }
+
+
+def part_dtype(part: CorePart | None, dtype: torch.dtype) -> torch.dtype:
+    """Type of a tensor: that of its codes, or the type of factors and scales."""
+    return {CorePart.CODES: torch.int8, CorePart.PACKED_CODES: torch.int32}.get(
+        part or CorePart.SCALES, dtype
+    )
+
+
+def quantised_matrices(
+    parts: Mapping[CorePart, Tensor], columns: int | None = None
+) -> QuantisedMatrices:
+    """A core from its codes and scales.
+
+    Args:
+        parts: Its tensors.
+        columns: Inputs of its matrices; None for as many as the words of codes have room for, those
+            beyond the inputs being zero.
+    """
+    scales = parts[CorePart.SCALES]
+    if CorePart.CODES in parts:
+        return QuantisedMatrices(parts[CorePart.CODES], scales, CoreType.W8)
+    words = parts[CorePart.PACKED_CODES]
+    room = words.shape[-1] * CoreType.W4.word_codes
+    return QuantisedMatrices(unpack(words, CoreType.W4, columns or room), scales, CoreType.W4)
+
+
+def parts_of_cores(
+    tensors: Mapping[TensorName, Tensor],
+) -> dict[TensorName, dict[CorePart, Tensor]]:
+    """Codes and scales by the names of the cores, or of the experts' matrices, that they are of."""
+    found: dict[TensorName, dict[CorePart, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.part is not None:
+            found.setdefault(name.core_name, {})[name.part] = tensor
+    return found
+
+
+def dequantised(
+    group: Mapping[TensorName, Tensor], shapes: Mapping[TensorName, Sequence[int]]
+) -> dict[TensorName, Tensor]:
+    """A group's tensors with cores in place of codes and scales; exact in float32.
+
+    Args:
+        group: Its tensors by their names relative to the group.
+        shapes: Shapes of the cores, or of the experts' matrices.
+    """
+    plain = {name: tensor for name, tensor in group.items() if name.part is None}
+    for core, parts in parts_of_cores(group).items():
+        down = core.projection == Projection.DOWN
+        found = quantised_matrices(parts, shapes[core][-2 if down else -1]).dequantised()
+        plain[core] = found.mT.contiguous() if down else found
+    return plain
