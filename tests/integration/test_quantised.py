@@ -131,6 +131,7 @@ def test_verify_passes_against_the_dequantised_experts_and_the_source(
     report = verify(VerifyRequest(folder=outputs[name]))
     assert report.passed
     for layer in report.layers:
+        assert layer.sharding_error is not None
         assert layer.sharding_error < 1e-5
         assert layer.residual_difference is not None
         assert layer.residual_difference < 1e-6
