@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from tests.running import torchrun
 from tests.tiny_models import add_tokenizer, make_tiny_model
@@ -30,6 +31,7 @@ from tuckerize import (
 )
 from tuckerize.checkpoint.output import MANIFEST
 from tuckerize.domain import Projection
+from tuckerize.engines.transformers import TuckerConfig, TuckerQuantizer
 from tuckerize.errors import RecipeError, UsageError
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 from tuckerize.names import CorePart, TensorKind, TensorName
@@ -122,6 +124,16 @@ def test_codes_stay_packed_in_memory(name: str, outputs: dict[str, Path]) -> Non
         if parameter.requires_grad
     }
     assert TensorKind.CORE not in trained
+
+
+def test_transformers_refuses_to_split_quantised_cores(outputs: dict[str, Path]) -> None:
+    config = AutoConfig.from_pretrained(outputs["w4"])
+    config.distributed_config = DistributedConfig(tp_size=2)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    quantizer = TuckerQuantizer(TuckerConfig(**config.quantization_config))
+    with pytest.raises(ValueError, match="cannot split quantised cores over processes"):
+        quantizer._process_model_before_weight_loading(model)
 
 
 @pytest.mark.parametrize("name", QUANTISED)

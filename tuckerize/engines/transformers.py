@@ -24,6 +24,7 @@ from tuckerize.format.config import METHOD, GroupShape, TuckerQuantization
 from tuckerize.format.cores import part_dtype
 from tuckerize.names import TensorKind, TensorName
 from tuckerize.runtime.experts import TuckerExperts
+from tuckerize.runtime.quantised import QuantisedCore
 
 # transformers' tensor-parallel style of rows: the dimension before the last is split.
 _ROWS = "colwise"
@@ -70,7 +71,7 @@ class TuckerQuantizer(HfQuantizer):
         """Replace the experts; no tensor of the model has memory yet.
 
         Raises:
-            ValueError: The experts were to be shared out over processes.
+            ValueError: The experts were to be shared out over processes, or quantised ones split.
         """
         parallel = getattr(model.config, "distributed_config", None)
         if getattr(parallel, "enable_expert_parallel", False):
@@ -79,6 +80,11 @@ class TuckerQuantizer(HfQuantizer):
                 "use tp_size, which splits every expert, in place of expert parallelism"
             )
         config: Any = self.quantization_config
+        if config.tucker.core_type and (getattr(parallel, "tp_size", None) or 1) > 1:
+            raise ValueError(
+                "transformers cannot split quantised cores over processes: load the checkpoint in "
+                "every process without tp_size"
+            )
         for path, groups in config.tucker.modules.items():
             own = _path_in_model(model, path)
             dense = model.get_submodule(own)
@@ -87,7 +93,10 @@ class TuckerQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: object) -> Any:  # noqa: ANN401
-        """Make tensor parallelism train the tensors that it does not split."""
+        """Freeze quantised cores; train what tensor parallelism does not split."""
+        for module in model.modules():
+            if isinstance(module, QuantisedCore):
+                module.requires_grad_(requires_grad=False)
         mesh = getattr(model, "_device_mesh", None)
         names = getattr(mesh, "mesh_dim_names", None) or (_TENSOR_PARALLEL,)
         if mesh is not None and _TENSOR_PARALLEL in names:
@@ -170,6 +179,6 @@ def _factored(dense: Any, groups: Sequence[GroupShape]) -> TuckerExperts:  # noq
         for group in groups
     ]
     module = TuckerExperts(tensors, group_size=groups[0].experts, activation=dense.act_fn)
-    for name, parameter in module.named_parameters():  # a quantised core stays as it is
-        parameter.requires_grad_(TensorName.parse(name).part is None)
+    for parameter in module.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
     return module
