@@ -280,8 +280,8 @@ def test_planned_bytes_are_the_written_bytes(
     source = SourceModel.open(tiny_model)
     plan = make_plan(source, recipe)
     planned = describe_plan(plan).after
-    with new_folder() as folder:
-        OutputFolder(folder).claim(output_fingerprint(source, recipe), overwrite=False)
+    contents = output_fingerprint(source, recipe)
+    with new_folder() as folder, OutputFolder(folder).claim(contents, overwrite=False):
         report = decompose(
             plan,
             folder,

@@ -13,8 +13,7 @@ from torch import Tensor
 from tuckerize.calibration.stream import ExpertsCall, StreamedModel
 from tuckerize.calibration.text import parse_source, read_windows
 from tuckerize.calibration.tokens import FEWEST_WITH_HELD_OUT, DenseGroup, LayerTokens
-from tuckerize.checkpoint.reader import WeightFile, read_tensors
-from tuckerize.checkpoint.writer import write_tensors
+from tuckerize.checkpoint.sealed_tensors import read_sealed, write_sealed
 from tuckerize.domain import Projection, group_experts
 from tuckerize.errors import NonFiniteError, located
 from tuckerize.linalg.hooi import check_finite
@@ -26,6 +25,7 @@ from tuckerize.runtime.experts import Activation, TuckerExperts, activation_of
 
 _WINDOWS_AT_ONCE = 8
 _SEED = 0
+_STATES = "hidden states"
 # Lower bound on relative norms: tokens with small hidden states must not dominate.
 _LEAST_NORM = 0.1
 
@@ -200,10 +200,13 @@ class SavedStates:
     path: Path
 
     def load(self, device: torch.device) -> tuple[int, dict[str, Tensor]]:
-        """The next layer, and the hidden states before it by name; (0, {}) at the start."""
-        if not self.path.exists():
+        """The next layer, and the hidden states before it by name; (0, {}) at the start.
+
+        A damaged file is that of no pass.
+        """
+        tensors = read_sealed(self.path, _STATES)
+        if tensors is None:
             return 0, {}
-        tensors = dict(read_tensors(self.path, WeightFile.open(self.path).tensors))
         layer = int(tensors.pop("next_layer"))
         return layer, {name: tensor.to(device) for name, tensor in tensors.items()}
 
@@ -211,7 +214,7 @@ class SavedStates:
         """Replace the states by those before another layer."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         host = {name: tensor.cpu().contiguous() for name, tensor in states.items()}
-        write_tensors(self.path, {**host, "next_layer": torch.tensor(next_layer)})
+        write_sealed(self.path, _STATES, {**host, "next_layer": torch.tensor(next_layer)})
 
     def remove(self) -> None:
         """Remove the file: the pass is finished."""

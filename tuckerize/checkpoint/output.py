@@ -1,15 +1,30 @@
-"""Output folders: claimed for one plan, resumable, and never overwritten by accident."""
+"""Output folders: claimed for one plan, locked, resumable, and never overwritten by accident.
+
+OUT/.tuckerize/        of an unfinished run: lock, plan.json, a record of every finished piece
+OUT/.tuckerize-done-…  the same folder, while it is removed after the manifest was written
+"""
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tuckerize.checkpoint.files import TEMPORARY_SUFFIX, read_json_object, write_json
-from tuckerize.errors import OutputError
+from tuckerize.checkpoint.files import (
+    TEMPORARY_SUFFIX,
+    FileRecord,
+    read_json_object,
+    sha256_of,
+    write_json,
+)
+from tuckerize.checkpoint.sealed import json_sha256, read_sealed_json, write_sealed_json
+from tuckerize.errors import CheckpointError, OutputError
 
 MANIFEST = "tuckerize.json"
 """Name of both manifests, in the folder of a checkpoint and in the folder of its shards."""
@@ -18,9 +33,13 @@ REPORT = "verify.json"
 """Name of the report of `verify`, in the verified folder."""
 
 _WORK = ".tuckerize"
+_DONE = f"{_WORK}-done-"
+_LOCK = "lock"
 _PLAN = "plan.json"
 # Files that describe the weights, and must be removed with them.
 _RESULTS = ("model.safetensors.index.json", REPORT)
+
+Read = Callable[[int, str], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +53,12 @@ class OutputFolder:
     folder: Path
     manifest_name: str = MANIFEST
 
-    def check(self, plan: object, *, overwrite: bool) -> None:
+    def check(self, plan: Mapping[str, Any], *, overwrite: bool) -> None:
         """Check that the folder may be written to; changes nothing.
 
         Args:
             plan: JSON values that determine everything that will be written.
-            overwrite: Whether a finished result, or that of another plan, may be replaced.
+            overwrite: Whether a finished result, or an unfinished one, may be replaced.
 
         Raises:
             OutputError: The folder holds other files, or the result of another plan.
@@ -51,87 +70,200 @@ class OutputFolder:
             raise OutputError(f"{folder} is a file", hint="choose another --output")
         if not any(folder.iterdir()):
             return
-        claimed = (self._work / _PLAN).exists()
-        if not claimed and not (folder / self.manifest_name).exists():
+        is_ours = self._work.exists() or any(self._done) or self._manifest.exists()
+        if not is_ours:
             raise OutputError(
                 f"{folder} is not empty and was not written by tuckerize",
                 hint="choose an empty or new folder; --overwrite does not remove foreign files",
             )
-        if overwrite or self._is_claimed(plan):
+        if overwrite or self._continues(plan):
             return
-        state = (
-            "a finished result"
-            if (folder / self.manifest_name).exists()
-            else "another unfinished run"
-        )
-        raise OutputError(
-            f"{folder} already holds {state}",
-            hint="choose another folder, or add --overwrite to replace it",
-        )
+        if self._manifest.exists():
+            raise OutputError(
+                f"{folder} already holds a finished result",
+                hint="choose another folder, or add --overwrite to replace it",
+            )
+        difference = _difference(self._plan(), _plain(plan))
+        if difference:
+            raise OutputError(
+                f"{folder} already holds another unfinished run: {difference}",
+                hint="to continue it, start it with what it was started with; to begin anew, add "
+                "--overwrite; or choose another folder",
+            )
 
-    def claim(self, plan: object, *, overwrite: bool) -> None:
-        """Claim the folder for a plan: new, replaced, or resumed after an interrupted run.
+    @contextmanager
+    def claim(
+        self, plan: Mapping[str, Any], *, overwrite: bool, read: Read = lambda *_: None
+    ) -> Iterator[None]:
+        """Claim the folder for a plan, and keep other runs out of it for the block.
+
+        The folder is new, replaced, or that of an interrupted run, which continues: pieces whose
+        files are not as they were recorded will be made again.
+
+        Args:
+            plan: JSON values that determine everything that will be written.
+            overwrite: Whether to begin anew where there is a result, finished or not.
+            read: Called with the bytes and the name of files that are hashed.
 
         Raises:
-            OutputError: As `check`.
+            OutputError: As `check`, or another run is writing to the folder.
         """
         self.check(plan, overwrite=overwrite)
-        if self._is_claimed(plan):
-            return
-        claim = self._work / _PLAN
-        self._work.mkdir(parents=True, exist_ok=True)
-        # Until the old result is removed, the folder is an unfinished run of no plan.
-        write_json(claim, {})
-        self._remove_result()
-        write_json(claim, _plain(plan))
+        with self._locked():
+            self.check(plan, overwrite=overwrite)
+            if overwrite or not self._continues(plan):
+                # Until the old result is removed, the folder is an unfinished run of no plan.
+                write_json(self._work / _PLAN, {})
+                self._remove_result()
+                write_json(self._work / _PLAN, _plain(plan))
+            elif not self.is_finished:
+                self._drop_damaged(read)
+            yield
 
-    def join(self, plan: object) -> None:
+    def join(self, plan: Mapping[str, Any]) -> None:
         """Join in writing a folder that another process has claimed for the plan.
 
         Raises:
             OutputError: It is not claimed, so it is another folder.
         """
-        if not self._is_claimed(plan):
+        if not self._continues(plan):
             raise OutputError(f"{self.folder} is not the folder that process 0 has claimed")
 
-    def _is_claimed(self, plan: object) -> bool:
-        claim = self._work / _PLAN
-        return claim.exists() and read_json_object(claim) == _plain(plan)
-
     @property
-    def _work(self) -> Path:
-        return self.folder / _WORK
+    def is_finished(self) -> bool:
+        """Whether the manifest is there: all that may be left to do is to call `tidy`."""
+        return self._manifest.exists()
 
-    def _remove_result(self) -> None:
-        """Remove the files of an earlier run; foreign files stay."""
-        (self.folder / self.manifest_name).unlink(missing_ok=True)
-        for path in [*self.folder.iterdir(), *self._work.iterdir()]:
-            is_sharding = (path / MANIFEST).exists() or (path / _WORK).exists()
-            is_record = path.parent == self._work and path.name != _PLAN
-            if path.is_dir() and is_sharding:
-                shutil.rmtree(path)
-            elif is_record or path.name in _RESULTS or path.suffix == ".safetensors":
-                path.unlink()
+    def claimed(self, key: str) -> Any:  # noqa: ANN401
+        """A value of the plan that the folder is claimed for."""
+        return (self._plan() or {})[key]
 
     def work_file(self, name: str) -> Path:
         """Path of a file of the run, removed when the folder is finished."""
         return self._work / name
 
-    def record(self, piece: str) -> dict[str, Any] | None:
-        """The record of a finished piece of work, or None."""
-        path = self._work / f"{piece}.json"
-        return read_json_object(path) if path.exists() else None
+    def record(self, piece: str) -> Any | None:  # noqa: ANN401
+        """The record of a finished piece of work; None if there is none, or it is damaged."""
+        found = read_sealed_json(self._record_file(piece))
+        return None if found is None else found["value"]
 
-    def write_record(self, piece: str, value: object) -> None:
-        """Record that a piece of work is finished; its output must be in place."""
-        write_json(self._work / f"{piece}.json", value)
+    def write_record(self, piece: str, value: object, files: Iterable[FileRecord]) -> None:
+        """Record that a piece of work is finished.
+
+        Args:
+            piece: Name of the piece.
+            value: JSON values that the end of the run needs.
+            files: The files that were written; they must be in place.
+        """
+        written = [file.model_dump() for file in files]
+        write_sealed_json(self._record_file(piece), {"files": written, "value": value})
 
     def finish(self, manifest: object) -> None:
         """Write the manifest, and remove the work folder and leftovers of killed runs."""
-        for leftover in self.folder.glob(f".*{TEMPORARY_SUFFIX}"):
-            leftover.unlink()
-        write_json(self.folder / self.manifest_name, manifest)
-        shutil.rmtree(self._work)
+        remove_temporaries(self.folder)
+        write_json(self._manifest, manifest)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Remove the work folder of a finished run.
+
+        It is renamed first, to a name that tells the plan, so that the same command knows its
+        result at every moment.
+        """
+        if self._work.exists():
+            plan = json_sha256(self._plan() or {})[:16]
+            self._work.rename(self.folder / f"{_DONE}{plan}")
+        for done in self._done:
+            shutil.rmtree(done)
+
+    @property
+    def _work(self) -> Path:
+        return self.folder / _WORK
+
+    @property
+    def _done(self) -> list[Path]:
+        return [*self.folder.glob(f"{_DONE}*")]
+
+    @property
+    def _manifest(self) -> Path:
+        return self.folder / self.manifest_name
+
+    def _record_file(self, piece: str) -> Path:
+        return self._work / f"{piece}.json"
+
+    def _plan(self) -> dict[str, Any] | None:
+        """The plan that the folder is claimed for: empty where there is none yet, None if lost."""
+        path = self._work / _PLAN
+        try:
+            return read_json_object(path) if path.exists() else {}
+        except CheckpointError:
+            return None
+
+    def _continues(self, plan: Mapping[str, Any]) -> bool:
+        """Whether the folder holds a run of the plan, unfinished or just finished."""
+        if self._plan() == _plain(plan):
+            return True
+        name = f"{_DONE}{json_sha256(_plain(plan))[:16]}"
+        return self._manifest.exists() and (self.folder / name).exists()
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the lock of the folder, which ends with the process, however that ends."""
+        path = self._work / _LOCK
+        self._work.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # The file is gone where the other run has ended just now.
+                is_taken = not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino
+            except BlockingIOError:
+                is_taken = True
+            except OSError:  # a file system without locks
+                is_taken = False
+            if is_taken:
+                raise OutputError(
+                    f"another run is writing to {self.folder}",
+                    hint="wait until it ends, or choose another folder",
+                )
+            yield
+
+    def _drop_damaged(self, read: Read) -> None:
+        """Remove the records of pieces whose files are not as they were written."""
+        for path in self._work.glob("*.json"):
+            if path.name == _PLAN:
+                continue
+            record = read_sealed_json(path)
+            files = [] if record is None else [FileRecord(**file) for file in record["files"]]
+            if record is None or not all(self._is_whole(file, read) for file in files):
+                path.unlink()
+
+    def _is_whole(self, file: FileRecord, read: Read) -> bool:
+        path = self.folder / file.name
+        return (
+            path.is_file()
+            and path.stat().st_size == file.bytes
+            and sha256_of(path, lambda count: read(count, file.name)) == file.sha256
+        )
+
+    def _remove_result(self) -> None:
+        """Remove the files of an earlier run; foreign files stay."""
+        self._manifest.unlink(missing_ok=True)
+        remove_temporaries(self.folder)
+        for done in self._done:
+            shutil.rmtree(done)
+        for path in [*self.folder.iterdir(), *self._work.iterdir()]:
+            is_sharding = (path / MANIFEST).exists() or (path / _WORK).exists()
+            is_record = path.parent == self._work and path.name not in (_PLAN, _LOCK)
+            if path.is_dir() and is_sharding:
+                shutil.rmtree(path)
+            elif is_record or path.name in _RESULTS or path.suffix == ".safetensors":
+                path.unlink()
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove files that killed runs were writing."""
+    for leftover in folder.glob(f".*{TEMPORARY_SUFFIX}"):
+        leftover.unlink(missing_ok=True)
 
 
 def refuse_overlap(output: Path, source: Path) -> None:
@@ -148,7 +280,26 @@ def refuse_overlap(output: Path, source: Path) -> None:
         )
 
 
-def _plain(plan: object) -> dict[str, Any]:
+def _plain(plan: Mapping[str, Any]) -> dict[str, Any]:
     """The plan after a round trip through JSON."""
     value: dict[str, Any] = json.loads(json.dumps(plan))
     return value
+
+
+def _difference(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str:
+    """Difference of two plans in words; empty if the first is of no run."""
+    if before is None:
+        return "its plan cannot be read"
+    parts = []
+    for key in before:
+        old, new = before[key], now.get(key)
+        if old == new:
+            continue
+        name = key.replace("_sha256", "").replace("_", " ")
+        if isinstance(old, dict) and isinstance(new, dict):
+            own = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+            name += f" ({', '.join(own[:3])}{', ...' if len(own) > 3 else ''})"
+        elif isinstance(old, str | int) and len(str(old)) < 40:
+            name += f" ({old})"
+        parts.append(name)
+    return f"it was started with another {' and another '.join(parts)}" if parts else ""

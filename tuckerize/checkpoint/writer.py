@@ -6,9 +6,9 @@ import json
 import struct
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
 from tuckerize.checkpoint.files import (
@@ -16,7 +16,6 @@ from tuckerize.checkpoint.files import (
     atomic_path,
     copy_range,
     describe_file,
-    system_error,
     write_json,
 )
 from tuckerize.checkpoint.reader import WeightFile
@@ -24,33 +23,64 @@ from tuckerize.checkpoint.weight_set import INDEX
 
 FORMAT = {"format": "pt"}
 
+# safetensors' types in its own order: files begin with the last of them.
+_TYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+}
+_NAMES = tuple(_TYPES)
+_ORDER = {dtype: place for place, dtype in enumerate(_TYPES.values())}
+
 
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> FileRecord:
-    """Write tensors as a safetensors file."""
+    """Write tensors as a safetensors file: the same bytes on every run, and no file beside it.
+
+    In safetensors' own order, wide types first, and with sorted metadata.
+    """
+    ordered = sorted(tensors.items(), key=lambda item: (-_ORDER[item[1].dtype], item[0]))
+    header: dict[str, object] = {
+        "__metadata__": dict(sorted({**FORMAT, **(metadata or {})}.items()))
+    }
+    offset = 0
+    for name, tensor in ordered:
+        end = offset + tensor.numel() * tensor.element_size()
+        dtype = _NAMES[_ORDER[tensor.dtype]]
+        header[name] = {"dtype": dtype, "shape": [*tensor.shape], "data_offsets": [offset, end]}
+        offset = end
     with atomic_path(path) as temporary:
-        try:
-            save_file(
-                {name: tensor.contiguous() for name, tensor in tensors.items()},
-                temporary,
-                metadata={**FORMAT, **(metadata or {})},
-            )
-        except SafetensorError as error:
-            raise system_error(error) from error
-        _sort_metadata(temporary)
+        with temporary.open("wb") as file:
+            _write_header(file, header)
+            for _, tensor in ordered:
+                file.write(raw_bytes(tensor))
         return describe_file(temporary, name=path.name)
 
 
-def _sort_metadata(path: Path) -> None:
-    """Sort the metadata of a header: safetensors' own order differs between runs."""
-    with path.open("r+b") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        file.seek(8)
-        file.write(encoded.ljust(length))
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The values of a tensor as they are stored."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def _write_header(file: BinaryIO, header: Mapping[str, object]) -> None:
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    file.write(struct.pack("<Q", len(encoded)) + encoded)
 
 
 def copy_tensors(path: Path, source: WeightFile, names: Collection[str]) -> FileRecord:
@@ -72,11 +102,9 @@ def copy_tensors(path: Path, source: WeightFile, names: Collection[str]) -> File
             "data_offsets": [offset, offset + described.bytes],
         }
         offset += described.bytes
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
     with atomic_path(path) as temporary:
         with temporary.open("wb") as file:
-            file.write(struct.pack("<Q", len(encoded)) + encoded)
+            _write_header(file, header)
             for described, start in ranges.values():
                 copy_range(source.path, start, described.bytes, file)
         return describe_file(temporary, name=path.name)

@@ -27,6 +27,8 @@ from tuckerize.errors import LeaderFailedError, ProcessLostError, TuckerizeError
 
 P = ParamSpec("P")
 
+_AGAIN = "run the same command again, without --overwrite: it continues"
+
 NO = 1
 USER_ERROR = 2
 BUG = 70
@@ -49,7 +51,7 @@ def boundary(command: Callable[P, None]) -> Callable[P, None]:
                 command(*args, **kwargs)
                 sys.stdout.flush()
         except KeyboardInterrupt:
-            _leave("interrupted", "run the same command again: it continues", INTERRUPTED)
+            _leave("interrupted", _AGAIN, INTERRUPTED)
         except TuckerizeError as error:
             consequence = isinstance(error, ProcessLostError)
             _leave(error.message, error.hint, error.exit_code, is_cause=not consequence)
@@ -83,8 +85,8 @@ def _leave_because_of_the_system(error: OSError) -> NoReturn:
         )
     place = f" ({error.filename})" if error.filename else ""
     hints = {
-        errno.ENOSPC: "make room on that disk, and run the same command again: it continues",
-        errno.EDQUOT: "make room in your quota, and run the same command again: it continues",
+        errno.ENOSPC: f"make room on that disk, and {_AGAIN}",
+        errno.EDQUOT: f"make room in your quota, and {_AGAIN}",
         errno.EFBIG: "raise the limit on file sizes (ulimit -f), or choose another file system",
         errno.ENOMEM: "free memory or raise its limit (ulimit -v), and run the command again",
         errno.EMFILE: "raise the limit on open files: ulimit -n 1024",

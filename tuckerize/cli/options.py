@@ -254,7 +254,11 @@ DryRun = Annotated[
 ]
 Overwrite = Annotated[
     bool,
-    typer.Option("--overwrite", help="Replace an earlier result.", rich_help_panel=OUTPUT),
+    typer.Option(
+        "--overwrite",
+        help="Begin anew: replace an earlier result, finished or not.",
+        rich_help_panel=OUTPUT,
+    ),
 ]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print the report as JSON.", rich_help_panel=OUTPUT)

@@ -6,8 +6,6 @@ Both are JSON with an integer `schema_version`, written last: docs/reference/for
 from __future__ import annotations
 
 import base64
-import hashlib
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +24,7 @@ from tuckerize.checkpoint.files import (
     read_json_object,
 )
 from tuckerize.checkpoint.output import MANIFEST
+from tuckerize.checkpoint.sealed import json_sha256
 from tuckerize.domain import (
     CoreType,
     Joint,
@@ -304,7 +303,7 @@ def sealed(manifest: TuckerManifest | ShardManifest) -> dict[str, Any]:
 def checksum(value: Mapping[str, Any]) -> str:
     """SHA-256 of a manifest's JSON values other than the checksum, however they are laid out."""
     rest = {key: item for key, item in value.items() if key != "checksum"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return json_sha256(rest)
 
 
 _Manifest = TypeVar("_Manifest", TuckerManifest, ShardManifest)

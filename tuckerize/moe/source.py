@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tuckerize.checkpoint.identity import identities
 from tuckerize.checkpoint.reader import TORCH_DTYPES, Checkpoint, measure_size
 from tuckerize.domain import Projection, Size
 from tuckerize.moe.describe import describe_moe
@@ -42,6 +43,20 @@ class SourceModel:
     def dtype(self) -> torch.dtype:
         """Type of the routed experts."""
         return TORCH_DTYPES[self.moe.dtype]
+
+    @property
+    def identities(self) -> dict[str, str]:
+        """Identities of the weight files by name: hashes that tell models apart."""
+        return identities({name: file.path for name, file in self.checkpoint.files.items()})
+
+    def identities_of_layer(self, layer: int) -> dict[str, str]:
+        """Identities of the weight files that hold tensors of a layer."""
+        own = {
+            file
+            for name, file in self.checkpoint.file_of.items()
+            if self.moe.family.layer_of(name) == layer
+        }
+        return identities({name: self.checkpoint.files[name].path for name in own})
 
     @property
     def size(self) -> Size:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -56,7 +56,7 @@ class DecomposeRequest:
         device: Where the products run: auto, npu, cuda or cpu.
         collective_timeout: Seconds that a process waits for the others; by default 7200 on npu,
             otherwise 86400.
-        overwrite: Replace an earlier result.
+        overwrite: Begin anew: replace an earlier result, finished or not.
     """
 
     model: str | Path
@@ -129,7 +129,7 @@ def decompose(
     if request.output is None:
         raise UsageError("--output is missing", hint="name a new folder, or add --dry-run")
     output = Path(request.output)
-    with _processes_of(request, recipe) as (processes, device):
+    with _processes_of(request, recipe) as (processes, device), ExitStack() as held:
 
         def prepare() -> tuple[Plan, CalibrationPass | None]:
             source, calibration = _open(request, recipe, device)
@@ -138,7 +138,8 @@ def decompose(
             text = fingerprint(calibration.windows_SL) if calibration else ""
             contents = output_fingerprint(source, recipe, text)
             if processes.is_leader:
-                folder.claim(contents, overwrite=request.overwrite)
+                claim = folder.claim(contents, overwrite=request.overwrite, read=progress.advance)
+                held.enter_context(claim)
             else:
                 folder.join(contents)
             return _plan(source, recipe, calibration, progress), calibration

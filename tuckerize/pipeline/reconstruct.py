@@ -13,7 +13,7 @@ from torch import Tensor
 from tuckerize.checkpoint.files import write_json
 from tuckerize.checkpoint.other_files import copy_other_files
 from tuckerize.checkpoint.output import OutputFolder, refuse_overlap
-from tuckerize.checkpoint.reader import TORCH_DTYPES, WeightFile, measure_size
+from tuckerize.checkpoint.reader import TORCH_DTYPES, Checkpoint, WeightFile, measure_size
 from tuckerize.checkpoint.weight_set import CONFIG
 from tuckerize.checkpoint.writer import copy_tensors, write_index, write_tensors
 from tuckerize.domain import Coupling, Projection, coupling_name, group_experts
@@ -49,7 +49,7 @@ class ReconstructRequest:
     Attributes:
         folder: The Tucker checkpoint.
         output: The new folder.
-        overwrite: Replace an earlier reconstruction.
+        overwrite: Begin anew: replace an earlier reconstruction, finished or not.
     """
 
     folder: str | Path
@@ -89,14 +89,26 @@ def write_dense(
     Args:
         tucker: The Tucker checkpoint.
         output: The new folder.
-        overwrite: Replace an earlier reconstruction.
+        overwrite: Begin anew: replace an earlier reconstruction, finished or not.
         progress: Shows how far the work is.
 
     Raises:
         OutputError: The folder holds something else.
     """
     folder = output_folder(output)
-    folder.claim(provenance(tucker), overwrite=overwrite)
+    with folder.claim(provenance(tucker), overwrite=overwrite, read=progress.advance):
+        if folder.is_finished:  # by a run that was killed at its very end
+            folder.tidy()
+        else:
+            _write_all(tucker, folder, progress)
+            folder.finish(provenance(tucker))
+    size = measure_size(Checkpoint.open(output).tensors, is_routed=tucker.family.is_routed)
+    return ReconstructReport(str(output), size, tucker.manifest.layers)
+
+
+def _write_all(tucker: TuckerCheckpoint, folder: OutputFolder, progress: Progress) -> None:
+    """Write everything but the record of the origin; weight files that are there stay."""
+    output = folder.folder
     untouched = {
         name: [t for t in file.tensors if tucker.family.layer_of(t) not in tucker.manifest.layers]
         for name, file in tucker.checkpoint.files.items()
@@ -109,13 +121,13 @@ def write_dense(
     progress.start(count)
     for path, name in zip(written, copies, strict=False):
         if folder.record(path.stem) is None:
-            copy_tensors(path, tucker.checkpoint.files[name], untouched[name])
-            folder.write_record(path.stem, {})
+            copied = copy_tensors(path, tucker.checkpoint.files[name], untouched[name])
+            folder.write_record(path.stem, {}, [copied])
         progress.advance(1, name)
     for path, (layer, projections) in zip(written[len(copies) :], places, strict=True):
         if folder.record(path.stem) is None:
-            write_tensors(path, _expand(tucker, layer, projections))
-            folder.write_record(path.stem, {})
+            expanded = write_tensors(path, _expand(tucker, layer, projections))
+            folder.write_record(path.stem, {}, [expanded])
         progress.advance(1, f"layer {layer}, {coupling_name(projections)}")
     progress.close()
     copy_other_files(tucker.folder, output)
@@ -125,12 +137,7 @@ def write_dense(
     if tucker.manifest.source.auto_map is not None:
         config["auto_map"] = tucker.manifest.source.auto_map
     write_json(output / CONFIG, config)
-    files = [WeightFile.open(path) for path in written]
-    write_index(output, files)
-    folder.finish(provenance(tucker))
-    headers = {name: place.header for file in files for name, place in file.tensors.items()}
-    size = measure_size(headers, is_routed=tucker.family.is_routed)
-    return ReconstructReport(str(output), size, tucker.manifest.layers)
+    write_index(output, [WeightFile.open(path) for path in written])
 
 
 def _expand(tucker: TuckerCheckpoint, layer: int, projections: Coupling) -> dict[str, Tensor]:

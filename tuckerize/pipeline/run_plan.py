@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tuckerize.calibration.calibration_pass import CalibrationPass, SavedStates, experts_call
 from tuckerize.checkpoint.files import FileRecord, describe_file, sha256_of, write_json
+from tuckerize.checkpoint.identity import identities
 from tuckerize.checkpoint.other_files import copy_other_files
 from tuckerize.checkpoint.output import OutputFolder
 from tuckerize.checkpoint.reader import WeightFile, measure_size
@@ -25,6 +26,7 @@ from tuckerize.compression.factors import LayerFactors
 from tuckerize.compression.target import LayerPiece
 from tuckerize.compression.write import write_piece
 from tuckerize.domain import StackResult
+from tuckerize.errors import CheckpointError
 from tuckerize.format.card import with_loader, write_hub_files
 from tuckerize.format.config import TuckerQuantization, with_quantization
 from tuckerize.format.manifest import (
@@ -32,6 +34,7 @@ from tuckerize.format.manifest import (
     LayoutRecord,
     SourceRecord,
     TuckerManifest,
+    read_tucker_manifest,
     sealed,
 )
 from tuckerize.parallel.processes import Processes
@@ -74,6 +77,13 @@ def compress_model(
     """
     started = time.monotonic()
     folder = OutputFolder(output)
+    is_finished = folder.is_finished
+    processes.barrier()
+    if is_finished:  # by a run that was killed at its very end
+        if not processes.is_leader:
+            return None
+        folder.tidy()
+        return _report(plan, read_tucker_manifest(output), output, started)
     pieces, notes = plan.pieces, list[str]()
     if calibration is not None:
         pieces, notes = plan.copies, _compress_calibrated(plan, calibration, output, progress)
@@ -85,7 +95,7 @@ def compress_model(
     for index in processes.queue(len(queue)):
         piece = queue[index]
         if folder.record(piece.name) is None:
-            folder.write_record(piece.name, _carry_out(plan, piece, output, device))
+            _record(plan, piece, folder, _carry_out(plan, piece, output, device))
         # Other processes took the pieces in between.
         progress.advance(sum(work(plan, p) for p in queue[shown : index + 1]), piece.name)
         shown = index + 1
@@ -94,12 +104,25 @@ def compress_model(
     if not processes.is_leader:
         return None
     manifest = _finish(plan, folder, model)
+    return _report(plan, manifest, output, started, resumed=done_before, notes=notes)
+
+
+def _report(
+    plan: Plan,
+    manifest: TuckerManifest,
+    output: Path,
+    started: float,
+    *,
+    resumed: int | None = None,
+    notes: Sequence[str] = (),
+) -> DecomposeReport:
+    """Report of a run; all pieces were done before, unless their number is given."""
     return DecomposeReport(
         output=str(output),
         stacks=manifest.stacks,
         before=manifest.before,
         after=manifest.after,
-        resumed_pieces=done_before,
+        resumed_pieces=len(plan.pieces) if resumed is None else resumed,
         seconds=time.monotonic() - started,
         calibrated=tuple(
             LayerOutcome(
@@ -127,6 +150,8 @@ def _compress_calibrated(
     states = SavedStates(folder.work_file("hidden.safetensors"))
     pieces = {piece.layer: piece for piece in plan.layer_pieces}
     start, saved = states.load(calibration.model.device)
+    if any(folder.record(piece.name) is None for own, piece in pieces.items() if own < start):
+        start, saved = 0, {}  # a layer has to be made again, and all states depend on it
     progress.start(len(pieces))
     progress.advance(sum(layer < start for layer in pieces), "continued")
     hidden_SLI = saved["hidden"] if saved else calibration.embed()
@@ -135,7 +160,7 @@ def _compress_calibrated(
         hidden_SLI, record = _pass_layer(plan, calibration, layer, piece, hidden_SLI, output)
         # The record first: a layer is done again where only its states are missing.
         if record is not None:
-            folder.write_record(pieces[layer].name, record)
+            _record(plan, pieces[layer], folder, record)
             progress.advance(1, pieces[layer].name)
         states.save(layer + 1, {"hidden": hidden_SLI})
     progress.close()
@@ -191,6 +216,29 @@ def _carry_out(plan: Plan, piece: Piece, output: Path, device: torch.device) -> 
         "source": describe_file(source.path).model_dump(),
         "file": written and written.model_dump(),
     }
+
+
+def _record(plan: Plan, piece: Piece, folder: OutputFolder, record: dict[str, Any]) -> None:
+    """Record a finished piece, and the identities of the source files that it was read from.
+
+    Raises:
+        CheckpointError: The source was changed since the run was started.
+    """
+    if isinstance(piece, LayerPiece):
+        read = plan.source.identities_of_layer(piece.layer)
+    else:
+        name = piece.source_file
+        read = identities({name: plan.source.checkpoint.files[name].path})
+    claimed = folder.claimed("weights")
+    changed = [name for name, own in read.items() if claimed.get(name) != own]
+    if changed:
+        raise CheckpointError(
+            f"{', '.join(changed)} of {plan.source.checkpoint.folder} was changed while it was "
+            "being decomposed",
+            hint="start again with --overwrite when nothing writes to the source",
+        )
+    files = [FileRecord(**record["file"])] if record["file"] else []
+    folder.write_record(piece.name, {**record, "read_from": read}, files)
 
 
 def _write(

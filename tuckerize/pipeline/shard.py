@@ -17,6 +17,7 @@ from tuckerize.format.manifest import (
     ShardManifest,
     ShardRecord,
     TuckerManifest,
+    read_shard_manifest,
     sealed,
     shard_file_name,
     sharding_name,
@@ -192,7 +193,7 @@ class ShardRequest:
         ep: Expert-parallel processes.
         layout: "intermediate" or "rank": how tensors are split; by default the one with the fewest
             bytes per process, then the least traffic.
-        overwrite: Replace a sharding of the same mesh.
+        overwrite: Begin anew: replace a sharding of the same mesh, finished or not.
     """
 
     folder: str | Path
@@ -240,7 +241,7 @@ def write_shards(
         tucker: The Tucker checkpoint.
         mesh: The processes.
         layout: How tensors are split; None chooses.
-        overwrite: Replace a sharding of the same mesh.
+        overwrite: Begin anew: replace a sharding of the same mesh, finished or not.
         progress: Shows how far the work is.
 
     Raises:
@@ -249,41 +250,20 @@ def write_shards(
     """
     chosen = choose_layout(tucker, mesh, layout)
     folder = OutputFolder(tucker.folder / sharding_name(tp=mesh.tp, ep=mesh.ep))
-    folder.claim(
-        {
-            "tuckerize_version": __version__,
-            "tucker_manifest_sha256": tucker.manifest_sha256,
-            "tp_size": mesh.tp,
-            "ep_size": mesh.ep,
-            "layout": chosen,
-        },
-        overwrite=overwrite,
-    )
-    places = [(la, gr) for la in tucker.manifest.layers for gr in range(tucker.manifest.groups)]
-    progress.start(len(places))
-    shards, uneven = [], []
-    for layer, group in places:
-        piece = f"layer-{layer:05d}-group-{group:04d}"
-        record = folder.record(piece)
-        if record is None:
-            record = {"shards": _write_group(tucker, layer, group, chosen, folder, mesh)}
-            folder.write_record(piece, record)
-        shards += [ShardRecord.model_validate(entry) for entry in record["shards"]]
-        experts = tucker.family.experts_prefix(layer)
-        split = _slices(tucker, layer, group, chosen, mesh)
-        uneven += [str(name.within(group, experts)) for name in split.uneven]
-        progress.advance(1, piece)
-    progress.close()
-    manifest = ShardManifest(
-        tuckerize_version=__version__,
-        layout=chosen.value,
-        tp_size=mesh.tp,
-        ep_size=mesh.ep,
-        tucker_manifest_sha256=tucker.manifest_sha256,
-        uneven=tuple(uneven),
-        shards=tuple(shards),
-    )
-    folder.finish(sealed(manifest))
+    plan = {
+        "tuckerize_version": __version__,
+        "tucker_manifest_sha256": tucker.manifest_sha256,
+        "tp_size": mesh.tp,
+        "ep_size": mesh.ep,
+        "layout": chosen,
+    }
+    with folder.claim(plan, overwrite=overwrite, read=progress.advance):
+        if folder.is_finished:  # by a run that was killed at its very end
+            folder.tidy()
+            manifest = read_shard_manifest(folder.folder)
+        else:
+            manifest = _write_all(tucker, chosen, folder, mesh, progress)
+            folder.finish(sealed(manifest))
     dense = [dense_sizes(tucker.manifest)] * len(tucker.manifest.layers)
     return ShardReport(
         folder=str(folder.folder),
@@ -292,8 +272,44 @@ def write_shards(
         layout=chosen,
         costs=layout_costs(tucker, mesh),
         dense_traffic_per_token=_traffic(tucker, Layout.INTERMEDIATE, dense, mesh),
+        uneven=manifest.uneven,
+        files=len(manifest.shards),
+    )
+
+
+def _write_all(
+    tucker: TuckerCheckpoint,
+    layout: Layout,
+    folder: OutputFolder,
+    mesh: Parallelism,
+    progress: Progress,
+) -> ShardManifest:
+    """Write the files of all groups that are not written yet; returns the manifest."""
+    places = [(la, gr) for la in tucker.manifest.layers for gr in range(tucker.manifest.groups)]
+    progress.start(len(places))
+    shards, uneven = [], []
+    for layer, group in places:
+        piece = f"layer-{layer:05d}-group-{group:04d}"
+        entries = folder.record(piece)
+        own = [ShardRecord.model_validate(entry) for entry in entries or ()]
+        if entries is None:
+            own = _write_group(tucker, layer, group, layout, folder, mesh)
+            values = [record.model_dump(mode="json") for record in own]
+            folder.write_record(piece, values, [record.file for record in own])
+        shards += own
+        experts = tucker.family.experts_prefix(layer)
+        split = _slices(tucker, layer, group, layout, mesh)
+        uneven += [str(name.within(group, experts)) for name in split.uneven]
+        progress.advance(1, piece)
+    progress.close()
+    return ShardManifest(
+        tuckerize_version=__version__,
+        layout=layout,
+        tp_size=mesh.tp,
+        ep_size=mesh.ep,
+        tucker_manifest_sha256=tucker.manifest_sha256,
         uneven=tuple(uneven),
-        files=len(shards),
+        shards=tuple(shards),
     )
 
 
@@ -310,12 +326,12 @@ def _write_group(
     layout: Layout,
     folder: OutputFolder,
     mesh: Parallelism,
-) -> list[object]:
+) -> list[ShardRecord]:
     """Write the files of one group, one for each process that owns some of it; their records."""
     slices = _slices(tucker, layer, group, layout, mesh)
     tensors = tucker.read_group(layer, group)
     experts = tucker.family.experts_prefix(layer)
-    records: list[object] = []
+    records = []
     for ep_rank, tp_rank in itertools.product(slices.owners, range(mesh.tp)):
         rank, size = ep_rank * mesh.tp + tp_rank, mesh.ep * mesh.tp
         name = shard_file_name(layer, group, rank=rank, size=size)
@@ -342,8 +358,9 @@ def _write_group(
                 "ep_size": str(mesh.ep),
             },
         )
-        record = ShardRecord(layer=layer, group=group, tp_rank=tp_rank, ep_rank=ep_rank, file=file)
-        records.append(record.model_dump(mode="json"))
+        records.append(
+            ShardRecord(layer=layer, group=group, tp_rank=tp_rank, ep_rank=ep_rank, file=file)
+        )
     return records
 
 

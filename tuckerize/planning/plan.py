@@ -119,6 +119,7 @@ def output_fingerprint(source: SourceModel, recipe: Recipe, text: str = "") -> d
         "recipe": recipe.model_dump(mode="json"),
         "config": source.checkpoint.config,
         "tensors_sha256": hashlib.sha256(headers).hexdigest(),
+        "weights": source.identities,
         "text_sha256": text,
     }
 

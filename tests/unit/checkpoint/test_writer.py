@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tuckerize.checkpoint.files import describe_file, sha256_of
 from tuckerize.checkpoint.reader import Checkpoint, WeightFile
 from tuckerize.checkpoint.weight_set import INDEX
-from tuckerize.checkpoint.writer import copy_tensors, write_index, write_tensors
+from tuckerize.checkpoint.writer import _TYPES, copy_tensors, write_index, write_tensors
 
 
 def data_of(file: WeightFile, name: str) -> bytes:
@@ -83,3 +83,21 @@ def test_write_index_of_files_is_what_a_reader_expects(tmp_path: Path) -> None:
     }
     (tmp_path / "config.json").write_text("{}")
     assert Checkpoint.open(tmp_path).bytes == 38
+
+
+def test_written_bytes_are_those_of_safetensors_itself(tmp_path: Path) -> None:
+    """All types, in any order, with one entry of metadata: several have no fixed order there."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        f"{index % 3}.ö.{name}": torch.randint(0, 2, (3, index % 4), generator=generator).to(dtype)
+        for index, (name, dtype) in enumerate(reversed(_TYPES.items()))
+        if dtype != torch.float8_e8m0fnu
+    }
+    tensors["scalar"] = torch.tensor(1.5)
+    tensors["transposed"] = torch.arange(6).reshape(2, 3).T
+    tensors["exponents"] = torch.tensor([127, 128], dtype=torch.uint8).view(torch.float8_e8m0fnu)
+    write_tensors(tmp_path / "own", tensors)
+    plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(plain, tmp_path / "theirs", metadata={"format": "pt"})
+    assert (tmp_path / "own").read_bytes() == (tmp_path / "theirs").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["own", "theirs"]

@@ -1,0 +1,195 @@
+"""Runs that are started again: with the same bytes at the end, or refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.running import files_of, run_here
+from tests.tiny_models import add_tokenizer, make_tiny_model
+from tuckerize import (
+    DecomposeRequest,
+    ReconstructRequest,
+    ShardRequest,
+    decompose,
+    reconstruct,
+    shard,
+)
+from tuckerize.checkpoint.output import OutputFolder
+from tuckerize.errors import CheckpointError, OutputError
+
+Command = Callable[..., object]
+
+
+class Stop(KeyboardInterrupt):
+    """The run is interrupted here."""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two models of equal config and shapes."""
+    folder = tmp_path_factory.mktemp("resume")
+    return {
+        name: add_tokenizer(make_tiny_model(folder / name, seed=seed, shards=True))
+        for seed, name in enumerate(("base", "chat"))
+    }
+
+
+def of_kind(kind: str, models: dict[str, Path], text: Path) -> dict[str, Any]:
+    """Options of a decomposition."""
+    if kind == "data-free":
+        return {"rank": "full,full,50%"}
+    settings = {"texts": [str(text)], "tokens": 1024, "refine": 0}
+    return {"rank": "full,16,20", "calibration": settings}
+
+
+def stopped(run: Command, after: int, **request: Any) -> None:  # noqa: ANN401
+    """Run a command that is interrupted before its n-th record."""
+    original, calls = OutputFolder.write_record, []
+
+    def counted(*arguments: Any) -> None:  # noqa: ANN401
+        calls.append(1)
+        if len(calls) > after:
+            raise Stop
+        original(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OutputFolder, "write_record", counted)
+        with pytest.raises(Stop):
+            run(**request)
+
+
+def decomposed(**request: Any) -> object:  # noqa: ANN401
+    return decompose(DecomposeRequest(**request))
+
+
+@pytest.fixture(params=["data-free", "calibrated"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_other_weights_of_the_same_shapes_are_refused(
+    kind: str, models: dict[str, Path], text: Path, tmp_path: Path
+) -> None:
+    options = of_kind(kind, models, text)
+    out = tmp_path / "out"
+    stopped(decomposed, 2, model=models["base"], output=out, **options)
+    before = files_of(out)
+    with pytest.raises(OutputError, match="it was started with another weights") as caught:
+        decomposed(model=models["chat"], output=out, **options)
+    assert "model-00001-of-" in caught.value.message
+    assert "to continue it, start it with what it was started with" in caught.value.hint
+    assert files_of(out) == before
+    decomposed(model=models["chat"], output=out, overwrite=True, **options)
+    decomposed(model=models["chat"], output=tmp_path / "whole", **options)
+    assert files_of(out) == files_of(tmp_path / "whole")
+
+
+def test_weights_that_are_replaced_in_place_are_refused(
+    models: dict[str, Path], text: Path, tmp_path: Path
+) -> None:
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(models["base"], model)
+    options = of_kind("data-free", models, text)
+    stopped(decomposed, 2, model=model, output=out, **options)
+    last = sorted(model.glob("*.safetensors"))[-1].name
+    shutil.copy(models["chat"] / last, model / last)
+    with pytest.raises(OutputError, match=rf"another weights \({last}\)"):
+        decomposed(model=model, output=out, **options)
+    shutil.copy(models["base"] / last, model / last)  # a copy is the same file
+    decomposed(model=model, output=out, **options)
+
+
+def test_weights_that_are_replaced_while_they_are_read_end_the_run(
+    models: dict[str, Path], text: Path, tmp_path: Path
+) -> None:
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(models["base"], model)
+    original = OutputFolder.write_record
+
+    def replacing(*arguments: Any) -> None:  # noqa: ANN401
+        for file in model.glob("*.safetensors"):
+            shutil.copy(models["chat"] / file.name, file)
+        original(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OutputFolder, "write_record", replacing)
+        with pytest.raises(CheckpointError, match="was changed while it was being decomposed"):
+            decomposed(model=model, output=out, **of_kind("data-free", models, text))
+    assert not (out / "tuckerize.json").exists()
+
+
+def pieces_of(out: Path) -> Iterator[Path]:
+    yield from sorted(out.glob("*.safetensors"))
+    yield from sorted((out / ".tuckerize").glob("[!p]*.json"))
+    yield from sorted((out / ".tuckerize").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("damage", ["deleted", "emptied", "flipped"])
+def test_damage_between_runs_is_found_and_made_again(
+    kind: str, damage: str, models: dict[str, Path], text: Path, tmp_path: Path
+) -> None:
+    options = {"model": models["base"], **of_kind(kind, models, text)}
+    decomposed(output=tmp_path / "whole", **options)
+    stopped(decomposed, 3 if kind == "data-free" else 2, output=tmp_path / "stopped", **options)
+    places = [path.relative_to(tmp_path / "stopped") for path in pieces_of(tmp_path / "stopped")]
+    assert len(places) >= 4
+    for place in places:
+        out = tmp_path / "out"
+        shutil.copytree(tmp_path / "stopped", out)
+        data = bytearray((out / place).read_bytes())
+        data[len(data) // 2] ^= 4
+        (out / place).unlink()
+        if damage != "deleted":
+            (out / place).write_bytes(data if damage == "flipped" else b"")
+        decomposed(output=out, **options)
+        assert files_of(out) == files_of(tmp_path / "whole"), place
+        shutil.rmtree(out)
+
+
+def test_shards_and_reconstructions_that_were_damaged_are_made_again(
+    models: dict[str, Path], text: Path, tmp_path: Path
+) -> None:
+    tucker = tmp_path / "tucker"
+    decomposed(model=models["base"], output=tucker, **of_kind("data-free", models, text))
+
+    def sharded(**request: Any) -> None:  # noqa: ANN401
+        shard(ShardRequest(**request))
+
+    def expanded(**request: Any) -> None:  # noqa: ANN401
+        reconstruct(ReconstructRequest(folder=tucker, **request))
+
+    dense = tmp_path / "dense"
+    commands: list[tuple[Command, dict[str, Any], Path]] = [
+        (sharded, {"folder": tucker, "tp": 2}, tucker / "tp2"),
+        (expanded, {"output": dense}, dense),
+    ]
+    for command, request, folder in commands:
+        command(**request)
+        whole = files_of(folder)
+        shutil.rmtree(folder)
+        stopped(command, 1, **request)
+        path = sorted(folder.glob("*.safetensors"))[0]
+        path.write_bytes(bytes(path.stat().st_size))
+        command(**request)
+        assert files_of(folder) == whole
+
+
+def test_two_runs_in_one_folder_are_refused(
+    models: dict[str, Path], text: Path, tmp_path: Path
+) -> None:
+    options = of_kind("data-free", models, text)
+    out = tmp_path / "out"
+    stopped(decomposed, 1, model=models["base"], output=out, **options)
+    plan = (out / ".tuckerize" / "plan.json").read_text()
+    with OutputFolder(out).claim(json.loads(plan), overwrite=False):
+        arguments = ("--model", models["base"], "--rank", options["rank"], "--output", out)
+        result = run_here("decompose", *arguments)
+        assert result.returncode == 2
+        assert f"error: another run is writing to {out}" in result.stderr
+    assert run_here("decompose", *arguments).returncode == 0
