@@ -24,6 +24,7 @@ from tuckerize.checkpoint.files import (
     write_json,
 )
 from tuckerize.checkpoint.sealed import json_sha256, read_sealed_json, write_sealed_json
+from tuckerize.checkpoint.weight_set import INDEX
 from tuckerize.errors import CheckpointError, OutputError
 
 MANIFEST = "tuckerize.json"
@@ -37,7 +38,7 @@ _DONE = f"{_WORK}-done-"
 _LOCK = "lock"
 _PLAN = "plan.json"
 # Files that describe the weights, and must be removed with them.
-_RESULTS = ("model.safetensors.index.json", REPORT)
+_RESULTS = (INDEX, REPORT)
 
 Read = Callable[[int, str], object]
 

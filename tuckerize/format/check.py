@@ -13,6 +13,7 @@ from typing import Any
 
 from tuckerize.checkpoint.files import FileRecord, read_json_object, sha256_of
 from tuckerize.checkpoint.output import MANIFEST, REPORT
+from tuckerize.checkpoint.weight_set import CONFIG, INDEX
 from tuckerize.errors import CheckpointError
 from tuckerize.format.card import CARD, SOURCE_CARD
 from tuckerize.format.manifest import (
@@ -27,7 +28,7 @@ from tuckerize.parallel.layouts import owners_of
 
 _WEIGHTS = (".safetensors", ".bin")
 # The files that layers are computed from, beside weight files and manifests.
-_DECISIVE = ("config.json", "model.safetensors.index.json")
+_DECISIVE = (CONFIG, INDEX)
 # The files that people are expected to edit.
 _PROSE = (CARD, SOURCE_CARD)
 

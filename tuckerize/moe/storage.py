@@ -9,13 +9,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-import torch
-from torch import Tensor
-
-from tuckerize.checkpoint.reader import Checkpoint
 from tuckerize.domain import GATE_UP, Coupling, Projection, StackShape, TensorHeader
+
+if TYPE_CHECKING:  # manifests name storages, and are read without torch
+    import torch
+    from torch import Tensor
+
+    from tuckerize.checkpoint.reader import Checkpoint
 
 
 class Storage(ABC):
@@ -84,6 +86,8 @@ class Storage(ABC):
                 any order; one is taken at a time.
             dtype: Type of the tensors.
         """
+        import torch
+
         tensors = {
             name: torch.empty(size, dtype=dtype)
             for name, size in self.tensors(shape, projections).items()
