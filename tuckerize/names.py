@@ -44,6 +44,7 @@ class CorePart(StrEnum):
 GROUP_PATTERN = r"group_(?P<group>0|[1-9][0-9]*)"
 """Regular expression of the module of a group."""
 
+_IN_GROUP = re.compile(rf"(?:^|\.){GROUP_PATTERN}\.")
 _OWNERS = "|".join((*Projection, SHARED_U_I))
 _KINDS = "|".join(TensorKind)
 _PARTS = "|".join(CorePart)
@@ -181,6 +182,11 @@ def group_module(group: int, experts: str | None = None) -> str:
         experts: Module of the layer's routed experts; None for a name relative to it.
     """
     return f"group_{group}" if experts is None else f"{experts}.group_{group}"
+
+
+def in_group(text: str) -> bool:
+    """Whether a name lies in the module of a group of factored experts."""
+    return _IN_GROUP.search(text) is not None
 
 
 def expert_rows(names: Iterable[TensorName]) -> list[TensorName]:

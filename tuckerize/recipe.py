@@ -187,6 +187,8 @@ class Recipe(_Schema):
         max_sweeps: HOOI sweeps at most.
         engine: `tuckerize`, or `tensorly` for the slow reference.
         calibration: Texts to calibrate with; without them the decomposition is data-free.
+        dequantize_rest: Whether what is not compressed is written dense, in `dtype`, where the
+            source has it quantized; otherwise it keeps its format.
     """
 
     schema_version: Literal[1] = 1
@@ -198,6 +200,7 @@ class Recipe(_Schema):
     max_sweeps: Annotated[int, Field(ge=0)] = 10
     engine: Engine = Engine.TUCKERIZE
     calibration: CalibrationSettings | None = None
+    dequantize_rest: bool | None = None
 
     @model_validator(mode="after")
     def _fits_quantisation(self) -> Recipe:

@@ -27,6 +27,8 @@ class InspectReport:
         dtype: safetensors' name of the routed experts' type.
         size: Parameters and bytes.
         tucker: Facts of the decomposition, for a Tucker checkpoint.
+        coding: Encoding of the routed experts, where the model is quantized.
+        notes: Remarks for the user on the checkpoint.
     """
 
     model: str
@@ -38,6 +40,8 @@ class InspectReport:
     dtype: str
     size: Size
     tucker: TuckerFacts | None = None
+    coding: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

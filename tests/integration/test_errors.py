@@ -160,7 +160,7 @@ def test_factors_that_overflow_the_output_type_are_refused(
             {"model_type": "mixtral_x"},
             "is not a supported MoE family\n\nhint: docs/reference/models.md lists",
         ),
-        ({"quantization_config": {"quant_method": "fp8"}}, "weights quantized with 'fp8'"),
+        ({"quantization_config": "fp8"}, "quantization_config = 'fp8', expected an object"),
         ({"moe_intermediate_size": 25}, "has shape [24, 32], expected [25, 32]"),
         ({"n_routed_experts": 9}, "experts.8.gate_proj.weight is missing"),
         ({"n_routed_experts": 7}, "which the family deepseek_v2 with 7 experts does not know"),

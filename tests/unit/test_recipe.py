@@ -63,6 +63,7 @@ def test_recipe_with_rules_only_has_the_documented_defaults() -> None:
         "max_sweeps": 10,
         "engine": "tuckerize",
         "calibration": None,
+        "dequantize_rest": None,
     }
     assert recipe.rules[0].projections == tuple(Projection)
 

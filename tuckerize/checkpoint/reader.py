@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tuckerize.checkpoint.dequantize import dequantize
 from tuckerize.checkpoint.files import is_lfs_pointer, lfs_error, read_json_object, system_error
+from tuckerize.checkpoint.quantization_config import QuantizationDescription
+from tuckerize.checkpoint.quantized import QuantizedWeight, find_quantized
 from tuckerize.checkpoint.weight_set import (
     CONFIG,
     find_weight_files,
@@ -95,7 +99,8 @@ class Checkpoint:
         config: Contents of config.json.
         files: Weight files by name.
         tensors: Header of every tensor, in the order of the files.
-        file_of: Name of the weight file of every tensor.
+        file_of: Name of the weight file of every stored tensor.
+        quantized: Tensors that are dequantized when they are read, by name; see `dense`.
     """
 
     folder: Path
@@ -103,6 +108,7 @@ class Checkpoint:
     files: dict[str, WeightFile]
     tensors: dict[str, TensorHeader]
     file_of: dict[str, str]
+    quantized: Mapping[str, QuantizedWeight] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
@@ -122,6 +128,55 @@ class Checkpoint:
             if file_of[tensor] == name
         }
         return cls(folder, config, files, tensors, file_of)
+
+    def dense(
+        self, description: QuantizationDescription, *, but: Callable[[str], bool] = lambda _: False
+    ) -> Checkpoint:
+        """The same checkpoint, read as if its weights were not quantized.
+
+        A quantized weight has its dense name, shape and type, and the bytes that it is stored in.
+
+        Args:
+            description: What config.json says of the weights.
+            but: Names of tensors that are left as they are.
+
+        Raises:
+            CheckpointError: The weights are quantized in a way that cannot be read.
+        """
+        stored = {name: header for name, header in self.tensors.items() if not but(name)}
+        found = find_quantized(stored, description, _dtype_of(self.config))
+        dense = replace(self, quantized={**self.quantized, **found})
+        return replace(dense, tensors=dense.dense_headers(self.tensors))
+
+    def dense_headers(self, stored: Mapping[str, TensorHeader]) -> dict[str, TensorHeader]:
+        """Headers of stored tensors, or some of them, as those of dense ones."""
+        weights = {part: name for name, own in self.quantized.items() for part in own.parts}
+        dense: dict[str, TensorHeader] = {}
+        for name, header in stored.items():
+            weight = weights.get(name)
+            if weight is None:
+                dense[name] = header
+            else:
+                dense[weight] = self.quantized[weight].header
+        return dense
+
+    def names_in(self, file: str) -> list[str]:
+        """Names of the dense tensors of a weight file; quantized ones are where their codes are."""
+        weights = {own.codes: name for name, own in self.quantized.items()}
+        others = {part for own in self.quantized.values() for part in own.parts} - weights.keys()
+        return [
+            weights.get(name, name)
+            for name in self.files[file].tensors
+            if name not in others and self.file_of.get(name) == file
+        ]
+
+    def stored(self, name: str) -> tuple[str, ...]:
+        """Names of the tensors in the files that a tensor is made of; its own, if it is dense."""
+        return self.quantized[name].parts if name in self.quantized else (name,)
+
+    def files_of(self, name: str) -> set[str]:
+        """Names of the weight files that hold a tensor, or the parts that it is made of."""
+        return {self.file_of[part] for part in self.stored(name)}
 
     @property
     def bytes(self) -> int:
@@ -146,19 +201,53 @@ class Checkpoint:
         Raises:
             CheckpointError: A tensor is missing or cannot be read.
         """
-        by_file: dict[str, list[str]] = {}
+        by_files: dict[tuple[str, ...], list[str]] = {}
         for name in names:
-            if name not in self.file_of:
-                raise CheckpointError(
-                    f"{self.folder} has no tensor {name}", hint="fetch or write the folder again"
-                )
-            by_file.setdefault(self.file_of[name], []).append(name)
-        for file_name, members in by_file.items():
-            yield from read_tensors(self.folder / file_name, members, rows=rows)
+            for part in self.stored(name):
+                if part not in self.file_of:
+                    raise CheckpointError(
+                        f"{self.folder} has no tensor {part}",
+                        hint="fetch or write the folder again",
+                    )
+            places = dict.fromkeys(self.file_of[part] for part in self.stored(name))
+            by_files.setdefault(tuple(places), []).append(name)
+        for files, members in by_files.items():
+            if len(files) == 1:
+                parts = [part for name in members for part in self.stored(name)]
+                stream = read_tensors(self.folder / files[0], parts, rows=rows)
+                for name in members:
+                    yield name, self._dense(name, dict(islice(stream, len(self.stored(name)))))
+            else:
+                for name in members:
+                    yield name, self._dense(name, self._gather(self.stored(name), rows))
+
+    def _gather(self, parts: Iterable[str], rows: range | None) -> dict[str, Tensor]:
+        """Stored tensors that lie in several files."""
+        return {
+            part: tensor
+            for name in parts
+            for part, tensor in read_tensors(self.folder / self.file_of[name], [name], rows=rows)
+        }
+
+    def _dense(self, name: str, parts: Mapping[str, Tensor]) -> Tensor:
+        if name not in self.quantized:
+            return parts[name]
+        return dequantize(self.quantized[name], parts, TORCH_DTYPES[self.tensors[name].dtype])
 
     def read_one(self, name: str) -> Tensor:
         """Read one tensor."""
         return next(self.read([name]))[1]
+
+
+def _dtype_of(config: Mapping[str, Any]) -> str:
+    """Name of the type that a model computes in; that of bfloat16 if it does not say."""
+    nested = config.get("text_config")
+    for own in (config, nested if isinstance(nested, dict) else {}):
+        said = str(own.get("dtype", own.get("torch_dtype")))
+        for name, dtype in TORCH_DTYPES.items():
+            if str(dtype).removeprefix("torch.") == said:
+                return name
+    return "BF16"
 
 
 def read_tensors(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Collection, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,8 +19,9 @@ from tuckerize.checkpoint.files import (
     describe_file,
     write_json,
 )
-from tuckerize.checkpoint.reader import WeightFile
+from tuckerize.checkpoint.reader import TORCH_DTYPES, Checkpoint, WeightFile
 from tuckerize.checkpoint.weight_set import INDEX
+from tuckerize.domain import TensorHeader
 
 FORMAT = {"format": "pt"}
 
@@ -93,21 +95,58 @@ def copy_tensors(path: Path, source: WeightFile, names: Collection[str]) -> File
     """
     wanted = set(names)
     ranges = {name: place for name, place in source.tensors.items() if name in wanted}
+    with atomic_path(path) as temporary:
+        with temporary.open("wb") as file:
+            _write_header(file, _header_of({name: place.header for name, place in ranges.items()}))
+            for described, start in ranges.values():
+                copy_range(source.path, start, described.bytes, file)
+        return describe_file(temporary, name=path.name)
+
+
+def write_dense(
+    path: Path, checkpoint: Checkpoint, file: str, names: Collection[str], dtype: str | None = None
+) -> FileRecord:
+    """Write tensors of one weight file of a checkpoint as dense ones, one in memory at a time.
+
+    Args:
+        path: The new file.
+        checkpoint: The checkpoint, read as a dense one.
+        file: Name of its weight file.
+        names: Dense names of the tensors to write.
+        dtype: safetensors' name of the type of weights that were quantized; the others are copied.
+    """
+    quantized = [name for name in names if name in checkpoint.quantized]
+    if not quantized:
+        return copy_tensors(path, checkpoint.files[file], names)
+    inside = [name for name in names if checkpoint.files_of(name) == {file}]
+    outside = [name for name in names if name not in {*inside}]
+    headers = {name: checkpoint.tensors[name] for name in (*inside, *outside)}
+    for name in quantized:
+        kind = dtype or headers[name].dtype
+        size = headers[name].parameters * TORCH_DTYPES[kind].itemsize
+        headers[name] = TensorHeader(kind, headers[name].shape, size)
+    with atomic_path(path) as temporary:
+        with temporary.open("wb") as target:
+            _write_header(target, _header_of(headers))
+            tensors = (checkpoint.read(own) for own in (inside, *([name] for name in outside)))
+            for name, tensor in chain.from_iterable(tensors):
+                own = TORCH_DTYPES.get(headers[name].dtype, tensor.dtype)
+                target.write(raw_bytes(tensor.to(own)))
+        return describe_file(temporary, name=path.name)
+
+
+def _header_of(tensors: Mapping[str, TensorHeader]) -> dict[str, object]:
+    """Header of a safetensors file whose tensors follow in their order."""
     offset = 0
     header: dict[str, object] = {"__metadata__": FORMAT}
-    for name, (described, _) in ranges.items():
+    for name, described in tensors.items():
         header[name] = {
             "dtype": described.dtype,
             "shape": described.shape,
             "data_offsets": [offset, offset + described.bytes],
         }
         offset += described.bytes
-    with atomic_path(path) as temporary:
-        with temporary.open("wb") as file:
-            _write_header(file, header)
-            for described, start in ranges.values():
-                copy_range(source.path, start, described.bytes, file)
-        return describe_file(temporary, name=path.name)
+    return header
 
 
 def write_index(folder: Path, files: Sequence[WeightFile]) -> None:

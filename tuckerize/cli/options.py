@@ -107,6 +107,14 @@ Quantize = Annotated[
         rich_help_panel=STACKS,
     ),
 ]
+DequantizeRest = Annotated[
+    bool | None,
+    typer.Option(
+        "--dequantize-rest",
+        help="Write what is not compressed dense, in --dtype, where the source has it quantized.",
+        rich_help_panel=STACKS,
+    ),
+]
 MaxSweeps = Annotated[
     int | None,
     typer.Option(

@@ -169,7 +169,7 @@ def _show_inspect(report: InspectReport) -> None:
         ("routed experts", f"{report.shape.experts} per layer, top-{report.top_k}"),
         ("shared experts", str(report.shared_experts)),
         ("stack (E, H, I)", _shape_text(report.shape)),
-        ("type", report.dtype),
+        ("type", f"{report.coding}, read as {report.dtype}" if report.coding else report.dtype),
         ("routed parameters", _amount(report.size.routed_parameters, report.size.routed_bytes)),
         ("all parameters", _amount(report.size.total_parameters, report.size.total_bytes)),
         ("share of routed", f"{report.size.routed_parameters / report.size.total_parameters:.1%}"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,9 +17,14 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import (
+    AutoHfQuantizer,
+    AutoQuantizationConfig,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from tuckerize.format.config import METHOD, GroupShape, TuckerQuantization
 from tuckerize.format.cores import part_dtype
@@ -32,6 +38,21 @@ _ROWS = "colwise"
 _PARTIAL_SUMS = "moe_tp_experts"
 # Its name of the axis of a mesh, if it has names.
 _TENSOR_PARALLEL = "tp"
+# Methods of the quantizer of what is not factored that decide how its tensors are loaded. Some
+# releases lack some.
+_OF_THE_REST = (
+    "validate_environment",
+    "update_dtype",
+    "update_device_map",
+    "param_element_size",
+    "adjust_max_memory",
+    "param_needs_quantization",
+    "get_new_dtype",
+    "get_quantize_ops",
+    "get_weight_conversions",
+    "update_weight_conversions",
+    "update_parallel_plan",
+)
 # Mark of a parameter whose gradient is summed over processes.
 _SUMMED = "_tuckerize_summed"
 # Index of a layer, or of a matrix of a core: a star in its plans.
@@ -57,17 +78,35 @@ class TuckerConfig(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class TuckerQuantizer(HfQuantizer):
-    """Puts factored experts in the place of dense ones."""
+    """Puts factored experts in the place of dense ones.
+
+    What else is quantized, in a checkpoint made from a quantized source, is left to transformers'
+    quantizer of that method.
+    """
 
     requires_calibration = True
     is_trainable = True
     is_qat_trainable = True  # transformers' word for: without adapters, too
 
+    def __init__(self, quantization_config: Any, **settings: Any) -> None:  # noqa: ANN401
+        super().__init__(quantization_config, **settings)
+        self.rest: Any = None
+        if quantization_config.tucker.rest:
+            described: Any = AutoQuantizationConfig.from_dict(dict(quantization_config.tucker.rest))
+            if described.quant_method == QuantizationMethod.COMPRESSED_TENSORS:
+                # It would be dequantized at the first forward in any case, and transformers loads
+                # experts of layers that stayed as they were in no other way.
+                described.dequantize, described.run_compressed = True, False
+            self.rest = AutoHfQuantizer.from_config(described, pre_quantized=True)
+            for name in _OF_THE_REST:
+                if hasattr(self.rest, name):
+                    setattr(self, name, getattr(self.rest, name))
+
     def is_serializable(self, *_: object, **__: object) -> bool:
         """Whether `save_pretrained` works: factors are ordinary tensors."""
         return True
 
-    def _process_model_before_weight_loading(self, model: Any, **_: object) -> Any:  # noqa: ANN401
+    def _process_model_before_weight_loading(self, model: Any, **given: Any) -> Any:  # noqa: ANN401
         """Replace the experts; no tensor of the model has memory yet.
 
         Raises:
@@ -85,15 +124,23 @@ class TuckerQuantizer(HfQuantizer):
                 "transformers cannot split quantised cores over processes: load the checkpoint in "
                 "every process without tp_size"
             )
+        factored = {}
         for path, groups in config.tucker.modules.items():
             own = _path_in_model(model, path)
-            dense = model.get_submodule(own)
-            model.set_submodule(own, _factored(dense, groups))
+            factored[own] = _factored(model.get_submodule(own), groups)
+        if self.rest is not None:  # before: it would take the factored experts for its own
+            self.rest._process_model_before_weight_loading(model, **given)
+        for own, module in factored.items():
+            model.set_submodule(own, module)
         _plan_parallel(model)
         return model
 
-    def _process_model_after_weight_loading(self, model: Any, **_: object) -> Any:  # noqa: ANN401
+    def _process_model_after_weight_loading(self, model: Any, **given: Any) -> Any:  # noqa: ANN401
         """Freeze quantised cores; train what tensor parallelism does not split."""
+        if self.rest is not None:
+            self.rest._process_model_after_weight_loading(model, **given)
+            if getattr(self.rest.quantization_config, "dequantize", False):
+                self._forget_rest(model)
         for module in model.modules():
             if isinstance(module, QuantisedCore):
                 module.requires_grad_(requires_grad=False)
@@ -105,6 +152,12 @@ class TuckerQuantizer(HfQuantizer):
                 if isinstance(module, TuckerExperts):
                     _sum_gradients(module, group)
         return model
+
+    def _forget_rest(self, model: Any) -> None:  # noqa: ANN401
+        """Make `save_pretrained` write dense tensors, and a config.json that says so."""
+        config: Any = self.quantization_config
+        config.tucker = replace(config.tucker, rest=None)
+        model._weight_conversions = None  # those of the dense model, when it is saved
 
 
 def _plan_parallel(model: Any) -> None:  # noqa: ANN401

@@ -97,20 +97,25 @@ class TuckerQuantization:
         joint: Projections that share one U_I, if any.
         modules: Groups of every factored experts module, by the module's name in the checkpoint.
         core_type: Encoding of the cores; None if they are of the same type as the factors.
+        rest: `quantization_config` of everything else, where the source was quantized.
     """
 
     group_size: int
     joint: Joint | None
     modules: Mapping[str, tuple[GroupShape, ...]]
     core_type: CoreType | None = None
+    rest: Mapping[str, Any] | None = None
 
     @classmethod
-    def of(cls, manifest: TuckerManifest, family: Family) -> TuckerQuantization:
+    def of(
+        cls, manifest: TuckerManifest, family: Family, rest: Mapping[str, Any] | None = None
+    ) -> TuckerQuantization:
         """Describe the checkpoint of a manifest.
 
         Args:
             manifest: The manifest.
             family: The model's family.
+            rest: `quantization_config` of everything but the factored experts.
         """
         joint = manifest.joint is not None
         modules = {
@@ -120,7 +125,7 @@ class TuckerQuantization:
             )
             for layer in manifest.layers
         }
-        return cls(manifest.group_size, manifest.joint, modules, manifest.cores)
+        return cls(manifest.group_size, manifest.joint, modules, manifest.cores, rest)
 
     @classmethod
     def parse(cls, value: Mapping[str, Any]) -> TuckerQuantization:
@@ -150,7 +155,7 @@ class TuckerQuantization:
             )
             for module, groups in found.modules.items()
         }
-        return cls(found.group_size, found.joint, modules, found.core_type)
+        return cls(found.group_size, found.joint, modules, found.core_type, found.rest)
 
     def to_json(self) -> dict[str, Any]:
         """Contents of `quantization_config`."""
@@ -171,6 +176,7 @@ class TuckerQuantization:
                 ]
                 for module, groups in self.modules.items()
             },
+            **({"rest": dict(self.rest)} if self.rest else {}),
         }
 
 
@@ -216,6 +222,7 @@ class _Contents(BaseModel):
     joint: Joint | None
     cores: dict[str, Any] | None = None
     modules: dict[str, Annotated[tuple[_Group, ...], Field(min_length=1)]]
+    rest: dict[str, Any] | None = None
 
     @property
     def core_type(self) -> CoreType | None:

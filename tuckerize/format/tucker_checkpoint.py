@@ -14,10 +14,11 @@ from torch.nn.utils.rnn import pad_sequence
 from tuckerize.checkpoint.files import sha256_of
 from tuckerize.checkpoint.hub import resolve_model
 from tuckerize.checkpoint.output import MANIFEST
+from tuckerize.checkpoint.quantization_config import QuantizationDescription
 from tuckerize.checkpoint.reader import Checkpoint
 from tuckerize.domain import GATE_UP, Mode, Projection, TensorHeader
 from tuckerize.errors import CheckpointError
-from tuckerize.format.config import GroupShape, without_quantization
+from tuckerize.format.config import GroupShape, find_quantization, without_quantization
 from tuckerize.format.cores import dequantised
 from tuckerize.format.manifest import TuckerManifest, read_tucker_manifest
 from tuckerize.linalg.selection import KeptNeurons, kept_neurons
@@ -26,7 +27,7 @@ from tuckerize.moe.families import FAMILIES, LAYERS
 from tuckerize.moe.family import Family
 from tuckerize.moe.routing import Router, read_input_norm
 from tuckerize.moe.source import SourceModel
-from tuckerize.names import TensorName, expert_rows, group_module
+from tuckerize.names import TensorName, expert_rows, group_module, in_group
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class TuckerCheckpoint:
     Attributes:
         manifest: Its manifest.
         manifest_sha256: Hash of the manifest, and so of everything in the checkpoint.
-        checkpoint: config.json and tensors.
+        checkpoint: config.json and tensors, those of a quantized source read as dense ones.
         family: Its model family.
         groups: Names of the tensors of every group, by the group's module.
     """
@@ -55,7 +56,10 @@ class TuckerCheckpoint:
             CheckpointError: It is unfinished, foreign, or a weight file is missing or damaged.
         """
         manifest = read_tucker_manifest(folder)
-        checkpoint = Checkpoint.open(folder)
+        stored = Checkpoint.open(folder)
+        rest = (find_quantization(stored.config) or {}).get("rest")
+        description = QuantizationDescription.of({"quantization_config": rest})
+        checkpoint = stored.dense(description, but=in_group)
         for file in manifest.files:
             size = (folder / file.name).stat().st_size if (folder / file.name).exists() else 0
             if size != file.bytes:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from tuckerize.checkpoint.quantized import FLOATS
 from tuckerize.domain import StackShape, TensorHeader
 from tuckerize.errors import CheckpointError
 from tuckerize.moe.families import FAMILIES, LAYERS, UNSUPPORTED
 from tuckerize.moe.family import Config, Family, FamilyRow, MoeModel, positive, text_config
-
-# Types that can be decomposed, by safetensors' names.
-DECOMPOSABLE_DTYPES = ("BF16", "F16", "F32", "F64")
 
 # Index of a layer or an expert.
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -22,21 +20,13 @@ def describe_moe(config: Config, tensors: Mapping[str, TensorHeader]) -> MoeMode
 
     Args:
         config: Contents of config.json.
-        tensors: Headers of all tensors.
+        tensors: Headers of all tensors, with quantized weights as dense ones.
 
     Raises:
-        CheckpointError: The family is not supported, the weights are quantized, or routed weights
-            are missing or have another shape or type than the configuration says.
+        CheckpointError: The family is not supported, or routed weights are missing or have another
+            shape or type than the configuration says.
     """
     row = _row(config)
-    quantization = config.get("quantization_config")
-    if quantization is not None:
-        known = isinstance(quantization, Mapping)
-        method = quantization.get("quant_method", "unknown") if known else "unknown"
-        raise CheckpointError(
-            f"config.json announces weights quantized with '{method}', which cannot be decomposed",
-            hint="start from a bf16, fp16 or fp32 checkpoint of the model",
-        )
     family = _resolve(row, tensors)
     text = text_config(config)
     found = {layer for name in tensors if (layer := family.layer_of(name)) is not None}
@@ -132,9 +122,9 @@ def _check_weight(
             f"the tensor {name} has shape {list(header.shape)}, expected {list(expected)}",
             hint="check the sizes in config.json",
         )
-    if header.dtype not in DECOMPOSABLE_DTYPES or header.dtype != dtype:
+    if header.dtype not in FLOATS or header.dtype != dtype:
         raise CheckpointError(
             f"the tensor {name} has type {header.dtype}, expected one of "
-            f"{', '.join(DECOMPOSABLE_DTYPES)} and the same for all routed experts",
+            f"{', '.join(FLOATS)} and the same for all routed experts",
             hint="convert the checkpoint to bf16 first",
         )

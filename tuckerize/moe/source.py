@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tuckerize.checkpoint.identity import identities
+from tuckerize.checkpoint.quantization_config import QuantizationDescription
 from tuckerize.checkpoint.reader import TORCH_DTYPES, Checkpoint, measure_size
-from tuckerize.domain import Projection, Size
+from tuckerize.domain import Coupling, Projection, Size
+from tuckerize.errors import CheckpointError
 from tuckerize.moe.describe import describe_moe
 from tuckerize.moe.family import MoeModel
 from tuckerize.moe.routing import Router, read_input_norm
+from tuckerize.names import in_group
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +38,60 @@ class SourceModel:
         """Open a folder or a checkpoint; reads headers only.
 
         Raises:
-            CheckpointError: The family is not supported, the weights are quantized, or routed
-                weights are missing or of another shape or type than config.json says.
+            CheckpointError: The family is not supported, the weights are quantized in a way that
+                cannot be read, or routed weights are missing or of another shape or type than
+                config.json says.
         """
-        checkpoint = Checkpoint.open(source) if isinstance(source, Path) else source
+        stored = Checkpoint.open(source) if isinstance(source, Path) else source
+        if any(map(in_group, stored.tensors)):
+            raise CheckpointError(
+                f"{stored.folder} is a Tucker checkpoint: its experts are factored already",
+                hint="give the model that it was made from, or 'tuckerize reconstruct' it first",
+            )
+        checkpoint = stored.dense(QuantizationDescription.of(stored.config))
         return cls(checkpoint, describe_moe(checkpoint.config, checkpoint.tensors))
+
+    @property
+    def coding(self) -> str | None:
+        """Encoding of the routed experts on disk; None if they are not quantized."""
+        found = {
+            weight.coding.value
+            for name, weight in self.checkpoint.quantized.items()
+            if self.moe.is_routed(name)
+        }
+        return ", ".join(sorted(found)) or None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Notes on the checkpoint for the user."""
+        method = QuantizationDescription.of(self.checkpoint.config).method
+        if not method or self.checkpoint.quantized:
+            return ()
+        return (
+            f"config.json announces weights quantized with '{method}', but none are: its "
+            "quantization_config is ignored, and can be removed",
+        )
+
+    def rest(self, layers: Iterable[int]) -> dict[str, Any] | None:
+        """`quantization_config` of what is quantized besides the experts of some layers, or None.
+
+        Args:
+            layers: Indices of the layers whose experts do not count.
+
+        Raises:
+            CheckpointError: config.json does not describe it.
+        """
+        own = set(layers)
+        left = [n for n in self.checkpoint.quantized if self.moe.family.layer_of(n) not in own]
+        if not left:
+            return None
+        description = QuantizationDescription.of(self.checkpoint.config)
+        if not description.method:
+            raise CheckpointError(
+                f"{left[0]} is quantized, but config.json has no quantization_config to say so",
+                hint="fetch config.json again, or add --dequantize-rest",
+            )
+        return description.without([self.moe.family.experts_prefix(layer) for layer in sorted(own)])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -66,6 +120,22 @@ class SourceModel:
     def routed_tensors(self, layer: int) -> list[str]:
         """Names of the tensors that hold the routed experts of a layer."""
         return list(self.moe.family.stored(layer).tensors(self.moe.shape))
+
+    def stored_tensors(self, layer: int) -> list[str]:
+        """Names of what the files hold of the routed experts of a layer."""
+        return [
+            part for name in self.routed_tensors(layer) for part in self.checkpoint.stored(name)
+        ]
+
+    def stored_bytes(self, layer: int, projections: Coupling) -> int:
+        """Bytes that projections of a layer take on disk, in all of its experts."""
+        storage, shape = self.moe.family.stored(layer), self.moe.shape
+        total = 0.0
+        for together in storage.together:
+            own = set(together) & set(projections)
+            sizes = (self.checkpoint.tensors[n].bytes for n in storage.tensors(shape, together))
+            total += sum(sizes) * len(own) / len(together)
+        return round(total)
 
     def stack(
         self,

@@ -53,6 +53,8 @@ class DecomposeRequest:
         calibration: Text or JSONL file, or several, or the `calibration` keys of a recipe:
             {"texts": ["code.txt:0.7", "prose.txt:0.3"], "tokens": 65536}. Without it the
             decomposition is data-free.
+        dequantize_rest: Write what is not compressed dense, in `dtype`, where the source has it
+            quantized; by default it keeps its format.
         device: Where the products run: auto, npu, cuda or cpu.
         collective_timeout: Seconds that a process waits for the others; by default 7200 on npu,
             otherwise 86400.
@@ -74,6 +76,7 @@ class DecomposeRequest:
     max_sweeps: int | None = None
     engine: str | None = None
     calibration: Texts | Mapping[str, Any] | None = None
+    dequantize_rest: bool | None = None
     device: str = Device.AUTO
     collective_timeout: float | None = None
     overwrite: bool = False
@@ -97,6 +100,7 @@ class DecomposeRequest:
                 "max_sweeps": self.max_sweeps,
                 "engine": self.engine,
                 "calibration": self.calibration,
+                "dequantize_rest": self.dequantize_rest,
             },
         )
 

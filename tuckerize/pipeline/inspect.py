@@ -8,7 +8,7 @@ from tuckerize.checkpoint.hub import resolve_model
 from tuckerize.checkpoint.output import MANIFEST
 from tuckerize.checkpoint.reader import Checkpoint
 from tuckerize.compression.target import LayerPiece
-from tuckerize.domain import WEIGHT_TYPES, Projection, Size, coupling_name, stored_bytes
+from tuckerize.domain import Projection, Size, coupling_name
 from tuckerize.format.config import find_quantization
 from tuckerize.format.consistency import carries_loader, check_loadable
 from tuckerize.format.manifest import available_shardings
@@ -46,6 +46,8 @@ def inspect(model: str | Path) -> InspectReport:
         shared_experts=moe.shared_experts,
         dtype=moe.dtype,
         size=source.size,
+        coding=source.coding,
+        notes=source.notes,
     )
 
 
@@ -60,15 +62,28 @@ def describe_plan(plan: Plan) -> PlanReport:
         routed_parameters=before.routed_parameters - dense + stored,
         routed_bytes=before.routed_bytes - saved_bytes,
         total_parameters=before.total_parameters - dense + stored,
-        total_bytes=before.total_bytes - saved_bytes,
+        total_bytes=before.total_bytes - saved_bytes + _bytes_of_dequantizing(plan),
     )
     return PlanReport(
         tuple(stacks), before, after, peak_bytes(plan), seconds(plan), plan.predicted_kl
     )
 
 
+def _bytes_of_dequantizing(plan: Plan) -> int:
+    """Bytes that the weights grow by that are written dense and not compressed."""
+    quantized, bits = plan.source.checkpoint.quantized, plan.weights.bits
+    headers = [
+        quantized[name].header
+        for piece in plan.copies
+        if piece.dequantize
+        for name in piece.tensors
+        if name in quantized
+    ]
+    return sum(header.parameters * bits // 8 - header.bytes for header in headers)
+
+
 def _describe_piece(plan: Plan, piece: LayerPiece) -> list[StackPlan]:
-    shape, source = plan.group_shape, WEIGHT_TYPES[plan.source.moe.dtype]
+    shape = plan.group_shape
     return [
         StackPlan(
             layer=piece.layer,
@@ -76,7 +91,7 @@ def _describe_piece(plan: Plan, piece: LayerPiece) -> list[StackPlan]:
             projection=coupling_name(coupling),
             multilinear_rank=rank if target.tolerance is None else None,
             tolerance=target.tolerance,
-            bytes_before=stored_bytes(shape, shape, source, coupled=len(coupling)),
+            bytes_before=plan.source.stored_bytes(piece.layer, coupling) // len(piece.targets),
             bytes_after=target.stored_bytes(shape, coupling, plan.weights),
         )
         for group, target in enumerate(piece.targets)

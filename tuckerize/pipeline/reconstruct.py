@@ -15,7 +15,7 @@ from tuckerize.checkpoint.other_files import copy_other_files
 from tuckerize.checkpoint.output import OutputFolder, refuse_overlap
 from tuckerize.checkpoint.reader import TORCH_DTYPES, Checkpoint, WeightFile, measure_size
 from tuckerize.checkpoint.weight_set import CONFIG
-from tuckerize.checkpoint.writer import copy_tensors, write_index, write_tensors
+from tuckerize.checkpoint.writer import write_dense, write_index, write_tensors
 from tuckerize.domain import Coupling, Projection, coupling_name, group_experts
 from tuckerize.format.card import restore_card
 from tuckerize.format.config import without_quantization
@@ -73,12 +73,12 @@ def reconstruct(request: ReconstructRequest, progress: Progress | None = None) -
     """
     tucker, output = TuckerCheckpoint.open(Path(request.folder)), Path(request.output)
     refuse_overlap(output, tucker.folder)
-    return write_dense(
+    return expand(
         tucker, output, overwrite=request.overwrite, progress=progress or SilentProgress()
     )
 
 
-def write_dense(
+def expand(
     tucker: TuckerCheckpoint, output: Path, *, overwrite: bool, progress: Progress
 ) -> ReconstructReport:
     """Write the dense checkpoint that a Tucker checkpoint stands for.
@@ -110,8 +110,12 @@ def _write_all(tucker: TuckerCheckpoint, folder: OutputFolder, progress: Progres
     """Write everything but the record of the origin; weight files that are there stay."""
     output = folder.folder
     untouched = {
-        name: [t for t in file.tensors if tucker.family.layer_of(t) not in tucker.manifest.layers]
-        for name, file in tucker.checkpoint.files.items()
+        file: [
+            name
+            for name in tucker.checkpoint.names_in(file)
+            if tucker.family.layer_of(name) not in tucker.manifest.layers
+        ]
+        for file in tucker.checkpoint.files
     }
     copies = [name for name, tensors in untouched.items() if tensors]
     together = tucker.family.storage.together
@@ -121,7 +125,7 @@ def _write_all(tucker: TuckerCheckpoint, folder: OutputFolder, progress: Progres
     progress.start(count)
     for path, name in zip(written, copies, strict=False):
         if folder.record(path.stem) is None:
-            copied = copy_tensors(path, tucker.checkpoint.files[name], untouched[name])
+            copied = write_dense(path, tucker.checkpoint, name, untouched[name])
             folder.write_record(path.stem, {}, [copied])
         progress.advance(1, name)
     for path, (layer, projections) in zip(written[len(copies) :], places, strict=True):

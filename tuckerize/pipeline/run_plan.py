@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from tuckerize.checkpoint.other_files import copy_other_files
 from tuckerize.checkpoint.output import OutputFolder
 from tuckerize.checkpoint.reader import WeightFile, measure_size
 from tuckerize.checkpoint.weight_set import CONFIG, INDEX
-from tuckerize.checkpoint.writer import copy_tensors, write_index
+from tuckerize.checkpoint.writer import copy_tensors, write_dense, write_index
 from tuckerize.compression.calibrated import compress_layer
 from tuckerize.compression.data_free import decompose_piece
 from tuckerize.compression.factors import LayerFactors
+from tuckerize.compression.scales import notes_on_scales
 from tuckerize.compression.target import LayerPiece
 from tuckerize.compression.write import write_piece
 from tuckerize.domain import StackResult
@@ -39,7 +40,7 @@ from tuckerize.format.manifest import (
 )
 from tuckerize.parallel.processes import Processes
 from tuckerize.planning.estimate import work
-from tuckerize.planning.plan import Piece, Plan
+from tuckerize.planning.plan import CopyPiece, Piece, Plan
 from tuckerize.progress import Progress
 from tuckerize.report import DecomposeReport, LayerOutcome
 from tuckerize.version import __version__
@@ -103,6 +104,9 @@ def compress_model(
     progress.close()
     if not processes.is_leader:
         return None
+    notes += plan.source.notes
+    for piece in plan.layer_pieces:
+        notes += (folder.record(piece.name) or {}).get("notes", ())
     manifest = _finish(plan, folder, model)
     return _report(plan, manifest, output, started, resumed=done_before, notes=notes)
 
@@ -141,7 +145,7 @@ def _report(
 def _compress_calibrated(
     plan: Plan, calibration: CalibrationPass, output: Path, progress: Progress
 ) -> list[str]:
-    """Write the layers of a plan in one pass over the calibration set; returns notes for the user.
+    """Write the layers of a plan in one pass over the calibration set; returns notes on the text.
 
     Every layer is recorded when its file is written, and the hidden states after it are saved, so
     that an interrupted run continues with the next layer.
@@ -164,8 +168,7 @@ def _compress_calibrated(
             progress.advance(1, pieces[layer].name)
         states.save(layer + 1, {"hidden": hidden_SLI})
     progress.close()
-    records = [folder.record(piece.name) or {} for piece in pieces.values()]
-    return [*calibration.notes, *(note for record in records for note in record["notes"])]
+    return list(calibration.notes)
 
 
 def _pass_layer(
@@ -211,7 +214,7 @@ def _carry_out(plan: Plan, piece: Piece, output: Path, device: torch.device) -> 
         return _write(plan, piece, parts, output)
     source = plan.source.checkpoint.files[piece.source_file]
     name = plan.weight_file(piece)
-    written = copy_tensors(output / name, source, piece.tensors) if name else None
+    written = _copy(plan, piece, output / name) if name else None
     return {
         "source": describe_file(source.path).model_dump(),
         "file": written and written.model_dump(),
@@ -241,11 +244,28 @@ def _record(plan: Plan, piece: Piece, folder: OutputFolder, record: dict[str, An
     folder.write_record(piece.name, {**record, "read_from": read}, files)
 
 
+def _copy(plan: Plan, piece: CopyPiece, path: Path) -> FileRecord:
+    checkpoint, file = plan.source.checkpoint, piece.source_file
+    if piece.dequantize:
+        return write_dense(path, checkpoint, file, piece.tensors, plan.weights.name)
+    return copy_tensors(path, checkpoint.files[file], piece.tensors)
+
+
 def _write(
     plan: Plan, piece: LayerPiece, parts: Iterable[LayerFactors], output: Path
 ) -> dict[str, Any]:
     experts = plan.source.moe.family.experts_prefix(piece.layer)
-    return write_piece(output / str(plan.weight_file(piece)), piece, parts, experts)
+    notes: list[str] = []
+
+    def watched() -> Iterator[LayerFactors]:
+        for part in parts:
+            for group in part.groups if plan.source.coding else ():
+                notes.extend(notes_on_scales(piece.layer, group.dense))
+            yield part
+
+    record = write_piece(output / str(plan.weight_file(piece)), piece, watched(), experts)
+    record["notes"] = [*record.get("notes", ()), *notes]
+    return record
 
 
 def _finish(plan: Plan, folder: OutputFolder, model: str) -> TuckerManifest:
@@ -261,6 +281,9 @@ def _finish(plan: Plan, folder: OutputFolder, model: str) -> TuckerManifest:
     others = copy_other_files(source.folder, output)
     opened = [WeightFile.open(output / file.name) for file in files]
     headers = {name: place.header for file in opened for name, place in file.tensors.items()}
+    rest = None
+    if not plan.recipe.dequantize_rest:
+        rest, headers = plan.source.rest(plan.layers), source.dense_headers(headers)
     manifest = TuckerManifest(
         tuckerize_version=__version__,
         family=moe.family.model_type,
@@ -290,7 +313,7 @@ def _finish(plan: Plan, folder: OutputFolder, model: str) -> TuckerManifest:
         files=tuple(files),
     )
     config = source.config
-    quantization = TuckerQuantization.of(manifest, moe.family)
+    quantization = TuckerQuantization.of(manifest, moe.family, rest)
     write_json(output / CONFIG, with_quantization(with_loader(config), quantization))
     others += write_hub_files(source.folder, output, manifest, config)
     write_index(output, opened)

@@ -39,10 +39,18 @@ _FULL = "full,full,full"
 
 @dataclass(frozen=True, slots=True)
 class CopyPiece:
-    """The tensors of one source file that stay as they are: one weight file, or none."""
+    """The tensors of one source file that are not compressed: one weight file, or none.
+
+    Attributes:
+        source_file: Name of the file.
+        tensors: Names of the stored tensors, which stay as they are; of the dense ones, where
+            `dequantize` has them written as such.
+        dequantize: Whether weights are written dense that the source has quantized.
+    """
 
     source_file: str
     tensors: tuple[str, ...]
+    dequantize: bool = False
 
     @property
     def name(self) -> str:
@@ -164,20 +172,30 @@ def make_plan(source: SourceModel, recipe: Recipe, profiles: Sequence[LayerProfi
         pieces, predicted_kl = _calibrated_pieces(
             recipe, recipe.calibration, model.layers, space, profiles
         )
-    routed = {name for layer in {p.layer for p in pieces} for name in source.routed_tensors(layer)}
-    copies = tuple(
-        CopyPiece(
-            file,
-            tuple(
-                name
-                for name in content.tensors
-                if name not in routed and source.checkpoint.file_of.get(name) == file
-            ),
-        )
-        for file, content in source.checkpoint.files.items()
-    )
+    copies = _copies(source, {piece.layer for piece in pieces}, dequantize=recipe.dequantize_rest)
     stored = replace(weights, cores=recipe.quantize)  # budgets are of parameters
     return Plan(source, recipe, stored, group_size, copies, tuple(pieces), predicted_kl)
+
+
+def _copies(
+    source: SourceModel, layers: set[int], *, dequantize: bool | None
+) -> tuple[CopyPiece, ...]:
+    """Tensors that are not compressed, file by file."""
+    checkpoint = source.checkpoint
+    if dequantize:
+        routed = {name for layer in layers for name in source.routed_tensors(layer)}
+        names = {file: checkpoint.names_in(file) for file in checkpoint.files}
+    else:
+        source.rest(layers)  # refused here if config.json cannot be true
+        routed = {name for layer in layers for name in source.stored_tensors(layer)}
+        names = {
+            file: [name for name in content.tensors if checkpoint.file_of.get(name) == file]
+            for file, content in checkpoint.files.items()
+        }
+    return tuple(
+        CopyPiece(file, tuple(n for n in own if n not in routed), dequantize=bool(dequantize))
+        for file, own in names.items()
+    )
 
 
 def stored_type(recipe: Recipe, model: MoeModel) -> WeightType:

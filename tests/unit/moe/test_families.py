@@ -124,20 +124,6 @@ def test_describe_moe_of_another_family_lists_the_supported_ones(model_type: obj
     )
 
 
-@pytest.mark.parametrize(
-    ("announced", "method"), [({"quant_method": "fp8"}, "fp8"), ({}, "unknown"), ("x", "unknown")]
-)
-def test_describe_moe_of_quantized_weights_is_refused(announced: object, method: str) -> None:
-    assert refusal({**CONFIG, "quantization_config": announced}, tensors_of()) == (
-        f"config.json announces weights quantized with '{method}', which cannot be decomposed",
-        "start from a bf16, fp16 or fp32 checkpoint of the model",
-    )
-
-
-def test_describe_moe_with_a_null_quantization_is_accepted() -> None:
-    assert describe_moe({**CONFIG, "quantization_config": None}, tensors_of()).layers == (1, 2)
-
-
 def test_describe_moe_without_experts_shows_the_name_it_looks_for() -> None:
     message, _ = refusal(CONFIG, tensors_of(layers=()))
     assert message == (
