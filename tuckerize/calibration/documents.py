@@ -189,7 +189,8 @@ def _message(value: object) -> dict[str, Any] | None:
     if isinstance(content, list):
         parts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
         content = "\n".join(part for part in parts if isinstance(part, str))
-    if not isinstance(content, str | None) or (content is None and not calls):
+    silent = not calls and not value.keys() & {"content", "value"}
+    if silent or not isinstance(content, str | None):
         return None
     role = str(value.get("role", value.get("from", "user")))
     others = {key: own for key, own in value.items() if key not in ("from", "value")}

@@ -15,12 +15,13 @@ from tuckerize.calibration.calibration_pass import CalibrationPass
 from tuckerize.calibration.text import fingerprint
 from tuckerize.checkpoint.hub import resolve_model
 from tuckerize.checkpoint.output import OutputFolder, refuse_overlap
+from tuckerize.checkpoint.space import require_space
 from tuckerize.domain import Device
 from tuckerize.errors import UsageError
 from tuckerize.moe.source import SourceModel
 from tuckerize.parallel.backends import choose_device
 from tuckerize.parallel.processes import Processes, process_group
-from tuckerize.pipeline.inspect import describe_plan
+from tuckerize.pipeline.inspect import bytes_to_write, describe_plan
 from tuckerize.pipeline.run_plan import compress_model
 from tuckerize.planning.plan import Plan, make_plan, output_fingerprint, profiles_for
 from tuckerize.progress import Progress, SilentProgress
@@ -146,7 +147,10 @@ def decompose(
                 held.enter_context(claim)
             else:
                 folder.join(contents)
-            return _plan(source, recipe, calibration, progress), calibration
+            plan = _plan(source, recipe, calibration, progress)
+            if processes.is_leader:
+                require_space(output, bytes_to_write(plan, calibration))
+            return plan, calibration
 
         plan, calibration = processes.leader_first(prepare)
         return compress_model(

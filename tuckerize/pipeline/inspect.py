@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tuckerize.calibration.calibration_pass import CalibrationPass
 from tuckerize.checkpoint.hub import resolve_model
 from tuckerize.checkpoint.output import MANIFEST
 from tuckerize.checkpoint.reader import Checkpoint
@@ -17,6 +18,9 @@ from tuckerize.moe.source import SourceModel
 from tuckerize.planning.estimate import peak_bytes, seconds
 from tuckerize.planning.plan import Plan
 from tuckerize.report import InspectReport, PlanReport, StackPlan, TuckerFacts
+
+# Hidden states are kept in float32.
+_STATE_BYTES = 4
 
 
 def inspect(model: str | Path) -> InspectReport:
@@ -80,6 +84,16 @@ def _bytes_of_dequantizing(plan: Plan) -> int:
         if name in quantized
     ]
     return sum(header.parameters * bits // 8 - header.bytes for header in headers)
+
+
+def bytes_to_write(plan: Plan, calibration: CalibrationPass | None) -> int:
+    """Bytes of the files that a plan certainly needs, with the hidden states of a calibration."""
+    report = describe_plan(plan)
+    unsure = sum(stack.bytes_after for stack in report.stacks if stack.tolerance is not None)
+    states = 0
+    if calibration is not None:
+        states = calibration.windows_SL.numel() * plan.source.moe.shape.hidden * _STATE_BYTES
+    return report.after.total_bytes - unsure + states
 
 
 def _describe_piece(plan: Plan, piece: LayerPiece) -> list[StackPlan]:

@@ -14,6 +14,7 @@ from tuckerize.checkpoint.files import write_json
 from tuckerize.checkpoint.other_files import copy_other_files
 from tuckerize.checkpoint.output import OutputFolder, refuse_overlap
 from tuckerize.checkpoint.reader import TORCH_DTYPES, Checkpoint, WeightFile, measure_size
+from tuckerize.checkpoint.space import require_space
 from tuckerize.checkpoint.weight_set import CONFIG
 from tuckerize.checkpoint.writer import write_dense, write_index, write_tensors
 from tuckerize.domain import Coupling, Projection, coupling_name, group_experts
@@ -109,6 +110,7 @@ def expand(
 def _write_all(tucker: TuckerCheckpoint, folder: OutputFolder, progress: Progress) -> None:
     """Write everything but the record of the origin; weight files that are there stay."""
     output = folder.folder
+    require_space(output, tucker.manifest.before.total_bytes)
     untouched = {
         file: [
             name

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tuckerize.checkpoint.output import OutputFolder
+from tuckerize.checkpoint.space import require_space
 from tuckerize.checkpoint.writer import write_tensors
-from tuckerize.domain import WEIGHT_TYPES, Layout, MultilinearRank, Projection, TensorHeader
+from tuckerize.domain import WEIGHT_TYPES, Layout, MultilinearRank, Projection
 from tuckerize.errors import UsageError
 from tuckerize.format.manifest import (
     ShardManifest,
@@ -23,19 +24,14 @@ from tuckerize.format.manifest import (
     sharding_name,
 )
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
-from tuckerize.names import TensorName
 from tuckerize.parallel.layouts import (
     LayerShape,
     Parallelism,
-    Slice,
-    SplitDimensions,
     even_load,
     layer_traffic,
-    owned_slice,
-    owners_of,
     smallest_split_size,
-    split_dimensions,
 )
+from tuckerize.pipeline.group_slices import slices_of
 from tuckerize.progress import Progress, SilentProgress
 from tuckerize.report import LayoutCost, ShardReport
 from tuckerize.version import __version__
@@ -45,61 +41,6 @@ DCP_VERSION = "1.0"
 
 # A layout may store this much more than the smallest before its traffic stops mattering.
 _BYTES_MARGIN = 1.1
-
-
-@dataclass(frozen=True, slots=True)
-class _Slices:
-    """Split of the tensors of one group over the processes of a mesh.
-
-    Attributes:
-        headers: The tensors.
-        cuts: Their dimensions that are split.
-        tp: Tensor-parallel processes.
-        owners: Expert-parallel processes that share the group.
-        experts: Experts of the group.
-    """
-
-    headers: Mapping[TensorName, TensorHeader]
-    cuts: Mapping[TensorName, SplitDimensions]
-    tp: int
-    owners: range
-    experts: int
-
-    def parts(self, ep_rank: int, tp_rank: int) -> dict[TensorName, list[Slice]]:
-        """Slices, one per dimension, of the tensors of which a process owns a part."""
-        found = {}
-        place = self.owners.index(ep_rank)
-        own = owned_slice(self.experts, len(self.owners), place)
-        for name, header in self.headers.items():
-            if name.expert is None or own.start <= name.expert < own.stop:
-                parts = [Slice(0, size) for size in header.shape]
-                tp, experts, unit = self.cuts[name]
-                if tp is not None:
-                    parts[tp] = owned_slice(header.shape[tp], self.tp, tp_rank, unit)
-                if experts is not None:
-                    parts[experts] = own
-                found[name] = parts
-        return found
-
-    def bytes_of(self, ep_rank: int) -> int:
-        """Bytes of the largest process of an expert-parallel rank, its first."""
-        if ep_rank not in self.owners:
-            return 0
-        return sum(
-            self.headers[name].bytes
-            // self.headers[name].parameters
-            * math.prod(part.length for part in parts)
-            for name, parts in self.parts(ep_rank, 0).items()
-        )
-
-    @property
-    def uneven(self) -> list[TensorName]:
-        """Tensors with a size that the processes do not divide."""
-        return [
-            name
-            for name, cut in self.cuts.items()
-            if cut.tp is not None and self.headers[name].shape[cut.tp] % (self.tp * cut.unit)
-        ]
 
 
 def choose_layout(tucker: TuckerCheckpoint, mesh: Parallelism, layout: Layout | None) -> Layout:
@@ -173,7 +114,7 @@ def layout_costs(tucker: TuckerCheckpoint, mesh: Parallelism) -> tuple[LayoutCos
     costs = []
     for layout in _layouts(tucker):
         slices = [
-            _slices(tucker, layer, group, layout, mesh)
+            slices_of(tucker, layer, group, layout, mesh)
             for layer in tucker.manifest.layers
             for group in range(tucker.manifest.groups)
         ]
@@ -286,9 +227,11 @@ def _write_all(
 ) -> ShardManifest:
     """Write the files of all groups that are not written yet; returns the manifest."""
     places = [(la, gr) for la in tucker.manifest.layers for gr in range(tucker.manifest.groups)]
+    every = [slices_of(tucker, layer, group, layout, mesh) for layer, group in places]
+    require_space(folder.folder, sum(slices.bytes for slices in every))
     progress.start(len(places))
     shards, uneven = [], []
-    for layer, group in places:
+    for (layer, group), slices in zip(places, every, strict=True):
         piece = f"layer-{layer:05d}-group-{group:04d}"
         entries = folder.record(piece)
         own = [ShardRecord.model_validate(entry) for entry in entries or ()]
@@ -298,8 +241,7 @@ def _write_all(
             folder.write_record(piece, values, [record.file for record in own])
         shards += own
         experts = tucker.family.experts_prefix(layer)
-        split = _slices(tucker, layer, group, layout, mesh)
-        uneven += [str(name.within(group, experts)) for name in split.uneven]
+        uneven += [str(name.within(group, experts)) for name in slices.uneven]
         progress.advance(1, piece)
     progress.close()
     return ShardManifest(
@@ -328,7 +270,7 @@ def _write_group(
     mesh: Parallelism,
 ) -> list[ShardRecord]:
     """Write the files of one group, one for each process that owns some of it; their records."""
-    slices = _slices(tucker, layer, group, layout, mesh)
+    slices = slices_of(tucker, layer, group, layout, mesh)
     tensors = tucker.read_group(layer, group)
     experts = tucker.family.experts_prefix(layer)
     records = []
@@ -362,23 +304,6 @@ def _write_group(
             ShardRecord(layer=layer, group=group, tp_rank=tp_rank, ep_rank=ep_rank, file=file)
         )
     return records
-
-
-def _slices(
-    tucker: TuckerCheckpoint, layer: int, group: int, layout: Layout, mesh: Parallelism
-) -> _Slices:
-    sizes = tucker.manifest.layer_shape(layer)
-    headers = tucker.group_headers(layer, group)
-    return _Slices(
-        headers,
-        {
-            name: split_dimensions(layout, name, sizes.ranks[group], sizes.shape, sizes.core_type)
-            for name in headers
-        },
-        mesh.tp,
-        owners_of(group, groups=len(sizes.ranks), ep=mesh.ep),
-        sizes.shape.experts,
-    )
 
 
 def _traffic(

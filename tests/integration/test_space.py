@@ -1,0 +1,84 @@
+"""A disk that is too small is told before the work; one that ends in its middle is told as that."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.running import files_of, succeed
+from tests.running import run_here as run
+from tuckerize.checkpoint.space import require_space
+from tuckerize.errors import OutputError
+
+Mount = Callable[[int], Path]
+SIZE = ("--rank", "full,20,24")
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Mount]:
+    """Mounts a disk of some bytes, or gives the one that is mounted another size."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def sized(count: int) -> Path:
+        how = ["-o", f"remount,size={count}"] if disk.is_mount() else ["-o", f"size={count}"]
+        command = ["mount", "-t", "tmpfs", *how, "tmpfs", str(disk)]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("no right to mount")
+        return disk
+
+    yield sized
+    subprocess.run(["umount", str(disk)], check=False, capture_output=True)
+
+
+def test_more_than_the_disk_has_is_refused_with_both_figures(tmp_path: Path) -> None:
+    with pytest.raises(
+        OutputError, match=r"needs 1152921504\.6 GB more, and its disk has"
+    ) as caught:
+        require_space(tmp_path / "new" / "folder", 2**60)
+    assert "choose an --output on another disk" in caught.value.hint
+    require_space(tmp_path, 1)
+
+
+def test_commands_name_the_space_that_they_need_and_continue_when_it_is_there(
+    mount: Mount, tiny_model: Path, tmp_path: Path
+) -> None:
+    whole = tmp_path / "out"
+    succeed("decompose", "--model", tiny_model, *SIZE, "--output", whole)
+    disk = mount(40_960)
+    commands = [
+        ("decompose", "--model", tiny_model, *SIZE, "--output", disk / "out"),
+        ("shard", disk / "out", "--tp", "2"),
+        ("reconstruct", disk / "out", "--output", disk / "dense"),
+    ]
+    for command in commands:
+        mount(shutil.disk_usage(disk).used + 40_960)
+        refused = run(*command)
+        assert refused.returncode == 2, refused.stderr
+        assert "0.1 MB more, and its disk has 0.0 MB" in refused.stderr
+        mount(8 * 2**20)
+        succeed(*command)
+    assert files_of(whole).items() <= files_of(disk / "out").items()
+
+
+def test_limit_on_file_sizes_ends_a_run_that_continues_without_it(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    command = ("decompose", "--model", tiny_model, *SIZE, "--output")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+    try:
+        refused = run(*command, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert refused.returncode == 2, refused.stderr
+    assert "error: File too large (" in refused.stderr
+    assert "ulimit -f" in refused.stderr
+    for output in (tmp_path / "out", tmp_path / "undisturbed"):
+        succeed(*command, output)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "undisturbed")
