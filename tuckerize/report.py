@@ -362,11 +362,13 @@ class ReconstructReport:
         output: The dense checkpoint.
         size: Its size.
         layers: Indices of the expanded layers.
+        intermediate_size: Width of every routed expert.
     """
 
     output: str
     size: Size
     layers: tuple[int, ...]
+    intermediate_size: int
 
 
 @dataclass(frozen=True, slots=True)

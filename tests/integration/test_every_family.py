@@ -27,6 +27,7 @@ from tuckerize import (
 )
 from tuckerize.checkpoint.weight_set import SINGLE_FILE
 from tuckerize.domain import Projection
+from tuckerize.errors import CheckpointError
 from tuckerize.moe.routing import Router, route
 from tuckerize.moe.source import SourceModel
 from tuckerize.runtime.experts import TuckerExperts
@@ -161,3 +162,35 @@ def test_layout_is_that_of_the_tensors(
 def test_router_without_its_correction_reads_as_none(tmp_path: Path) -> None:
     source = SourceModel.open(make_family(tmp_path, "lfm2_moe", use_expert_bias=False))
     assert Router.read(source.checkpoint, source.moe.family, 1).correction_E is None
+
+
+NEVER_NARROW = {"hunyuan_v1_moe", "jamba"}
+"""Families whose other modules are as wide as their experts, by the same configuration key."""
+
+UNSTREAMED = {
+    "bailing_hybrid",  # transformers fuses tensors of its attention
+    "glm_moe_dsa",  # its layers hand on more than hidden states
+}
+"""Families that can be decomposed without data only."""
+
+
+def test_any_engine_reconstructs_to_a_stock_checkpoint_of_narrow_experts(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    add_tokenizer(model)
+    out, stock, text = tmp_path / "out", tmp_path / "stock", write_text(tmp_path / "text.txt", 3000)
+    calibration = {"texts": [str(text)], "tokens": 512, "window": 64, "refine": 0}
+    calibration |= {"target": "any-engine", "multiple": 2}
+    request = DecomposeRequest(model=model, keep=0.7, calibration=calibration, output=out)
+    if model.name in UNSTREAMED:
+        with pytest.raises(CheckpointError, match=r"streaming does not support"):
+            decompose(request)
+        return
+    decompose(request)
+    report = reconstruct(ReconstructRequest(folder=out, output=stock))
+    source, result = SourceModel.open(model), SourceModel.open(stock)
+    narrow = source.moe.family.model_type not in NEVER_NARROW
+    assert report.intermediate_size == result.moe.shape.intermediate == (8 if narrow else 12)
+    assert (result.size.routed_bytes < source.size.routed_bytes) == narrow
+    torch.testing.assert_close(logits(load(stock)), logits(load(out)), rtol=1e-4, atol=1e-5)

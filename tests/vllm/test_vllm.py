@@ -263,6 +263,23 @@ def test_memory_falls_with_keep(tmp_path: Path) -> None:
         assert saved == pytest.approx(before - after, rel=0.01)
 
 
+@pytest.mark.parametrize("name", ["deepseek_v2", "qwen3_moe"])
+def test_any_engine_runs_without_the_plugin(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shared expert of DeepSeek-V2 has zero neurons: its width follows the routed experts'."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = add_tokenizer(make_tiny_family(tmp_path / "dense", name))
+    text = write_text(tmp_path / "text.txt", 4000)
+    size = ("--keep", "0.75", "--refine", "0", "--target", "any-engine")
+    calibration = ("--calibration", text, "--calibration-tokens", "2048")
+    stock = reconstruct(decompose(model, tmp_path / "out", *size, *calibration))
+    monkeypatch.setenv("VLLM_PLUGINS", "")
+    [found] = run([stock])
+    assert all("Tucker" not in kernel for kernels in found["kernels"] for kernel in kernels)
+    assert_as_in_transformers(found, stock)
+
+
 @contextmanager
 def served(folder: Path, dtype: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """vLLM's OpenAI-compatible server on a free port; yields its address."""

@@ -12,6 +12,7 @@ k experts per token, V vocabulary.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -101,6 +102,7 @@ class StreamedModel:
         experts = {layer: path for layer, path in paths.items() if path in modules}
         routed = tuple(f"{path}." for path in experts.values())
         empty = {n: t for n, t in model.state_dict().items() if not n.startswith(routed)}
+        _check_fusions(model, [name for name in empty if on_disk.get(name) not in source.tensors])
         _check_tensors(source, empty, on_disk)
         streamed = cls(device, model.dtype, source, model, empty, on_disk, experts)
         streamed._open_rest()
@@ -339,6 +341,23 @@ def _renaming(model: Any) -> Callable[[str], str]:  # noqa: ANN401
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     return lambda name: rename_source_key(name, renamings, [])[0]
+
+
+def _check_fusions(model: Any, missing: list[str]) -> None:  # noqa: ANN401
+    """Refuse tensors that transformers makes of several, other than of experts."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    mapping = get_model_conversion_mapping(model)
+    fused = [
+        p for entry in mapping if isinstance(entry, WeightConverter) for p in entry.target_patterns
+    ]
+    made = [name for name in missing if any(re.search(pattern, name) for pattern in fused)]
+    if made:
+        raise CheckpointError(
+            f"transformers makes {made[0]} of several tensors, which streaming does not support",
+            hint="decompose without calibration",
+        )
 
 
 def _check_tensors(source: Checkpoint, wanted: dict[str, Tensor], on_disk: dict[str, str]) -> None:

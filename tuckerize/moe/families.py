@@ -146,9 +146,9 @@ _GRANITE = (
 FAMILIES: Mapping[str, FamilyRow] = {
     row.model_type: row
     for row in (
-        _row("deepseek_v2", _deepseek_v2_routing),
+        _row("deepseek_v2", _deepseek_v2_routing, also_sized="shared_experts"),
         *(
-            _row(name, _V3, correction=_BIAS)
+            _row(name, _V3, correction=_BIAS, also_sized="shared_experts")
             for name in (
                 "deepseek_v3",
                 "deepseek_v32",
@@ -162,8 +162,12 @@ FAMILIES: Mapping[str, FamilyRow] = {
                 "solar_open",
             )
         ),
-        _row("bailing_hybrid", _V3, correction="gate.expert_bias"),
-        _row("mistral4", router(default_normalize=True, groups="two_best")),
+        _row("bailing_hybrid", _V3, correction="gate.expert_bias", also_sized="shared_experts"),
+        _row(
+            "mistral4",
+            router(default_normalize=True, groups="two_best"),
+            also_sized="shared_experts",
+        ),
         *(_row(name, _SOFTMAX) for name in ("olmoe", "qwen2_moe", "qwen3_moe")),
         _row("flex_olmo", _SOFTMAX, input_norm="post_attention_layernorm.weight"),
         _row("qwen3_next", router(default_normalize=True), norm_offset=1.0),
@@ -181,12 +185,18 @@ FAMILIES: Mapping[str, FamilyRow] = {
             correction="e_score_correction_bias",
         ),
         _row("phimoe", router("sparsemixer"), "block_sparse_moe", names=W1_W3_W2),
-        _row("ernie4_5_moe", _NORMALIZED, correction="moe_statics.e_score_correction_bias"),
+        _row(
+            "ernie4_5_moe",
+            _NORMALIZED,
+            correction="moe_statics.e_score_correction_bias",
+            also_sized="shared_experts",
+        ),
         _row(
             "hunyuan_v1_moe",
             _NORMALIZED,
             router="gate.wg.weight",
             intermediate_keys=("intermediate_size",),
+            also_sized="others",
         ),
         *(
             _row(
@@ -204,6 +214,7 @@ FAMILIES: Mapping[str, FamilyRow] = {
             "feed_forward",
             router="router.weight",
             input_norm="pre_ff_layernorm.weight",
+            also_sized="others",
         ),
         _row(
             "lfm2_moe",

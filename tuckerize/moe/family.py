@@ -78,6 +78,8 @@ class FamilyRow:
         experts_keys: Configuration keys of the number of routed experts; the first one present
             counts.
         intermediate_keys: The same of the experts' intermediate size.
+        also_sized: What that size sizes besides the routed experts: nothing, the shared experts
+            (their number times it), or other modules.
     """
 
     model_type: str
@@ -91,6 +93,7 @@ class FamilyRow:
     norm_offset: float = 0.0
     experts_keys: tuple[str, ...] = EXPERTS_KEYS
     intermediate_keys: tuple[str, ...] = INTERMEDIATE_KEYS
+    also_sized: Literal["nothing", "shared_experts", "others"] = "nothing"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tuckerize.checkpoint.files import write_json
 from tuckerize.checkpoint.other_files import copy_other_files
@@ -22,6 +23,13 @@ from tuckerize.format.card import restore_card
 from tuckerize.format.config import without_quantization
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 from tuckerize.linalg.tucker import with_zero_rows
+from tuckerize.moe.narrow import (
+    can_narrow,
+    narrow_config,
+    narrow_count,
+    shared_expert_names,
+    with_zero_neurons,
+)
 from tuckerize.progress import Progress, SilentProgress
 from tuckerize.report import ReconstructReport
 from tuckerize.version import __version__
@@ -85,7 +93,8 @@ def expand(
     """Write the dense checkpoint that a Tucker checkpoint stands for.
 
     Expert weights are expanded in float32 and rounded to the type of the factors; stacks without a
-    truncated mode come out bit for bit. Neurons that were not kept come out as zeros.
+    truncated mode come out bit for bit. All experts are as wide as the widest one: others get zero
+    neurons, in the places of those that were not kept if nothing became narrower.
 
     Args:
         tucker: The Tucker checkpoint.
@@ -97,25 +106,30 @@ def expand(
         OutputError: The folder holds something else.
     """
     folder = output_folder(output)
+    width = _width(tucker)
     with folder.claim(provenance(tucker), overwrite=overwrite, read=progress.advance):
         if folder.is_finished:  # by a run that was killed at its very end
             folder.tidy()
         else:
-            _write_all(tucker, folder, progress)
+            _write_all(tucker, folder, width, progress)
             folder.finish(provenance(tucker))
     size = measure_size(Checkpoint.open(output).tensors, is_routed=tucker.family.is_routed)
-    return ReconstructReport(str(output), size, tucker.manifest.layers)
+    return ReconstructReport(str(output), size, tucker.manifest.layers, width)
 
 
-def _write_all(tucker: TuckerCheckpoint, folder: OutputFolder, progress: Progress) -> None:
+def _write_all(
+    tucker: TuckerCheckpoint, folder: OutputFolder, width: int, progress: Progress
+) -> None:
     """Write everything but the record of the origin; weight files that are there stay."""
     output = folder.folder
     require_space(output, tucker.manifest.before.total_bytes)
+    shared = _shared_experts(tucker, width)
+    widened = {name for names in shared.values() for name in names}
     untouched = {
         file: [
             name
             for name in tucker.checkpoint.names_in(file)
-            if tucker.family.layer_of(name) not in tucker.manifest.layers
+            if tucker.family.layer_of(name) not in tucker.manifest.layers and name not in widened
         ]
         for file in tucker.checkpoint.files
     }
@@ -132,13 +146,17 @@ def _write_all(tucker: TuckerCheckpoint, folder: OutputFolder, progress: Progres
         progress.advance(1, name)
     for path, (layer, projections) in zip(written[len(copies) :], places, strict=True):
         if folder.record(path.stem) is None:
-            expanded = write_tensors(path, _expand(tucker, layer, projections))
-            folder.write_record(path.stem, {}, [expanded])
+            tensors = _expand(tucker, layer, projections, width)
+            for projection in projections:
+                tensors |= _widen(tucker, shared.get((layer, projection), []), projection, width)
+            folder.write_record(path.stem, {}, [write_tensors(path, tensors)])
         progress.advance(1, f"layer {layer}, {coupling_name(projections)}")
     progress.close()
     copy_other_files(tucker.folder, output)
     restore_card(output)
     config = without_quantization(tucker.config)
+    if width < tucker.manifest.shape.intermediate:
+        config = narrow_config(config, tucker.family, tucker.manifest.shape, width)
     config.pop("auto_map", None)
     if tucker.manifest.source.auto_map is not None:
         config["auto_map"] = tucker.manifest.source.auto_map
@@ -146,26 +164,66 @@ def _write_all(tucker: TuckerCheckpoint, folder: OutputFolder, progress: Progres
     write_index(output, [WeightFile.open(path) for path in written])
 
 
-def _expand(tucker: TuckerCheckpoint, layer: int, projections: Coupling) -> dict[str, Tensor]:
+def _width(tucker: TuckerCheckpoint) -> int:
+    """Width of all experts: that of the widest that is left."""
+    manifest = tucker.manifest
+    if tucker.dense_layers() is not None or not can_narrow(tucker.family):
+        return manifest.shape.intermediate
+    return max(
+        max(manifest.widths(layer, group))
+        for layer in manifest.layers
+        for group in range(manifest.groups)
+    )
+
+
+def _shared_experts(
+    tucker: TuckerCheckpoint, width: int
+) -> dict[tuple[int, Projection], list[str]]:
+    """Names of the weights of shared experts that become wider, by layer and projection."""
+    if width == tucker.manifest.shape.intermediate:
+        return {}
+    present = tucker.checkpoint.tensors
+    return {
+        (layer, projection): shared_expert_names(tucker.family, layer, projection, present)
+        for layer in tucker.manifest.layers
+        for projection in Projection
+    }
+
+
+def _widen(
+    tucker: TuckerCheckpoint, names: list[str], projection: Projection, width: int
+) -> dict[str, Tensor]:
+    """Weights of shared experts with zero neurons appended, by checkpoint name."""
+    shape = tucker.manifest.shape
+    widened = {}
+    for name, weight in tucker.checkpoint.read(names):
+        neurons = weight.shape[1 if projection == Projection.DOWN else 0]
+        count = narrow_count(neurons // shape.intermediate, shape, width)
+        widened[name] = with_zero_neurons(weight, projection, count * width)
+    return widened
+
+
+def _expand(
+    tucker: TuckerCheckpoint, layer: int, projections: Coupling, width: int
+) -> dict[str, Tensor]:
     """The dense weights of projections of all experts of a layer, by checkpoint name."""
     return tucker.family.stored(layer).write(
-        tucker.manifest.shape,
+        tucker.manifest.shape._replace(intermediate=width),
         projections,
         (
             (projection, expert, matrix_HI)
             for projection in projections
-            for expert, matrix_HI in _expand_experts(tucker, layer, projection)
+            for expert, matrix_HI in _expand_experts(tucker, layer, projection, width)
         ),
         TORCH_DTYPES[tucker.manifest.dtype],
     )
 
 
 def _expand_experts(
-    tucker: TuckerCheckpoint, layer: int, projection: Projection
+    tucker: TuckerCheckpoint, layer: int, projection: Projection, width: int
 ) -> Iterator[tuple[int, Tensor]]:
-    """The experts of a layer and their dense matrices (H, I)."""
+    """The experts of a layer and their dense matrices (width, I)."""
     wide = torch.promote_types(TORCH_DTYPES[tucker.manifest.dtype], torch.float32)
-    rows = tucker.manifest.shape.intermediate
     for group in range(tucker.manifest.groups):
         factors = tucker.read_factors(layer, group)[projection]
         experts = group_experts(tucker.manifest.shape, tucker.manifest.group_size, group)
@@ -174,5 +232,7 @@ def _expand_experts(
         for place, (expert, slice_HI) in enumerate(slices):
             if kept is None:
                 yield expert, slice_HI
+            elif width == tucker.manifest.shape.intermediate:
+                yield expert, with_zero_rows(slice_HI, kept.places_EK[place], width)
             else:
-                yield expert, with_zero_rows(slice_HI, kept.places_EK[place], rows)
+                yield expert, pad(slice_HI, (0, 0, 0, width - len(slice_HI)))
