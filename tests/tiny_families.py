@@ -100,6 +100,46 @@ OWN["qwen3_5_moe"] = OWN["qwen3_5_moe_text"]
 FAMILY_NAMES = [name for name in FAMILIES if name != "kimi_k2"]
 """Rows that transformers has models of; Kimi-K2 is a DeepSeek-V3 by another name."""
 
+INFERRED = (
+    "afmoe",
+    "axk1",
+    "axk2",
+    "cohere2_moe",
+    "exaone_moe",
+    "granitemoe_swa",
+    "kimi_linear",
+    "kolibri1",
+    "laguna",
+    "mellum",
+    "qwen4_exp",
+)
+"""Families that are not in the table, and whose tensors tell everything."""
+
+NOT_STREAMED = {
+    "bailing_hybrid": "transformers merges weights of its attention when it loads them",
+    "glm_moe_dsa": "layers hand on the tokens that they attend to",
+    "kimi_linear": "transformers merges weights of its attention when it loads them",
+    "qwen4_exp": "layers hand on several residual streams",
+}
+"""Families that cannot be run layer by layer, and so not calibrated."""
+
+NOT_TESTED = (
+    "deepseek_ocr2",
+    "diffusion_gemma",
+    "dots3_note",
+    "dots3_note_vision_encoder",
+    "ernie4_5_vl_moe",
+    "flint",
+    "gemma4",
+    "inkling",
+    "mistral_large4",
+    "qwen3_omni_moe_talker",
+    "qwen3_omni_moe",
+    "unlimited_ocr",
+    "zaya",
+)
+"""Families for which the tensors would have to tell everything, without a model to try it on."""
+
 NESTED = {"mistral4": "mistral3"}
 """Families that are released inside another architecture."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -18,7 +18,10 @@ from typer.models import ArgumentInfo
 
 import tuckerize
 from tests.docs.pages import ROOT
+from tests.tiny_families import INFERRED, NOT_STREAMED
 from tuckerize.cli.app import app
+from tuckerize.moe.families import FAMILIES, UNSUPPORTED
+from tuckerize.moe.family import FamilyRow
 from tuckerize.recipe import CalibrationSettings, Recipe, Rule
 
 _HOW = "<!-- Written by `python -m tests.docs.reference`. -->"
@@ -152,7 +155,65 @@ def commands_page() -> str:
     return "\n".join(parts)
 
 
+_MODELS = """\
+# Models
+
+{how}
+
+tuckerize decomposes the routed experts of these families; `model_type` is that of config.json, or of its
+`text_config`. Which layout a checkpoint has is decided by its tensors: one tensor for each expert and projection, or
+packed, also transposed. What is outside of the experts may be anything: vision towers and layers that predict further
+tokens are copied.
+
+Each family but `kimi_k2`, which is a `deepseek_v3` by another name and not known to transformers, is tested on a random
+model that transformers makes: at full core sizes the checkpoint that transformers
+loads gives the same logits, `reconstruct` the source's bytes, routing is that of transformers' router, and the model
+runs layer by layer as a whole one does, which calibration needs.
+
+{families}
+## Other families
+
+A checkpoint of another family is decomposed if its experts are named as usual (`experts.0.gate_proj.weight`,
+`experts.0.w1.weight` or `experts.gate_up_proj`), one tensor beside them has the shape of a router, and transformers
+holds its experts as an activation times up between two GEMMs, without bias; a note says so. Tested:
+{inferred}.
+
+## Not supported
+
+{unsupported}
+## Without calibration
+
+These cannot be run layer by layer; decompose them without `--calibration`.
+
+{not_streamed}"""
+
+
+def models_page() -> str:
+    """docs/reference/models.md."""
+    rows = [
+        (f"`{row.model_type}`", row.models, _layouts(row))
+        for row in FAMILIES.values()
+    ]
+    return _MODELS.format(
+        how=_HOW,
+        families=_table(("`model_type`", "models", "first tensor below a layer"), rows),
+        inferred=", ".join(f"`{name}`" for name in INFERRED),
+        unsupported=_reasons(UNSUPPORTED),
+        not_streamed=_reasons(NOT_STREAMED),
+    )
+
+
+def _layouts(row: FamilyRow) -> str:
+    first = row.storages[0].names[0].replace("{expert}", "N")
+    return f"`{first}`{', or packed' if len(row.storages) > 1 else ''}"
+
+
+def _reasons(why: Mapping[str, str]) -> str:
+    return _table(("`model_type`", "reason"), [(f"`{name}`", own) for name, own in why.items()])
+
+
 PAGES = {
+    ROOT / "docs" / "reference" / "models.md": models_page,
     ROOT / "docs" / "reference" / "recipe.md": recipe_page,
     ROOT / "docs" / "reference" / "commands.md": commands_page,
     ROOT / "docs" / "reference" / "api.md": api_page,

@@ -158,9 +158,10 @@ class StreamedModel:
         @torch.no_grad()
         def run(hidden_SLI: Tensor) -> Tensor:
             args, kwargs = self._calls_of(hidden_SLI)[index]
-            output = layer(hidden_SLI, *args, **kwargs)
+            with self._explained():
+                output = layer(hidden_SLI, *args, **kwargs)
             if not isinstance(output, Tensor):
-                raise self._no_streaming("return more than their hidden states")
+                raise self._no_streaming("its layers return more than their hidden states")
             return output
 
         with self._experts_as(index, experts), self._filled(self._below(layer)):
@@ -200,17 +201,21 @@ class StreamedModel:
 
     def _run_decoder(self, **inputs: Tensor) -> None:
         """Run the model around layers that do nothing."""
-        try:
+        with self._explained():
             self._model.get_decoder()(**inputs, use_cache=False)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Say that a model cannot be streamed where its own code refuses what streaming does."""
+        try:
+            yield
         except ValueError as error:
-            if "unpack" not in str(error):
-                raise
-            raise self._no_streaming("return more than their hidden states") from error
+            raise self._no_streaming(str(error)) from error
 
     def _no_streaming(self, why: str) -> CheckpointError:
         return CheckpointError(
-            f"layers of {self._source.config.get('model_type')} {why}, "
-            "which streaming does not support",
+            f"models of type '{self._source.config.get('model_type')}' cannot be run layer by "
+            f"layer: {why}",
             hint="decompose without calibration",
         )
 

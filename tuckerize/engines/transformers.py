@@ -8,13 +8,16 @@ before weights are loaded; transformers does the rest. `import tuckerize` regist
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import __version__ as transformers_version
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.quantizers.auto import (
@@ -26,8 +29,10 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
+from tuckerize.errors import CheckpointError
 from tuckerize.format.config import METHOD, GroupShape, TuckerQuantization
 from tuckerize.format.cores import part_dtype
+from tuckerize.moe.family import Family
 from tuckerize.names import TensorKind, TensorName
 from tuckerize.runtime.experts import TuckerExperts
 from tuckerize.runtime.quantised import QuantisedCore
@@ -214,6 +219,60 @@ def _sum_gradients(module: TuckerExperts, group: Any) -> None:  # noqa: ANN401
     module.register_forward_pre_hook(before_forward)
 
 
+def check_experts(folder: Path, family: Family, layers: Iterable[int]) -> None:
+    """Check that transformers' experts of a model compute what ours do; builds it without memory.
+
+    Args:
+        folder: The dense checkpoint.
+        family: Its family.
+        layers: Indices of the layers with routed experts.
+
+    Raises:
+        CheckpointError: They do not, or transformers does not know the model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        kind: Any = AutoModelForCausalLM
+        if type(config) not in kind._model_mapping:
+            kind = AutoModelForImageTextToText
+        with torch.device("meta"):
+            model = kind.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"model_type '{family.model_type}' is neither in the table of MoE families nor known "
+            f"to transformers {transformers_version}: {error}",
+            hint="install the release of transformers that the model's card names",
+        ) from error
+    for layer in layers:
+        path = _path_in_model(model, family.experts_prefix(layer))
+        try:
+            why = _not_standard(model.get_submodule(path))
+        except AttributeError:
+            why = "it has no such module"
+        if why:
+            raise CheckpointError(
+                f"the experts of model_type '{family.model_type}' cannot be factored: {why} "
+                f"({path} in transformers)",
+                hint="docs/reference/models.md lists the supported families",
+            )
+
+
+def _not_standard(experts: Any) -> str | None:  # noqa: ANN401
+    """Reason why an experts module does not compute what `TuckerExperts` does, if it does not."""
+    if not getattr(experts, "has_gate", True):
+        return "they have no gate"
+    if getattr(experts, "has_bias", False):
+        return "they have biases"
+    if getattr(experts, "has_post_expert_norm", False):
+        return "a norm follows them"
+    if not hasattr(experts, "act_fn") or not hasattr(experts, "hidden_dim"):
+        return f"{type(experts).__name__} is not of transformers' standard form"
+    gate = getattr(type(experts), "_apply_gate", None)
+    if gate is not None and gate.__module__ == type(experts).__module__:
+        return "their gate is not an activation times up"
+    return None
+
+
 def _path_in_model(model: Any, path: str) -> str:  # noqa: ANN401
     """Path of a module in the model, where transformers renames what checkpoints hold."""
     mapping = get_model_conversion_mapping(model)
@@ -222,7 +281,13 @@ def _path_in_model(model: Any, path: str) -> str:  # noqa: ANN401
 
 
 def _factored(dense: Any, groups: Sequence[GroupShape]) -> TuckerExperts:  # noqa: ANN401
-    """The factored module that replaces a dense one, without memory."""
+    """The factored module that replaces a dense one, without memory.
+
+    Raises:
+        ValueError: The dense one computes something else.
+    """
+    if why := _not_standard(dense):
+        raise ValueError(f"the experts cannot be replaced by factored ones: {why}")
     like = next(dense.parameters())
     tensors = [
         {

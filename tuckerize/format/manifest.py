@@ -36,6 +36,8 @@ from tuckerize.domain import (
     StackShape,
 )
 from tuckerize.errors import CheckpointError
+from tuckerize.moe.family import Family
+from tuckerize.moe.inferred import InferredNames
 from tuckerize.moe.storage import Packed, PerExpert
 from tuckerize.parallel.layouts import LayerShape, Parallelism
 
@@ -88,10 +90,18 @@ class LayoutRecord(Record):
     Attributes:
         layers: Module of the decoder layers.
         storage: Names of the experts' tensors below a layer.
+        inferred: Names of what is beside them, of a family that is not in the table.
     """
 
     layers: str
     storage: PerExpert | Packed
+    inferred: InferredNames | None = None
+
+    @classmethod
+    def of(cls, family: Family) -> LayoutRecord:
+        """Record the layout of a source."""
+        names = InferredNames.of(family.row) if family.row.inferred else None
+        return cls(layers=family.layers, storage=family.storage, inferred=names)
 
 
 class TuckerManifest(Record):

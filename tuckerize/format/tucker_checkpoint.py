@@ -143,9 +143,10 @@ def family_of(manifest: TuckerManifest, folder: Path) -> Family:
     Raises:
         CheckpointError: It is not known.
     """
-    if manifest.family not in FAMILIES:
+    layout, names = manifest.layout, manifest.layout and manifest.layout.inferred
+    row = names.row(manifest.family) if names else FAMILIES.get(manifest.family)
+    if row is None:
         raise CheckpointError(f"{folder} is of the family '{manifest.family}', which is unknown")
-    row, layout = FAMILIES[manifest.family], manifest.layout
     if layout is None:  # of version 0.1
         return Family(row, LAYERS[0], row.storages[0])
     return Family(row, layout.layers, layout.storage)

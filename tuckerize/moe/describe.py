@@ -10,6 +10,7 @@ from tuckerize.domain import StackShape, TensorHeader
 from tuckerize.errors import CheckpointError
 from tuckerize.moe.families import FAMILIES, LAYERS, UNSUPPORTED
 from tuckerize.moe.family import Config, Family, FamilyRow, MoeModel, positive, text_config
+from tuckerize.moe.inferred import infer_family
 
 # Index of a layer or an expert.
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -26,8 +27,8 @@ def describe_moe(config: Config, tensors: Mapping[str, TensorHeader]) -> MoeMode
         CheckpointError: The family is not supported, or routed weights are missing or have another
             shape or type than the configuration says.
     """
-    row = _row(config)
-    family = _resolve(row, tensors)
+    family = _family(config, tensors)
+    row = family.row
     text = text_config(config)
     found = {layer for name in tensors if (layer := family.layer_of(name)) is not None}
     # Layers after the last one predict further tokens: no engine runs them as part of the model.
@@ -58,18 +59,20 @@ def describe_moe(config: Config, tensors: Mapping[str, TensorHeader]) -> MoeMode
     return model
 
 
-def _row(config: Config) -> FamilyRow:
+def _family(config: Config, tensors: Mapping[str, TensorHeader]) -> Family:
     nested = config.get("text_config")
     types = [str(part.get("model_type")) for part in (config, nested) if isinstance(part, Mapping)]
     for model_type in types:
         if model_type in FAMILIES:
-            return FAMILIES[model_type]
+            return _resolve(FAMILIES[model_type], tensors)
         if model_type in UNSUPPORTED:
             raise CheckpointError(
                 f"models of type '{model_type}' cannot be decomposed: {UNSUPPORTED[model_type]}",
                 hint="docs/reference/models.md lists the supported families",
             )
     is_moe = any("expert" in key for key in text_config(config))
+    if is_moe and (family := infer_family(types[0], config, tensors)):
+        return family
     why = "" if is_moe else ": the configuration names no experts"
     raise CheckpointError(
         f"model_type '{types[0]}' in config.json is not a supported MoE family{why}",

@@ -30,6 +30,13 @@ LAYERS = (
 )
 """Modules of the decoder layers in checkpoints, the first that has experts counts."""
 
+_SCALE_KEYS = (
+    "routed_scaling_factor",
+    "router_scaling_factor",
+    "moe_routed_scaling_factor",
+    "route_scale",
+)
+
 RoutingReader = Callable[[Config], Routing]
 
 GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
@@ -64,7 +71,7 @@ def router(
 
     def read(config: Config) -> Routing:
         own = config.get("norm_topk_prob", config.get("moe_renormalize", default_normalize))
-        scale = config.get("routed_scaling_factor")
+        scale = _first(config, *_SCALE_KEYS)
         routing = Routing(
             top_k=positive(config, *TOP_K_KEYS),
             score=score,
@@ -146,36 +153,71 @@ _GRANITE = (
 FAMILIES: Mapping[str, FamilyRow] = {
     row.model_type: row
     for row in (
-        _row("deepseek_v2", _deepseek_v2_routing, also_sized="shared_experts"),
-        *(
-            _row(name, _V3, correction=_BIAS, also_sized="shared_experts")
-            for name in (
-                "deepseek_v3",
-                "deepseek_v32",
-                "dots1",
-                "glm4_moe",
-                "glm4_moe_lite",
-                "glm4v_moe",
-                "glm_moe_dsa",
-                "kimi_k2",
-                "mimo_v2_flash",
-                "solar_open",
-            )
+        _row(
+            "deepseek_v2",
+            _deepseek_v2_routing,
+            also_sized="shared_experts",
+            models="DeepSeek-V2, V2-Lite",
         ),
-        _row("bailing_hybrid", _V3, correction="gate.expert_bias", also_sized="shared_experts"),
+        *(
+            _row(model_type, _V3, correction=_BIAS, also_sized="shared_experts", models=models)
+            for model_type, models in {
+                "deepseek_v3": "DeepSeek-V3, R1; Moonlight",
+                "deepseek_v32": "DeepSeek-V3.2",
+                "dots1": "dots.llm1",
+                "glm4_moe": "GLM-4.5 to 4.7, Air",
+                "glm4_moe_lite": "GLM-4.7-Flash",
+                "glm4v_moe": "GLM-4.5V, 4.6V",
+                "glm_moe_dsa": "GLM-5",
+                "kimi_k2": "Kimi-K2",
+                "mimo_v2_flash": "MiMo-V2-Flash",
+                "solar_open": "Solar Open",
+            }.items()
+        ),
+        _row(
+            "bailing_hybrid",
+            _V3,
+            correction="gate.expert_bias",
+            also_sized="shared_experts",
+            models="Ling 2.5",
+        ),
+        _row(
+            "hy_v3",
+            router("sigmoid", normalize=True),
+            router="router.gate.weight",
+            correction="expert_bias",
+            also_sized="others",
+            models="Hy3",
+        ),
         _row(
             "mistral4",
             router(default_normalize=True, groups="two_best"),
             also_sized="shared_experts",
+            models="Mistral Small 4",
         ),
-        *(_row(name, _SOFTMAX) for name in ("olmoe", "qwen2_moe", "qwen3_moe")),
-        _row("flex_olmo", _SOFTMAX, input_norm="post_attention_layernorm.weight"),
-        _row("qwen3_next", router(default_normalize=True), norm_offset=1.0),
-        *(_row(name, _NORMALIZED, norm_offset=1.0) for name in ("qwen3_5_moe", "qwen3_5_moe_text")),
-        _row("qwen3_vl_moe", _NORMALIZED),
         *(
-            _row(name, _NORMALIZED, "block_sparse_moe", names=W1_W3_W2)
-            for name in ("mixtral", "minimax")
+            _row(model_type, _SOFTMAX, models=models)
+            for model_type, models in {
+                "flex_olmo": "FlexOlmo",
+                "olmoe": "OLMoE",
+                "qwen2_moe": "Qwen1.5-MoE, Qwen2-MoE",
+                "qwen3_moe": "Qwen3-30B-A3B, 235B-A22B, Coder",
+            }.items()
+        ),
+        _row(
+            "qwen3_next", router(default_normalize=True), norm_offset=1.0, models="Qwen3-Next-80B"
+        ),
+        *(
+            _row(model_type, _NORMALIZED, norm_offset=1.0, models="Qwen3.5-MoE, Qwen3.6-MoE")
+            for model_type in ("qwen3_5_moe", "qwen3_5_moe_text")
+        ),
+        _row("qwen3_vl_moe", _NORMALIZED, models="Qwen3-VL-30B-A3B, 235B-A22B"),
+        *(
+            _row(model_type, _NORMALIZED, "block_sparse_moe", names=W1_W3_W2, models=models)
+            for model_type, models in {
+                "mixtral": "Mixtral",
+                "minimax": "MiniMax-Text-01, M1",
+            }.items()
         ),
         _row(
             "minimax_m2",
@@ -183,13 +225,21 @@ FAMILIES: Mapping[str, FamilyRow] = {
             "block_sparse_moe",
             names=W1_W3_W2,
             correction="e_score_correction_bias",
+            models="MiniMax-M2",
         ),
-        _row("phimoe", router("sparsemixer"), "block_sparse_moe", names=W1_W3_W2),
+        _row(
+            "phimoe",
+            router("sparsemixer"),
+            "block_sparse_moe",
+            names=W1_W3_W2,
+            models="Phi-3.5-MoE",
+        ),
         _row(
             "ernie4_5_moe",
             _NORMALIZED,
             correction="moe_statics.e_score_correction_bias",
             also_sized="shared_experts",
+            models="ERNIE-4.5-21B-A3B, 300B-A47B",
         ),
         _row(
             "hunyuan_v1_moe",
@@ -197,16 +247,33 @@ FAMILIES: Mapping[str, FamilyRow] = {
             router="gate.wg.weight",
             intermediate_keys=("intermediate_size",),
             also_sized="others",
+            models="Hunyuan-A13B",
         ),
         *(
             _row(
-                name,
+                model_type,
                 _NORMALIZED,
                 "block_sparse_moe",
                 storages=_GRANITE,
                 router="router.layer.weight",
+                models=models,
             )
-            for name in ("granitemoe", "granitemoeshared", "granitemoehybrid")
+            for model_type, models in {
+                "granitemoe": "Granite 3 MoE",
+                "granitemoehybrid": "Granite 4",
+                "granitemoeshared": "Granite MoE with shared experts",
+            }.items()
+        ),
+        *(
+            _row(
+                model_type,
+                _NORMALIZED,
+                storages=(Packed("mlp.experts.fc1.weight", "mlp.experts.fc2.weight"),),
+                router="router.weight",
+                also_sized="others",
+                models="Aria",
+            )
+            for model_type in ("aria", "aria_text")
         ),
         _row(
             "jamba",
@@ -215,6 +282,7 @@ FAMILIES: Mapping[str, FamilyRow] = {
             router="router.weight",
             input_norm="pre_ff_layernorm.weight",
             also_sized="others",
+            models="Jamba",
         ),
         _row(
             "lfm2_moe",
@@ -223,9 +291,31 @@ FAMILIES: Mapping[str, FamilyRow] = {
             names=W1_W3_W2,
             correction="expert_bias",
             input_norm="ffn_norm.weight",
+            models="LFM2-8B-A1B",
         ),
     )
 }
 
-UNSUPPORTED: Mapping[str, str] = {}
+_GATE = "the gate is not an activation times up"
+
+UNSUPPORTED: Mapping[str, str] = {
+    "beam": _GATE,
+    "dbrx": "all experts of a projection are one matrix, without a dimension of experts",
+    "deepseek_v4": _GATE,
+    "doge": "experts are rows of an embedding",
+    "glm5_next": _GATE,
+    "gpt_oss": "experts have biases, and the gate is not an activation times up",
+    "hy_v4": _GATE,
+    "inkling2_text": _GATE,
+    "jetmoe": "attention has experts as well, and gate and up are one matrix",
+    "llama4_text": "routing weights scale the inputs of experts, not their outputs",
+    "longcat_flash": "some of the experts that the router chooses from are the identity",
+    "minimax_m3_vl_text": _GATE,
+    "muse_spark_text": "a norm follows the experts",
+    "nemotron_h": "experts have no gate_proj",
+    "nllb-moe": "experts are those of an encoder and a decoder, without gate_proj",
+    "openai_privacy_filter": "experts have biases, and the gate is not an activation times up",
+    "step3p5": _GATE,
+    "switch_transformers": "experts are those of an encoder and a decoder, without gate_proj",
+}
 """MoE families that are refused, and why."""

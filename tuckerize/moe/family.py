@@ -73,13 +73,15 @@ class FamilyRow:
         router_bias: Bias of its logits, where the family has one, shape (E,).
         correction: What is added to scores to choose experts by, where the family has it,
             shape (E,).
-        input_norm: Weight of the norm before the MoE block, shape (I,).
+        input_norm: Weight of the norm before the MoE block, shape (I,); None if it has no such.
         norm_offset: What the norm adds to its weight.
         experts_keys: Configuration keys of the number of routed experts; the first one present
             counts.
         intermediate_keys: The same of the experts' intermediate size.
         also_sized: What that size sizes besides the routed experts: nothing, the shared experts
             (their number times it), or other modules.
+        models: Models of the family by their public names.
+        inferred: Whether the tensors of a checkpoint gave the row, and not the table.
     """
 
     model_type: str
@@ -89,11 +91,13 @@ class FamilyRow:
     router: str
     router_bias: str | None = None
     correction: str | None = None
-    input_norm: str = "post_attention_layernorm.weight"
+    input_norm: str | None = "post_attention_layernorm.weight"
     norm_offset: float = 0.0
     experts_keys: tuple[str, ...] = EXPERTS_KEYS
     intermediate_keys: tuple[str, ...] = INTERMEDIATE_KEYS
     also_sized: Literal["nothing", "shared_experts", "others"] = "nothing"
+    models: str = ""
+    inferred: bool = False
 
 
 @dataclass(frozen=True, slots=True)

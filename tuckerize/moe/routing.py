@@ -36,11 +36,13 @@ class Router(NamedTuple):
 
 
 def read_input_norm(checkpoint: Checkpoint, family: Family, layer: int) -> Tensor:
-    """Read the factors of the norm before the MoE block of a layer, float32, shape (I,).
+    """Read the factors of the norm before the MoE block of a layer: float32, (I,) or a scalar.
 
     Raises:
         CheckpointError: The tensor is missing or cannot be read.
     """
+    if family.row.input_norm is None:
+        return torch.ones(())
     weight_I = checkpoint.read_one(family.name(layer, family.row.input_norm))
     return weight_I.float() + family.row.norm_offset
 

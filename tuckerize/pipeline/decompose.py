@@ -218,6 +218,10 @@ def _open(
     """Source and calibration set, if any; refuses a recipe that cannot be planned."""
     source = SourceModel.open(resolve_model(str(request.model)))
     make_plan(source, recipe)  # before the text is read
+    if source.moe.family.row.inferred:
+        from tuckerize.engines.transformers import check_experts
+
+        check_experts(source.checkpoint.folder, source.moe.family, source.moe.layers)
     return source, CalibrationPass.open(source, recipe, device) if recipe.calibration else None
 
 
@@ -225,6 +229,4 @@ def _plan(
     source: SourceModel, recipe: Recipe, calibration: CalibrationPass | None, progress: Progress
 ) -> Plan:
     profiles = profiles_for(recipe, calibration, progress) if calibration else ()
-    plan = make_plan(source, recipe, profiles)
-    is_validated = calibration is None or calibration.has_validation
-    return plan if is_validated else plan.without_predictions()
+    return make_plan(source, recipe, profiles)

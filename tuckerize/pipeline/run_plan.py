@@ -38,7 +38,6 @@ from tuckerize.format.manifest import (
     read_tucker_manifest,
     sealed,
 )
-from tuckerize.format.warnings import warnings_of
 from tuckerize.parallel.processes import Processes
 from tuckerize.planning.estimate import work
 from tuckerize.planning.plan import CopyPiece, Piece, Plan
@@ -86,9 +85,10 @@ def compress_model(
             return None
         folder.tidy()
         return _report(plan, read_tucker_manifest(output), output, started)
-    pieces, notes = plan.pieces, list[str]()
+    pieces, notes = plan.pieces, _notes(plan)
     if calibration is not None:
-        pieces, notes = plan.copies, _compress_calibrated(plan, calibration, output, progress)
+        pieces = plan.copies
+        notes += _compress_calibrated(plan, calibration, output, progress)
     queue = sorted(pieces, key=lambda piece: work(plan, piece), reverse=True)
     done_before = sum(folder.record(piece.name) is not None for piece in queue)
     processes.barrier()
@@ -140,8 +140,19 @@ def _report(
         ),
         predicted_kl=plan.predicted_kl,
         notes=tuple(notes),
-        warnings=warnings_of(manifest),
     )
+
+
+def _notes(plan: Plan) -> list[str]:
+    """Notes for the user on the source."""
+    family = plan.source.moe.family
+    if not family.row.inferred:
+        return []
+    return [
+        f"{family.model_type} is not in the table of families: names and router were found in the "
+        f"tensors, experts in {family.experts_prefix(plan.source.moe.layers[0])}, router "
+        f"{family.row.router}; transformers holds the experts in its standard form"
+    ]
 
 
 def _compress_calibrated(
@@ -289,7 +300,7 @@ def _finish(plan: Plan, folder: OutputFolder, model: str) -> TuckerManifest:
     manifest = TuckerManifest(
         tuckerize_version=__version__,
         family=moe.family.model_type,
-        layout=LayoutRecord(layers=moe.family.layers, storage=moe.family.storage),
+        layout=LayoutRecord.of(moe.family),
         source=SourceRecord(
             model=model,
             config_sha256=sha256_of(source.folder / CONFIG),

@@ -118,7 +118,7 @@ def test_describe_moe_with_an_extra_expert_names_its_tensor() -> None:
 
 @pytest.mark.parametrize("model_type", ["mixtral_x", None, 3])
 def test_describe_moe_of_another_family_lists_the_supported_ones(model_type: object) -> None:
-    assert refusal({**CONFIG, "model_type": model_type}, tensors_of()) == (
+    assert refusal({**CONFIG, "model_type": model_type}, {}) == (
         f"model_type '{model_type}' in config.json is not a supported MoE family",
         "docs/reference/models.md lists the supported families",
     )
