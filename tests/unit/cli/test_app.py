@@ -150,7 +150,7 @@ def test_every_command_as_json_prints_one_report_and_nothing_else(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     model = add_tokenizer(make_tiny_model(tmp_path / "model"))
-    text = write_text(tmp_path / "text.txt", 1200)
+    text = write_text(tmp_path / "text.txt", 4500)
     out, dense = tmp_path / "out", tmp_path / "dense"
     few = ("--calibration-tokens", "1024")
     # A key of the report, and the arguments, in an order in which each finds what it needs.
