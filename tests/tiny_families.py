@@ -67,6 +67,16 @@ OWN: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}
     },
     "glm_moe_dsa": {"index_topk": 4, "index_n_heads": 2, "index_head_dim": 16},
+    "gemma4_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "enable_moe_block": True,
+        "num_experts": 8,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 12,
+        "global_head_dim": 8,
+        "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": 64,
+    },
     "granitemoehybrid": {
         "layer_types": ["attention", "mamba"],
         "mamba_n_heads": 4,
@@ -95,6 +105,7 @@ OWN["qwen3_5_moe_text"] = OWN["qwen3_next"] | {
         "partial_rotary_factor": 0.25,
     }
 }
+OWN["gemma4"] = OWN["gemma4_text"]
 OWN["qwen3_5_moe"] = OWN["qwen3_5_moe_text"]
 
 FAMILY_NAMES = [name for name in FAMILIES if name != "kimi_k2"]
@@ -130,7 +141,6 @@ NOT_TESTED = (
     "dots3_note_vision_encoder",
     "ernie4_5_vl_moe",
     "flint",
-    "gemma4",
     "inkling",
     "mistral_large4",
     "qwen3_omni_moe_talker",
@@ -155,11 +165,16 @@ PIXTRAL = {
 }
 VISION = {
     "depth": 1,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
     "hidden_size": 16,
     "intermediate_size": 16,
     "num_heads": 2,
     "out_hidden_size": 32,
     "num_position_embeddings": 16,
+    "position_embedding_size": 16,
     "deepstack_visual_indexes": [0],
 }
 
@@ -174,9 +189,16 @@ def tiny_config(model_type: str, **own: Any) -> Any:  # noqa: ANN401
     base = AutoConfig.for_model(model_type)
     if "text_config" in base.sub_configs:
         text = _shrunk(type(base.text_config), own)
-        vision = {k: v for k, v in VISION.items() if hasattr(base.vision_config, k)}
+        images = base.vision_config or AutoConfig.for_model(f"{model_type}_vision")
+        vision = {k: v for k, v in VISION.items() if hasattr(images, k)}
+        vision["model_type"] = images.model_type
+        marks = {
+            f"{kind}_token_id": 60 + place
+            for place, kind in enumerate(("image", "video", "audio"))
+            if hasattr(base, f"{kind}_token_id")
+        }
         composite: Any = type(base)
-        return composite(text_config=text.to_dict(), vision_config=vision)
+        return composite(text_config=text.to_dict(), vision_config=vision, **marks)
     return _shrunk(type(base), own)
 
 
@@ -186,7 +208,8 @@ def tiny_text(model_type: str, own: dict[str, Any]) -> Any:  # noqa: ANN401
 
 
 def _shrunk(kind: type, own: dict[str, Any]) -> Any:  # noqa: ANN401
-    base = kind()
+    base: Any = kind()
+    base.allow_global_per_layer_attribute_access = True
     known = {key: value for key, value in SIZES.items() if hasattr(base, key)}
     lists = [key for key in known if isinstance(getattr(base, key), list)]
     if "kv_lora_rank" in known:  # latent attention has no groups of queries

@@ -180,7 +180,11 @@ class StreamedModel:
                 result: Tensor = self._model(inputs_embeds=hidden_SLI, use_cache=False).logits
             return result
 
-        with self._filled(self._below(self._model.get_output_embeddings())):
+        names = self._below(self._model.get_output_embeddings())
+        if self._model.config is not self._model.config.get_text_config():
+            # Models of images look for the embeddings of their placeholders.
+            names += self._below(self._model.get_input_embeddings())
+        with self._filled(names):
             yield logits
 
     @torch.no_grad()
@@ -270,13 +274,15 @@ class StreamedModel:
 
     def _fill(self, names: Iterable[str]) -> None:
         """Read tensors of the model, one at a time, to the device."""
-        wanted = {self._on_disk[name]: name for name in names}
+        wanted: dict[str, list[str]] = {}
+        for name in names:  # several where they are tied
+            wanted.setdefault(self._on_disk[name], []).append(name)
         plan = self._model._get_dtype_plan(self.dtype)  # types that the family insists on
         state = {}
         for place, tensor in self._source.read(wanted):
-            name = wanted[place]
-            own = next((plan[key] for key in plan if key in name), self._empty[name].dtype)
-            state[name] = tensor.to(self.device, own)
+            for name in wanted[place]:
+                own = next((plan[key] for key in plan if key in name), self._empty[name].dtype)
+                state[name] = tensor.to(self.device, own)
         self._model.load_state_dict(state, strict=False, assign=True)
 
 

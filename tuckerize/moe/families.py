@@ -275,6 +275,19 @@ FAMILIES: Mapping[str, FamilyRow] = {
             )
             for model_type in ("aria", "aria_text")
         ),
+        # Its router reads the residual stream, with a norm and factors of its own.
+        *(
+            FamilyRow(
+                model_type,
+                _NORMALIZED,
+                experts="experts",
+                storages=(packed("experts"),),
+                router="router.proj.weight",
+                input_norm="pre_feedforward_layernorm_2.weight",
+                models="Gemma 4 26B-A4B",
+            )
+            for model_type in ("gemma4", "gemma4_text")
+        ),
         _row(
             "jamba",
             router(normalize=False),
