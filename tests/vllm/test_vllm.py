@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM
 import tuckerize  # noqa: F401  # teaches transformers to load Tucker checkpoints
 from tests.running import ROOT, succeed
 from tests.tiny_models import add_tokenizer, make_tiny_family, write_text
+from tuckerize.format.config import GroupShape, TuckerQuantization
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -334,3 +335,16 @@ def test_shipped_model_writes_in_vllm_what_it_does_in_transformers(tmp_path: Pat
     text = succeed("generate", checkpoint, "--prompt", "def main(", "--tokens", "16")
     assert text.strip() == ("def main(" + answer["text"]).strip()
     assert "self" in text
+
+
+def test_modules_are_named_as_in_the_engines_model() -> None:
+    """Models of images have their layers elsewhere in vLLM than in their checkpoints."""
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    from tuckerize.engines.vllm.plugin import TuckerConfig
+
+    modules: dict[str, tuple[GroupShape, ...]] = {"model.language_model.layers.0.mlp.experts": ()}
+    config = TuckerConfig(TuckerQuantization(4, None, modules))
+    prefixes = {"model.language_model.": "language_model.model."}
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix=prefixes))
+    assert config.tucker.modules == {"language_model.model.layers.0.mlp.experts": ()}

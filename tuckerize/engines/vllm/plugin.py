@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -89,6 +90,15 @@ class TuckerConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not ins
                 for long, short in _SHORT_NAMES.items()
             }
         )
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        """Name the factored modules as the engine does, where its model has other names.
+
+        Args:
+            hf_to_vllm_mapper: Map of names in checkpoints to names in the engine's model.
+        """
+        modules = hf_to_vllm_mapper.apply_dict(dict(self.tucker.modules))
+        self.tucker = replace(self.tucker, modules=modules)
 
     def get_quant_method(self, layer: Any, prefix: str, **ascend: Any) -> Any:  # noqa: ANN401
         """Method that computes a layer; None, the engine's own, for all that is not factored.
