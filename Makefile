@@ -13,7 +13,7 @@ VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install -
 TRANSFORMERS ?= 5.14.1 5.16.1 5.19.0 $(shell sed -n 's/^transformers==//p' constraints.txt)
 TRANSFORMERS_VENVS := $(TRANSFORMERS:%=$(VENV)-transformers-%)
 
-.PHONY: demo test check format fuzz full-width test-npu test-transformers test-vllm test-lm-eval clean help
+.PHONY: demo test check format fuzz full-width test-kill test-npu test-transformers test-vllm test-lm-eval clean help
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -55,6 +55,9 @@ full-width: $(VENV)/.installed  ## Time and memory at DeepSeek-V2-Lite's width (
 FUZZ_SECONDS ?= 60
 fuzz: $(VENV)/.installed-dev  ## Search for damaged files that are not refused (FUZZ_SECONDS for each reader)
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest tests/fuzz -m fuzz -rA --timeout 0 -q
+
+test-kill: $(VENV)/.installed-dev  ## Kill every command at every change of the file system, and continue it
+	$(BIN)/python -m pytest tests/reliability -m kill -s
 
 test-npu: $(VENV)/.installed-dev  ## More of the program on a stand-in for an NPU (a C++ compiler)
 	$(BIN)/python -m pytest tests/npu -m "" -rs

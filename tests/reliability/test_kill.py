@@ -1,0 +1,144 @@
+"""Kills at every boundary: the same command continues, every byte is that of an undisturbed run.
+
+`make test-kill` runs all of it; `make test` a few points of each command. RELIABILITY_POINTS is the
+largest number of points of a command, evenly spread over its boundaries.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from tests.reliability.killing import in_child
+from tests.running import files_of
+
+POINTS = int(os.environ.get("RELIABILITY_POINTS", "200"))
+RANDOM = 12
+COMMANDS = ["data-free", "calibrated", "overwrite", "shard", "reconstruct"]
+
+
+def command_of(name: str, root: Path) -> Callable[[], object]:
+    """The command, on the folders of a root."""
+
+    def decompose(**options: Any) -> None:  # noqa: ANN401
+        from tuckerize import DecomposeRequest
+        from tuckerize import decompose as run
+        from tuckerize.calibration import tokens
+
+        tokens.HELD_OUT_BLOCK = 64  # some are left for validation
+        os.environ["XDG_CACHE_HOME"] = str(root / "cache")
+        run(DecomposeRequest(model=root / "model", output=root / "out", **options))
+
+    def act() -> None:
+        from tuckerize import ReconstructRequest, ShardRequest, reconstruct, shard
+
+        if name in {"data-free", "tucker"}:
+            decompose(rank="full,full,50%", layers="1")
+        elif name == "calibrated":
+            settings = {"texts": [str(root / "text.txt")], "tokens": 1024, "refine": 2}
+            decompose(keep=0.6, calibration={**settings, "window": 64})
+        elif name == "overwrite":
+            decompose(rank="full,full,25%", overwrite=True)
+        elif name == "shard":
+            shard(ShardRequest(folder=root / "out", tp=2))
+        else:
+            reconstruct(ReconstructRequest(folder=root / "out", output=root / "dense"))
+
+    return act
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folders in the state before a command."""
+    base = tmp_path_factory.mktemp("kill")
+
+    def make() -> None:
+        from tests.tiny_models import add_tokenizer, make_tiny_model, write_text
+
+        sizes = {"experts": 4, "intermediate": 16, "hidden": 32, "layers": 3}
+        add_tokenizer(make_tiny_model(base / "new" / "model", shards=True, **sizes))
+        write_text(base / "new" / "text.txt", 1000)
+
+    assert in_child(make, base)[0] == 0
+    shutil.copytree(base / "new", base / "done")
+    assert in_child(command_of("tucker", base / "done"), base)[0] == 0
+    return lambda name: base / ("new" if name in {"data-free", "calibrated"} else "done")
+
+
+class Campaign:
+    """Kills of one command, each on folders of its own."""
+
+    def __init__(self, name: str, state: Path, folder: Path) -> None:
+        self.name, self.state, self.folder = name, state, folder
+        root = self._fresh()
+        started = time.monotonic()
+        code, self.boundaries = in_child(command_of(name, root), root)
+        assert code == 0
+        self.seconds = time.monotonic() - started
+        self.whole = files_of(root)
+
+    def _fresh(self) -> Path:
+        """The folders before the command, always under the same path: results name the source."""
+        root = self.folder / "root"
+        shutil.rmtree(root, ignore_errors=True)
+        shutil.copytree(self.state, root)
+        return root
+
+    def kill(self, **how: Any) -> None:  # noqa: ANN401
+        """Kill the command, start it again, and compare every file."""
+        root = self._fresh()
+        source = files_of(root / "model")
+        code, _ = in_child(command_of(self.name, root), root, **how)
+        if code != 0:
+            assert in_child(command_of(self.name, root), root)[0] == 0, how
+        found = files_of(root)
+        assert found.keys() == self.whole.keys(), how
+        assert found == self.whole, how
+        assert files_of(root / "model") == source
+
+    def points(self, most: int) -> list[int]:
+        """Boundaries, evenly spread, with the first and the last."""
+        count = min(most, self.boundaries)
+        return sorted(
+            {1 + place * (self.boundaries - 1) // max(1, count - 1) for place in range(count)}
+        )
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_command_killed_at_a_few_boundaries_continues(
+    name: str, prepared: Callable[[str], Path], tmp_path: Path
+) -> None:
+    campaign = Campaign(name, prepared(name), tmp_path)
+    for point in campaign.points(4):
+        campaign.kill(kill_at=point)
+
+
+@pytest.mark.kill
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_command_killed_anywhere_continues_to_identical_bytes(
+    name: str, prepared: Callable[[str], Path], tmp_path: Path
+) -> None:
+    campaign = Campaign(name, prepared(name), tmp_path)
+    points = campaign.points(POINTS)
+    for point in points:
+        campaign.kill(kill_at=point)
+    random = Random(0)
+    for number in range(RANDOM):
+        chosen = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)[number % 3]
+
+        def stop(child: int, seconds: float, chosen: signal.Signals = chosen) -> None:
+            time.sleep(seconds)
+            os.kill(child, chosen)
+
+        seconds = random.random() * campaign.seconds
+        campaign.kill(while_it_runs=lambda child, own=seconds, act=stop: act(child, own))
+    print(f"{name}: {len(points)} of {campaign.boundaries} boundaries, {RANDOM} random moments")  # noqa: T201
