@@ -17,6 +17,9 @@ class Progress(Protocol):
     def advance(self, amount: float, note: str) -> None:
         """Add a finished amount; the note names it."""
 
+    def note(self, text: str) -> None:
+        """Tell the user something that does not end the work."""
+
     def close(self) -> None:
         """End the work."""
 
@@ -31,6 +34,9 @@ class SilentProgress:
         """Do nothing."""
 
     def advance(self, amount: float, note: str) -> None:
+        """Do nothing."""
+
+    def note(self, text: str) -> None:
         """Do nothing."""
 
     def close(self) -> None:

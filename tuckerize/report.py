@@ -57,6 +57,7 @@ class TuckerFacts:
         cores: Encoding of quantised cores, if they are.
         carries_loader: Whether transformers may load it with `trust_remote_code=True` as well as
             after `import tuckerize`.
+        warnings: Causes not to trust the result.
     """
 
     source: str
@@ -65,6 +66,7 @@ class TuckerFacts:
     largest_residual: float
     shardings: tuple[str, ...]
     carries_loader: bool
+    warnings: tuple[str, ...] = ()
     cores: CoreType | None = None
 
 
@@ -206,6 +208,7 @@ class DecomposeReport:
         predicted_kl: Predicted KL divergence from the source, nats per token; None without a
             calibrated budget.
         notes: Remarks for the user on the calibration.
+        warnings: Causes not to trust the result.
     """
 
     output: str
@@ -217,6 +220,7 @@ class DecomposeReport:
     calibrated: tuple[LayerOutcome, ...] = ()
     predicted_kl: float | None = None
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,6 +277,7 @@ class LayerVerdict:
         residual_difference: Largest |measured − recorded| relative residual of a stack; None
             without the source.
         failures: Faults found; empty if there are none.
+        warnings: Causes not to trust the layer that are no fault of its files.
     """
 
     layer: int
@@ -281,6 +286,7 @@ class LayerVerdict:
     residual_recorded: float
     residual_difference: float | None
     failures: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

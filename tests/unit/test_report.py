@@ -59,4 +59,5 @@ def test_to_json_of_a_decomposition_has_plain_values() -> None:
         "calibrated": [],
         "predicted_kl": None,
         "notes": [],
+        "warnings": [],
     }

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from tuckerize.calibration.stream import ExpertsCall, StreamedModel
 from tuckerize.calibration.text import parse_source, read_windows
-from tuckerize.calibration.tokens import FEWEST_WITH_HELD_OUT, DenseGroup, LayerTokens
+from tuckerize.calibration.tokens import DenseGroup, LayerTokens, fewest_tokens
 from tuckerize.checkpoint.sealed_tensors import read_sealed, write_sealed
 from tuckerize.domain import Projection, group_experts
-from tuckerize.errors import NonFiniteError, located
+from tuckerize.errors import NonFiniteError, UsageError, located
 from tuckerize.linalg.hooi import check_finite
 from tuckerize.linalg.tucker import largest_magnitude
 from tuckerize.moe.source import SourceModel
@@ -57,7 +57,8 @@ class CalibrationPass:
         """Read the calibration text of a recipe, and open the model for streaming.
 
         Raises:
-            UsageError: A text is missing, empty or cannot be read.
+            UsageError: A text is missing or cannot be read, or there are too few tokens for a
+                validation set where more were asked for.
             CheckpointError: The activation is not known, or tensors are missing.
         """
         settings = recipe.calibration
@@ -77,10 +78,19 @@ class CalibrationPass:
             chat_template=settings.chat_template,
         )
         notes = list(windows.messages)
-        if settings.refine and windows.tokens_SL.numel() < FEWEST_WITH_HELD_OUT:
+        count = windows.tokens_SL.numel()
+        if count < fewest_tokens() <= settings.tokens:
+            raise UsageError(
+                f"the calibration texts give {count} tokens, the random ones counted, and at least "
+                f"{fewest_tokens()} are needed to fit some and validate with others",
+                hint="give more text; or ask for few tokens in so many words, with "
+                f"--calibration-tokens {max(settings.window, 1024)}: then nothing is predicted, "
+                "and no error is measured",
+            )
+        if count < fewest_tokens():
             notes.append(
-                f"no refinement and no measured errors: fewer than {FEWEST_WITH_HELD_OUT} tokens "
-                "leave none for validation"
+                "no refinement, no measured errors and no prediction: fewer than "
+                f"{fewest_tokens()} tokens leave none for validation"
             )
         return cls(
             source,
@@ -91,6 +101,11 @@ class CalibrationPass:
             settings,
             tuple(notes),
         )
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there are enough tokens to validate with some."""
+        return self.windows_SL.numel() >= fewest_tokens()
 
     @property
     def activation(self) -> Activation:

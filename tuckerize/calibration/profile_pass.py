@@ -12,8 +12,10 @@ import hashlib
 import json
 import math
 import os
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -24,8 +26,8 @@ from tuckerize.calibration.layer_profile import LayerProfile, profile_layer
 from tuckerize.calibration.moments import GroupMoments, gather_moments
 from tuckerize.calibration.text import fingerprint
 from tuckerize.calibration.tokens import DenseGroup
-from tuckerize.checkpoint.reader import WeightFile, read_tensors
-from tuckerize.checkpoint.writer import write_tensors
+from tuckerize.checkpoint.output import remove_temporaries
+from tuckerize.checkpoint.sealed_tensors import read_sealed, write_sealed
 from tuckerize.domain import Projection
 from tuckerize.names import TensorName
 from tuckerize.progress import Progress
@@ -35,71 +37,115 @@ from tuckerize.version import __version__
 _PROBE_WINDOWS = 8
 _PRUNED_SHARE = 0.25
 # Version of the contents of profiles.
-_PROFILE_VERSION = 6
+_PROFILE_VERSION = 7
+_STATES = "hidden.safetensors"
 # Names of hidden states that are carried along.
 _CLEAN = "clean"
 _ERROR = "error "
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ProfileCache:
-    """Profiles of one model and text on disk, keyed by a hash of all that they depend on.
+    """Profiles of one model and text, on disk where that is possible.
+
+    A file that is damaged, or was put in the place of another, is as if it were not there. Where
+    the folder cannot be written, the profiles are those of this run alone, and a note says so.
 
     Attributes:
-        folder: Where they are.
+        folder: Where they are; None if nowhere.
+        key: Hash of all that they depend on.
+        note: Receives the note.
+        known: Those of this run, by layer.
     """
 
-    folder: Path
+    folder: Path | None
+    key: str
+    note: Callable[[str], object]
+    known: dict[int, LayerProfile] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, run: CalibrationPass) -> ProfileCache:
+    def of(cls, run: CalibrationPass, note: Callable[[str], object] = lambda _: None) -> Self:
         """The cache of a model, text and settings, in `$XDG_CACHE_HOME/tuckerize`."""
-        files = [
-            (name, file.path.stat().st_size, file.path.stat().st_mtime_ns)
-            for name, file in sorted(run.source.checkpoint.files.items())
-        ]
         key = {
             "version": [__version__, _PROFILE_VERSION],
             "config": run.source.checkpoint.config,
-            "files": files,
+            "weights": run.source.identities,
             "windows": fingerprint(run.windows_SL),
             "group_size": run.group_size,
             "dtype": str(run.model.dtype),
         }
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        return cls(base / "tuckerize" / digest[:32])
+        cache = cls(None, digest, note)
+        try:
+            base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        except RuntimeError:  # an unknown user without HOME
+            cache._give_up("this user has no home folder")
+            return cache
+        cache.folder = base / "tuckerize" / digest[:32]
+        return cache
 
-    @property
-    def states(self) -> SavedStates:
-        """Hidden states of an interrupted pass."""
-        return SavedStates(self.folder / "hidden.safetensors")
+    def load_states(self, device: torch.device) -> tuple[int, dict[str, Tensor]]:
+        """The next layer of an interrupted pass, and hidden states; (0, {}) at the start."""
+        if self.folder is None:
+            return 0, {}
+        return SavedStates(self.folder / _STATES).load(device)
+
+    def save_states(self, next_layer: int, states: dict[str, Tensor]) -> None:
+        """Keep the hidden states before a layer, for an interrupted pass."""
+        self._write(lambda folder: SavedStates(folder / _STATES).save(next_layer, states))
+
+    def finish(self) -> None:
+        """Remove what an interrupted pass would need."""
+        self._write(lambda folder: SavedStates(folder / _STATES).remove())
+        self._write(remove_temporaries)
 
     def load(self, layer: int) -> LayerProfile | None:
         """The profile of a layer, or None."""
-        path = self._path(layer)
-        if not path.exists():
+        if layer in self.known or self.folder is None:
+            return self.known.get(layer)
+        tensors = read_sealed(self._path(self.folder, layer), self._label(layer))
+        if tensors is None:
             return None
-        values = {
-            name: tensor.numpy()
-            for name, tensor in read_tensors(path, WeightFile.open(path).tensors)
-        }
+        values = {name: tensor.numpy() for name, tensor in tensors.items()}
         sensitivity = float(values.pop("sensitivity"))
         return LayerProfile(layer=layer, sensitivity=sensitivity, **values)
 
     def save(self, profile: LayerProfile) -> None:
         """Keep the profile of a layer."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.known[profile.layer] = profile
         arrays = {
-            field.name: torch.from_numpy(np.ascontiguousarray(getattr(profile, field.name)))
-            for field in fields(profile)
-            if field.name not in ("layer", "sensitivity")
+            own.name: torch.from_numpy(np.ascontiguousarray(getattr(profile, own.name)))
+            for own in fields(profile)
+            if own.name not in ("layer", "sensitivity")
         }
-        sensitivity = torch.tensor(profile.sensitivity, dtype=torch.float64)
-        write_tensors(self._path(profile.layer), {**arrays, "sensitivity": sensitivity})
+        arrays["sensitivity"] = torch.tensor(profile.sensitivity, dtype=torch.float64)
+        layer = profile.layer
+        self._write(
+            lambda folder: write_sealed(self._path(folder, layer), self._label(layer), arrays)
+        )
 
-    def _path(self, layer: int) -> Path:
-        return self.folder / f"layer-{layer:05d}.safetensors"
+    def _write(self, act: Callable[[Path], object]) -> None:
+        """Write to the folder, if there is one; it is given up where that fails."""
+        if self.folder is None:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            act(self.folder)
+        except OSError as error:
+            self._give_up(f"{error.strerror}: {error.filename}")
+
+    def _give_up(self, why: str) -> None:
+        self.folder = None
+        self.note(
+            f"the profile of the model cannot be kept for other budgets ({why}); set "
+            "XDG_CACHE_HOME to a folder that can be written"
+        )
+
+    def _label(self, layer: int) -> str:
+        return f"profile {self.key}, layer {layer}"
+
+    def _path(self, folder: Path, layer: int) -> Path:
+        return folder / f"layer-{layer:05d}.safetensors"
 
 
 def profile_model(run: CalibrationPass, progress: Progress) -> list[LayerProfile]:
@@ -111,33 +157,32 @@ def profile_model(run: CalibrationPass, progress: Progress) -> list[LayerProfile
         run: The model and its text.
         progress: Shows how far the pass is.
     """
-    cache = ProfileCache.of(run)
-    known = [
-        profile for layer in run.source.moe.layers if (profile := cache.load(layer)) is not None
-    ]
-    if len(known) == len(run.source.moe.layers) and not any(
-        math.isnan(p.sensitivity) for p in known
-    ):
+    cache = ProfileCache.of(run, progress.note)
+    layers = run.source.moe.layers
+    known = [profile for layer in layers if (profile := cache.load(layer)) is not None]
+    if len(known) == len(layers) and not any(math.isnan(p.sensitivity) for p in known):
         return known
     progress.start(run.model.layers)
-    start, states = cache.states.load(run.model.device)
+    start, states = cache.load_states(run.model.device)
+    if any(cache.load(layer) is None for layer in layers if layer < start):
+        start, states = 0, {}
     hidden_SLI = states.pop("hidden") if states else run.embed()
     errors = {name: states.pop(name) for name in list(states) if name.startswith(_ERROR)}
     probes = states or {_CLEAN: hidden_SLI[_spread(run.text_windows, _PROBE_WINDOWS)]}
     progress.advance(start, "continued")
     for layer in range(start, run.model.layers):
-        if layer in run.source.moe.layers:
+        if layer in layers:
             hidden_SLI, errors[f"{_ERROR}{layer}"] = _profile_layer(
                 run, layer, hidden_SLI, probes, cache
             )
         else:
             probes.update({k: run.run_layer(layer, v, None) for k, v in probes.items()})
             hidden_SLI = run.run_layer(layer, hidden_SLI, None)
-        cache.states.save(layer + 1, {"hidden": hidden_SLI, **probes, **errors})
+        cache.save_states(layer + 1, {"hidden": hidden_SLI, **probes, **errors})
         progress.advance(1, f"profile of layer {layer}")
     divergences = _divergences(run, probes)
     profiles = []
-    for layer in run.source.moe.layers:
+    for layer in layers:
         profile = cache.load(layer)
         if profile is None:
             raise TypeError(f"layer {layer} has no profile")
@@ -145,7 +190,7 @@ def profile_model(run: CalibrationPass, progress: Progress) -> list[LayerProfile
         profiles.append(replace(profile, sensitivity=divergences[layer] / error))
     for profile in profiles:
         cache.save(profile)
-    cache.states.remove()
+    cache.finish()
     progress.close()
     return profiles
 

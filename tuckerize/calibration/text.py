@@ -97,7 +97,8 @@ def read_windows(
 
     A window begins with the tokenizer's begin token, where the tokenizer adds one. A source that is
     too short gives what it has; if all are shorter than a window, windows are shorter. The last
-    windows are of random tokens, which belong to no domain.
+    windows are of random tokens, which belong to no domain; their share is of the windows that
+    there are.
 
     Args:
         sources: Where the text comes from.
@@ -144,6 +145,7 @@ def read_windows(
         if len(own) * width < count * window
     ]
     text_rows = [row for own in taken for row in own]
+    randoms = randoms * len(text_rows) // max(sum(shares), 1)  # of the text that there is
     random_rows = [random.choices(ordinary, k=length) for _ in range(randoms)]
     rows = [begin + row for row in text_rows + random_rows]
     tokens_SL = torch.tensor(rows, dtype=torch.int64)

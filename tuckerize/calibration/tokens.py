@@ -15,12 +15,15 @@ from tuckerize.names import TensorName
 HELD_OUT_BLOCK = 512
 """Every 16th block of so many tokens is the validation set: it decides, and is never fitted."""
 _HELD_OUT_EVERY = 16
-FEWEST_WITH_HELD_OUT = HELD_OUT_BLOCK * (_HELD_OUT_EVERY - 1) + 1
-"""Smallest number of tokens of which some are in the validation set."""
 
 # Weight of the tokens that fill up an expert with few of its own, relative to the mean routing
 # weight of the layer.
 _POOLED_WEIGHT = 0.1
+
+
+def fewest_tokens() -> int:
+    """Smallest number of tokens of which some are in the validation set."""
+    return HELD_OUT_BLOCK * (_HELD_OUT_EVERY - 1) + 1
 
 
 class ExpertTokens(NamedTuple):

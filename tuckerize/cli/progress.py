@@ -57,6 +57,10 @@ class TerminalProgress:
             self._bar.set_description_str(f"  {note}", refresh=False)
             self._bar.update(amount)
 
+    def note(self, text: str) -> None:
+        """Print a note, above the bar."""
+        tqdm.write(f"note: {text}", file=sys.stderr)
+
     def close(self) -> None:
         """End the work."""
         if self._bar is not None:

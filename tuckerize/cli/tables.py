@@ -194,6 +194,9 @@ def _show_inspect(report: InspectReport) -> None:
             ("hashes of files", f"not checked: run 'tuckerize check {report.model}'"),
         ]
     _print(_table(("", ""), rows, text_columns=2))
+    _print(
+        *(f"warning: {warning}" for warning in (report.tucker.warnings if report.tucker else ()))
+    )
 
 
 def _shape_text(shape: StackShape) -> str:
@@ -258,6 +261,7 @@ def _show_decompose(report: DecomposeReport) -> None:
         "residuals are of weights; output errors are relative, on held-out calibration tokens"
         if report.calibrated
         else "data-free: residuals are of weights; no calibration text was used",
+        *(f"warning: {warning}" for warning in report.warnings),
         f"wrote {report.output} in {_duration(report.seconds)}{resumed}",
     )
 
@@ -357,7 +361,7 @@ def _show_verify(report: VerifyReport) -> None:
             "-" if layer.output_error is None else f"{layer.output_error:.4f}",
             f"{layer.residual_recorded:.4f}",
             "-" if layer.residual_difference is None else f"{layer.residual_difference:.1e}",
-            "failed" if layer.failures else "ok",
+            "failed" if layer.failures else "warning" if layer.warnings else "ok",
         )
         for layer in report.layers
     ]
@@ -376,6 +380,8 @@ def _show_verify(report: VerifyReport) -> None:
     for layer in report.layers:
         for failure in layer.failures:
             _print(f"layer {layer.layer}: {failure}")
+        for warning in layer.warnings:
+            _print(f"warning: layer {layer.layer}: {warning}")
     _show_traffic(report)
     if report.device != "cpu":
         _print(f"{report.device} multiplies float32 matrices in {report.float32_products}")
@@ -383,7 +389,9 @@ def _show_verify(report: VerifyReport) -> None:
         why = f": {report.fused_unmet}" if report.fused_unmet else ""
         _print(f"dispatch of tokens to experts: {report.dispatch}{why}")
     what = "unsharded" if report.layout == "unsharded" else f"{_mesh(report)}, {report.layout}"
-    verdict = "passed" if report.passed else "FAILED"
+    doubtful = sum(bool(layer.warnings) for layer in report.layers)
+    warned = f" with warnings on {doubtful} layers" if doubtful else ""
+    verdict = f"passed{warned}" if report.passed else "FAILED"
     how = f"{report.device}, {report.dtype}, {report.tokens} tokens per layer"
     unseen = report.not_verified
     missed = f"; NOT verified: the shards {', '.join(unseen)}" if unseen else ""

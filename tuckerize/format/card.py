@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,23 @@ from huggingface_hub import CardData, ModelCard
 
 from tuckerize.checkpoint.files import write_text
 from tuckerize.format.manifest import TuckerManifest
+from tuckerize.format.warnings import warnings_of
 from tuckerize.version import INSTALL, __version__
 
 CARD = "README.md"
 SOURCE_CARD = "README.source.md"
 """File that keeps the card of the source."""
+
+# Raised by metadata of an unexpected form: a card that cannot be read must not stop anything.
+_ODD = (
+    ValueError,
+    TypeError,
+    AttributeError,
+    KeyError,
+    OverflowError,
+    RecursionError,
+    yaml.YAMLError,
+)
 
 # `copy_other_files` leaves it out, since it begins with the program's name.
 LOADER = "tuckerize_modeling"
@@ -134,15 +147,28 @@ def _card(source_card: str, manifest: TuckerManifest) -> str:
         if manifest.calibrated
         else "Data-free: no text was used.",
     )
-    card = ModelCard(f"---\n{{}}\n---\n{text}")
-    known = _facts_of(source_card)
-    tags = known.get("tags")
-    known["tags"] = sorted({*(tags if isinstance(tags, list) else ()), "tuckerize"})
-    known["library_name"] = "transformers"
+    text += "".join(f"\n> **Warning:** {warning}\n" for warning in warnings_of(manifest))
+    own: dict[str, Any] = {"library_name": "transformers"}
     if not Path(model).exists():
-        known["base_model"] = model
-    card.data = CardData(**known)
+        own["base_model"] = model
+    facts = _facts_of(source_card)
+    tags = facts.get("tags")
+    named = {str(tag) for tag in (tags if isinstance(tags, list) else ()) if _is_word(tag)}
+    try:
+        return _rendered(text, {**facts, **own, "tags": sorted({*named, "tuckerize"})})
+    except _ODD:
+        return _rendered(text, {**own, "tags": ["tuckerize"]})
+
+
+def _rendered(text: str, facts: dict[str, Any]) -> str:
+    card = ModelCard(f"---\n{{}}\n---\n{text}")
+    card.data = CardData(**facts)
     return str(card)
+
+
+def _is_word(tag: object) -> bool:
+    """Whether a tag is one word: text, a number or a date."""
+    return isinstance(tag, str | int | float | date) and not isinstance(tag, bool)
 
 
 def _facts_of(source_card: str) -> dict[str, Any]:
@@ -151,6 +177,6 @@ def _facts_of(source_card: str) -> dict[str, Any]:
         return {}
     try:
         facts: dict[str, Any] = ModelCard(source_card).data.to_dict()  # type: ignore[no-untyped-call]
-    except (ValueError, yaml.YAMLError):  # a card that cannot be read must not stop anything
+    except _ODD:
         return {}
     return facts

@@ -229,4 +229,6 @@ def _plan(
     source: SourceModel, recipe: Recipe, calibration: CalibrationPass | None, progress: Progress
 ) -> Plan:
     profiles = profiles_for(recipe, calibration, progress) if calibration else ()
-    return make_plan(source, recipe, profiles)
+    plan = make_plan(source, recipe, profiles)
+    is_validated = calibration is None or calibration.has_validation
+    return plan if is_validated else plan.without_predictions()

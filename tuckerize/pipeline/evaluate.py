@@ -32,6 +32,8 @@ from tuckerize.runtime.experts import Activation, TuckerExperts, activation_of
 
 _WINDOWS_AT_ONCE = 8
 _SEED = 0
+# Its exponential is finite.
+_MOST_NATS = 700.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +203,9 @@ def measure_perplexity(
         nats = _nats(own, model, windows.tokens_SL.to(device), progress, str(folder))
         size = measure_size(own.checkpoint.tensors, is_routed=own.family.is_routed)
         seconds = time.monotonic() - started
-        results.append(Evaluation(str(folder), nats, math.exp(nats), size, seconds))
+        results.append(
+            Evaluation(str(folder), nats, math.exp(min(nats, _MOST_NATS)), size, seconds)
+        )
     progress.close()
     count, length = windows.tokens_SL.shape
     return EvaluateReport(
@@ -223,6 +227,8 @@ def _nats(
             experts = experts_call(own.module(layer, model.device))
         with model.layer(layer, experts) as run:
             states = [run(part) for part in states]
+        if not all(bool(part.isfinite().all()) for part in states):
+            raise _not_finite(name, f"the hidden states after layer {layer}")
         progress.advance(1, f"{name}, layer {layer}")
     total = 0.0
     with model.head() as head:
@@ -231,4 +237,14 @@ def _nats(
                 logits_LV = head(hidden_LI[None])[0].float()
                 total += float(cross_entropy(logits_LV[:-1], tokens_L[1:], reduction="sum"))
     progress.advance(1, f"{name}, head")
+    if not math.isfinite(total):
+        raise _not_finite(name, "the predictions")
     return total / (tokens_SL.shape[0] * (tokens_SL.shape[1] - 1))
+
+
+def _not_finite(name: str, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{what} of {name} hold NaN or infinity",
+        hint="its weights are damaged or overflow: 'tuckerize check' tells for a Tucker "
+        "checkpoint; fetch or write the weights again",
+    )

@@ -14,6 +14,7 @@ from tuckerize.format.config import find_quantization
 from tuckerize.format.consistency import carries_loader, check_loadable
 from tuckerize.format.manifest import available_shardings
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
+from tuckerize.format.warnings import warnings_of
 from tuckerize.moe.source import SourceModel
 from tuckerize.planning.estimate import peak_bytes, seconds
 from tuckerize.planning.plan import Plan
@@ -133,6 +134,7 @@ def _describe_tucker(tucker: TuckerCheckpoint) -> InspectReport:
             largest_residual=max(stack.relative_residual for stack in manifest.stacks),
             shardings=tuple(available_shardings(tucker.folder)),
             carries_loader=carries_loader(tucker),
+            warnings=warnings_of(manifest),
             cores=manifest.cores,
         ),
     )

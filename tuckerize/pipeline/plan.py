@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from tuckerize.calibration.calibration_pass import CalibrationPass
+from tuckerize.calibration.tokens import fewest_tokens
 from tuckerize.checkpoint.hub import resolve_model
 from tuckerize.domain import Device
+from tuckerize.errors import UsageError
 from tuckerize.moe.source import SourceModel
 from tuckerize.parallel.backends import choose_device
 from tuckerize.planning.curve import kl_curve
@@ -63,4 +65,10 @@ def plan(request: PlanRequest, progress: Progress | None = None) -> CurveReport:
     source = SourceModel.open(resolve_model(str(request.model)))
     make_plan(source, recipe)  # refuse an impossible recipe before reading the text
     opened = CalibrationPass.open(source, recipe, choose_device(choice))
+    if not opened.has_validation:
+        raise UsageError(
+            f"{opened.windows_SL.numel()} calibration tokens leave none for validation, and "
+            "nothing can be predicted",
+            hint=f"use at least {fewest_tokens()} tokens: leave --calibration-tokens out",
+        )
     return kl_curve(recipe, opened, progress or SilentProgress())

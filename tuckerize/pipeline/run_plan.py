@@ -38,6 +38,7 @@ from tuckerize.format.manifest import (
     read_tucker_manifest,
     sealed,
 )
+from tuckerize.format.warnings import warnings_of
 from tuckerize.parallel.processes import Processes
 from tuckerize.planning.estimate import work
 from tuckerize.planning.plan import CopyPiece, Piece, Plan
@@ -140,6 +141,7 @@ def _report(
         ),
         predicted_kl=plan.predicted_kl,
         notes=tuple(notes),
+        warnings=warnings_of(manifest),
     )
 
 

@@ -84,6 +84,11 @@ class Plan:
     layer_pieces: tuple[LayerPiece, ...]
     predicted_kl: float | None = None
 
+    def without_predictions(self) -> Plan:
+        """The plan without errors that no validation set will be compared with."""
+        pieces = tuple(replace(piece, predicted_error=None) for piece in self.layer_pieces)
+        return replace(self, layer_pieces=pieces, predicted_kl=None)
+
     @property
     def pieces(self) -> tuple[Piece, ...]:
         """All pieces of work, in the order of their weight files."""

@@ -152,7 +152,7 @@ def test_every_command_as_json_prints_one_report_and_nothing_else(
     model = add_tokenizer(make_tiny_model(tmp_path / "model"))
     text = write_text(tmp_path / "text.txt", 4500)
     out, dense = tmp_path / "out", tmp_path / "dense"
-    few = ("--calibration-tokens", "1024")
+    few = ("--calibration-tokens", "8192")
     # A key of the report, and the arguments, in an order in which each finds what it needs.
     calls: dict[str, tuple[str, tuple[str | Path, ...]]] = {
         "doctor": ("versions", ()),

@@ -124,3 +124,30 @@ def test_restored_card_is_that_of_the_source(folders: tuple[Path, Path], present
     assert not (output / SOURCE_CARD).exists()
     assert (output / CARD).exists() == present
     assert not present or (output / CARD).read_text() == SOURCE
+
+
+@pytest.mark.parametrize(
+    ("front", "tags"),
+    [
+        ("tags: [moe, 2024]", ["2024", "moe", "tuckerize"]),
+        ("tags: [a, null]", ["a", "tuckerize"]),
+        ("tags: [2024-05-01, moe]", ["2024-05-01", "moe", "tuckerize"]),
+        ("tags: [1, {a: b}]", ["1", "tuckerize"]),
+        ("tags: 5", ["tuckerize"]),
+        ("tags: [true, moe]", ["moe", "tuckerize"]),
+        ("ignore_metadata_errors: true", ["tuckerize"]),
+        (f"a: 0x{'f' * 5000}", ["tuckerize"]),
+        ("1: 2", ["tuckerize"]),
+        ("model-index: 7", ["tuckerize"]),
+        ("a: &a [*a]", ["tuckerize"]),
+    ],
+)
+def test_odd_metadata_of_the_source_stops_nothing(
+    folders: tuple[Path, Path], front: str, tags: list[str]
+) -> None:
+    source, output = folders
+    (source / CARD).write_text(f"---\n{front}\n---\n# Source\n")
+    write_hub_files(source, output, manifest_of("tucker", "owner/name"), CONFIG)
+    facts = facts_of(output / CARD)
+    assert facts["tags"] == tags
+    assert (facts["base_model"], facts["library_name"]) == ("owner/name", "transformers")
