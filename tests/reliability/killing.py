@@ -1,8 +1,8 @@
 """Kill a command at a chosen change of the file system, in a forked child.
 
 Boundaries are counted below one folder: every open, rename, removal, mkdir, chmod and fsync, and
-every write, of which half is done. The parent never runs a command itself, so that it has no threads
-when it forks.
+every write, of which half is done. The parent never runs a command itself, so that it has no
+threads when it forks.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ largest number of points of a command, evenly spread over its boundaries.
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import signal
@@ -19,6 +20,17 @@ import pytest
 
 from tests.reliability.killing import in_child
 from tests.running import files_of
+
+# Imported once by the parent, rather than by each of its children.
+for module in (
+    "tuckerize.pipeline.decompose",
+    "tuckerize.pipeline.reconstruct",
+    "tuckerize.pipeline.shard",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.deepseek_v2.modeling_deepseek_v2",
+):
+    importlib.import_module(module)
 
 POINTS = int(os.environ.get("RELIABILITY_POINTS", "200"))
 RANDOM = 12
@@ -63,8 +75,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def make() -> None:
         from tests.tiny_models import add_tokenizer, make_tiny_model, write_text
 
-        sizes = {"experts": 4, "intermediate": 16, "hidden": 32, "layers": 3}
-        add_tokenizer(make_tiny_model(base / "new" / "model", shards=True, **sizes))
+        folder = base / "new" / "model"
+        add_tokenizer(make_tiny_model(folder, shards=True, experts=4, intermediate=16))
         write_text(base / "new" / "text.txt", 1000)
 
     assert in_child(make, base)[0] == 0
@@ -106,10 +118,8 @@ class Campaign:
 
     def points(self, most: int) -> list[int]:
         """Boundaries, evenly spread, with the first and the last."""
-        count = min(most, self.boundaries)
-        return sorted(
-            {1 + place * (self.boundaries - 1) // max(1, count - 1) for place in range(count)}
-        )
+        count, last = min(most, self.boundaries), self.boundaries - 1
+        return sorted({1 + place * last // max(1, count - 1) for place in range(count)})
 
 
 @pytest.mark.parametrize("name", COMMANDS)

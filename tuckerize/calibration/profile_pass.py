@@ -161,6 +161,7 @@ def profile_model(run: CalibrationPass, progress: Progress) -> list[LayerProfile
     layers = run.source.moe.layers
     known = [profile for layer in layers if (profile := cache.load(layer)) is not None]
     if len(known) == len(layers) and not any(math.isnan(p.sensitivity) for p in known):
+        cache.finish()
         return known
     progress.start(run.model.layers)
     start, states = cache.load_states(run.model.device)
