@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tuckerize.pipeline.generate import GenerateRequest, generate
     from tuckerize.pipeline.inspect import inspect
     from tuckerize.pipeline.plan import PlanRequest, plan
+    from tuckerize.pipeline.quantize import QuantizeRequest, quantize
     from tuckerize.pipeline.reconstruct import ReconstructRequest, reconstruct
     from tuckerize.pipeline.shard import ShardRequest, shard
     from tuckerize.pipeline.verify import VerifyRequest, verify
@@ -36,6 +37,7 @@ __all__ = [
     "EvaluateRequest",
     "GenerateRequest",
     "PlanRequest",
+    "QuantizeRequest",
     "ReconstructRequest",
     "ShardRequest",
     "VerifyRequest",
@@ -48,6 +50,7 @@ __all__ = [
     "inspect",
     "plan",
     "preview",
+    "quantize",
     "reconstruct",
     "shard",
     "verify",

@@ -224,6 +224,29 @@ class DecomposeReport:
 
 
 @dataclass(frozen=True, slots=True)
+class QuantizeReport:
+    """Result of quantising the cores of a Tucker checkpoint.
+
+    Attributes:
+        output: The new checkpoint.
+        cores: Encoding of its cores.
+        dense: Size of the dense model.
+        before: Size of the checkpoint that was quantised.
+        after: Size of the result.
+        largest_residual_before: Largest relative residual of a stack before (unitless).
+        largest_residual: The same after.
+    """
+
+    output: str
+    cores: CoreType
+    dense: Size
+    before: Size
+    after: Size
+    largest_residual_before: float
+    largest_residual: float
+
+
+@dataclass(frozen=True, slots=True)
 class LayoutCost:
     """Costs of one layout.
 

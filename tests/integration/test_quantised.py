@@ -15,16 +15,18 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from tests.running import torchrun
+from tests.running import files_of, succeed, torchrun
 from tests.tiny_models import add_tokenizer, make_tiny_model
 from tuckerize import (
     DecomposeRequest,
+    QuantizeRequest,
     ReconstructRequest,
     ShardRequest,
     VerifyRequest,
     decompose,
     inspect,
     preview,
+    quantize,
     reconstruct,
     shard,
     verify,
@@ -248,3 +250,37 @@ def test_tolerance_and_quantisation_exclude_each_other(source: Path, tmp_path: P
     )  # fmt: skip
     with pytest.raises(RecipeError, match="a tolerance is of cores that are not quantised"):
         decompose(request)
+
+
+@pytest.mark.parametrize("cores", ["w8", "w4"])
+def test_finished_checkpoint_is_quantised_to_the_same_bytes(
+    cores: str, source: Path, tmp_path: Path
+) -> None:
+    """Where decompose did not see float32 cores: all modes full."""
+    plain, direct = tmp_path / "plain", tmp_path / "direct"
+    decompose(DecomposeRequest(model=source, output=plain, rank="full,full,full"))
+    decompose(DecomposeRequest(model=source, output=direct, rank="full,full,full", quantize=cores))
+    report = quantize(QuantizeRequest(folder=plain, output=tmp_path / "out", cores=cores))
+    found, expected = files_of(tmp_path / "out"), files_of(direct)
+    for files in (found, expected):
+        manifest = json.loads(files.pop(MANIFEST))
+        assert manifest["recipe"].pop("quantize") == cores
+        assert manifest["cores"] == cores
+    assert found == expected
+    assert report.largest_residual > report.largest_residual_before == 0
+    assert report.after == inspect(tmp_path / "out").size
+
+
+def test_calibrated_checkpoint_is_quantised_and_verified(
+    outputs: dict[str, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    succeed("quantize", outputs["calibrated"], "--output", out)
+    assert verify(VerifyRequest(folder=out)).passed
+    old, new = (TuckerCheckpoint.open(f).manifest for f in (outputs["calibrated"], out))
+    assert all(record.output_error is None for record in new.calibrated)
+    assert [record.kept for record in new.calibrated] == [record.kept for record in old.calibrated]
+    assert new.after.routed_parameters == old.after.routed_parameters
+    assert new.after.routed_bytes < 0.4 * old.after.routed_bytes
+    with pytest.raises(UsageError, match="are quantised already, as w4"):
+        quantize(QuantizeRequest(folder=out, output=tmp_path / "again"))

@@ -281,6 +281,26 @@ def test_any_engine_runs_without_the_plugin(
     assert_as_in_transformers(found, stock)
 
 
+@pytest.mark.parametrize("cores", ["w8", "w4"])
+def test_quantised_cores_are_computed_as_transformers_does(cores: str, tmp_path: Path) -> None:
+    """Packed in memory, for one worker and for two that share 72 neurons as 64 and 8."""
+    model = make_tiny_family(tmp_path / "dense", "qwen3_moe", neurons=72)
+    size = ("--rank", "full,full,40", "--joint", "gate_up")
+    plain = decompose(model, tmp_path / "plain", *size)
+    checkpoint = decompose(model, tmp_path / cores, *size, "--quantize", cores)
+    expected, found = run([plain, checkpoint])
+    assert found["kernels"] == [["TuckerMoEMethod"] * 2]
+    assert_as_in_transformers(found, checkpoint)
+    sizes = [
+        json.loads((folder / "tuckerize.json").read_text())["after"]["total_bytes"]
+        for folder in (plain, checkpoint)
+    ]
+    saved = expected["bytes"][0] - found["bytes"][0]
+    assert saved == pytest.approx(sizes[0] - sizes[1], rel=0.1)
+    [shared] = run([checkpoint], "--tp", "2")
+    assert_same_up_to_ties(shared, found, EXACT)
+
+
 @contextmanager
 def served(folder: Path, dtype: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """vLLM's OpenAI-compatible server on a free port; yields its address."""

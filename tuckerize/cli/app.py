@@ -12,7 +12,7 @@ import typer
 
 from tuckerize.cli import options
 from tuckerize.cli.boundary import NO, boundary
-from tuckerize.domain import Device, Dtype
+from tuckerize.domain import CoreType, Device, Dtype
 from tuckerize.errors import UsageError
 from tuckerize.version import __version__
 
@@ -210,12 +210,7 @@ def shard(
 @boundary
 def verify(
     folder: options.TuckerFolder,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL", help="Source model; by default the one that decompose was given."
-        ),
-    ] = None,
+    model: options.SourceModel = None,
     tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens for each layer.")] = 64,
     layers: Annotated[
         str | None, typer.Option(metavar="LAYERS", help="Layers like 1-3,7; all by default.")
@@ -291,6 +286,35 @@ def check(folder: options.TuckerFolder, as_json: options.AsJson = False) -> None
     show(report, as_json=as_json)
     if not report.passed:
         raise SystemExit(NO)
+
+
+@app.command()
+@boundary
+def quantize(
+    folder: options.TuckerFolder,
+    output: options.DenseOutput,
+    cores: options.Cores = CoreType.W4,
+    model: options.SourceModel = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Quantise the cores of a Tucker checkpoint.
+
+    Rounds to nearest; decompose --quantize with --calibration loses less.
+
+    Example: tuckerize quantize OUT --output OUT4
+    """
+    from tuckerize.cli.progress import TerminalProgress
+    from tuckerize.cli.tables import show
+    from tuckerize.pipeline.quantize import QuantizeRequest
+    from tuckerize.pipeline.quantize import quantize as run
+
+    request = QuantizeRequest(
+        folder=folder, output=output, cores=cores, model=model, overwrite=overwrite
+    )
+    with TerminalProgress() as progress:
+        report = run(request, progress)
+    show(report, as_json=as_json)
 
 
 @app.command()

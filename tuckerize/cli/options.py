@@ -27,6 +27,14 @@ Model = Annotated[str, typer.Option(metavar="MODEL", help=_MODEL)]
 TuckerFolder = Annotated[
     Path, typer.Argument(metavar="FOLDER", help="Tucker checkpoint that decompose wrote.")
 ]
+SourceModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="MODEL",
+        help="Source model; by default the one that decompose was given.",
+    ),
+]
 
 # Size
 Keep = Annotated[
@@ -113,6 +121,13 @@ DequantizeRest = Annotated[
         "--dequantize-rest",
         help="Write what is not compressed dense, in --dtype, where the source has it quantized.",
         rich_help_panel=STACKS,
+    ),
+]
+Cores = Annotated[
+    CoreType,
+    typer.Option(
+        "--cores",
+        help="4 bits with a scale per 32 inputs, or 8 bits with one per output.",
     ),
 ]
 MaxSweeps = Annotated[

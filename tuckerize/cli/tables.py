@@ -23,6 +23,7 @@ from tuckerize.report import (
     EvaluateReport,
     InspectReport,
     PlanReport,
+    QuantizeReport,
     ReconstructReport,
     ShardReport,
     VerifyReport,
@@ -37,6 +38,7 @@ Report = (
     | ShardReport
     | CheckReport
     | VerifyReport
+    | QuantizeReport
     | ReconstructReport
     | EvaluateReport
     | DoctorReport
@@ -52,7 +54,7 @@ _GAP = 3
 _CORE_SIZES = "* core sizes of the expert, the intermediate and the hidden mode: r_E,r_H,r_I"
 
 
-def show(report: Report, *, as_json: bool) -> None:  # noqa: C901 one case per report
+def show(report: Report, *, as_json: bool) -> None:  # noqa: C901, PLR0912 one case per report
     """Print a report to stdout: as JSON, or as tables after its notes, which go to stderr."""
     if as_json:
         Console(soft_wrap=True, highlight=False, markup=False, emoji=False).print(
@@ -76,6 +78,8 @@ def show(report: Report, *, as_json: bool) -> None:  # noqa: C901 one case per r
             _show_check(report)
         case VerifyReport():
             _show_verify(report)
+        case QuantizeReport():
+            _show_quantize(report)
         case ReconstructReport():
             _show_reconstruct(report)
         case EvaluateReport():
@@ -412,6 +416,25 @@ def _show_traffic(report: VerifyReport) -> None:
     if rows:
         header = ("bytes sent per token and process", "counted", "predicted", "dense, Megatron")
         _print(_table(header, rows))
+
+
+def _show_quantize(report: QuantizeReport) -> None:
+    before, after = report.before, report.after
+    rows = [
+        (
+            "bits per weight",
+            f"{before.bits_per_weight(report.dense):.2f}",
+            f"{after.bits_per_weight(report.dense):.2f}",
+        ),
+        ("all bytes", size_text(before.total_bytes), size_text(after.total_bytes)),
+        (
+            "largest residual",
+            f"{report.largest_residual_before:.4f}",
+            f"{report.largest_residual:.4f}",
+        ),
+    ]
+    _print(_table(("", "before", "after"), rows))
+    _print(f"wrote {report.output}, cores {report.cores}, rounded to nearest")
 
 
 def _show_reconstruct(report: ReconstructReport) -> None:

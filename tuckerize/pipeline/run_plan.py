@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,13 +12,11 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from tuckerize.calibration.calibration_pass import CalibrationPass, SavedStates, experts_call
-from tuckerize.checkpoint.files import FileRecord, describe_file, sha256_of, write_json
+from tuckerize.checkpoint.files import FileRecord, describe_file, sha256_of
 from tuckerize.checkpoint.identity import identities
-from tuckerize.checkpoint.other_files import copy_other_files
 from tuckerize.checkpoint.output import OutputFolder
-from tuckerize.checkpoint.reader import WeightFile, measure_size
-from tuckerize.checkpoint.weight_set import CONFIG, INDEX
-from tuckerize.checkpoint.writer import copy_tensors, write_dense, write_index
+from tuckerize.checkpoint.weight_set import CONFIG
+from tuckerize.checkpoint.writer import copy_tensors, write_dense
 from tuckerize.compression.calibrated import compress_layer
 from tuckerize.compression.data_free import decompose_piece
 from tuckerize.compression.factors import LayerFactors
@@ -28,18 +25,16 @@ from tuckerize.compression.target import LayerPiece
 from tuckerize.compression.write import write_piece
 from tuckerize.domain import StackResult
 from tuckerize.errors import CheckpointError
-from tuckerize.format.card import with_loader, write_hub_files
-from tuckerize.format.config import TuckerQuantization, with_quantization
 from tuckerize.format.manifest import (
     LayerRecord,
     LayoutRecord,
     SourceRecord,
     TuckerManifest,
     read_tucker_manifest,
-    sealed,
 )
 from tuckerize.format.warnings import warnings_of
 from tuckerize.parallel.processes import Processes
+from tuckerize.pipeline.finish import finish_checkpoint, size_of_files
 from tuckerize.planning.estimate import work
 from tuckerize.planning.plan import CopyPiece, Piece, Plan
 from tuckerize.progress import Progress
@@ -292,13 +287,8 @@ def _finish(plan: Plan, folder: OutputFolder, model: str) -> TuckerManifest:
     calibrated = [LayerRecord(**r["calibrated"]) for r in records if "calibrated" in r]
     stacks = [stack for record in records for stack in read(record.get("stacks", []))]
     stacks.sort(key=lambda stack: (stack.layer, stack.group))
-    output, source, moe = folder.folder, plan.source.checkpoint, plan.source.moe
-    others = copy_other_files(source.folder, output)
-    opened = [WeightFile.open(output / file.name) for file in files]
-    headers = {name: place.header for file in opened for name, place in file.tensors.items()}
-    rest = None
-    if not plan.recipe.dequantize_rest:
-        rest, headers = plan.source.rest(plan.layers), source.dense_headers(headers)
+    source, moe = plan.source.checkpoint, plan.source.moe
+    rest = None if plan.recipe.dequantize_rest else plan.source.rest(plan.layers)
     manifest = TuckerManifest(
         tuckerize_version=__version__,
         family=moe.family.model_type,
@@ -318,22 +308,14 @@ def _finish(plan: Plan, folder: OutputFolder, model: str) -> TuckerManifest:
         stacks=tuple(stacks),
         calibrated=tuple(calibrated),
         before=plan.source.size,
-        after=measure_size(
-            headers,
-            is_routed=moe.is_routed,
-            quantised_parameters=sum(math.prod(stack.multilinear_rank) for stack in stacks)
-            if plan.weights.cores
-            else 0,
+        after=size_of_files(
+            folder.folder,
+            files,
+            stacks,
+            plan.source,
+            plan.weights.cores,
+            dense=plan.recipe.dequantize_rest,
         ),
         files=tuple(files),
     )
-    config = source.config
-    quantization = TuckerQuantization.of(manifest, moe.family, rest)
-    write_json(output / CONFIG, with_quantization(with_loader(config), quantization))
-    others += write_hub_files(source.folder, output, manifest, config)
-    write_index(output, opened)
-    names = sorted({*others, CONFIG, INDEX})
-    recorded = tuple(describe_file(output / name) for name in names)
-    manifest = manifest.model_copy(update={"other_files": recorded})
-    folder.finish(sealed(manifest))
-    return manifest
+    return finish_checkpoint(folder, plan.source, manifest, rest)

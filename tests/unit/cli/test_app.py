@@ -161,6 +161,7 @@ def test_every_command_as_json_prints_one_report_and_nothing_else(
         "shard": ("costs", (out, "--tp", "2")),
         "check": ("faults", (out,)),
         "verify": ("passed", (out, "--tokens", "4")),
+        "quantize": ("largest_residual_before", (out, "--output", tmp_path / "out4")),
         "reconstruct": ("layers", (out, "--output", dense)),
         "inspect": ("largest_residual", (out,)),
         "evaluate": ("perplexity", (out, "--text", text, "--tokens", "1024")),
