@@ -314,7 +314,7 @@ def _finish(plan: Plan, folder: OutputFolder, model: str) -> TuckerManifest:
             stacks,
             plan.source,
             plan.weights.cores,
-            dense=plan.recipe.dequantize_rest,
+            dense=bool(plan.recipe.dequantize_rest),
         ),
         files=tuple(files),
     )
