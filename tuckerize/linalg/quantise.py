@@ -48,8 +48,9 @@ class QuantisedMatrices:
 
     def dequantised(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Values, shape (..., O, K); exact in float32 where scales have 16 bits."""
-        scales = _per_column(self.scales.to(dtype), self.codes.shape[-1], self.core_type)
-        return self.codes.to(dtype) * scales
+        columns = self.codes.shape[-1]
+        grouped = _grouped(self.codes.to(dtype), self.core_type.group_size or columns)
+        return (grouped * self.scales.to(dtype).unsqueeze(-1)).flatten(-2)[..., :columns]
 
     def of_expert(self, expert: int) -> QuantisedMatrices:
         """One of the matrices."""
@@ -116,10 +117,10 @@ def unpack(words: Tensor, core_type: CoreType, columns: int) -> Tensor:
         columns: Number of codes in a row.
     """
     bits = core_type.bits
-    shifts = torch.arange(0, _WORD_BITS, bits, dtype=torch.int32, device=words.device)
-    offset: Tensor = (words.unsqueeze(-1) >> shifts) & (2**bits - 1)
-    codes: Tensor = offset.flatten(-2)[..., :columns] - 2 ** (bits - 1)
-    return codes.to(torch.int8)
+    read = words.contiguous().view(torch.uint8)  # the lowest bits first
+    parts = [(read >> place) & (2**bits - 1) for place in range(0, 8, bits)]
+    offset = torch.stack(parts, -1).flatten(-2)
+    return offset[..., :columns].view(torch.int8) - 2 ** (bits - 1)
 
 
 Found = tuple[Tensor, Tensor]
