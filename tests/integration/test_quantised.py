@@ -19,11 +19,13 @@ from tests.running import files_of, succeed, torchrun
 from tests.tiny_models import add_tokenizer, make_tiny_model
 from tuckerize import (
     DecomposeRequest,
+    EvaluateRequest,
     QuantizeRequest,
     ReconstructRequest,
     ShardRequest,
     VerifyRequest,
     decompose,
+    evaluate,
     inspect,
     preview,
     quantize,
@@ -178,6 +180,14 @@ def test_bits_per_weight_count_everything_that_is_stored(
     stored = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     dense = 2 * 3 * 4 * 72 * 80
     assert found.size.bits_per_weight(found.tucker.before) == 8 * stored / dense
+
+
+def test_evaluate_counts_the_parameters_that_codes_stand_for(
+    outputs: dict[str, Path], text: Path
+) -> None:
+    found = evaluate(EvaluateRequest(model=outputs["w4"], text=str(text), tokens=1024)).results[0]
+    assert found.size == inspect(outputs["w4"]).size
+    assert found.size.routed_parameters > 0.65 * 2 * 3 * 4 * 72 * 80
 
 
 def test_quantisation_for_the_inputs_adds_little_to_the_output_error(

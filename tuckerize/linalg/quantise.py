@@ -120,7 +120,8 @@ def unpack(words: Tensor, core_type: CoreType, columns: int) -> Tensor:
     read = words.contiguous().view(torch.uint8)  # the lowest bits first
     parts = [(read >> place) & (2**bits - 1) for place in range(0, 8, bits)]
     offset = torch.stack(parts, -1).flatten(-2)
-    return offset[..., :columns].view(torch.int8) - 2 ** (bits - 1)
+    codes: Tensor = offset[..., :columns].view(torch.int8) - 2 ** (bits - 1)
+    return codes
 
 
 Found = tuple[Tensor, Tensor]

@@ -18,7 +18,7 @@ from tuckerize.calibration.text import parse_source, read_windows
 from tuckerize.checkpoint.hub import resolve_model
 from tuckerize.checkpoint.output import MANIFEST
 from tuckerize.checkpoint.reader import Checkpoint, measure_size
-from tuckerize.domain import Device, Projection
+from tuckerize.domain import Device, Projection, Size
 from tuckerize.errors import CheckpointError
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 from tuckerize.moe.family import Family
@@ -53,6 +53,13 @@ class Evaluated:
     activation: Activation
     tucker: TuckerCheckpoint | None
     dense: SourceModel | None
+
+    @property
+    def size(self) -> Size:
+        """Its parameters and bytes."""
+        if self.tucker is not None:
+            return self.tucker.manifest.after
+        return measure_size(self.checkpoint.tensors, is_routed=self.family.is_routed)
 
     def module(self, layer: int, device: torch.device) -> TuckerExperts:
         """The routed experts of a layer, factored or dense, in float32 besides quantised cores.
@@ -201,10 +208,9 @@ def measure_perplexity(
     for folder, own, model in zip(folders, opened, models, strict=True):
         started = time.monotonic()
         nats = _nats(own, model, windows.tokens_SL.to(device), progress, str(folder))
-        size = measure_size(own.checkpoint.tensors, is_routed=own.family.is_routed)
         seconds = time.monotonic() - started
         results.append(
-            Evaluation(str(folder), nats, math.exp(min(nats, _MOST_NATS)), size, seconds)
+            Evaluation(str(folder), nats, math.exp(min(nats, _MOST_NATS)), own.size, seconds)
         )
     progress.close()
     count, length = windows.tokens_SL.shape
