@@ -71,7 +71,7 @@ def test_requests_are_frozen() -> None:
                 model="m", output="o", keep=0.5, calibration={"texts": ["a"], "shape": "wide"}
             ),
             RecipeError,
-            "calibration.shape wide is not one of: auto, latent, neurons, full",
+            "calibration.shape wide is not one of: auto, latent, neurons, narrow-latent, full",
         ),
     ],
 )
