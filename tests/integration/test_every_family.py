@@ -22,12 +22,14 @@ from tuckerize import (
     VerifyRequest,
     decompose,
     evaluate,
+    inspect,
     reconstruct,
     shard,
     verify,
 )
 from tuckerize.calibration.stream import StreamedModel
-from tuckerize.checkpoint.weight_set import SINGLE_FILE
+from tuckerize.checkpoint.files import read_json_object, write_json
+from tuckerize.checkpoint.weight_set import CONFIG, SINGLE_FILE
 from tuckerize.domain import Projection
 from tuckerize.errors import CheckpointError
 from tuckerize.moe.routing import Router, route
@@ -198,6 +200,22 @@ def test_layout_is_that_of_the_tensors(
     torch.testing.assert_close(found, logits(load(tmp_path / "plain")), rtol=1e-4, atol=1e-5)
     reconstruct(ReconstructRequest(folder=tmp_path / "out", output=tmp_path / "dense"))
     assert_equal_weights(tmp_path / "dense", weights(model))
+
+
+def test_layer_after_the_last_one_is_copied(tmp_path: Path) -> None:
+    """DeepSeek-V3 and GLM-4.5 predict further tokens by a layer that transformers leaves out."""
+    model, out, dense = (tmp_path / name for name in ("model", "out", "dense"))
+    make_family(model, "deepseek_v3", num_hidden_layers=3)
+    config = read_json_object(model / CONFIG)
+    write_json(model / CONFIG, config | {"num_hidden_layers": 2})
+    decompose(DecomposeRequest(model=model, rank=FULL, output=out))
+    assert inspect(out).layers == inspect(model).layers == (1,)
+    before, after = weights(model), weights(out)
+    further = [name for name in before if name.startswith("model.layers.2.mlp.experts")]
+    assert all(torch.equal(after[name], before[name]) for name in further)
+    torch.testing.assert_close(logits(load(out)), logits(load(model)), rtol=1e-4, atol=1e-5)
+    reconstruct(ReconstructRequest(folder=out, output=dense))
+    assert_equal_weights(dense, before)
 
 
 def test_router_without_its_correction_reads_as_none(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ class TuckerCheckpoint:
             for name, header in self.checkpoint.tensors.items()
             if self.family.layer_of(name) not in self.manifest.layers
         }
-        if not any(map(self.family.is_routed, tensors)):
+        if not self.family.moe_layers(self.config, tensors):
             return None
         config = without_quantization(self.config)
         return SourceModel.open(replace(self.checkpoint, config=config, tensors=tensors))

@@ -30,10 +30,7 @@ def describe_moe(config: Config, tensors: Mapping[str, TensorHeader]) -> MoeMode
     family = _family(config, tensors)
     row = family.row
     text = text_config(config)
-    found = {layer for name in tensors if (layer := family.layer_of(name)) is not None}
-    # Layers after the last one predict further tokens: no engine runs them as part of the model.
-    last = text.get("num_hidden_layers")
-    layers = tuple(sorted(layer for layer in found if not isinstance(last, int) or layer < last))
+    layers = family.moe_layers(config, tensors)
     if not layers:
         raise CheckpointError(
             f"no tensor is named like the routed experts of {family.model_type} "

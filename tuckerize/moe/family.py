@@ -7,7 +7,7 @@ checkpoint has is decided by its tensors: `Family` is the row with that decision
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -154,6 +154,15 @@ class Family:
     def is_routed(self, name: str) -> bool:
         """Whether a tensor, dense or factored, belongs to routed experts."""
         return self.layer_of(name) is not None
+
+    def moe_layers(self, config: Config, names: Iterable[str]) -> tuple[int, ...]:
+        """Indices of the model's layers that have routed experts among tensors of some names.
+
+        Layers after the last one predict further tokens: no engine runs them as part of the model.
+        """
+        last = text_config(config).get("num_hidden_layers")
+        found = {layer for name in names if (layer := self.layer_of(name)) is not None}
+        return tuple(sorted(layer for layer in found if not isinstance(last, int) or layer < last))
 
 
 @cache

@@ -117,11 +117,11 @@ def _describe_piece(plan: Plan, piece: LayerPiece) -> list[StackPlan]:
 def _describe_tucker(tucker: TuckerCheckpoint) -> InspectReport:
     check_loadable(tucker)
     manifest = tucker.manifest
-    layers = {tucker.family.layer_of(name) for name in tucker.checkpoint.tensors}
+    layers = tucker.family.moe_layers(tucker.config, tucker.checkpoint.tensors)
     return InspectReport(
         model=str(tucker.folder),
         family=manifest.family,
-        layers=tuple(sorted(layer for layer in layers if layer is not None)),
+        layers=layers,
         shape=manifest.shape,
         top_k=tucker.family.routing(tucker.config).top_k,
         shared_experts=tucker.family.shared_experts(tucker.config),
