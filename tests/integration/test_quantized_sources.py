@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tests.quantized_models import FORMATS, quantize_model
-from tests.tiny_models import add_tokenizer, make_tiny_model
+from tests.running import run_here
+from tests.tiny_models import add_tokenizer, make_tiny_model, write_text
 from tuckerize import (
     DecomposeRequest,
+    EvaluateRequest,
+    GenerateRequest,
     ReconstructRequest,
+    ShardRequest,
+    VerifyRequest,
     decompose,
+    evaluate,
+    generate,
     inspect,
     preview,
     reconstruct,
+    shard,
+    verify,
 )
-from tuckerize.checkpoint.files import read_json_object
+from tuckerize.calibration.text import parse_source, read_windows
+from tuckerize.checkpoint.files import read_json_object, write_json
 from tuckerize.domain import Projection
+from tuckerize.errors import CheckpointError
 from tuckerize.moe.source import SourceModel
 
 FULL = "full,full,full"
+ANNOUNCED = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
 
 
 # compressed-tensors computes them in bfloat16, whatever the model's type.
@@ -164,3 +178,91 @@ def test_experts_alone_quantized_leave_a_plain_rest(
     headers = SourceModel.open(tmp_path / "q").checkpoint.tensors
     routed = sum(header.bytes for name, header in headers.items() if ".experts." in name)
     assert report.before.routed_bytes == routed < SourceModel.open(model).size.routed_bytes / 3
+
+
+def test_whole_job_on_an_fp8_source(plain: dict[torch.dtype, Path], tmp_path: Path) -> None:
+    source, out, dense = (tmp_path / name for name in ("q", "out", "dense"))
+    quantize_model(plain[torch.bfloat16], source, "fp8")
+    text = write_text(tmp_path / "text.txt", 4000)
+    settings = {"texts": [str(text)], "tokens": 2048, "window": 64, "refine": 5, "multiple": 8}
+    report = decompose(DecomposeRequest(model=source, output=out, keep=0.75, calibration=settings))
+    assert report is not None
+    assert report.after.routed_parameters <= 0.75 * report.before.routed_parameters
+    shard(ShardRequest(folder=out, tp=1))
+    assert verify(VerifyRequest(folder=out)).passed
+    reconstruct(ReconstructRequest(folder=out, output=dense))
+    # The same model three times: streamed with FP8 attention, streamed dense, and in transformers.
+    request = EvaluateRequest(model=out, against=dense, text=text, tokens=512, window=64)
+    of_dense, of_out = (result.nats for result in evaluate(request).results)
+    assert of_out == pytest.approx(of_dense, rel=1e-3)
+    assert float((logits_of(out) - logits_of(dense)).norm() / logits_of(dense).norm()) < 0.05
+    assert generate(GenerateRequest(folder=out, prompt="1 2 3", tokens=4)).split()
+
+
+def test_stream_of_a_quantized_source_is_transformers_own_pass(
+    plain: dict[torch.dtype, Path], tmp_path: Path
+) -> None:
+    source = tmp_path / "q"
+    quantize_model(plain[torch.float32], source, "fp8")
+    text = write_text(tmp_path / "text.txt", 400)
+    [found] = evaluate(EvaluateRequest(model=source, text=text, tokens=256, window=64)).results
+    windows = read_windows([parse_source(str(text))], source, tokens=256, window=64, seed=0)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    with torch.no_grad():
+        losses = [model(row[None], labels=row[None]).loss for row in windows.tokens_SL]
+    assert found.nats == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
+    assert found.size == SourceModel.open(source).size
+
+
+def test_stale_announcement_is_ignored_with_a_note(
+    plain: dict[torch.dtype, Path], tmp_path: Path
+) -> None:
+    model, out = tmp_path / "m", tmp_path / "out"
+    shutil.copytree(plain[torch.bfloat16], model)
+    config = read_json_object(model / "config.json")
+    write_json(model / "config.json", {**config, **ANNOUNCED})
+    [note] = inspect(model).notes
+    assert "quantization_config is ignored" in note
+    assert f"note: {note}" in run_here("inspect", model).stderr
+    report = decompose(DecomposeRequest(model=model, output=out, rank=FULL))
+    assert report is not None
+    assert report.notes == (note,)
+    assert "rest" not in read_json_object(out / "config.json")["quantization_config"]
+    assert torch.isfinite(logits_of(out)).all()
+
+
+def test_experts_with_foreign_scales_are_named(
+    plain: dict[torch.dtype, Path], tmp_path: Path
+) -> None:
+    source = tmp_path / "q"
+    quantize_model(plain[torch.bfloat16], source, "fp8")
+    tensors = stored_tensors(source)
+    tensors["model.layers.2.mlp.experts.5.up_proj.weight_scale_inv"] *= 100
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    report = decompose(DecomposeRequest(model=source, output=tmp_path / "out", rank=FULL))
+    assert report is not None
+    [note] = report.notes
+    assert note.startswith("layer 2, expert 5: the rms of up_proj is ")
+
+
+def test_without_a_description_the_rest_must_be_dequantized(
+    plain: dict[torch.dtype, Path], tmp_path: Path
+) -> None:
+    source = tmp_path / "q"
+    quantize_model(plain[torch.bfloat16], source, "fp8")
+    config = read_json_object(source / "config.json")
+    del config["quantization_config"]
+    write_json(source / "config.json", config)
+    assert inspect(source).coding == "FP8"
+    request = DecomposeRequest(model=source, output=tmp_path / "out", rank=FULL)
+    with pytest.raises(CheckpointError, match="no quantization_config to say so") as caught:
+        decompose(request)
+    assert "--dequantize-rest" in caught.value.hint
+    assert decompose(replace(request, dequantize_rest=True)) is not None
+
+
+def test_tucker_checkpoint_is_no_source(plain: dict[torch.dtype, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    decompose(DecomposeRequest(model=plain[torch.bfloat16], output=out, rank=FULL))
+    with pytest.raises(CheckpointError, match="is a Tucker checkpoint"):
+        decompose(DecomposeRequest(model=out, output=tmp_path / "again", rank=FULL))
