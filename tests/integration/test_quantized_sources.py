@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.utils.quantization_config import CompressedTensorsConfig
 
 from tests.quantized_models import FORMATS, quantize_model
 from tests.running import run_here
@@ -41,6 +43,9 @@ FULL = "full,full,full"
 ANNOUNCED = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
 
 
+# Later releases of transformers dequantize these when they load them, and leave activations alone.
+ROUNDS_ACTIVATIONS = "dequantize" not in signature(CompressedTensorsConfig).parameters
+WITH_ACTIVATIONS = ("float-quantized", "int-quantized")
 # compressed-tensors computes them in bfloat16, whatever the model's type.
 IN_BFLOAT16 = ("nvfp4-pack-quantized", "mxfp4-pack-quantized")
 
@@ -123,6 +128,7 @@ def test_rest_keeps_its_format_and_loads(
     assert "quantization_config" not in read_json_object(tmp_path / "dense" / "config.json")
     expected, logits = logits_of(tmp_path / "dense"), logits_of(out)
     bound = 0.05 if kind in IN_BFLOAT16 else 1e-5
+    bound = 0.15 if kind in WITH_ACTIVATIONS and ROUNDS_ACTIVATIONS else bound
     assert float((logits - expected).norm()) < bound * float(expected.norm())
 
 
@@ -136,7 +142,8 @@ def test_saved_again_it_is_dense_besides_the_factors(
     AutoModelForCausalLM.from_pretrained(out).save_pretrained(tmp_path / "again")
     announced = read_json_object(tmp_path / "again" / "config.json")["quantization_config"]
     assert "rest" not in announced
-    assert {t.dtype for t in stored_tensors(tmp_path / "again").values()} == {torch.float32}
+    saved = stored_tensors(tmp_path / "again").values()
+    assert {t.dtype for t in saved if t.numel() > 2} == {torch.float32}  # 5.14 keeps `weight_shape`
     assert torch.equal(logits_of(tmp_path / "again"), logits_of(out))
 
 

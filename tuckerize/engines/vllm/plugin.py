@@ -18,7 +18,10 @@ from torch import Tensor, nn
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization import (
+    get_quantization_config,
+    register_quantization_config,
+)
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.models.utils import WeightsMapper
 
@@ -42,6 +45,8 @@ _SHORT_NAMES: Mapping[str, str] = {
 class TuckerConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not installed here
     """`quantization_config` of a Tucker checkpoint, see docs/reference/format.md.
 
+    What else is quantized, where the source was, is left to the engine's own method.
+
     Args:
         tucker: Its contents.
     """
@@ -49,6 +54,10 @@ class TuckerConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not ins
     def __init__(self, tucker: TuckerQuantization) -> None:
         super().__init__()
         self.tucker = tucker
+        self.rest: Any = None
+        if tucker.rest:
+            method = get_quantization_config(str(tucker.rest["quant_method"]))
+            self.rest = method.from_config(dict(tucker.rest))
 
     @classmethod
     def get_name(cls) -> str:
@@ -79,10 +88,9 @@ class TuckerConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not ins
         """
         return cls(TuckerQuantization.parse(config))
 
-    @staticmethod
-    def get_checkpoint_weight_mapper() -> WeightsMapper:
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:
         """Map of names in the checkpoint to names of parameters."""
-        return WeightsMapper(
+        own = WeightsMapper(
             orig_to_new_regex={
                 re.compile(rf"\.experts\.({GROUP_PATTERN})\.{long}\."): (
                     rf".experts.routed_experts.\1.{short}."
@@ -90,6 +98,17 @@ class TuckerConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not ins
                 for long, short in _SHORT_NAMES.items()
             }
         )
+        return own | self.rest.get_checkpoint_weight_mapper() if self.rest else own
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        """Rename the modules that the method of what is not factored knows."""
+        if self.rest:
+            self.rest.apply_vllm_mapper(hf_to_vllm_mapper)
+
+    def maybe_update_config(self, *given: Any, **named: Any) -> None:  # noqa: ANN401
+        """Update the method of what is not factored."""
+        if self.rest:
+            self.rest.maybe_update_config(*given, **named)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Name the factored modules as the engine does, where its model has other names.
@@ -101,18 +120,22 @@ class TuckerConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not ins
         self.tucker = replace(self.tucker, modules=modules)
 
     def get_quant_method(self, layer: Any, prefix: str, **ascend: Any) -> Any:  # noqa: ANN401
-        """Method that computes a layer; None, the engine's own, for all that is not factored.
+        """Method that computes a layer; None, the engine's own, for what was never quantized.
 
         Args:
             layer: The layer.
             prefix: Its name.
             **ascend: Arguments of vllm-ascend for its MoE layers that vLLM lacks: `tid2eid`.
         """
+        is_moe = hasattr(layer, "moe_config")
+        groups = self.tucker.modules.get(prefix) if is_moe else None
+        if groups is None and self.rest:
+            self.rest.packed_modules_mapping = self.packed_modules_mapping
+            return self.rest.get_quant_method(layer, prefix, **ascend)
         if isinstance(layer, LinearBase):
             return UnquantizedLinearMethod()
-        if not hasattr(layer, "moe_config"):
+        if not is_moe:
             return None
-        groups = self.tucker.modules.get(prefix)
         if groups is None:
             return dense_method(layer.moe_config, **ascend) if ascend else None
         method = getattr(layer, "quant_method", None)  # it has one where it is asked again
