@@ -147,6 +147,20 @@ def test_saved_again_it_is_dense_besides_the_factors(
     assert torch.equal(logits_of(tmp_path / "again"), logits_of(out))
 
 
+@pytest.mark.parametrize("cores", ["w8", "w4"])
+@pytest.mark.parametrize("kind", ["fp8", "pack-quantized", "int-quantized"])
+def test_quantised_cores_load_beside_a_quantized_rest(
+    plain: dict[torch.dtype, Path], tmp_path: Path, kind: str, cores: str
+) -> None:
+    out = tmp_path / "out"
+    quantize_model(plain[torch.float32], tmp_path / "q", kind)
+    decompose(DecomposeRequest(model=tmp_path / "q", output=out, rank=FULL, quantize=cores))
+    reconstruct(ReconstructRequest(folder=out, output=tmp_path / "dense"))
+    expected, logits = logits_of(tmp_path / "dense"), logits_of(out)
+    bound = 0.15 if kind in WITH_ACTIVATIONS and ROUNDS_ACTIVATIONS else 1e-5
+    assert float((logits - expected).norm()) < bound * float(expected.norm())
+
+
 def test_rest_can_be_dequantized(plain: dict[torch.dtype, Path], tmp_path: Path) -> None:
     dense = quantize_model(plain[torch.bfloat16], tmp_path / "q", "fp8")
     request = DecomposeRequest(

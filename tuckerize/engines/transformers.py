@@ -19,7 +19,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers import __version__ as transformers_version
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    ConversionOps,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
 from transformers.quantizers.auto import (
     AutoHfQuantizer,
     AutoQuantizationConfig,
@@ -33,7 +38,7 @@ from tuckerize.errors import CheckpointError
 from tuckerize.format.config import METHOD, GroupShape, TuckerQuantization
 from tuckerize.format.cores import part_dtype
 from tuckerize.moe.family import Family
-from tuckerize.names import TensorKind, TensorName
+from tuckerize.names import GROUP_PATTERN, TensorKind, TensorName
 from tuckerize.runtime.experts import TuckerExperts
 from tuckerize.runtime.quantised import QuantisedCore
 
@@ -55,13 +60,23 @@ _OF_THE_REST = (
     "get_new_dtype",
     "get_quantize_ops",
     "get_weight_conversions",
-    "update_weight_conversions",
     "update_parallel_plan",
 )
+# Name of a tensor of a quantised core.
+_CORE = rf"({GROUP_PATTERN.replace('?P<group>', '')}\..+\.weight(?:_packed|_scale)?)"
 # Mark of a parameter whose gradient is summed over processes.
 _SUMMED = "_tuckerize_summed"
 # Index of a layer, or of a matrix of a core: a star in its plans.
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
+
+
+class _AsStored(ConversionOps):
+    """Loads a tensor of a quantised core as it is."""
+
+    def convert(self, input_dict: dict[str, Any], *_: object, **given: Any) -> dict[str, Any]:  # noqa: ANN401
+        """The one tensor, under its name in the model."""
+        [tensor] = input_dict.values()
+        return {given["full_layer_name"]: tensor[0] if isinstance(tensor, list) else tensor}
 
 
 @register_quantization_config(METHOD)
@@ -107,6 +122,16 @@ class TuckerQuantizer(HfQuantizer):
                 if hasattr(self.rest, name):
                     setattr(self, name, getattr(self.rest, name))
 
+    def update_weight_conversions(self, *given: Any) -> Any:  # noqa: ANN401
+        """Converters of the rest, after one for quantised cores: they have names like its own."""
+        if self.rest is None:
+            return super().update_weight_conversions(*given)  # type: ignore[no-untyped-call]
+        config: Any = self.quantization_config
+        cores = (
+            [WeightConverter([_CORE], [r"\1"], [_AsStored()])] if config.tucker.core_type else []
+        )
+        return [*cores, *self.rest.update_weight_conversions(*given)]
+
     def is_serializable(self, *_: object, **__: object) -> bool:
         """Whether `save_pretrained` works: factors are ordinary tensors."""
         return True
@@ -146,6 +171,10 @@ class TuckerQuantizer(HfQuantizer):
             self.rest._process_model_after_weight_loading(model, **given)
             if getattr(self.rest.quantization_config, "dequantize", False):
                 self._forget_rest(model)
+            else:
+                model._weight_conversions = [
+                    own for own in model._weight_conversions if own.source_patterns != [_CORE]
+                ]
         for module in model.modules():
             if isinstance(module, QuantisedCore):
                 module.requires_grad_(requires_grad=False)
