@@ -100,11 +100,6 @@ class TuckerConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not ins
         )
         return own | self.rest.get_checkpoint_weight_mapper() if self.rest else own
 
-    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
-        """Rename the modules that the method of what is not factored knows."""
-        if self.rest:
-            self.rest.apply_vllm_mapper(hf_to_vllm_mapper)
-
     def maybe_update_config(self, *given: Any, **named: Any) -> None:  # noqa: ANN401
         """Update the method of what is not factored."""
         if self.rest:
@@ -118,6 +113,8 @@ class TuckerConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not ins
         """
         modules = hf_to_vllm_mapper.apply_dict(dict(self.tucker.modules))
         self.tucker = replace(self.tucker, modules=modules)
+        if self.rest:
+            self.rest.apply_vllm_mapper(hf_to_vllm_mapper)
 
     def get_quant_method(self, layer: Any, prefix: str, **ascend: Any) -> Any:  # noqa: ANN401
         """Method that computes a layer; None, the engine's own, for what was never quantized.
