@@ -49,10 +49,11 @@ class TuckerFacts:
     """Origin of a Tucker checkpoint, and its shards.
 
     Attributes:
-        source: The model it was made from.
+        source: The model it was made from; None where that is not known.
         layers: Indices of the decomposed layers.
         before: Size of the source.
-        largest_residual: Largest relative residual of a stack.
+        largest_residual: Largest relative residual of a stack; None where transformers has saved
+            the checkpoint again.
         shardings: Folders of its shards: `tp4`, `tp2-ep2`.
         cores: Encoding of quantised cores, if they are.
         carries_loader: Whether transformers may load it with `trust_remote_code=True` as well as
@@ -60,10 +61,10 @@ class TuckerFacts:
         warnings: Causes not to trust the result.
     """
 
-    source: str
+    source: str | None
     layers: tuple[int, ...]
     before: Size
-    largest_residual: float
+    largest_residual: float | None
     shardings: tuple[str, ...]
     carries_loader: bool
     warnings: tuple[str, ...] = ()
@@ -296,7 +297,8 @@ class LayerVerdict:
             on any process; None where a file of the layer is damaged.
         output_error: Relative output error of the Tucker layer against the dense one on the tokens;
             None without the source.
-        residual_recorded: Largest relative residual that decompose recorded for a stack.
+        residual_recorded: Largest relative residual that decompose recorded for a stack; None where
+            transformers has saved the checkpoint again.
         residual_difference: Largest |measured − recorded| relative residual of a stack; None
             without the source.
         failures: Faults found; empty if there are none.
@@ -306,7 +308,7 @@ class LayerVerdict:
     layer: int
     sharding_error: float | None
     output_error: float | None
-    residual_recorded: float
+    residual_recorded: float | None
     residual_difference: float | None
     failures: tuple[str, ...]
     warnings: tuple[str, ...] = ()

@@ -42,7 +42,7 @@ def mutated_json(draw: st.DrawFn, content: bytes) -> bytes:
         owner, key = draw(st.sampled_from(places))
         match draw(st.sampled_from(["replace", "remove", "copy"])):
             case "replace":
-                owner[key] = draw(odd_values)
+                owner[key] = copy.deepcopy(draw(odd_values))
             case "remove":
                 del owner[key]
             case _:

@@ -131,6 +131,11 @@ class OutputFolder:
             raise OutputError(f"{self.folder} is not the folder that process 0 has claimed")
 
     @property
+    def is_unfinished(self) -> bool:
+        """Whether a run has begun to write the folder and has not finished."""
+        return self._work.exists()
+
+    @property
     def is_finished(self) -> bool:
         """Whether the manifest is there: all that may be left to do is to call `tidy`."""
         return self._manifest.exists()

@@ -180,10 +180,13 @@ def _show_inspect(report: InspectReport) -> None:
     ]
     if report.tucker:
         facts = report.tucker
+        residual = "not known: the weights may have been trained"
+        if facts.largest_residual is not None:
+            residual = f"{facts.largest_residual:.4f} (relative, of a stack's weights)"
         kept = report.size.routed_parameters / facts.before.routed_parameters
         trusted = " or trust_remote_code=True" if facts.carries_loader else ""
         rows += [
-            ("decomposed from", facts.source),
+            ("decomposed from", facts.source or "not known: transformers has saved it again"),
             ("decomposed layers", ", ".join(map(str, facts.layers))),
             ("kept", f"{kept:.2%} of the routed parameters"),
             (
@@ -191,11 +194,16 @@ def _show_inspect(report: InspectReport) -> None:
                 f"{report.size.bits_per_weight(facts.before):.2f} per routed weight of the dense "
                 f"model, cores {facts.cores or 'not quantised'}",
             ),
-            ("largest residual", f"{facts.largest_residual:.4f} (relative, of a stack's weights)"),
+            ("largest residual", residual),
             ("sharded for", ", ".join(facts.shardings) or "nothing yet"),
             ("transformers", f"needs 'import tuckerize'{trusted}: random experts without"),
             ("vLLM", "needs tuckerize installed beside it"),
-            ("hashes of files", f"not checked: run 'tuckerize check {report.model}'"),
+            (
+                "hashes of files",
+                f"not checked: run 'tuckerize check {report.model}'"
+                if facts.source
+                else "not known",
+            ),
         ]
     _print(_table(("", ""), rows, text_columns=2))
     _print(
@@ -363,7 +371,7 @@ def _show_verify(report: VerifyReport) -> None:
             str(layer.layer),
             "-" if layer.sharding_error is None else f"{layer.sharding_error:.1e}",
             "-" if layer.output_error is None else f"{layer.output_error:.4f}",
-            f"{layer.residual_recorded:.4f}",
+            "-" if layer.residual_recorded is None else f"{layer.residual_recorded:.4f}",
             "-" if layer.residual_difference is None else f"{layer.residual_difference:.1e}",
             "failed" if layer.failures else "warning" if layer.warnings else "ok",
         )

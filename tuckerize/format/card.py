@@ -131,7 +131,8 @@ def _architecture(config: dict[str, Any]) -> str | None:
 
 
 def _card(source_card: str, manifest: TuckerManifest) -> str:
-    model, before, after = manifest.source.model, manifest.before, manifest.after
+    model = manifest.source.model if manifest.source else ""
+    before, after = manifest.before, manifest.after
     name = Path(model).name
     text = _TEXT.format(
         name=name,

@@ -29,6 +29,10 @@ from tuckerize.parallel.layouts import owners_of
 _WEIGHTS = (".safetensors", ".bin")
 # The files that layers are computed from, beside weight files and manifests.
 _DECISIVE = (CONFIG, INDEX)
+_SAVED_AGAIN = (
+    "transformers has saved this checkpoint again, perhaps after training: its files were not "
+    "checked, as nothing records their hashes"
+)
 # The files that people are expected to edit.
 _PROSE = (CARD, SOURCE_CARD)
 
@@ -116,14 +120,21 @@ def take_inventory(folder: Path, shardings: Iterable[str]) -> Inventory:
         CheckpointError: The folder is not a finished Tucker checkpoint.
     """
     if not (folder / MANIFEST).exists():
-        read_tucker_manifest(folder)  # says so
-    try:
-        manifest = read_tucker_manifest(folder)
-    except CheckpointError as error:
-        return Inventory(folder, (), {}, (FileFault(MANIFEST, f"is damaged: {error}"),), ())
-    files = [*manifest.files, *manifest.other_files]
-    faults = [*_changed(folder, MANIFEST), *_unrecorded_weights(folder, manifest)]
-    notes = _unknown(folder, manifest)
+        from tuckerize.format.saved import read_or_describe, tucker_sha256  # need torch
+
+        manifest = read_or_describe(folder)
+        whole = tucker_sha256(folder) if shardings else ""
+        files, faults = list[FileRecord](), list[FileFault]()
+        notes: tuple[str, ...] = (_SAVED_AGAIN,)
+    else:
+        try:
+            manifest = read_tucker_manifest(folder)
+        except CheckpointError as error:
+            return Inventory(folder, (), {}, (FileFault(MANIFEST, f"is damaged: {error}"),), ())
+        whole = sha256_of(folder / MANIFEST)
+        files = [*manifest.files, *manifest.other_files]
+        faults = [*_changed(folder, MANIFEST), *_unrecorded_weights(folder, manifest)]
+        notes = _unknown(folder, manifest)
     layer_of = {}
     for name in shardings:
         place = f"{name}/{MANIFEST}"
@@ -134,7 +145,7 @@ def take_inventory(folder: Path, shardings: Iterable[str]) -> Inventory:
             continue
         faults += _changed(folder, place)
         faults += [FileFault(place, problem) for problem in _misplaced(manifest, shards)]
-        if shards.tucker_manifest_sha256 != sha256_of(folder / MANIFEST):
+        if shards.tucker_manifest_sha256 != whole:
             faults.append(FileFault(place, f"was cut from another version of {folder}"))
         for shard in shards.shards:
             record = shard.file.model_copy(update={"name": f"{name}/{shard.file.name}"})

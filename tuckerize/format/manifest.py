@@ -112,7 +112,8 @@ class TuckerManifest(Record):
         tuckerize_version: Version of the program that wrote it.
         family: `model_type` of the model.
         layout: How its routed experts lay on disk; None in manifests of version 0.1.
-        source: The dense checkpoint that was decomposed.
+        source: The dense checkpoint that was decomposed; None if transformers has saved the result
+            again, see `format/saved.py`.
         recipe: The recipe as carried out.
         dtype: safetensors' name of the type of factors and cores.
         cores: Encoding of the cores, if it is another one; left out of the file if not.
@@ -133,7 +134,7 @@ class TuckerManifest(Record):
     tuckerize_version: str
     family: str
     layout: LayoutRecord | None = None
-    source: SourceRecord
+    source: SourceRecord | None
     recipe: dict[str, Any]
     dtype: str
     cores: CoreType | None = None

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tuckerize.checkpoint.files import read_json_object, sha256_of
+from tuckerize.checkpoint.files import read_json_object
 from tuckerize.checkpoint.output import MANIFEST
 from tuckerize.checkpoint.reader import WeightFile, read_tensors
 from tuckerize.checkpoint.weight_set import CONFIG
@@ -21,9 +21,9 @@ from tuckerize.format.manifest import (
     TuckerManifest,
     available_shardings,
     read_shard_manifest,
-    read_tucker_manifest,
     sharding_name,
 )
+from tuckerize.format.saved import read_or_describe, tucker_sha256
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint, family_of
 from tuckerize.moe.family import Family
 from tuckerize.names import TensorName, group_module
@@ -65,9 +65,9 @@ class Sharding:
             CheckpointError: They were cut from another version of the checkpoint, or a manifest
                 cannot be read.
         """
-        tucker = read_tucker_manifest(checkpoint)
+        tucker = read_or_describe(checkpoint)
         family = family_of(tucker, checkpoint)
-        manifest = _open_manifest(checkpoint, sha256_of(checkpoint / MANIFEST), tp=tp, ep=ep)
+        manifest = _open_manifest(checkpoint, tucker_sha256(checkpoint), tp=tp, ep=ep)
         return cls(checkpoint, tucker, read_json_object(checkpoint / CONFIG), family, manifest)
 
     @classmethod

@@ -11,16 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tuckerize.checkpoint.files import sha256_of
 from tuckerize.checkpoint.hub import resolve_model
-from tuckerize.checkpoint.output import MANIFEST
 from tuckerize.checkpoint.quantization_config import QuantizationDescription
 from tuckerize.checkpoint.reader import Checkpoint
 from tuckerize.domain import GATE_UP, Mode, Projection, TensorHeader
 from tuckerize.errors import CheckpointError
 from tuckerize.format.config import GroupShape, find_quantization, without_quantization
 from tuckerize.format.cores import dequantised
-from tuckerize.format.manifest import TuckerManifest, read_tucker_manifest
+from tuckerize.format.manifest import TuckerManifest
+from tuckerize.format.saved import read_or_describe, tucker_sha256
 from tuckerize.linalg.selection import KeptNeurons, kept_neurons
 from tuckerize.linalg.tucker import TuckerFactors
 from tuckerize.moe.families import FAMILIES, LAYERS
@@ -36,14 +35,12 @@ class TuckerCheckpoint:
 
     Attributes:
         manifest: Its manifest.
-        manifest_sha256: Hash of the manifest, and so of everything in the checkpoint.
         checkpoint: config.json and tensors, those of a quantized source read as dense ones.
         family: Its model family.
         groups: Names of the tensors of every group, by the group's module.
     """
 
     manifest: TuckerManifest
-    manifest_sha256: str
     checkpoint: Checkpoint
     family: Family
     groups: Mapping[str, Sequence[TensorName]]
@@ -55,7 +52,7 @@ class TuckerCheckpoint:
         Raises:
             CheckpointError: It is unfinished, foreign, or a weight file is missing or damaged.
         """
-        manifest = read_tucker_manifest(folder)
+        manifest = read_or_describe(folder)
         stored = Checkpoint.open(folder)
         rest = (find_quantization(stored.config) or {}).get("rest")
         description = QuantizationDescription.of({"quantization_config": rest})
@@ -71,12 +68,17 @@ class TuckerCheckpoint:
         groups: dict[str, list[TensorName]] = {}
         for name in filter(None, map(TensorName.find, checkpoint.tensors)):
             groups.setdefault(name.module, []).append(name)
-        return cls(manifest, sha256_of(folder / MANIFEST), checkpoint, family, groups)
+        return cls(manifest, checkpoint, family, groups)
 
     @property
     def folder(self) -> Path:
         """Folder of the checkpoint."""
         return self.checkpoint.folder
+
+    @property
+    def manifest_sha256(self) -> str:
+        """Hash of the manifest, and so of everything in the checkpoint."""
+        return tucker_sha256(self.folder)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -158,14 +160,14 @@ def open_source(model: str, tucker: TuckerCheckpoint) -> SourceModel:
     Raises:
         CheckpointError: It is missing, or another model.
     """
-    source = SourceModel.open(resolve_model(model))
-    recorded = {file.name: file.bytes for file in tucker.manifest.source.files}
+    source, record = SourceModel.open(resolve_model(model)), tucker.manifest.source
     present = {name: file.path.stat().st_size for name, file in source.checkpoint.files.items()}
+    recorded = present if record is None else {file.name: file.bytes for file in record.files}
     if recorded != present or source.moe.shape != tucker.manifest.shape:
         raise CheckpointError(
             f"{model} is not the checkpoint that {tucker.folder} was made from: its weight files "
             "differ in name or size",
-            hint=f"the source was {tucker.manifest.source.model}",
+            hint=f"the source was {record.model}" if record else "check its sizes in config.json",
         )
     return source
 

@@ -27,7 +27,7 @@ def describe_moe(config: Config, tensors: Mapping[str, TensorHeader]) -> MoeMode
         CheckpointError: The family is not supported, or routed weights are missing or have another
             shape or type than the configuration says.
     """
-    family = _family(config, tensors)
+    family = describe_family(config, tensors)
     row = family.row
     text = text_config(config)
     layers = family.moe_layers(config, tensors)
@@ -56,7 +56,12 @@ def describe_moe(config: Config, tensors: Mapping[str, TensorHeader]) -> MoeMode
     return model
 
 
-def _family(config: Config, tensors: Mapping[str, TensorHeader]) -> Family:
+def describe_family(config: Config, tensors: Mapping[str, TensorHeader]) -> Family:
+    """Identify the family of a checkpoint and the layout of its experts.
+
+    Raises:
+        CheckpointError: The family is not supported.
+    """
     nested = config.get("text_config")
     types = [str(part.get("model_type")) for part in (config, nested) if isinstance(part, Mapping)]
     for model_type in types:

@@ -16,10 +16,10 @@ from tuckerize.calibration.calibration_pass import experts_call
 from tuckerize.calibration.stream import ExpertsCall, StreamedModel
 from tuckerize.calibration.text import parse_source, read_windows
 from tuckerize.checkpoint.hub import resolve_model
-from tuckerize.checkpoint.output import MANIFEST
 from tuckerize.checkpoint.reader import Checkpoint, measure_size
 from tuckerize.domain import Device, Projection, Size
 from tuckerize.errors import CheckpointError
+from tuckerize.format.saved import is_tucker_checkpoint
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 from tuckerize.moe.family import Family
 from tuckerize.moe.source import SourceModel
@@ -99,7 +99,7 @@ def open_evaluated(folder: Path) -> Evaluated:
         CheckpointError: It is neither, unfinished or damaged, or its family or activation is not
             known.
     """
-    if (folder / MANIFEST).exists():
+    if is_tucker_checkpoint(folder):
         tucker = TuckerCheckpoint.open(folder)
         activation = activation_of(tucker.family.activation(tucker.config))
         return Evaluated(

@@ -128,10 +128,12 @@ def _describe_tucker(tucker: TuckerCheckpoint) -> InspectReport:
         dtype=manifest.dtype,
         size=manifest.after,
         tucker=TuckerFacts(
-            source=manifest.source.model,
+            source=manifest.source.model if manifest.source else None,
             layers=manifest.layers,
             before=manifest.before,
-            largest_residual=max(stack.relative_residual for stack in manifest.stacks),
+            largest_residual=max(stack.relative_residual for stack in manifest.stacks)
+            if manifest.source
+            else None,
             shardings=tuple(available_shardings(tucker.folder)),
             carries_loader=carries_loader(tucker),
             warnings=warnings_of(manifest),

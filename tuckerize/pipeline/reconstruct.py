@@ -158,8 +158,9 @@ def _write_all(
     if width < tucker.manifest.shape.intermediate:
         config = narrow_config(config, tucker.family, tucker.manifest.shape, width)
     config.pop("auto_map", None)
-    if tucker.manifest.source.auto_map is not None:
-        config["auto_map"] = tucker.manifest.source.auto_map
+    source = tucker.manifest.source
+    if source is not None and source.auto_map is not None:
+        config["auto_map"] = source.auto_map
     write_json(output / CONFIG, config)
     write_index(output, [WeightFile.open(path) for path in written])
 

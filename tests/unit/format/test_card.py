@@ -38,6 +38,7 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
 
 def manifest_of(name: str, model: str) -> TuckerManifest:
     manifest = read_tucker_manifest(GOLDEN / name)
+    assert manifest.source is not None
     return manifest.model_copy(
         update={"source": manifest.source.model_copy(update={"model": model})}
     )

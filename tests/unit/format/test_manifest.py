@@ -135,7 +135,7 @@ def test_manifest_that_names_a_file_elsewhere_is_refused(tmp_path: Path, name: s
         ("shape", [8, 0, 4], "Value error, groups of 4 do not fit the shape"),
         ("group_size", 3, "Value error, groups of 3 do not fit the shape"),
         ("group_size", 16, "Value error, groups of 16 do not fit the shape"),
-        ("source", None, "source: Input should be"),
+        ("source", 7, "source: Input should be"),
     ],
 )
 def test_tucker_manifest_that_breaks_the_schema_names_the_place(

@@ -219,6 +219,8 @@ def _source(
     if request.model is not None:
         return open_source(str(request.model), tucker), ()
     try:
+        if tucker.manifest.source is None:
+            raise UsageError("transformers has saved the checkpoint again, without its source")
         return open_source(tucker.manifest.source.model, tucker), ()
     except TuckerizeError as error:
         if request.max_output_error is not None:

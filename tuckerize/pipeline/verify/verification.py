@@ -322,6 +322,8 @@ def _residual_difference(tucker: TuckerCheckpoint, source: SourceModel, layer: i
         for recorded in tucker.manifest.stacks:
             if (recorded.layer, recorded.group) != (layer, group):
                 continue
+            if math.isnan(recorded.relative_residual):  # transformers has saved it again
+                continue
             stack_EHI = source.stack(layer, recorded.projection, experts)
             measured = relative_residual(
                 stack_EHI, factors[recorded.projection], kept and kept.places_EK
@@ -362,7 +364,7 @@ def _verdict(
         layer=layer,
         sharding_error=sharding_error,
         output_error=against.output_error if against else None,
-        residual_recorded=max(recorded),
+        residual_recorded=max(recorded) if run.tucker.manifest.source else None,
         residual_difference=against.residual_difference if against else None,
         failures=tuple(failures),
         warnings=tuple(warnings),
