@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
 
 from tests.running import files_of, succeed
 from tests.running import run_here as run
+from tests.tiny_models import add_tokenizer, make_tiny_family, write_text
+from tuckerize import inspect
 
 OK = ("--keep", "0.7")
 
@@ -180,6 +183,49 @@ def test_unsupported_or_contradictory_source_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_number_of_experts_is_that_of_the_tensors_where_two_keys_differ(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    model = make_tiny_family(tmp_path / "model", "qwen3_moe", experts=5)
+    config = json.loads((model / "config.json").read_text())
+    for one, other in ((5, 128), (128, 5)):
+        changed = {**config, "num_experts": one, "num_local_experts": other}
+        (model / "config.json").write_text(json.dumps(changed))
+        assert inspect(model).shape.experts == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_act": "softplus_of_the_future"}, "hidden_act 'softplus_of_the_future'"),
+        ({"routed_scaling_factor": [1.0]}, "describes a routing that is not possible"),
+    ],
+)
+def test_model_that_could_not_be_verified_is_refused_before_the_work(
+    change: dict[str, object], message: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, **change}))
+    result = run("decompose", "--model", model, *OK, "--output", tmp_path / "out")
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_classifier_is_decomposed_without_a_text_and_told_so_with_one(tmp_path: Path) -> None:
+    folder = add_tokenizer(make_tiny_family(tmp_path / "causal", "qwen3_moe"))
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    model.save_pretrained(tmp_path / "model")
+    add_tokenizer(tmp_path / "model")
+    text = write_text(tmp_path / "text.txt", 600)
+    command = ("decompose", "--model", tmp_path / "model", *OK, "--output", tmp_path / "out")
+    result = run(*command, "--calibration", text, "--calibration-tokens", "512")
+    assert result.returncode == 2
+    assert "Qwen3MoeForSequenceClassification, which predicts no text" in result.stderr
+    succeed(*command)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -233,7 +279,7 @@ def test_verify_damaged_tucker_checkpoint_fails(tiny_model: Path, tmp_path: Path
     save_file(tensors, path, metadata={"format": "pt"})
     result = run("verify", out)
     assert result.returncode == 1
-    assert "differs from the recorded one" in result.stdout.replace("\n", " ")
+    assert "its SHA-256 is not the manifest's" in result.stdout.replace("\n", " ")
 
 
 @pytest.mark.parametrize(

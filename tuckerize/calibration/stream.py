@@ -374,6 +374,13 @@ def _check_fusions(model: Any, missing: list[str]) -> None:  # noqa: ANN401
 def _check_tensors(source: Checkpoint, wanted: dict[str, Tensor], on_disk: dict[str, str]) -> None:
     """Check that a checkpoint has every tensor of the model, in its shape."""
     missing = [name for name in wanted if on_disk.get(name) not in source.tensors]
+    architectures = source.config.get("architectures")
+    kind = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    if missing and kind and not kind.endswith(("ForCausalLM", "ForConditionalGeneration")):
+        raise CheckpointError(
+            f"{source.folder} holds a {kind}, which predicts no text: it lacks {missing[0]}",
+            hint="decompose it without --calibration",
+        )
     if missing:
         raise CheckpointError(
             f"{source.folder} lacks {len(missing)} tensors of the model: {', '.join(missing[:5])}",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from tuckerize.checkpoint.quantized import FLOATS
 from tuckerize.domain import StackShape, TensorHeader
@@ -42,6 +42,10 @@ def describe_moe(config: Config, tensors: Mapping[str, TensorHeader]) -> MoeMode
         positive(text, *row.intermediate_keys),
         positive(text, "hidden_size"),
     )
+    if len(counts := {text[key] for key in row.experts_keys if isinstance(text.get(key), int)}) > 1:
+        shape = _fitting(
+            [shape._replace(experts=n) for n in sorted(counts)], family, layers[0], tensors
+        )
     first = next(iter(family.stored(layers[0]).tensors(shape)))
     model = MoeModel(
         family=family,
@@ -54,6 +58,19 @@ def describe_moe(config: Config, tensors: Mapping[str, TensorHeader]) -> MoeMode
     )
     _check_weights(model, tensors, text)
     return model
+
+
+def _fitting(
+    shapes: Sequence[StackShape], family: Family, layer: int, tensors: Mapping[str, TensorHeader]
+) -> StackShape:
+    """The shape that the tensors of a layer have, where config.json names several."""
+    own = {name for name in tensors if family.layer_of(name) == layer}
+    stored = [(shape, family.stored(layer).tensors(shape)) for shape in shapes if shape.experts > 0]
+    for shape, known in stored:
+        fit = [name in own and tensors[name].shape == size for name, size in known.items()]
+        if all(fit) and len(fit) == len(own):
+            return shape
+    return shapes[0]
 
 
 def describe_family(config: Config, tensors: Mapping[str, TensorHeader]) -> Family:

@@ -120,8 +120,18 @@ class Family:
         return self.row.model_type
 
     def routing(self, config: Config) -> Routing:
-        """Routing of tokens to experts."""
-        return self.row.routing(text_config(config))
+        """Routing of tokens to experts.
+
+        Raises:
+            CheckpointError: A value of it is not possible.
+        """
+        try:
+            return self.row.routing(text_config(config))
+        except (TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
+            raise CheckpointError(
+                f"config.json describes a routing that is not possible: {error}",
+                hint="check the numbers of experts, groups and experts per token in config.json",
+            ) from error
 
     def activation(self, config: Config) -> str:
         """Name of the activation between gate and up."""
