@@ -92,6 +92,9 @@ def test_commands_go_on_with_what_was_trained(
         told = run(*command)
         assert told.returncode == 0, told.stdout + told.stderr
         assert "transformers has saved this checkpoint again" in told.stderr
+    refused = run("quantize", again, "--cores", "w8", "--output", tmp_path / "out8")
+    assert refused.returncode == 2, refused.stderr
+    assert "which neurons of the source it kept" in refused.stderr
     succeed("shard", again, "--tp", "2")
     assert run("check", again).returncode == 0
     weights = max(again.glob("*.safetensors"))

@@ -78,7 +78,7 @@ def finish_checkpoint(
     others += write_hub_files(checkpoint.folder, output, manifest, config)
     write_index(output, [WeightFile.open(output / file.name) for file in manifest.files])
     names = sorted({*others, CONFIG, INDEX})
-    recorded = tuple(describe_file(output / name) for name in names)
+    recorded = tuple(describe_file(output / name, name=name) for name in names)
     manifest = manifest.model_copy(update={"other_files": recorded})
     folder.finish(sealed(manifest))
     return manifest

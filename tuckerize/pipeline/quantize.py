@@ -85,6 +85,12 @@ def quantize(request: QuantizeRequest, progress: Progress | None = None) -> Quan
             f"the cores of {tucker.folder} are quantised already, as {old.cores}",
             hint="quantise the checkpoint that it was made from",
         )
+    if old.source is None:
+        raise UsageError(
+            f"transformers has saved {tucker.folder} again: which neurons of the source it kept is "
+            "not known, and cores are quantised against the source",
+            hint="quantise the checkpoint that decompose wrote",
+        )
     source = open_source(str(request.model or old.source.model), tucker)
     refuse_overlap(output, tucker.folder)
     refuse_overlap(output, source.checkpoint.folder)
