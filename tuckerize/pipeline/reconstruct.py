@@ -168,7 +168,9 @@ def _write_all(
 def _width(tucker: TuckerCheckpoint) -> int:
     """Width of all experts: that of the widest that is left."""
     manifest = tucker.manifest
-    if tucker.dense_layers() is not None or not can_narrow(tucker.family):
+    layers = {None, *manifest.layers}
+    dense_are_left = any(tucker.family.layer_of(n) not in layers for n in tucker.checkpoint.tensors)
+    if dense_are_left or not can_narrow(tucker.family):
         return manifest.shape.intermediate
     return max(
         max(manifest.widths(layer, group))
