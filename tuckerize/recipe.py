@@ -24,19 +24,15 @@ from tuckerize.domain import (
     Dtype,
     Engine,
     Joint,
-    MultilinearRank,
     Projection,
-    StackShape,
     Target,
     Truncation,
 )
 from tuckerize.errors import RecipeError, UsageError
+from tuckerize.recipe_text import check_rank_text, is_selected, layer_ranges
 from tuckerize.schema_errors import Place, explain
 
-_LAYER = re.compile(r"\d+")
-_RANGE = re.compile(r"(\d*)\s*-\s*(\d*)")
 _PERCENTAGE = re.compile(r"\d+(\.\d+)?%")
-_SIZE = re.compile(r"full|[1-9]\d{0,17}|\d+(\.\d+)?%")
 
 
 def _rank_text(value: object) -> object:
@@ -51,23 +47,8 @@ def _share(value: object) -> object:
     return value
 
 
-def _check_rank(text: str) -> str:
-    parts = [part.strip() for part in text.split(",")]
-    if len(parts) != 3:
-        raise ValueError(
-            f"'{text}' has {len(parts)} sizes, expected three: r_E,r_H,r_I (experts, "
-            "intermediate, hidden)"
-        )
-    for part in parts:
-        if not _SIZE.fullmatch(part):
-            raise ValueError(f"'{part}' in '{text}' is not a number, a percentage or 'full'")
-        if part.endswith("%") and not 0 < float(part[:-1]) <= 100:
-            raise ValueError(f"'{part}' in '{text}' is not above 0 % and at most 100 %")
-    return text
-
-
 def _check_layers(text: str) -> str:
-    _layer_ranges(text)
+    layer_ranges(text)
     return text
 
 
@@ -88,7 +69,7 @@ class Rule(_Schema):
 
     layers: Annotated[str, AfterValidator(_check_layers)] | None = None
     projections: tuple[Projection, ...] = tuple(Projection)
-    rank: Annotated[str, BeforeValidator(_rank_text), AfterValidator(_check_rank)] | None = None
+    rank: Annotated[str, BeforeValidator(_rank_text), AfterValidator(check_rank_text)] | None = None
     keep: Annotated[float, Field(gt=0, le=1), BeforeValidator(_share)] | None = None
     tolerance: Annotated[float, Field(gt=0, lt=1)] | None = None
 
@@ -104,7 +85,7 @@ class Rule(_Schema):
     def matches(self, layer: int, projection: Projection) -> bool:
         """Whether the rule applies to a stack."""
         return projection in self.projections and (
-            self.layers is None or _selects(_layer_ranges(self.layers), layer)
+            self.layers is None or is_selected(layer_ranges(self.layers), layer)
         )
 
 
@@ -411,71 +392,3 @@ def _option_of(place: Place) -> str:
 
 def _kind(value: object) -> str:
     return "a list" if isinstance(value, list) else repr(value)
-
-
-def resolve_rank(text: str, shape: StackShape) -> MultilinearRank:
-    """Core sizes from their text.
-
-    Percentages are of the size of the mode, rounded to the nearest number, at least 1. Sizes above
-    their mode are returned as they are; the decomposition refuses them.
-
-    >>> resolve_rank("full,50%,1024", StackShape(64, 1408, 2048))
-    MultilinearRank(expert=64, intermediate=704, hidden=1024)
-    """
-    sizes = [_resolve_size(part, size) for part, size in zip(text.split(","), shape, strict=True)]
-    return MultilinearRank(*sizes)
-
-
-def select_layers(text: str | None, present: tuple[int, ...]) -> tuple[int, ...]:
-    """The layers that a text like `1-3,7,20-` selects of those present; all without a text.
-
-    >>> select_layers("1-3,7", (1, 2, 3, 4, 5, 6, 7))
-    (1, 2, 3, 7)
-
-    Raises:
-        RecipeError: It is not of that form, names a single layer that is not present, or none.
-    """
-    if text is None:
-        return present
-    try:
-        ranges = _layer_ranges(text)
-    except ValueError as error:
-        raise RecipeError(str(error)) from None
-    absent = [start for start, stop in ranges if start == stop and start not in present]
-    selected = tuple(layer for layer in present if _selects(ranges, layer))
-    if absent or not selected:
-        what = f"layer {absent[0]:.0f}" if absent else "a range"
-        raise RecipeError(
-            f"layers '{text}' names {what} without routed experts",
-            hint=f"the layers with routed experts are {present[0]} to {present[-1]}",
-        )
-    return selected
-
-
-def _selects(ranges: list[tuple[float, float]], layer: int) -> bool:
-    return any(start <= layer <= stop for start, stop in ranges)
-
-
-def _resolve_size(part: str, size: int) -> int:
-    if part == "full":
-        return size
-    if part.endswith("%"):
-        return max(1, round(size * float(part[:-1]) / 100))
-    return int(part)
-
-
-def _layer_ranges(text: str) -> list[tuple[float, float]]:
-    """`1-3,7,20-` as inclusive ranges."""
-    ranges = []
-    for part in (part.strip() for part in text.split(",")):
-        if _LAYER.fullmatch(part):
-            ranges.append((float(part), float(part)))
-            continue
-        match = _RANGE.fullmatch(part)
-        if match is None or not any(match.groups()):
-            raise ValueError(f"'{part}' in layers is not a layer or a range like 1-3 or 20-")
-        start, stop = float(match[1] or 0), float(match[2] or "inf")
-        if stop < start:
-            raise ValueError(f"the range '{part}' in layers ends before it starts")
-        ranges.append((start, stop))
-    return ranges

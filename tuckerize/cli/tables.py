@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from rich.box import SIMPLE
-from rich.cells import cell_len
-from rich.console import Console, JustifyMethod
-from rich.measure import Measurement
-from rich.table import Table
+from rich.console import Console
 
-from tuckerize.domain import Size, StackShape
+from tuckerize.cli.printing import (
+    amount_text,
+    count_text,
+    duration_text,
+    make_table,
+    print_all,
+    size_table,
+    size_text,
+)
+from tuckerize.domain import StackShape
 from tuckerize.format.check import FileFault
 from tuckerize.report import (
     CheckReport,
@@ -48,9 +53,6 @@ Report = (
 _MOST_ROWS = 100
 # Characters of the longest bar of a curve.
 _BAR = 24
-_WIDEST = 10_000
-# Characters between two columns.
-_GAP = 3
 _CORE_SIZES = "* core sizes of the expert, the intermediate and the hidden mode: r_E,r_H,r_I"
 
 
@@ -88,82 +90,6 @@ def show(report: Report, *, as_json: bool) -> None:  # noqa: C901, PLR0912 one c
             _show_doctor(report)
 
 
-def size_text(count: float) -> str:
-    """Bytes in binary units.
-
-    >>> size_text(3 * 2**20)
-    '3.0 MiB'
-    """
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
-
-
-def count_text(count: float) -> str:
-    """A count with its unit.
-
-    >>> count_text(14_400_000_000)
-    '14.40 billion'
-    """
-    for limit, unit in ((1e9, " billion"), (1e6, " million"), (1e3, " thousand")):
-        if count >= limit:
-            return f"{count / limit:.2f}{unit}"
-    return f"{count:.0f}"
-
-
-def _print(*renderables: Table | str) -> None:
-    console = Console(highlight=False, markup=False, emoji=False)
-    terminal = console.width
-    for renderable in renderables:
-        table = isinstance(renderable, Table)
-        options = console.options.update(width=_WIDEST)
-        needed = Measurement.get(console, options, renderable).maximum if table else 0
-        console.width = max(terminal, needed)
-        console.print(renderable)
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int = 1) -> Table:
-    """A table as wide as the terminal, or wider where words are: a broken path cannot be copied."""
-    body = [*rows]
-    table = Table(box=SIMPLE, pad_edge=False, show_header=any(header))
-    texts = [[name, *(row[place] for row in body)] for place, name in enumerate(header)]
-    narrowest = []
-    for place, (name, *cells) in enumerate(texts):
-        # A number stays beside its unit.
-        whole = (
-            cells if place >= text_columns else [word for text in cells for word in text.split()]
-        )
-        narrowest.append(max(map(cell_len, [*name.split(), *whole]), default=0))
-    spare = Console().width - sum(narrowest) - _GAP * len(header)
-    for place, (name, own) in enumerate(zip(header, texts, strict=True)):
-        wanted = max(map(cell_len, own)) - narrowest[place]
-        grown = max(0, min(wanted, spare))
-        spare -= grown
-        justify: JustifyMethod = "left" if place < text_columns else "right"
-        table.add_column(name, justify=justify, width=narrowest[place] + grown)
-    for row in body:
-        table.add_row(*row)
-    return table
-
-
-def _size_table(before: Size, after: Size, *, bound: bool = False) -> Table:
-    at_most = "≤ " if bound else ""
-    rows = []
-    for name, old, new, text in (
-        ("routed parameters", before.routed_parameters, after.routed_parameters, count_text),
-        ("routed bytes", before.routed_bytes, after.routed_bytes, size_text),
-        ("all parameters", before.total_parameters, after.total_parameters, count_text),
-        ("all bytes", before.total_bytes, after.total_bytes, size_text),
-    ):
-        rows.append((name, text(old), at_most + text(new), f"{at_most}{new / old:.2%}"))
-    old_bits, new_bits = before.bits_per_weight(before), after.bits_per_weight(before)
-    share = f"{at_most}{new_bits / old_bits:.2%}"
-    rows.append(("bits per weight", f"{old_bits:.2f}", f"{at_most}{new_bits:.2f}", share))
-    return _table(("", "before", "after", "kept"), rows)
-
-
 def _show_inspect(report: InspectReport) -> None:
     layers = report.layers
     rows = [
@@ -174,8 +100,8 @@ def _show_inspect(report: InspectReport) -> None:
         ("shared experts", str(report.shared_experts)),
         ("stack (E, H, I)", _shape_text(report.shape)),
         ("type", f"{report.coding}, read as {report.dtype}" if report.coding else report.dtype),
-        ("routed parameters", _amount(report.size.routed_parameters, report.size.routed_bytes)),
-        ("all parameters", _amount(report.size.total_parameters, report.size.total_bytes)),
+        ("routed parameters", amount_text(report.size.routed_parameters, report.size.routed_bytes)),
+        ("all parameters", amount_text(report.size.total_parameters, report.size.total_bytes)),
         ("share of routed", f"{report.size.routed_parameters / report.size.total_parameters:.1%}"),
     ]
     if report.tucker:
@@ -205,18 +131,14 @@ def _show_inspect(report: InspectReport) -> None:
                 else "not known",
             ),
         ]
-    _print(_table(("", ""), rows, text_columns=2))
-    _print(
+    print_all(make_table(("", ""), rows, text_columns=2))
+    print_all(
         *(f"warning: {warning}" for warning in (report.tucker.warnings if report.tucker else ()))
     )
 
 
 def _shape_text(shape: StackShape) -> str:
     return f"{shape.experts} experts x {shape.intermediate} intermediate x {shape.hidden} hidden"
-
-
-def _amount(parameters: int, count: int) -> str:
-    return f"{count_text(parameters)}, {size_text(count)}"
 
 
 def _show_plan(report: PlanReport) -> None:
@@ -232,20 +154,20 @@ def _show_plan(report: PlanReport) -> None:
         for stack in report.stacks[:_MOST_ROWS]
     ]
     header = ("layer", "group", "projection", "core sizes*", "bytes before", "after")
-    _print(_table(header, rows, text_columns=3))
+    print_all(make_table(header, rows, text_columns=3))
     if len(report.stacks) > _MOST_ROWS:
-        _print(f"... and {len(report.stacks) - _MOST_ROWS} more; --json lists all")
-    _print(_CORE_SIZES)
+        print_all(f"... and {len(report.stacks) - _MOST_ROWS} more; --json lists all")
+    print_all(_CORE_SIZES)
     bound = any(stack.tolerance is not None for stack in report.stacks)
-    _print(
-        _size_table(report.before, report.after, bound=bound),
+    print_all(
+        size_table(report.before, report.after, bound=bound),
         f"estimated peak memory of a process: {size_text(report.peak_bytes)}",
-        f"estimated time of one process: {_duration(report.seconds)}",
+        f"estimated time of one process: {duration_text(report.seconds)}",
     )
     if report.predicted_kl is not None:
-        _print(_kl_line(report.predicted_kl))
+        print_all(_kl_line(report.predicted_kl))
     if report.after.routed_bytes > report.before.routed_bytes:
-        _print("warning: the result is larger than the source; choose smaller core sizes")
+        print_all("warning: the result is larger than the source; choose smaller core sizes")
 
 
 def _show_decompose(report: DecomposeReport) -> None:
@@ -261,20 +183,20 @@ def _show_decompose(report: DecomposeReport) -> None:
         for stack in report.stacks[:_MOST_ROWS]
     ]
     header = ("layer", "group", "projection", "core sizes*", "relative residual", "sweeps")
-    _print(_table(header, rows, text_columns=3))
+    print_all(make_table(header, rows, text_columns=3))
     if len(report.stacks) > _MOST_ROWS:
-        _print(f"... and {len(report.stacks) - _MOST_ROWS} more; --json lists all")
-    _print(_CORE_SIZES)
+        print_all(f"... and {len(report.stacks) - _MOST_ROWS} more; --json lists all")
+    print_all(_CORE_SIZES)
     if report.calibrated:
         _show_calibrated(report)
     resumed = f", {report.resumed_pieces} pieces were done before" if report.resumed_pieces else ""
-    _print(
-        _size_table(report.before, report.after),
+    print_all(
+        size_table(report.before, report.after),
         "residuals are of weights; output errors are relative, on held-out calibration tokens"
         if report.calibrated
         else "data-free: residuals are of weights; no calibration text was used",
         *(f"warning: {warning}" for warning in report.warnings),
-        f"wrote {report.output} in {_duration(report.seconds)}{resumed}",
+        f"wrote {report.output} in {duration_text(report.seconds)}{resumed}",
     )
 
 
@@ -289,9 +211,9 @@ def _show_calibrated(report: DecomposeReport) -> None:
         for layer in report.calibrated
     ]
     header = ("layer", "neurons kept", "predicted output error", "measured")
-    _print(_table(header, rows))
+    print_all(make_table(header, rows))
     if report.predicted_kl is not None:
-        _print(_kl_line(report.predicted_kl))
+        print_all(_kl_line(report.predicted_kl))
 
 
 def _kl_line(kl: float) -> str:
@@ -321,9 +243,9 @@ def _show_curve(report: CurveReport) -> None:
         "KL",
         "perplexity",
     )
-    table = _table((*header, ""), rows)
+    table = make_table((*header, ""), rows)
     table.columns[-1].justify = "left"
-    _print(
+    print_all(
         table,
         "predicted from spectra and neuron energies; no layer was decomposed. output error: the "
         "largest relative one of a layer; KL: divergence from the source, nats per token",
@@ -340,19 +262,19 @@ def _show_shard(report: ShardReport) -> None:
         for cost in report.costs
     ]
     rows.append(("dense, as Megatron splits it", "", size_text(report.dense_traffic_per_token)))
-    _print(_table(("layout", "bytes per process", "sent per token and process"), rows))
+    print_all(make_table(("layout", "bytes per process", "sent per token and process"), rows))
     if report.uneven:
-        _print(
+        print_all(
             f"{len(report.uneven)} tensors are not divided evenly by {report.tp_size}: "
             "the first processes own one row or column more"
         )
-    _print(f"wrote {report.files} files to {report.folder}")
+    print_all(f"wrote {report.files} files to {report.folder}")
 
 
 def _show_check(report: CheckReport) -> None:
     _show_faults(report.faults)
     verdict = "passed" if report.passed else "FAILED"
-    _print(
+    print_all(
         f"{verdict}: {report.folder} ({report.files} files, {size_text(report.bytes)}, hashed and "
         "compared with the manifests)"
     )
@@ -360,8 +282,8 @@ def _show_check(report: CheckReport) -> None:
 
 def _show_faults(faults: Sequence[FileFault]) -> None:
     if faults:
-        _print(*map(str, faults))
-        _print("fetch these files again, or write them again with --overwrite")
+        print_all(*map(str, faults))
+        print_all("fetch these files again, or write them again with --overwrite")
 
 
 def _show_verify(report: VerifyReport) -> None:
@@ -386,20 +308,20 @@ def _show_verify(report: VerifyReport) -> None:
         "",
     )
     if rows:
-        _print(_table(header, rows))
+        print_all(make_table(header, rows))
     else:
-        _print("no layer was computed: files that decide what they are were changed")
+        print_all("no layer was computed: files that decide what they are were changed")
     for layer in report.layers:
         for failure in layer.failures:
-            _print(f"layer {layer.layer}: {failure}")
+            print_all(f"layer {layer.layer}: {failure}")
         for warning in layer.warnings:
-            _print(f"warning: layer {layer.layer}: {warning}")
+            print_all(f"warning: layer {layer.layer}: {warning}")
     _show_traffic(report)
     if report.device != "cpu":
-        _print(f"{report.device} multiplies float32 matrices in {report.float32_products}")
+        print_all(f"{report.device} multiplies float32 matrices in {report.float32_products}")
     if report.dispatch:
         why = f": {report.fused_unmet}" if report.fused_unmet else ""
-        _print(f"dispatch of tokens to experts: {report.dispatch}{why}")
+        print_all(f"dispatch of tokens to experts: {report.dispatch}{why}")
     what = "unsharded" if report.layout == "unsharded" else f"{_mesh(report)}, {report.layout}"
     doubtful = sum(bool(layer.warnings) for layer in report.layers)
     warned = f" with warnings on {doubtful} layers" if doubtful else ""
@@ -407,7 +329,7 @@ def _show_verify(report: VerifyReport) -> None:
     how = f"{report.device}, {report.dtype}, {report.tokens} tokens per layer"
     unseen = report.not_verified
     missed = f"; NOT verified: the shards {', '.join(unseen)}" if unseen else ""
-    _print(f"{verdict}: {report.folder} ({what}, {how}){missed}")
+    print_all(f"{verdict}: {report.folder} ({what}, {how}){missed}")
 
 
 def _mesh(report: VerifyReport) -> str:
@@ -423,7 +345,7 @@ def _show_traffic(report: VerifyReport) -> None:
     ]
     if rows:
         header = ("bytes sent per token and process", "counted", "predicted", "dense, Megatron")
-        _print(_table(header, rows))
+        print_all(make_table(header, rows))
 
 
 def _show_quantize(report: QuantizeReport) -> None:
@@ -441,14 +363,13 @@ def _show_quantize(report: QuantizeReport) -> None:
             f"{report.largest_residual:.4f}",
         ),
     ]
-    _print(_table(("", "before", "after"), rows))
-    _print(f"wrote {report.output}, cores {report.cores}, rounded to nearest")
+    print_all(make_table(("", "before", "after"), rows))
+    print_all(f"wrote {report.output}, cores {report.cores}, rounded to nearest")
 
 
 def _show_reconstruct(report: ReconstructReport) -> None:
-    _print(
-        f"wrote {report.output}: {_amount(report.size.total_parameters, report.size.total_bytes)}"
-    )
+    size = amount_text(report.size.total_parameters, report.size.total_bytes)
+    print_all(f"wrote {report.output}: {size}")
 
 
 def _show_evaluate(report: EvaluateReport) -> None:
@@ -463,8 +384,8 @@ def _show_evaluate(report: EvaluateReport) -> None:
         )
         for one in report.results
     ]
-    _print(_table(("checkpoint", "all bytes", "routed parameters", "perplexity", ""), rows))
-    _print(
+    print_all(make_table(("checkpoint", "all bytes", "routed parameters", "perplexity", ""), rows))
+    print_all(
         f"on {report.tokens:,} tokens, evenly spread over {', '.join(report.texts)}, in windows of "
         f"{report.window}; not comparable with other texts, numbers of tokens or windows"
     )
@@ -485,14 +406,8 @@ def _show_doctor(report: DoctorReport) -> None:
             ("float32 products", device.float32_products),
         ]
     rows += [(v.name, v.value or f"not set: {v.default}") for v in report.variables]
-    _print(_table(("", ""), rows, text_columns=2))
+    print_all(make_table(("", ""), rows, text_columns=2))
     for problem in report.problems:
-        _print(f"wrong: {problem.message}", f"   do: {problem.hint}")
+        print_all(f"wrong: {problem.message}", f"   do: {problem.hint}")
     if report.passed:
-        _print("nothing is wrong")
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+        print_all("nothing is wrong")

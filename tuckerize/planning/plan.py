@@ -31,7 +31,8 @@ from tuckerize.moe.source import SourceModel
 from tuckerize.planning.allocation import SearchSpace, allocate, check_keep
 from tuckerize.planning.uniform import BudgetUnit, ranks_for_keep
 from tuckerize.progress import Progress
-from tuckerize.recipe import CalibrationSettings, Recipe, resolve_rank, select_layers
+from tuckerize.recipe import CalibrationSettings, Recipe
+from tuckerize.recipe_text import resolve_rank, select_layers
 from tuckerize.version import __version__
 
 _FULL = "full,full,full"

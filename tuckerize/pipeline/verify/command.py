@@ -24,7 +24,7 @@ from tuckerize.parallel.layouts import Parallelism
 from tuckerize.parallel.processes import Processes, process_group, started_by_torchrun
 from tuckerize.pipeline.verify.verification import TOLERANCES, Verification, verify_layers
 from tuckerize.progress import Progress, SilentProgress
-from tuckerize.recipe import select_layers
+from tuckerize.recipe_text import select_layers
 from tuckerize.report import VerifyReport, to_json
 from tuckerize.runtime.experts import activation_of
 
