@@ -81,7 +81,7 @@ def test_decompose_stopped_then_other_options_is_refused_and_keeps_the_state(
     out = tmp_path / "out"
     succeed("decompose", "--model", tiny_model, "--keep", "0.7", "--output", out)
     (out / ".tuckerize").mkdir()
-    (out / ".tuckerize" / "plan.json").write_text("{}")
+    (out / ".tuckerize" / "plan.json").write_text('{"recipe": "another"}')
     (out / "tuckerize.json").unlink()
     before = files_of(out)
     result = run_here("decompose", "--model", tiny_model, "--keep", "0.6", "--output", out)

@@ -165,9 +165,12 @@ def check_plain_name(name: str, *, found_in: Path) -> None:
     """Check that a file name from a checkpoint is a plain name in its folder.
 
     Raises:
-        CheckpointError: The name has a separator, is hidden, empty or a parent folder.
+        CheckpointError: The name has a separator or half a character, is hidden, empty or a parent
+            folder.
     """
-    if not name or name.startswith(".") or set(name) & {"\\", "\0"} or PurePath(name).name != name:
+    half = name.encode(errors="ignore").decode() != name
+    is_path = set(name) & {"\\", "\0"} or PurePath(name).name != name
+    if not name or name.startswith(".") or half or is_path:
         raise CheckpointError(
             f"{found_in} names the file {name!r}, expected a plain name in the same folder",
             hint="do not use this checkpoint: it was tampered with or damaged",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,9 @@ from tuckerize.moe.narrow import (
 from tuckerize.progress import Progress, SilentProgress
 from tuckerize.report import ReconstructReport
 from tuckerize.version import __version__
+
+# Grouped GEMMs need rows of multiples of 16 bytes.
+_ALIGNED = 8
 
 RECORD = "tuckerize-reconstruct.json"
 """File in the dense folder that records its origin, in place of a manifest."""
@@ -166,17 +170,18 @@ def _write_all(
 
 
 def _width(tucker: TuckerCheckpoint) -> int:
-    """Width of all experts: that of the widest that is left."""
+    """Width of all experts: that of the widest one left, as grouped GEMMs of engines need it."""
     manifest = tucker.manifest
     layers = {None, *manifest.layers}
     dense_are_left = any(tucker.family.layer_of(n) not in layers for n in tucker.checkpoint.tensors)
     if dense_are_left or not can_narrow(tucker.family):
         return manifest.shape.intermediate
-    return max(
+    widest = max(
         max(manifest.widths(layer, group))
         for layer in manifest.layers
         for group in range(manifest.groups)
     )
+    return min(math.ceil(widest / _ALIGNED) * _ALIGNED, manifest.shape.intermediate)
 
 
 def _shared_experts(

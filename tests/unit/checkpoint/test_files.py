@@ -60,7 +60,21 @@ def test_plain_name_is_accepted(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", ".", "..", "../a", "a/b", "/etc/passwd", "a/", "./a", ".hidden", "a\\b", "..\\a", "a\0"],
+    [
+        "",
+        ".",
+        "..",
+        "../a",
+        "a/b",
+        "/etc/passwd",
+        "a/",
+        "./a",
+        ".hidden",
+        "a\\b",
+        "..\\a",
+        "a\0",
+        "\ud800",
+    ],
 )
 def test_name_that_is_not_plain_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(CheckpointError) as caught:

@@ -97,6 +97,7 @@ def verify(request: VerifyRequest, progress: Progress | None = None) -> VerifyRe
         folder = Path(request.folder)
 
         def look() -> tuple[Parallelism | None, Inventory]:
+            take_inventory(folder, ())  # what is no checkpoint is told before its shards are missed
             mesh = _mesh(request, folder, processes.size)
             return mesh, take_inventory(folder, _names(mesh))
 
