@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
-from inspect import signature
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
-from transformers.utils.quantization_config import CompressedTensorsConfig
+from transformers.integrations import compressed_tensors
 
 from tests.quantized_models import FORMATS, quantize_model
 from tests.running import run_here
@@ -44,7 +44,7 @@ ANNOUNCED = {"quantization_config": {"quant_method": "fp8", "weight_block_size":
 
 
 # Later releases of transformers dequantize these when they load them, and leave activations alone.
-ROUNDS_ACTIVATIONS = "dequantize" not in signature(CompressedTensorsConfig).parameters
+ROUNDS_ACTIVATIONS = not hasattr(compressed_tensors, "CompressedTensorsDequantize")
 WITH_ACTIVATIONS = ("float-quantized", "int-quantized")
 # compressed-tensors computes them in bfloat16, whatever the model's type.
 IN_BFLOAT16 = ("nvfp4-pack-quantized", "mxfp4-pack-quantized")
@@ -220,6 +220,9 @@ def test_whole_job_on_an_fp8_source(plain: dict[torch.dtype, Path], tmp_path: Pa
     assert generate(GenerateRequest(folder=out, prompt="1 2 3", tokens=4)).split()
 
 
+@pytest.mark.skipif(
+    transformers.__version__.startswith("5.16."), reason="it cannot load FP8 with routed experts"
+)
 def test_stream_of_a_quantized_source_is_transformers_own_pass(
     plain: dict[torch.dtype, Path], tmp_path: Path
 ) -> None:
