@@ -223,7 +223,7 @@ def test_router_without_its_correction_reads_as_none(tmp_path: Path) -> None:
     assert Router.read(source.checkpoint, source.moe.family, 1).correction_E is None
 
 
-NEVER_NARROW = {"hunyuan_v1_moe", "jamba"}
+NEVER_NARROW = {"aria", "aria_text", "hunyuan_v1_moe", "hy_v3", "jamba"}
 """Families whose other modules are as wide as their experts, by the same configuration key."""
 
 
