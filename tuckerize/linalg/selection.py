@@ -8,7 +8,7 @@ where Σ is the routing-weighted second moment of h and d_j the (compensated) ro
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -24,8 +24,10 @@ _RIDGE = 1e-4
 _REFIT_RIDGE = 1e-3
 # Maximum number of elimination rounds; each removes the cheapest few neurons at once.
 _MAX_ROUNDS = 256
-# Compact the matrices every 8 rounds; in between, pruned rows are only zeroed.
-_COMPACTION_INTERVAL = 8
+# Rounds between updates of all that remains, which are GEMMs of this many rounds' neurons.
+_ROUNDS_PER_BLOCK = 16
+# Values of the matrices of the experts that are treated at once (256 MiB in float64).
+_CHUNK_VALUES = 2**25
 # Minimum width of an expert relative to the mean: calibration text may under-use it.
 _MIN_RELATIVE_WIDTH = 0.25
 
@@ -143,39 +145,117 @@ def eliminate(moments_EHH: Tensor, down_EHI: Tensor) -> Elimination:
         The optimal brain surgeon (Hassibi & Stork 1993) for whole columns, as Kurtic et al. 2023
         (ZipLM).
     """
-    # One expert at a time: its two matrices alone are updated, thousands of times.
+    experts, neurons, _ = down_EHI.shape
+    chunk = max(1, _CHUNK_VALUES // neurons**2)
     results = [
-        _eliminate_of_expert(moment_HH, down_HI)
-        for moment_HH, down_HI in zip(moments_EHH, down_EHI, strict=True)
+        _eliminate_of_experts(moments_EHH[first : first + chunk], down_EHI[first : first + chunk])
+        for first in range(0, experts, chunk)
     ]
-    return Elimination(*(torch.stack(parts) for parts in zip(*results, strict=True)))
+    return Elimination(*(torch.cat(parts) for parts in zip(*results, strict=True)))
 
 
-def _eliminate_of_expert(moment_HH: Tensor, down_HI: Tensor) -> tuple[Tensor, Tensor]:
-    """Elimination order of one expert's neurons, and their costs."""
-    inverse_HH = _inverse(in_float64(moment_HH))
-    down_HI = in_float64(down_HI).clone()
-    neurons = len(down_HI)
-    left_H = torch.arange(neurons, device=down_HI.device)
-    gone_H = torch.zeros_like(left_H, dtype=torch.bool)
-    order: list[Tensor] = []
+def _eliminate_of_experts(moments_EHH: Tensor, down_EHI: Tensor) -> tuple[Tensor, Tensor]:
+    """Elimination order of the neurons of some experts at once, and their costs."""
+    neurons = moments_EHH.shape[1]
+    state = _Remaining.of(moments_EHH, down_EHI)
+    orders: list[Tensor] = []
     costs: list[Tensor] = []
     count = -(-neurons // _MAX_ROUNDS)
-    for first in range(0, neurons, count):
-        if first % (count * _COMPACTION_INTERVAL) == 0:
-            inverse_HH, down_HI = inverse_HH[~gone_H][:, ~gone_H], down_HI[~gone_H]
-            left_H, gone_H = left_H[~gone_H], gone_H[~gone_H]
-        take = min(count, neurons - first)
-        diagonal_H = inverse_HH.diagonal().clamp_min(torch.finfo(inverse_HH.dtype).tiny)
-        costs_H = torch.linalg.vector_norm(down_HI, dim=1).square() / diagonal_H
-        costs_H.masked_fill_(gone_H, torch.inf)
-        cheapest_M = costs_H.topk(take, largest=False, sorted=True).indices
-        lost = _remove(inverse_HH, down_HI, cheapest_M)
-        gone_H[cheapest_M] = True
-        order.append(left_H[cheapest_M])
-        # The cost of a round is divided evenly among its neurons.
-        costs.append((lost / take).expand(take))
-    return torch.cat(order).cpu(), torch.cat(costs).cpu()
+    for first in range(0, neurons, count * _ROUNDS_PER_BLOCK):
+        block = min(count * _ROUNDS_PER_BLOCK, neurons - first)
+        order_EM, cost_EM, state = state.eliminate(block, count)
+        orders.append(order_EM)
+        costs.append(cost_EM)
+    return torch.cat(orders, dim=1).cpu(), torch.cat(costs, dim=1).cpu()
+
+
+class _Remaining(NamedTuple):
+    """What is left of the neurons of some experts, in float64.
+
+    Attributes:
+        places_EN: Their indices, shape (E, N).
+        inverse_ENN: Inverse of their second moment, shape (E, N, N).
+        gram_ENN: Products of their compensated rows of down, shape (E, N, N).
+    """
+
+    places_EN: Tensor
+    inverse_ENN: Tensor
+    gram_ENN: Tensor
+
+    @classmethod
+    def of(cls, moments_EHH: Tensor, down_EHI: Tensor) -> Self:
+        """All neurons."""
+        exact_EHH = in_float64(moments_EHH)
+        mean_E = exact_EHH.diagonal(dim1=1, dim2=2).mean(1)
+        ridge_E = torch.where(mean_E > 0, _RIDGE * mean_E, torch.ones_like(mean_E))
+        exact_EHH = exact_EHH + torch.diag_embed(ridge_E[:, None].expand(exact_EHH.shape[:2]))
+        inverse_EHH = torch.cholesky_inverse(torch.linalg.cholesky_ex(exact_EHH).L)
+        gram_EHH = torch.empty_like(inverse_EHH)
+        for own_HH, down_HI in zip(gram_EHH, down_EHI, strict=True):
+            own_HH.copy_(down_HI @ down_HI.T)
+        places_H = torch.arange(exact_EHH.shape[1], device=exact_EHH.device)
+        return cls(places_H.expand(len(exact_EHH), -1), inverse_EHH, gram_EHH)
+
+    def eliminate(self, block: int, count: int) -> tuple[Tensor, Tensor, Self]:
+        """Eliminate a block of neurons of every expert, in rounds of `count`.
+
+        The matrices are updated at its end only; a round reads its own columns of them, less what
+        the rounds before it in the block have changed: V Vᵀ of the inverse, K Lᵀ + L Kᵀ of the
+        Gram matrix.
+
+        Returns:
+            Order and costs, each of shape (E, block), and what remains.
+        """
+        inverse_ENN, gram_ENN = self.inverse_ENN, self.gram_ENN
+        experts, left, _ = inverse_ENN.shape
+        lows = inverse_ENN.new_zeros(3, experts, left, block)
+        diagonal_EN = inverse_ENN.diagonal(dim1=1, dim2=2).clone()
+        norms_EN = gram_ENN.diagonal(dim1=1, dim2=2).clone()
+        gone_EN = torch.zeros_like(norms_EN, dtype=torch.bool)
+        picked, costs = [], []
+        tiny = torch.finfo(diagonal_EN.dtype).tiny
+        for first in range(0, block, count):
+            costs_EN = norms_EN.clamp_min(0) / diagonal_EN.clamp_min(tiny)
+            costs_EN.masked_fill_(gone_EN, torch.inf)
+            take = min(count, block - first)
+            picked_EM = costs_EN.topk(take, largest=False, sorted=True).indices
+            V_ENB, K_ENB, L_ENB = lows[..., :first]
+            V_EMB, K_EMB, L_EMB = (_rows(low_ENB, picked_EM)[..., :first] for low_ENB in lows)
+            # Both matrices are symmetric: their rows are their columns.
+            inverse_ENM = _rows(inverse_ENN, picked_EM).mT - V_ENB @ V_EMB.mT
+            gram_ENM = _rows(gram_ENN, picked_EM).mT - K_ENB @ L_EMB.mT - L_ENB @ K_EMB.mT
+            inverse_EMM, gram_EMM = _rows(inverse_ENM, picked_EM), _rows(gram_ENM, picked_EM)
+            root_EMM = torch.linalg.cholesky_ex(inverse_EMM).L
+            V_ENM = torch.linalg.solve_triangular(root_EMM.mT, inverse_ENM, upper=True, left=False)
+            K_ENM = torch.linalg.solve_triangular(root_EMM, V_ENM, upper=False, left=False)
+            L_ENM = gram_ENM - K_ENM @ gram_EMM / 2
+            for low_ENB, own_ENM in zip(lows, (V_ENM, K_ENM, L_ENM), strict=True):
+                low_ENB[..., first : first + take] = own_ENM
+            diagonal_EN -= V_ENM.square().sum(2)
+            norms_EN -= 2 * (K_ENM * L_ENM).sum(2)
+            gone_EN.scatter_(1, picked_EM, value=True)
+            solved_EMM = torch.cholesky_solve(gram_EMM, root_EMM)
+            lost_E1 = solved_EMM.diagonal(dim1=1, dim2=2).sum(1, keepdim=True).clamp_min(0)
+            picked.append(picked_EM)
+            # The cost of a round is divided evenly among its neurons.
+            costs.append((lost_E1 / take).expand(-1, take))
+        order_EM = torch.cat(picked, dim=1)
+        kept_EN = gone_EN.byte().argsort(dim=1, stable=True)[:, : left - block]
+        V_ENB, K_ENB, L_ENB = (_rows(low_ENB, kept_EN) for low_ENB in lows)
+        inverse_ENN = _rows(_rows(inverse_ENN, kept_EN).mT, kept_EN)
+        inverse_ENN.baddbmm_(V_ENB, V_ENB.mT, alpha=-1)
+        gram_ENN = _rows(_rows(gram_ENN, kept_EN).mT, kept_EN)
+        gram_ENN.baddbmm_(K_ENB, L_ENB.mT, alpha=-1).baddbmm_(L_ENB, K_ENB.mT, alpha=-1)
+        remaining = type(self)(self.places_EN.gather(1, kept_EN), inverse_ENN, gram_ENN)
+        return self.places_EN.gather(1, order_EM), torch.cat(costs, dim=1), remaining
+
+
+def _rows(matrices_ENX: Tensor, places_EM: Tensor) -> Tensor:
+    """Rows at each expert's own places, shape (E, M, X)."""
+    experts, size, _ = matrices_ENX.shape
+    firsts_E1 = size * torch.arange(experts, device=places_EM.device)[:, None]
+    rows_FX = matrices_ENX.flatten(0, 1).index_select(0, (places_EM + firsts_E1).flatten())
+    return rows_FX.unflatten(0, places_EM.shape)
 
 
 def refit_down(
@@ -195,35 +275,11 @@ def refit_down(
     for expert, (moment_KK, cross_KH, down_HI, width) in enumerate(
         zip(kept_moments_EKK, cross_moments_EKH, down_EHI, kept.widths, strict=True)
     ):
-        exact_KK, exact_HI = in_float64(moment_KK[:width, :width]), in_float64(down_HI)
-        ridge = _REFIT_RIDGE * max(float(exact_KK.diagonal().mean()), 1e-30)
-        identity = torch.eye(width, dtype=exact_KK.dtype, device=exact_KK.device)
-        kept_KI = exact_HI[kept.of_expert(expert).to(exact_HI.device)]
-        right_KI = in_float64(cross_KH[:width]) @ exact_HI + ridge * kept_KI
-        result.append(torch.linalg.solve(exact_KK + ridge * identity, right_KI))
-    return pad_sequence(result, batch_first=True).to(down_EHI)
-
-
-def _inverse(moment_HH: Tensor) -> Tensor:
-    """Inverse of a moment plus its ridge."""
-    mean = float(moment_HH.diagonal().mean())
-    ridge = _RIDGE * mean if mean > 0 else 1.0
-    identity = torch.eye(len(moment_HH), dtype=moment_HH.dtype, device=moment_HH.device)
-    inverse: Tensor = torch.linalg.inv(moment_HH + ridge * identity)
-    return inverse
-
-
-def _remove(inverse_HH: Tensor, down_HI: Tensor, gone_M: Tensor) -> Tensor:
-    """Remove neurons of one expert and compensate in place; returns the squared error."""
-    columns_HM = inverse_HH[:, gone_M]
-    block_MM, rows_MI = columns_HM[gone_M], down_HI[gone_M]
-    solved_MI = torch.linalg.solve(block_MM, rows_MI)
-    lost: Tensor = (solved_MI * rows_MI).sum().clamp_min(0)
-    down_HI.addmm_(columns_HM, solved_MI, alpha=-1)
-    inverse_HH.addmm_(columns_HM, torch.linalg.solve(block_MM, columns_HM.T), alpha=-1)
-    # Decouple pruned neurons exactly; rounding errors must not reintroduce them.
-    down_HI[gone_M] = 0.0
-    inverse_HH[gone_M] = 0.0
-    inverse_HH[:, gone_M] = 0.0
-    inverse_HH[gone_M, gone_M] = 1.0
-    return lost
+        exact_KK = in_float64(moment_KK[:width, :width])
+        ridge = _REFIT_RIDGE * exact_KK.diagonal().mean().clamp_min(1e-30)
+        root_KK = torch.linalg.cholesky_ex(exact_KK + torch.diag(ridge.expand(width))).L
+        kept_KI = in_float64(down_HI[kept.of_expert(expert).to(down_HI.device)])
+        # The ridge bounds what the rounding of this product can do to the outputs.
+        right_KI = in_float64(cross_KH[:width] @ down_HI) + ridge * kept_KI
+        result.append(torch.cholesky_solve(right_KI, root_KK).to(down_EHI))
+    return pad_sequence(result, batch_first=True)
