@@ -163,17 +163,17 @@ def multiply_one_by_one(
             gradients; None for tensors.
     """
     largest = max(matrix.shape[1] for matrix in matrices_EXY) if width is None else width
+    # Not slices: the gradient of each would be as large as all rows.
+    *own, others_NX = rows_NX.split([*assigned.counts, len(rows_NX) - sum(assigned.counts)])
     results: list[Tensor] = []
-    first = 0
-    for expert, count in enumerate(assigned.counts):
+    for expert, own_NX in enumerate(own):
         # A gradient of zeros where there are no rows: DDP waits for every one.
-        if count or (width is None and matrices_EXY[expert].requires_grad):
+        if len(own_NX) or (width is None and matrices_EXY[expert].requires_grad):
             matrix_XY = matrices_EXY[expert]
-            product = rows_NX[first : first + count, : len(matrix_XY)] @ matrix_XY
+            product = own_NX[:, : len(matrix_XY)] @ matrix_XY
             results.append(functional.pad(product, (0, largest - product.shape[1])))
-            first += count
-    if first < len(rows_NX) or not results:
-        results.append(rows_NX.new_zeros(len(rows_NX) - first, largest))
+    if len(others_NX) or not results:
+        results.append(rows_NX.new_zeros(len(others_NX), largest))
     return torch.cat(results)
 
 
