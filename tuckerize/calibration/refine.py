@@ -16,6 +16,8 @@ from tuckerize.runtime.experts import TuckerExperts
 _STEP = 1.6e-2
 _WARM_UP_STEPS = 20
 _BATCH_TOKENS = 2048
+# Passes over the tokens after which the error of others rises again.
+_MAX_EPOCHS = 25
 # Weight of the ridge towards the closed-form solution, relative to the relative squared error.
 _RIDGE = 1e-2
 _SEED = 0
@@ -53,15 +55,17 @@ def refine(
         fit: Tokens to fit.
         held_out: Validation set.
         dense: Computes the routed output of the dense layer, shape (T, I).
-        steps: Number of steps of Adam.
+        steps: Number of steps of Adam; as many as make 25 passes over the tokens, if that is less.
     """
+    batch = max(1, min(_BATCH_TOKENS, len(fit.x_TI)))
+    steps = min(steps, -(-_MAX_EPOCHS * len(fit.x_TI) // batch))
     target_TI = dense(fit)
     before = relative_output_error(module, held_out, dense(held_out))
     parameters = dict(module.named_parameters())
     start = {name: value.detach().clone() for name, value in parameters.items()}
     for value in parameters.values():
         value.requires_grad_(True)  # noqa: FBT003
-    _adam(module, parameters, start, fit, target_TI, steps)
+    _adam(module, parameters, start, fit, target_TI, steps, batch)
     for value in parameters.values():
         value.requires_grad_(False)  # noqa: FBT003
         value.grad = None
@@ -90,6 +94,7 @@ def _adam(
     fit: LayerTokens,
     target_TI: Tensor,
     steps: int,
+    batch: int,
 ) -> None:
     sizes = {name: _root_mean_square(value) for name, value in start.items()}
     optimizer = torch.optim.Adam(
@@ -99,7 +104,6 @@ def _adam(
     )
     generator = torch.Generator().manual_seed(_SEED)
     order = torch.empty(0, dtype=torch.long)
-    batch = min(_BATCH_TOKENS, len(fit.x_TI))
     for step in range(steps):
         if len(order) < batch:
             order = torch.randperm(len(fit.x_TI), generator=generator)
@@ -115,6 +119,8 @@ def _adam(
         for name, value in parameters.items():
             mean_square = max(sizes[name] ** 2, 1e-30) * value.numel()
             pull = 2 * _RIDGE / len(parameters) / mean_square
+            if value.grad is None:  # of experts that no token of the batch sees
+                value.grad = torch.zeros_like(value)
             value.grad.add_(value, alpha=pull).add_(start[name], alpha=-pull)
         optimizer.step()
 

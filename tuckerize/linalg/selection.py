@@ -170,7 +170,7 @@ def _eliminate_of_experts(moments_EHH: Tensor, down_EHI: Tensor) -> tuple[Tensor
 
 
 class _Remaining(NamedTuple):
-    """What is left of the neurons of some experts, in float64.
+    """Remaining neurons of some experts, in float64.
 
     Attributes:
         places_EN: Their indices, shape (E, N).
@@ -252,10 +252,10 @@ class _Remaining(NamedTuple):
 
 def _rows(matrices_ENX: Tensor, places_EM: Tensor) -> Tensor:
     """Rows at each expert's own places, shape (E, M, X)."""
-    experts, size, _ = matrices_ENX.shape
+    experts, size, width = matrices_ENX.shape
     firsts_E1 = size * torch.arange(experts, device=places_EM.device)[:, None]
     rows_FX = matrices_ENX.flatten(0, 1).index_select(0, (places_EM + firsts_E1).flatten())
-    return rows_FX.unflatten(0, places_EM.shape)
+    return rows_FX.view(*places_EM.shape, width)
 
 
 def refit_down(

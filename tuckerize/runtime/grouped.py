@@ -164,7 +164,8 @@ def multiply_one_by_one(
     """
     largest = max(matrix.shape[1] for matrix in matrices_EXY) if width is None else width
     # Not slices: the gradient of each would be as large as all rows.
-    *own, others_NX = rows_NX.split([*assigned.counts, len(rows_NX) - sum(assigned.counts)])
+    others = len(rows_NX) - sum(assigned.counts)
+    *own, others_NX = torch.split(rows_NX, [*assigned.counts, others])
     results: list[Tensor] = []
     for expert, own_NX in enumerate(own):
         # A gradient of zeros where there are no rows: DDP waits for every one.

@@ -86,6 +86,18 @@ def test_same_steps_give_the_same_bits(group: DenseGroup, module: TuckerExperts)
     assert all(torch.equal(results[0][name], results[1][name]) for name in start)
 
 
+def test_no_token_is_seen_more_than_25_times(group: DenseGroup, module: TuckerExperts) -> None:
+    """500 tokens are one batch: as many steps as passes."""
+    start = state_of(module)
+    results: list[dict[str, Tensor]] = []
+    for steps in (24, 25, 300):
+        module.load_state_dict(start)
+        refine(module, FIT, HELD_OUT, lambda t: exact_output(group, t).float(), steps=steps)
+        results.append(state_of(module))
+    assert all(torch.equal(results[1][name], results[2][name]) for name in start)
+    assert not all(torch.equal(results[0][name], results[1][name]) for name in start)
+
+
 def test_without_steps_or_held_out_tokens_nothing_changes(
     group: DenseGroup, module: TuckerExperts
 ) -> None:
