@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -29,6 +28,13 @@ from tuckerize.domain import (
     Truncation,
 )
 from tuckerize.errors import RecipeError, UsageError
+from tuckerize.recipe_files import (
+    Texts,
+    choose_document,
+    find_recipe,
+    list_of_texts,
+    read_documents,
+)
 from tuckerize.recipe_text import check_rank_text, is_selected, layer_ranges
 from tuckerize.schema_errors import Place, explain
 
@@ -104,7 +110,8 @@ class CalibrationSettings(_Schema):
     """Texts and settings of a calibrated decomposition.
 
     Attributes:
-        texts: Files (text, JSONL, JSON, parquet) or data sets, each `NAME` or `NAME:WEIGHT`.
+        texts: Files (text, JSONL, JSON, parquet) or data sets, each `NAME` or `NAME:WEIGHT`; a
+            recipe file may leave them to `--calibration`.
         tokens: Tokens of all texts together.
         window: Tokens per window of text.
         random_share: Share of random tokens, which belong to no domain.
@@ -218,16 +225,6 @@ class Recipe(_Schema):
 _MOST_VALUES = 10_000
 _EXAMPLE = "rules:\n  - keep: 0.75"
 
-Texts = str | Path | Sequence[str | Path]
-"""One source of text or several: a text or JSONL file or a data set, as PATH or PATH:WEIGHT."""
-
-
-def list_of_texts(texts: Texts) -> list[str]:
-    """Sources of text as a list, each as a user types it."""
-    if isinstance(texts, str | Path):
-        return [str(texts)]
-    return [str(text) for text in texts]
-
 
 def recipe_of_options(
     recipe: str | Path | Mapping[str, Any] | None,
@@ -259,16 +256,19 @@ def recipe_of_options(
             "or --recipe FILE, which says it for each range of layers",
         )
     if recipe is not None:
-        also = [name for name, value in {**where, **how}.items() if value is not None]
+        others = {name: value for name, value in how.items() if name != "calibration"}
+        also = [name for name, value in {**where, **others}.items() if value is not None]
         if also:
             raise UsageError(
                 f"--{also[0].replace('_', '-')} and --recipe exclude each other",
                 hint=f"write {also[0]} into "
                 + ("the recipe" if isinstance(recipe, Mapping) else str(recipe)),
             )
+        text: Any = how.get("calibration")
         if isinstance(recipe, Mapping):
-            return parse_recipe(recipe, place="the recipe")
-        return read_recipe(find_recipe(str(recipe)))
+            place = "the recipe"
+            return parse_recipe(choose_document([recipe], text, place=place), place=place)
+        return read_recipe(find_recipe(str(recipe)), text)
     rule = {name: value for name, value in {**sizes, **where}.items() if value is not None}
     if isinstance(rule.get("projections"), str):
         rule["projections"] = [part.strip() for part in str(rule["projections"]).split(",")]
@@ -279,41 +279,18 @@ def recipe_of_options(
     return _validated({"rules": [rule], **settings}, _option_of, place="")
 
 
-def find_recipe(name: str) -> Path:
-    """A recipe file: a path, or the name of a shipped one (`deepseek-v2-lite-keep75`).
-
-    Raises:
-        RecipeError: There is neither; the hint lists the shipped ones.
-    """
-    path = Path(name).expanduser()
-    if path.is_file():
-        return path
-    package = Path(__file__).parent
-    # In a wheel the recipes lie in the package, in a checkout beside it.
-    folders = (package / "recipes", package.parent / "recipes")
-    shipped = {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
-    if name not in shipped:
-        raise RecipeError(
-            f"there is no recipe file {name}",
-            hint=f"give a YAML file, or one of the shipped: {', '.join(shipped)}",
-        )
-    return shipped[name]
-
-
-def read_recipe(path: Path) -> Recipe:
+def read_recipe(path: Path, calibration: Texts | Mapping[str, Any] | None = None) -> Recipe:
     """Read and validate a recipe file.
+
+    Args:
+        path: The file.
+        calibration: Text or several, or keys of a calibration, where the file leaves them open.
 
     Raises:
         RecipeError: The file cannot be read, is not YAML, or does not follow the schema.
+        UsageError: The file says itself what is given here.
     """
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"the recipe {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise RecipeError(
-            f"the recipe {path} is not YAML: {' '.join(str(error).split())}"
-        ) from None
+    value = choose_document(read_documents(path), calibration, place=str(path))
     return parse_recipe(value, place=str(path))
 
 

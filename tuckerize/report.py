@@ -72,6 +72,57 @@ class TuckerFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class PlannedBytes:
+    """Bytes of a model as its published configuration and a recipe give them.
+
+    Attributes:
+        routed_bytes: Of the routed experts.
+        total_bytes: Of all tensors.
+        bits_per_weight: Stored bits of the routed experts over the number of routed weights.
+    """
+
+    routed_bytes: int
+    total_bytes: int
+    bits_per_weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class RecipeFacts:
+    """A shipped recipe and the sizes that it plans.
+
+    Attributes:
+        name: Name, as `--recipe` takes it.
+        model: Hugging Face id of the model.
+        also: Other releases of the same sizes.
+        layers: Number of layers with routed experts.
+        shape: Sizes (E, H, I) of a projection's experts in a layer.
+        routed_parameters: Parameters of the routed experts.
+        before: Sizes of the release.
+        after: Sizes by target, the recipe's default first.
+    """
+
+    name: str
+    model: str
+    also: str
+    layers: int
+    shape: StackShape
+    routed_parameters: int
+    before: PlannedBytes
+    after: dict[str, PlannedBytes]
+
+
+@dataclass(frozen=True, slots=True)
+class RecipesReport:
+    """The shipped recipes of published models.
+
+    Attributes:
+        recipes: One for each model, by name.
+    """
+
+    recipes: tuple[RecipeFacts, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class CheckReport:
     """Result of hashing the files of a Tucker checkpoint and of its shards.
 

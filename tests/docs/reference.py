@@ -22,7 +22,9 @@ from tests.tiny_families import INFERRED, NOT_STREAMED
 from tuckerize.cli.app import app
 from tuckerize.moe.families import FAMILIES, UNSUPPORTED
 from tuckerize.moe.family import FamilyRow
+from tuckerize.pipeline.recipes import list_recipes
 from tuckerize.recipe import CalibrationSettings, Recipe, Rule
+from tuckerize.report import PlannedBytes
 
 _HOW = "<!-- Written by `python -m tests.docs.reference`. -->"
 
@@ -69,6 +71,35 @@ Each rule has exactly one of `rank`, `keep` and `tolerance`.
 
 {calibration}
 With `calibration`, a rule gives `rank` or `keep`, and is for all three projections.
+
+## Targets
+
+A file may hold several recipes, one for each `target`, separated by `---`: the first is the default,
+`--target` takes another. What a recipe leaves open of its calibration, options give: `--calibration FILE` for
+`texts`, `--calibration-tokens` for `tokens`.
+
+## Shipped recipes
+
+`tuckerize recipes list` names them, `tuckerize recipes show NAME` prints one.
+
+<!-- not run: download -->
+```bash
+tuckerize decompose --model Qwen3-30B-A3B --recipe qwen3-30b-a3b --calibration text.txt --output OUT
+```
+
+Each keeps three quarters of the routed parameters. For `fused-kernels` (the default) and `free`, cores have 4 bits:
+3.4 to 3.6 bits per routed weight. Above about 4 bits int4 alone is the better choice, below 3 the loss grows; see
+[the sizes](../how-to/size.md). For `any-engine` the result is a stock checkpoint in 16 bits, which the engine's own
+quantizer brings to the same size; there is none for releases in 8 or 4 bits, which it would exceed. No layer with routed
+experts is left dense: the budget gives each what it needs. Models with many experts for each token's few
+calibrate with 131072 tokens, so that an expert sees 2048 or more on average.
+
+Sizes are planned from the published configuration, which lies beside the recipe with its source; a test
+compares them with the shapes of transformers' model of that configuration, and its parameters with the published number.
+
+{shipped}
+Left out: DeepSeek-V4, gpt-oss, Nemotron-3, Kimi-K3, LongCat, Step-3.5 and MiniMax-M3, whose families are [not
+supported](models.md); openPangu 2.0, Ling 2.6, GLM-5.3-Flash and Qwen3.5-122B, of which no published configuration was found.
 """
 
 
@@ -138,7 +169,30 @@ def recipe_page() -> str:
     }
     header = ("key", "value", "default", "meaning")
     tables = {name: _table(header, _keys(model)) for name, model in models.items()}
-    return _RECIPE.format(how=_HOW, **tables)
+    return _RECIPE.format(how=_HOW, **tables, shipped=_shipped())
+
+
+def _shipped() -> str:
+    """Table of the recipes of published models."""
+    rows = [
+        (
+            f"`{recipe.name}`",
+            f"{recipe.model}{f', {recipe.also}' if recipe.also else ''}",
+            f"{recipe.layers} x {' x '.join(map(str, recipe.shape))}",
+            _planned(recipe.before),
+            *(
+                _planned(recipe.after[target]) if target in recipe.after else ""
+                for target in ("fused-kernels", "free", "any-engine")
+            ),
+        )
+        for recipe in list_recipes().recipes
+    ]
+    header = ("recipe", "models", "MoE layers x E x H x I", "release, GB (bits per routed weight)")
+    return _table((*header, "fused-kernels", "free", "any-engine"), rows)
+
+
+def _planned(sizes: PlannedBytes) -> str:
+    return f"{sizes.total_bytes / 1e9:.1f} ({sizes.bits_per_weight:.2f})"
 
 
 def commands_page() -> str:
@@ -148,11 +202,19 @@ def commands_page() -> str:
         f"{_HOW}\n",
         "`tuckerize COMMAND --help` prints the same.\n",
     ]
-    for command in app.registered_commands:
-        function = command.callback
-        assert function is not None
-        parts.append(_command(command.name or function.__name__, function))
+    parts += [_command(words, function) for words, function in commands().items()]
     return "\n".join(parts)
+
+
+def commands() -> dict[str, Callable[..., Any]]:
+    """Functions of the commands, those of groups (`recipes list`) included."""
+    found: dict[str, Callable[..., Any]] = {}
+    groups = [(f"{info.name} ", info.typer_instance) for info in app.registered_groups]
+    for prefix, group in [("", app), *groups]:
+        for info in group.registered_commands if group else ():
+            assert info.callback is not None
+            found[prefix + (info.name or info.callback.__name__)] = info.callback
+    return found
 
 
 _MODELS = """\

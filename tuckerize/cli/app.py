@@ -12,6 +12,7 @@ import typer
 
 from tuckerize.cli import options
 from tuckerize.cli.boundary import NO, boundary
+from tuckerize.cli.recipes import recipes
 from tuckerize.domain import CoreType, Device, Dtype
 from tuckerize.errors import UsageError
 from tuckerize.version import __version__
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+app.add_typer(recipes, name="recipes")
 
 
 def _version(wanted: bool) -> None:  # noqa: FBT001

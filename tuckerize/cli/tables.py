@@ -18,6 +18,7 @@ from tuckerize.cli.printing import (
     size_table,
     size_text,
 )
+from tuckerize.cli.recipe_table import show_recipes
 from tuckerize.domain import StackShape
 from tuckerize.format.check import FileFault
 from tuckerize.report import (
@@ -29,6 +30,7 @@ from tuckerize.report import (
     InspectReport,
     PlanReport,
     QuantizeReport,
+    RecipesReport,
     ReconstructReport,
     ShardReport,
     VerifyReport,
@@ -45,6 +47,7 @@ Report = (
     | VerifyReport
     | QuantizeReport
     | ReconstructReport
+    | RecipesReport
     | EvaluateReport
     | DoctorReport
 )
@@ -86,6 +89,8 @@ def show(report: Report, *, as_json: bool) -> None:  # noqa: C901, PLR0912 one c
             _show_reconstruct(report)
         case EvaluateReport():
             _show_evaluate(report)
+        case RecipesReport():
+            show_recipes(report)
         case DoctorReport():
             _show_doctor(report)
 

@@ -25,7 +25,8 @@ from tuckerize.pipeline.inspect import bytes_to_write, describe_plan
 from tuckerize.pipeline.run_plan import compress_model
 from tuckerize.planning.plan import Plan, make_plan, output_fingerprint, profiles_for
 from tuckerize.progress import Progress, SilentProgress
-from tuckerize.recipe import Recipe, Texts, recipe_of_options
+from tuckerize.recipe import Recipe, recipe_of_options
+from tuckerize.recipe_files import Texts
 from tuckerize.report import DecomposeReport, PlanReport
 from tuckerize.runtime.experts import activation_of
 

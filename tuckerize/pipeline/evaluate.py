@@ -26,7 +26,7 @@ from tuckerize.moe.source import SourceModel
 from tuckerize.names import TensorName
 from tuckerize.parallel.backends import choose_device
 from tuckerize.progress import Progress, SilentProgress
-from tuckerize.recipe import Texts, list_of_texts
+from tuckerize.recipe_files import Texts, list_of_texts
 from tuckerize.report import EvaluateReport, Evaluation
 from tuckerize.runtime.experts import Activation, TuckerExperts, activation_of
 

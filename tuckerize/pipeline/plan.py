@@ -17,7 +17,8 @@ from tuckerize.parallel.backends import choose_device
 from tuckerize.planning.curve import kl_curve
 from tuckerize.planning.plan import make_plan
 from tuckerize.progress import Progress, SilentProgress
-from tuckerize.recipe import Texts, recipe_of_options
+from tuckerize.recipe import recipe_of_options
+from tuckerize.recipe_files import Texts
 from tuckerize.report import CurveReport
 
 

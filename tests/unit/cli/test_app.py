@@ -210,7 +210,7 @@ def test_completion_of_bash_offers_every_command() -> None:
         env=environment,
         check=False,
     )
-    assert set(done.stdout.split()) == set(COMMANDS)
+    assert set(done.stdout.split()) == {*COMMANDS, "recipes"}
 
 
 def test_completion_script_of_bash_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
