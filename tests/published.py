@@ -47,11 +47,10 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Shapes of all parameters of a model, by the names of transformers."""
     own = {key: value for key, value in config.items() if key != "quantization_config"}
     kind = own.pop("model_type")
-    loader = Mistral4ForCausalLM._from_config if kind == "mistral4" else None  # only nested
+    shape = AutoConfig.for_model(_ALIASES.get(kind, kind), **own)
+    known = kind != "mistral4"  # transformers maps it to a model inside of Mistral 3 only
     with torch.device("meta"):
-        model = (loader or AutoModelForCausalLM.from_config)(
-            AutoConfig.for_model(_ALIASES.get(kind, kind), **own)
-        )
+        model = AutoModelForCausalLM.from_config(shape) if known else Mistral4ForCausalLM(shape)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 

@@ -56,8 +56,8 @@ def test_target_and_text_complete_a_recipe(tmp_path: Path) -> None:
         target: recipe("qwen3-30b-a3b", {"texts": ["a.txt"], "target": target}) for target in Target
     }
     assert {own.calibration and own.calibration.target for own in by_target.values()} == {*Target}
-    assert by_target["any-engine"].quantize is None
-    assert recipe("qwen3-30b-a3b", "a.txt") == by_target["fused-kernels"]
+    assert by_target[Target.ANY_ENGINE].quantize is None
+    assert recipe("qwen3-30b-a3b", "a.txt") == by_target[Target.FUSED_KERNELS]
     plain = tmp_path / "plain.yaml"
     plain.write_text(yaml.safe_dump({"rules": [{"keep": 0.5}]}))
     given = {"texts": ["a.txt", "b.txt:0.5"], "tokens": 9, "target": "any-engine"}
