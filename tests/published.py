@@ -47,10 +47,12 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Shapes of all parameters of a model, by the names of transformers."""
     own = {key: value for key, value in config.items() if key != "quantization_config"}
     kind = own.pop("model_type")
-    shape = AutoConfig.for_model(_ALIASES.get(kind, kind), **own)
-    known = kind != "mistral4"  # transformers maps it to a model inside of Mistral 3 only
+    shape: Any = AutoConfig.for_model(_ALIASES.get(kind, kind), **own)
+    make: Any = AutoModelForCausalLM.from_config
+    if kind == "mistral4":  # transformers maps it to a model inside of Mistral 3 only
+        make = Mistral4ForCausalLM
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape) if known else Mistral4ForCausalLM(shape)
+        model = make(shape)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
