@@ -30,7 +30,9 @@ import tuckerize
 from benchmarks.full_width import EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, lite_config
 from tuckerize.domain import MultilinearRank, Projection
 from tuckerize.format.config import GroupShape
-from tuckerize.runtime.experts import ACTIVATIONS, TuckerExperts
+from tuckerize.moe.family import Glu
+from tuckerize.runtime.activations import activation_of
+from tuckerize.runtime.experts import TuckerExperts
 
 RESULTS = Path(__file__).parent / "results" / "forward.json"
 DENSE = ("eager", "batched_mm", "grouped_mm")
@@ -108,7 +110,7 @@ def tucker_experts(shape: Shape, dtype: torch.dtype) -> TuckerExperts:
         name: torch.empty(sizes, dtype=dtype).normal_(std=0.02)
         for name, sizes in group.tensor_shapes(HIDDEN).items()
     }
-    return TuckerExperts([tensors], group_size=EXPERTS, activation=ACTIVATIONS["silu"])
+    return TuckerExperts([tensors], group_size=EXPERTS, activation=activation_of(Glu()))
 
 
 def dense_model(layers: int, dtype: torch.dtype) -> Any:  # noqa: ANN401

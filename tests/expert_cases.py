@@ -6,16 +6,18 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from tuckerize.calibration.tokens import DenseGroup, LayerTokens
 from tuckerize.compression.calibrated import closed_form, group_output
 from tuckerize.compression.factors import GroupFactors
 from tuckerize.compression.target import CompressionTarget
 from tuckerize.domain import DOWN, GATE_UP, Coupling, MultilinearRank, Projection, StackShape
+from tuckerize.moe.family import Glu
+from tuckerize.runtime.activations import activation_of
 from tuckerize.runtime.dense import ExpertWeights, dense_output
 
-silu = functional.silu
+SWIGLU = activation_of(Glu())
+"""Activation of most families."""
 
 SHAPE = StackShape(3, 10, 8)
 """Of one group."""
@@ -72,7 +74,7 @@ def exact_output(group: DenseGroup, tokens: LayerTokens) -> Tensor:
         tokens.experts_Tk,
         tokens.weights_Tk.double(),
         expert_weights=lambda expert: own_weights(group, expert),
-        activation=silu,
+        activation=SWIGLU,
     )
 
 
@@ -101,8 +103,8 @@ def compress(
     group: DenseGroup, tokens: LayerTokens, target: CompressionTarget
 ) -> tuple[GroupFactors, float]:
     """The compressed group, and its relative output error on the tokens."""
-    step = closed_form(tokens, activation=silu, max_sweeps=5)
+    step = closed_form(tokens, activation=SWIGLU, max_sweeps=5)
     found = step(GroupFactors.of(0, group, target))
-    output_TI = group_output(found.tensors(), group.experts, tokens, silu)
+    output_TI = group_output(found.tensors(), group.experts, tokens, SWIGLU)
     exact_TI = exact_output(group, tokens)
     return found, relative(output_TI - exact_TI, exact_TI)

@@ -54,6 +54,60 @@ SIZES: dict[str, Any] = {
 OWN: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"num_attention_heads": 4, "num_key_value_heads": 4},
     "deepseek_v32": {"index_topk": 4, "index_n_heads": 2, "index_head_dim": 16},
+    "deepseek_v4": {
+        "num_key_value_heads": 1,
+        "partial_rotary_factor": 0.5,
+        "layer_types": ["sliding_attention", "compressed_sparse_attention"],
+        "mlp_layer_types": ["hash_moe", "moe"],
+        "hc_mult": 2,
+        "o_groups": 2,
+        "o_lora_rank": 8,
+        "index_n_heads": 2,
+        "index_head_dim": 8,
+        "index_topk": 4,
+        "sliding_window": 8,
+        "swiglu_limit": 0.5,
+    },
+    "glm5_next": {
+        "mlp_layer_types": ["dense", "sparse"],
+        "layer_types": ["linear_attention", "indexed_attention"],
+        "indexer_types": ["full", "full"],
+        "qk_rope_head_dim": 0,
+        "num_key_value_heads": 4,
+        "linear_head_dim": 8,
+        "linear_num_heads": 4,
+        "index_topk": 4,
+        "index_n_heads": 2,
+        "index_head_dim": 8,
+        "index_kpool": 4,
+        "hc_mult": 2,
+        "swiglu_limit": 0.5,
+    },
+    "hy_v4": {
+        "index_topk": 4,
+        "index_n_heads": 2,
+        "index_head_dim": 16,
+        "hc_mult": 2,
+        "swiglu_limit": 0.5,
+    },
+    "beam": {"mlp_layer_types": ["dense", "sparse"]},
+    "minimax_m3_vl": {
+        "layer_types": ["full_attention", "minimax_m3_sparse"],
+        "dense_intermediate_size": 12,
+        "rotary_dim": 4,
+        "index_n_heads": 2,
+        "index_head_dim": 8,
+        "index_block_size": 4,
+        "index_topk_blocks": 2,
+        "swiglu_limit": 0.5,
+    },
+    "step3p5": {
+        "mlp_layer_types": ["dense", "sparse"],
+        "swiglu_limits": [None, 0.5],
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 8,
+        "share_expert_dim": 12,
+    },
     "mistral4": {
         "rope_parameters": {
             "rope_type": "default",
@@ -106,6 +160,7 @@ OWN["qwen3_5_moe_text"] = OWN["qwen3_next"] | {
     }
 }
 OWN["gemma4"] = OWN["gemma4_text"]
+OWN["minimax_m3_vl_text"] = OWN["minimax_m3_vl"]
 OWN["qwen3_5_moe"] = OWN["qwen3_5_moe_text"]
 
 FAMILY_NAMES = [name for name in FAMILIES if name != "kimi_k2"]
@@ -128,7 +183,12 @@ INFERRED = (
 
 NOT_STREAMED = {
     "bailing_hybrid": "transformers merges weights of its attention when it loads them",
+    "deepseek_v4": "layers hand on several residual streams",
+    "glm5_next": "layers hand on several residual streams",
+    "hy_v4": "layers hand on several residual streams",
     "glm_moe_dsa": "layers hand on the tokens that they attend to",
+    "minimax_m3_vl": "transformers merges weights of its shared experts when it loads them",
+    "step3p5": "transformers splits weights of its vision tower when it loads them",
     "kimi_linear": "transformers merges weights of its attention when it loads them",
     "qwen4_exp": "layers hand on several residual streams",
 }
@@ -150,7 +210,7 @@ NOT_TESTED = (
 )
 """Families for which the tensors would have to tell everything, without a model to try it on."""
 
-NESTED = {"mistral4": "mistral3"}
+NESTED = {"mistral4": "mistral3", "step3p5": "step3p7"}
 """Families that are released inside another architecture."""
 
 PIXTRAL = {
@@ -239,6 +299,9 @@ def make_family(folder: Path, model_type: str, *, seed: int = 0, **own: Any) -> 
                     tensor.uniform_(0.5, 1.5)
                 elif "bias" in name and "experts" not in name:
                     tensor.uniform_(-0.2, 0.2)
+                elif name.endswith("tid2eid"):  # two experts of every token
+                    first = torch.randint(7, (len(tensor),))
+                    tensor.copy_(torch.stack([first, first + 1], 1))
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     nn.Module.to(model, torch.float32).save_pretrained(folder)
     return folder

@@ -20,6 +20,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad, silu
 
+from tuckerize.moe.family import Glu
+from tuckerize.runtime.activations import activation_of
+
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tuckerize.domain import GATE_UP, Layout, Mode, MultilinearRank, Projection, StackShape
@@ -213,7 +216,7 @@ def errors_of(case: Case, position: Position) -> tuple[float, float, float]:
         layout=case.layout,
         sizes=case.sizes,
         position=position,
-        activation=silu,
+        activation=activation_of(Glu()),
     ).requires_grad_()
     own_x, own_weights = (t.detach()[own_T].requires_grad_() for t in (x_TI, weights_Tk))
     with counted() as moved:

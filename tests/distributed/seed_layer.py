@@ -14,6 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tuckerize.moe.family import Glu
+from tuckerize.runtime.activations import activation_of
+
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tuckerize.ascend.dispatch import FusedPair
@@ -27,7 +30,7 @@ from tuckerize.parallel.mesh import Axis, Position
 from tuckerize.pipeline.verify import verification as verify
 from tuckerize.runtime import exchange
 from tuckerize.runtime.exchange import Combine, RankExchange, ReplicatedDispatch, Tokens
-from tuckerize.runtime.experts import ACTIVATIONS, TuckerExperts, TuckerStack
+from tuckerize.runtime.experts import TuckerExperts, TuckerStack
 from tuckerize.runtime.grouped import Assignments, assign
 
 
@@ -44,7 +47,7 @@ class SeedExperts(TuckerExperts):
         return cls(
             [tucker.read_group(layer, 0)],
             group_size=tucker.manifest.group_size,
-            activation=ACTIVATIONS["silu"],
+            activation=activation_of(Glu()),
             exchange=RankExchange(tp=position.tp),
         )
 
@@ -55,7 +58,7 @@ class SeedExperts(TuckerExperts):
         x_NI = x_TI[rows.tokens_N]
         gate_NH = self._project(x_NI, group.stack(Projection.GATE), rows, down=False)
         up_NH = self._project(x_NI, group.stack(Projection.UP), rows, down=False)
-        neurons_NH = self.activation(gate_NH) * up_NH
+        neurons_NH = self.activation(gate_NH, up_NH)
         result_NI = self._project(neurons_NH, group.stack(Projection.DOWN), rows, down=True)
         return rows.sum_over_experts(result_NI, weights_Tk)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import tuckerize
+from tests.expert_cases import SWIGLU
 from tests.running import files_of, run_here, start, torchrun
 from tests.tiny_models import write_text
 from tuckerize.calibration import calibration_pass as run_module
@@ -39,7 +40,7 @@ from tuckerize.pipeline.decompose import DecomposeRequest
 from tuckerize.progress import SilentProgress
 from tuckerize.recipe import CalibrationSettings, Recipe, Rule
 from tuckerize.report import DecomposeReport, PlanReport, VerifyReport
-from tuckerize.runtime.experts import ACTIVATIONS, TuckerExperts
+from tuckerize.runtime.experts import TuckerExperts
 
 CPU = torch.device("cpu")
 BLOCK = 64  # held-out tokens stand in blocks of so many: 1024 tokens have one
@@ -126,7 +127,7 @@ def routed_parameters(folder: Path) -> int:
 def stored_layer(tucker: TuckerCheckpoint, layer: int) -> TuckerExperts:
     groups = [tucker.read_group(layer, group) for group in range(tucker.manifest.groups)]
     size = tucker.manifest.group_size
-    return TuckerExperts(groups, group_size=size, activation=ACTIVATIONS["silu"])
+    return TuckerExperts(groups, group_size=size, activation=SWIGLU)
 
 
 def test_budget_is_kept_and_manifest_and_config_say_what_was_done(
@@ -582,9 +583,9 @@ def test_nothing_of_a_layer_is_left_when_the_next_begins(
         return groups(self, layer)
 
     def noted_module(
-        self: CalibrationPass, tensors: list[dict[TensorName, Tensor]]
+        self: CalibrationPass, layer: int, tensors: list[dict[TensorName, Tensor]]
     ) -> TuckerExperts:
-        result = module(self, tensors)
+        result = module(self, layer, tensors)
         made.append(weakref.ref(result))
         return result
 

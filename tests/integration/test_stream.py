@@ -25,6 +25,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from tests.expert_cases import SWIGLU
 from tests.tiny_models import make_tiny_model
 from tuckerize.calibration.stream import ExpertsCall, StreamedModel
 from tuckerize.calibration.text import TextSource, read_windows
@@ -34,7 +35,6 @@ from tuckerize.errors import CheckpointError
 from tuckerize.moe.families import FAMILIES
 from tuckerize.moe.family import Family
 from tuckerize.runtime.dense import ExpertWeights, dense_output
-from tuckerize.runtime.experts import ACTIVATIONS
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CPU = torch.device("cpu")
@@ -56,9 +56,7 @@ def dense_experts(
         )
 
     def call(x_TI: Tensor, experts_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
-        return dense_output(
-            x_TI, experts_Tk, weights_Tk, expert_weights=weights, activation=ACTIVATIONS["silu"]
-        )
+        return dense_output(x_TI, experts_Tk, weights_Tk, expert_weights=weights, activation=SWIGLU)
 
     return call
 

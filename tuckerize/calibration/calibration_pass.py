@@ -21,7 +21,8 @@ from tuckerize.linalg.tucker import largest_magnitude
 from tuckerize.moe.source import SourceModel
 from tuckerize.names import TensorName
 from tuckerize.recipe import CalibrationSettings, Recipe
-from tuckerize.runtime.experts import Activation, TuckerExperts, activation_of
+from tuckerize.runtime.activations import Activation, activation_of
+from tuckerize.runtime.experts import TuckerExperts
 
 _WINDOWS_AT_ONCE = 8
 _SEED = 0
@@ -65,7 +66,8 @@ class CalibrationPass:
         if settings is None:
             raise TypeError("the recipe has no calibration")
         checkpoint = source.checkpoint
-        activation_of(source.moe.activation)
+        for glu in source.moe.glus:
+            activation_of(glu)
         model = StreamedModel.open(checkpoint, source.moe.family, device=device)
         windows = read_windows(
             [parse_source(text) for text in settings.texts],
@@ -107,10 +109,9 @@ class CalibrationPass:
         """Whether there are enough tokens to validate with some."""
         return self.windows_SL.numel() >= fewest_tokens()
 
-    @property
-    def activation(self) -> Activation:
-        """The activation between gate and up."""
-        return activation_of(self.source.moe.activation)
+    def activation(self, layer: int) -> Activation:
+        """The activation of the experts of a layer."""
+        return activation_of(self.source.moe.glu(layer))
 
     def embed(self) -> Tensor:
         """Hidden states before the first layer, shape (S, L, I)."""
@@ -177,9 +178,10 @@ class CalibrationPass:
             stacks[projection] = stack.to(self.model.device, torch.float32)
         return DenseGroup(stacks, experts)
 
-    def module(self, groups: Sequence[Mapping[TensorName, Tensor]]) -> TuckerExperts:
+    def module(self, layer: int, groups: Sequence[Mapping[TensorName, Tensor]]) -> TuckerExperts:
         """The routed experts of a layer from the tensors of its groups."""
-        return TuckerExperts(groups, group_size=self.group_size, activation=self.activation)
+        activation = self.activation(layer)
+        return TuckerExperts(groups, group_size=self.group_size, activation=activation)
 
 
 def relative_norms(hidden_SLI: Tensor) -> Tensor:

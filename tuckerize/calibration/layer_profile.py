@@ -20,7 +20,7 @@ from tuckerize.domain import Projection
 from tuckerize.linalg.gram import eigenvalues_and_vectors
 from tuckerize.linalg.selection import KeptNeurons, all_neurons, eliminate, refit_down
 from tuckerize.linalg.weighted import matrix_roots
-from tuckerize.runtime.experts import Activation
+from tuckerize.runtime.activations import Activation
 
 Array = npt.NDArray[np.float64]
 
@@ -98,7 +98,7 @@ def profile_layer(
         groups: Its dense experts.
         moments: Their moments.
         tokens: The tokens that these are of.
-        activation: Between gate and up.
+        activation: From gate and up to neurons.
         output_energy: ‖y‖² of the combined output of all groups, summed over the tokens.
         sensitivity: See `LayerProfile`.
     """

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tuckerize.calibration.tokens import DenseGroup, LayerTokens
 from tuckerize.domain import Projection
-from tuckerize.runtime.experts import Activation
+from tuckerize.runtime.activations import Activation
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ def gather_moments(
     Args:
         group: The dense experts, in float32.
         tokens: Tokens of the layer.
-        activation: Between gate and up.
+        activation: From gate and up to neurons.
     """
     experts, neurons, hidden = group.shape
     hidden_EII = tokens.x_TI.new_empty(experts, hidden, hidden)
@@ -99,7 +99,7 @@ def refit_moments(
         group: The dense experts.
         tokens: Tokens of the layer.
         compressed: Gives gate and up of one expert of the group as they are now, each (K, I).
-        activation: Between gate and up.
+        activation: From gate and up to neurons.
 
     Returns:
         Second moment of the neurons as they are now (E, K, K), and with the dense ones (E, K, H).
@@ -109,19 +109,20 @@ def refit_moments(
         own = tokens.of_expert(expert, least=group.shape.intermediate)
         weight_N1 = own.weights_N[:, None]
         gate_HI, up_HI = (group.stacks[p][place] for p in (Projection.GATE, Projection.UP))
-        dense_NH = weight_N1 * (activation(own.x_NI @ gate_HI.T) * (own.x_NI @ up_HI.T))
+        dense_NH = weight_N1 * (activation(own.x_NI @ gate_HI.T, own.x_NI @ up_HI.T))
         gate_KI, up_KI = compressed(place)
-        now_NK = weight_N1 * (activation(own.x_NI @ gate_KI.T) * (own.x_NI @ up_KI.T))
+        now_NK = weight_N1 * (activation(own.x_NI @ gate_KI.T, own.x_NI @ up_KI.T))
         now.append(now_NK.T @ now_NK)
         cross.append(now_NK.T @ dense_NH)
     return torch.stack(now), torch.stack(cross)
 
 
 def _neurons(x_NI: Tensor, gate_HI: Tensor, up_HI: Tensor, activation: Activation) -> _Neurons:
-    gate_NH, up_NH = x_NI @ gate_HI.T, x_NI @ up_HI.T
     with torch.enable_grad():
-        variable_NH = gate_NH.detach().requires_grad_(True)  # noqa: FBT003
-        activated_NH = activation(variable_NH)
-        (slope_NH,) = torch.autograd.grad(activated_NH.sum(), variable_NH)
-    activated_NH = activated_NH.detach()
-    return _Neurons(activated_NH * up_NH, slope_NH * up_NH, activated_NH)
+        gate_NH, up_NH = (
+            (x_NI @ matrix_HI.T).detach().requires_grad_(True)  # noqa: FBT003
+            for matrix_HI in (gate_HI, up_HI)
+        )
+        h_NH = activation(gate_NH, up_NH)
+        by_gate_NH, by_up_NH = torch.autograd.grad(h_NH.sum(), (gate_NH, up_NH))
+    return _Neurons(h_NH.detach(), by_gate_NH, by_up_NH)

@@ -209,10 +209,13 @@ def _profile_layer(
     error of the pruned layer. The sensitivity stays open until the end of the pass.
     """
     groups = run.groups(layer)
-    dense = run.module([group.as_tensors() for group in groups])
+    dense = run.module(layer, [group.as_tensors() for group in groups])
     tokens, after_SLI = run.capture(layer, hidden_SLI, experts_call(dense))
-    moments = [gather_moments(group, tokens, activation=run.activation) for group in groups]
-    pruned = run.module([_pruned(group, own) for group, own in zip(groups, moments, strict=True)])
+    activation = run.activation(layer)
+    moments = [gather_moments(group, tokens, activation=activation) for group in groups]
+    pruned = run.module(
+        layer, [_pruned(group, own) for group, own in zip(groups, moments, strict=True)]
+    )
     clean_SLI = probes.pop(_CLEAN)
     for name, states in probes.items():
         probes[name] = run.run_layer(layer, states, experts_call(dense))
@@ -226,7 +229,7 @@ def _profile_layer(
         groups,
         moments,
         tokens,
-        activation=run.activation,
+        activation=activation,
         output_energy=energy,
         sensitivity=math.nan,
     )

@@ -98,7 +98,9 @@ class StreamedModel:
             on_disk.setdefault(one, on_disk.get(other, other))
             on_disk.setdefault(other, on_disk[one])
         modules = {name for name, _ in model.named_modules()}
-        paths = {i: rename(family.experts_prefix(i)) for i in range(len(_layers(model)))}
+        # Renamings look at what is below a module.
+        within = [rename(f"{family.experts_prefix(i)}.0") for i in range(len(_layers(model)))]
+        paths = {layer: path.removesuffix(".0") for layer, path in enumerate(within)}
         experts = {layer: path for layer, path in paths.items() if path in modules}
         routed = tuple(f"{path}." for path in experts.values())
         empty = {n: t for n, t in model.state_dict().items() if not n.startswith(routed)}

@@ -44,7 +44,8 @@ from tuckerize.linalg.selection import all_neurons, eliminate, refit_down
 from tuckerize.linalg.tucker import TuckerFactors, orthonormalised
 from tuckerize.linalg.weighted import weighted_tucker
 from tuckerize.names import TensorName
-from tuckerize.runtime.experts import Activation, TuckerExperts
+from tuckerize.runtime.activations import Activation
+from tuckerize.runtime.experts import TuckerExperts
 
 
 def compress_layer(
@@ -72,7 +73,7 @@ def compress_layer(
         DecompositionError: A stack cannot be decomposed.
     """
     fit, held_out = tokens.split()
-    activation = calibration.activation
+    activation = calibration.activation(piece.layer)
     steps: list[Step] = [
         for_each_group(closed_form(fit, activation=activation, max_sweeps=max_sweeps)),
         Refine(calibration, dense, fit, held_out),
@@ -97,7 +98,7 @@ def closed_form(tokens: LayerTokens, *, activation: Activation, max_sweeps: int)
 
     Args:
         tokens: Tokens of the layer to fit.
-        activation: Between gate and up.
+        activation: From gate and up to neurons.
         max_sweeps: Upper bound on the sweeps of weighted least squares.
     """
 
@@ -208,7 +209,7 @@ class Refine:
 
     def __call__(self, layer: LayerFactors) -> LayerFactors:
         """Refine a layer, and measure its output error on the validation set."""
-        module = self.calibration.module([group.tensors() for group in layer.groups])
+        module = self.calibration.module(layer.layer, [group.tensors() for group in layer.groups])
         steps = self.calibration.settings.refine
         dense = all(group.target.is_dense(group.dense.shape) for group in layer.groups)
         if dense or not steps or not len(self.held_out.x_TI):

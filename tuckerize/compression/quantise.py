@@ -22,7 +22,8 @@ from tuckerize.compression.factors import GroupFactors, LayerFactors, Step, for_
 from tuckerize.domain import GATE_UP, CoreType, Projection, WeightType
 from tuckerize.linalg.quantise import quantise
 from tuckerize.linalg.tucker import check_no_overflow
-from tuckerize.runtime.experts import Activation, TuckerExperts
+from tuckerize.runtime.activations import Activation
+from tuckerize.runtime.experts import TuckerExperts
 
 Inputs = Callable[[int], Tensor]
 """Inputs of one expert of a group, one per row, times the weights of its tokens."""
@@ -54,7 +55,7 @@ class QuantiseForTokens:
         fit: Tokens of the layer.
         held_out: Validation set, on which the output error is measured again.
         dense: The dense experts of the layer.
-        activation: Between gate and up.
+        activation: From gate and up to neurons.
     """
 
     weights: WeightType
@@ -96,7 +97,7 @@ class QuantiseForTokens:
             gate_NH, up_NH = (
                 own.x_NI @ group.factors[projection].expand_slice(place).T for projection in GATE_UP
             )
-            return own.weights_N[:, None] * self.activation(gate_NH) * up_NH
+            return own.weights_N[:, None] * self.activation(gate_NH, up_NH)
 
         return of_expert
 

@@ -37,8 +37,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin, Quan
 from tuckerize.errors import CheckpointError
 from tuckerize.format.config import METHOD, GroupShape, TuckerQuantization
 from tuckerize.format.cores import part_dtype
+from tuckerize.moe.families import glu_of, row_of
 from tuckerize.moe.family import Family
 from tuckerize.names import GROUP_PATTERN, TensorKind, TensorName
+from tuckerize.runtime.activations import Activation, activation_of
 from tuckerize.runtime.experts import TuckerExperts
 from tuckerize.runtime.quantised import QuantisedCore
 
@@ -154,10 +156,12 @@ class TuckerQuantizer(HfQuantizer):
                 "transformers cannot split quantised cores over processes: load the checkpoint in "
                 "every process without tp_size"
             )
-        factored = {}
+        described = model.config.to_dict()
+        factored, known = {}, row_of(described) is not None
         for path, groups in config.tucker.modules.items():
             own = _path_in_model(model, path)
-            factored[own] = _factored(model.get_submodule(own), groups)
+            activation = activation_of(glu_of(described, path))
+            factored[own] = _factored(model.get_submodule(own), groups, activation, known=known)
         if self.rest is not None:  # before: it would take the factored experts for its own
             self.rest._process_model_before_weight_loading(model, **given)
         for own, module in factored.items():
@@ -275,7 +279,7 @@ def check_experts(folder: Path, family: Family, layers: Iterable[int]) -> None:
     for layer in layers:
         path = _path_in_model(model, family.experts_prefix(layer))
         try:
-            why = _not_standard(model.get_submodule(path))
+            why = _not_standard(model.get_submodule(path), known=False)
         except AttributeError:
             why = "it has no such module"
         if why:
@@ -286,18 +290,24 @@ def check_experts(folder: Path, family: Family, layers: Iterable[int]) -> None:
             )
 
 
-def _not_standard(experts: Any) -> str | None:  # noqa: ANN401
-    """Reason why an experts module does not compute what `TuckerExperts` does, if it does not."""
+def _not_standard(experts: Any, *, known: bool) -> str | None:  # noqa: ANN401
+    """Reason why an experts module does not compute what `TuckerExperts` does, if it does not.
+
+    Args:
+        experts: The module.
+        known: Whether its activation is that of a family in the table.
+    """
     if not getattr(experts, "has_gate", True):
         return "they have no gate"
     if getattr(experts, "has_bias", False):
         return "they have biases"
     if getattr(experts, "has_post_expert_norm", False):
         return "a norm follows them"
-    if not hasattr(experts, "act_fn") or not hasattr(experts, "hidden_dim"):
+    if not hasattr(experts, "hidden_dim"):
         return f"{type(experts).__name__} is not of transformers' standard form"
     gate = getattr(type(experts), "_apply_gate", None)
-    if gate is not None and gate.__module__ == type(experts).__module__:
+    own_gate = gate is not None and gate.__module__ == type(experts).__module__
+    if (own_gate or not hasattr(experts, "act_fn")) and not known:
         return "their gate is not an activation times up"
     return None
 
@@ -306,16 +316,23 @@ def _path_in_model(model: Any, path: str) -> str:  # noqa: ANN401
     """Path of a module in the model, where transformers renames what checkpoints hold."""
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    return rename_source_key(path, renamings, [])[0]
+    inside = ".group_0"  # renamings look at what is below a module
+    return rename_source_key(f"{path}{inside}", renamings, [])[0].removesuffix(inside)
 
 
-def _factored(dense: Any, groups: Sequence[GroupShape]) -> TuckerExperts:  # noqa: ANN401
+def _factored(
+    dense: Any,  # noqa: ANN401
+    groups: Sequence[GroupShape],
+    activation: Activation,
+    *,
+    known: bool,
+) -> TuckerExperts:
     """The factored module that replaces a dense one, without memory.
 
     Raises:
         ValueError: The dense one computes something else.
     """
-    if why := _not_standard(dense):
+    if why := _not_standard(dense, known=known):
         raise ValueError(f"the experts cannot be replaced by factored ones: {why}")
     like = next(dense.parameters())
     tensors = [
@@ -325,7 +342,7 @@ def _factored(dense: Any, groups: Sequence[GroupShape]) -> TuckerExperts:  # noq
         }
         for group in groups
     ]
-    module = TuckerExperts(tensors, group_size=groups[0].experts, activation=dense.act_fn)
+    module = TuckerExperts(tensors, group_size=groups[0].experts, activation=activation)
     for parameter in module.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     return module

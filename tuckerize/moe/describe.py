@@ -8,8 +8,16 @@ from collections.abc import Mapping, Sequence
 from tuckerize.checkpoint.quantized import FLOATS
 from tuckerize.domain import StackShape, TensorHeader
 from tuckerize.errors import CheckpointError
-from tuckerize.moe.families import FAMILIES, LAYERS, UNSUPPORTED
-from tuckerize.moe.family import Config, Family, FamilyRow, MoeModel, positive, text_config
+from tuckerize.moe.families import LAYERS, UNSUPPORTED, row_of
+from tuckerize.moe.family import (
+    Config,
+    Family,
+    FamilyRow,
+    MoeModel,
+    model_types,
+    positive,
+    text_config,
+)
 from tuckerize.moe.inferred import infer_family
 
 # Index of a layer or an expert.
@@ -53,7 +61,7 @@ def describe_moe(config: Config, tensors: Mapping[str, TensorHeader]) -> MoeMode
         shape=shape,
         shared_experts=family.shared_experts(config),
         routing=family.routing(config),
-        activation=family.activation(config),
+        glus=tuple(family.glu(config, layer) for layer in layers),
         dtype=tensors[first].dtype if first in tensors else "",
     )
     _check_weights(model, tensors, text)
@@ -79,11 +87,10 @@ def describe_family(config: Config, tensors: Mapping[str, TensorHeader]) -> Fami
     Raises:
         CheckpointError: The family is not supported.
     """
-    nested = config.get("text_config")
-    types = [str(part.get("model_type")) for part in (config, nested) if isinstance(part, Mapping)]
+    types = model_types(config)
+    if row := row_of(config):
+        return _resolve(row, tensors)
     for model_type in types:
-        if model_type in FAMILIES:
-            return _resolve(FAMILIES[model_type], tensors)
         if model_type in UNSUPPORTED:
             raise CheckpointError(
                 f"models of type '{model_type}' cannot be decomposed: {UNSUPPORTED[model_type]}",

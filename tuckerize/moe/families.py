@@ -7,17 +7,18 @@ weights are transposed, the tensors tell. Nothing else in the package depends on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+import re
+from collections.abc import Mapping
+from typing import Any
 
-from tuckerize.errors import CheckpointError
-from tuckerize.moe.family import (
-    EXPERTS_KEYS,
-    TOP_K_KEYS,
-    Config,
-    FamilyRow,
-    Routing,
-    positive,
+from tuckerize.moe.family import Config, FamilyRow, Glu, model_types, plain_glu, text_config
+from tuckerize.moe.readers import (
+    RoutingReader,
+    clamped_glu,
+    deepseek_v2_routing,
+    openai_glu,
+    router,
+    step_glu,
 )
 from tuckerize.moe.storage import Packed, PerExpert, Storage
 
@@ -29,15 +30,6 @@ LAYERS = (
     "layers",
 )
 """Modules of the decoder layers in checkpoints, the first that has experts counts."""
-
-_SCALE_KEYS = (
-    "routed_scaling_factor",
-    "router_scaling_factor",
-    "moe_routed_scaling_factor",
-    "route_scale",
-)
-
-RoutingReader = Callable[[Config], Routing]
 
 GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
 W1_W3_W2 = ("w1", "w3", "w2")
@@ -51,67 +43,6 @@ def per_expert(experts: str, names: tuple[str, str, str] = GATE_UP_DOWN) -> PerE
 def packed(experts: str) -> Packed:
     """Transformers' own tensors of all experts, below a module of experts."""
     return Packed(f"{experts}.gate_up_proj", f"{experts}.down_proj")
-
-
-def router(
-    score: Literal["softmax", "sigmoid", "sqrtsoftplus", "sparsemixer"] = "softmax",
-    *,
-    normalize: bool | None = None,
-    default_normalize: bool = False,
-    groups: Literal["best", "two_best"] | None = None,
-) -> RoutingReader:
-    """Reader of a routing from the keys that most families share.
-
-    Args:
-        score: Score function.
-        normalize: Whether weights are normalised; None: `norm_topk_prob` says.
-        default_normalize: Its value where config.json lacks it.
-        groups: How groups of experts are scored; None: the family has none.
-    """
-
-    def read(config: Config) -> Routing:
-        own = config.get("norm_topk_prob", config.get("moe_renormalize", default_normalize))
-        scale = _first(config, *_SCALE_KEYS)
-        routing = Routing(
-            top_k=positive(config, *TOP_K_KEYS),
-            score=score,
-            normalize=bool(own if normalize is None else normalize),
-            scale=1.0 if scale is None else float(scale),
-            groups=int(_first(config, "n_group", "num_expert_group") or 1) if groups else 1,
-            top_groups=int(config.get("topk_group") or 1) if groups else 1,
-            group_score=groups or "best",
-            jitter=float(config.get("router_jitter_noise") or 0.0),
-        )
-        return _checked(routing, positive(config, *EXPERTS_KEYS))
-
-    return read
-
-
-def _first(config: Config, *keys: str) -> Any:  # noqa: ANN401
-    """Value of the first of some keys that config.json has."""
-    return next((config[key] for key in keys if key in config), None)
-
-
-def _checked(routing: Routing, experts: int) -> Routing:
-    groups = routing.groups
-    if routing.top_k > experts or experts % groups or not 1 <= routing.top_groups <= groups:
-        raise CheckpointError(
-            f"config.json routes each token to {routing.top_k} of {experts} experts in "
-            f"{routing.top_groups} of {groups} groups, which does not work out",
-            hint="check the numbers of experts, groups and experts per token in config.json",
-        )
-    return routing
-
-
-def _deepseek_v2_routing(config: Config) -> Routing:
-    method = str(config.get("topk_method") or "greedy")
-    if method not in ("greedy", "group_limited_greedy"):
-        raise CheckpointError(
-            f"config.json has topk_method = '{method}', expected greedy or group_limited_greedy",
-            hint="other routings of this family are not supported",
-        )
-    # transformers does not look at norm_topk_prob.
-    return router(normalize=False, groups=None if method == "greedy" else "best")(config)
 
 
 def _row(
@@ -143,6 +74,7 @@ def _row(
 _BIAS = "gate.e_score_correction_bias"
 _SOFTMAX = router()
 _NORMALIZED = router(normalize=True)
+_MINIMAX_M3 = router("sigmoid", normalize=True, scaled=False)
 # DeepSeek-V3's: sigmoid, a correction bias, groups scored by their two best experts.
 _V3 = router("sigmoid", default_normalize=True, groups="two_best")
 _GRANITE = (
@@ -155,7 +87,7 @@ FAMILIES: Mapping[str, FamilyRow] = {
     for row in (
         _row(
             "deepseek_v2",
-            _deepseek_v2_routing,
+            deepseek_v2_routing,
             also_sized="shared_experts",
             models="DeepSeek-V2, V2-Lite",
         ),
@@ -175,11 +107,43 @@ FAMILIES: Mapping[str, FamilyRow] = {
             }.items()
         ),
         _row(
+            "beam",
+            router("sigmoid", default_normalize=True, groups="two_best", scaled=False),
+            correction=_BIAS,
+            input_norm="pre_feedforward_layernorm.weight",
+            models="Beam",
+        ),
+        _row(
             "bailing_hybrid",
             _V3,
             correction="gate.expert_bias",
             also_sized="shared_experts",
             models="Ling 2.5",
+        ),
+        _row(
+            "deepseek_v4",
+            router("sqrtsoftplus", normalize=True),
+            "ffn",
+            names=W1_W3_W2,
+            correction="gate.bias",
+            input_norm="ffn_norm.weight",
+            also_sized="shared_experts",
+            glu=clamped_glu,
+            models="DeepSeek-V4-Flash, Pro",
+        ),
+        *(
+            _row(
+                model_type,
+                _V3,
+                correction=_BIAS,
+                also_sized="shared_experts",
+                glu=clamped_glu,
+                models=models,
+            )
+            for model_type, models in {
+                "glm5_next": "GLM-5.3-Flash",
+                "hy_v4": "Hy4",
+            }.items()
         ),
         _row(
             "hy_v3",
@@ -226,6 +190,35 @@ FAMILIES: Mapping[str, FamilyRow] = {
             names=W1_W3_W2,
             correction="e_score_correction_bias",
             models="MiniMax-M2",
+        ),
+        _row(
+            "minimax_m3_vl",
+            _MINIMAX_M3,
+            "block_sparse_moe",
+            names=W1_W3_W2,
+            correction="e_score_correction_bias",
+            norm_offset=1.0,
+            glu=openai_glu,
+            models="MiniMax-M3",
+        ),
+        _row(
+            "minimax_m3_vl_text",
+            _MINIMAX_M3,
+            correction=_BIAS,
+            norm_offset=1.0,
+            glu=openai_glu,
+            models="MiniMax-M3 without images",
+        ),
+        FamilyRow(
+            "step3p5",
+            router("sigmoid", normalize=True),
+            experts="mlp.experts",
+            storages=(PerExpert(*(f"moe.{name}.weight" for name in GATE_UP_DOWN)),),
+            router="moe.gate.weight",
+            correction="moe.router_bias",
+            norm_offset=1.0,
+            glu=step_glu,
+            models="Step-3.5 Flash, 3.7 Flash",
         ),
         _row(
             "phimoe",
@@ -309,26 +302,37 @@ FAMILIES: Mapping[str, FamilyRow] = {
     )
 }
 
-_GATE = "the gate is not an activation times up"
-
 UNSUPPORTED: Mapping[str, str] = {
-    "beam": _GATE,
     "dbrx": "all experts of a projection are one matrix, without a dimension of experts",
-    "deepseek_v4": _GATE,
     "doge": "experts are rows of an embedding",
-    "glm5_next": _GATE,
     "gpt_oss": "experts have biases, and the gate is not an activation times up",
-    "hy_v4": _GATE,
-    "inkling2_text": _GATE,
+    "inkling2_text": "gate and up are bounded by soft caps",
     "jetmoe": "attention has experts as well, and gate and up are one matrix",
     "llama4_text": "routing weights scale the inputs of experts, not their outputs",
     "longcat_flash": "some of the experts that the router chooses from are the identity",
-    "minimax_m3_vl_text": _GATE,
     "muse_spark_text": "a norm follows the experts",
     "nemotron_h": "experts have no gate_proj",
     "nllb-moe": "experts are those of an encoder and a decoder, without gate_proj",
     "openai_privacy_filter": "experts have biases, and the gate is not an activation times up",
-    "step3p5": _GATE,
     "switch_transformers": "experts are those of an encoder and a decoder, without gate_proj",
 }
 """MoE families that are refused, and why."""
+
+
+def row_of(config: Config) -> FamilyRow | None:
+    """Row of the table for a config.json; None if its family is not in the table."""
+    names = model_types(config)
+    known = (name for own in names for name in (own, own.removesuffix("_text")) if name in FAMILIES)
+    return FAMILIES.get(next(known, ""))
+
+
+def glu_of(config: Config, experts: str) -> Glu:
+    """Gated linear unit of one module of experts.
+
+    Args:
+        config: Contents of config.json.
+        experts: Path of the module, `model.layers.3.mlp.experts` say.
+    """
+    row, layer = row_of(config), re.search(r"\.(\d+)\.", f".{experts}.")
+    read = plain_glu if row is None else row.glu
+    return read(text_config(config), int(layer[1]) if layer else 0)

@@ -61,6 +61,35 @@ class Routing:
 
 
 @dataclass(frozen=True, slots=True)
+class Glu:
+    """Gated linear unit of an expert, from gate and up to its neurons: f(gate) · (up + offset).
+
+    Attributes:
+        activation: Name of f in config.json.
+        slope: Factor on the argument of the sigmoid in SiLU: gate · σ(slope · gate).
+        offset: Added to up.
+        limit: Bound on gate from above and on up from both sides; None if there is none.
+        limits_activated: Whether f(gate) is bounded, not gate.
+    """
+
+    activation: str = "silu"
+    slope: float = 1.0
+    offset: float = 0.0
+    limit: float | None = None
+    limits_activated: bool = False
+
+
+def plain_glu(config: Config, layer: int) -> Glu:  # noqa: ARG001
+    """Activation times up, as in most families.
+
+    Args:
+        config: Configuration of the language model.
+        layer: Index of the layer.
+    """
+    return Glu(str(next((config[key] for key in _ACTIVATION_KEYS if key in config), "silu")))
+
+
+@dataclass(frozen=True, slots=True)
 class FamilyRow:
     """One model family, a row of the table; names are those below a decoder layer.
 
@@ -80,6 +109,7 @@ class FamilyRow:
         intermediate_keys: The same of the experts' intermediate size.
         also_sized: What that size sizes besides the routed experts: nothing, the shared experts
             (their number times it), or other modules.
+        glu: Reads the gated linear unit of a layer's experts from a configuration.
         models: Models of the family by their public names.
         inferred: Whether the tensors of a checkpoint gave the row, and not the table.
     """
@@ -96,6 +126,7 @@ class FamilyRow:
     experts_keys: tuple[str, ...] = EXPERTS_KEYS
     intermediate_keys: tuple[str, ...] = INTERMEDIATE_KEYS
     also_sized: Literal["nothing", "shared_experts", "others"] = "nothing"
+    glu: Callable[[Config, int], Glu] = plain_glu
     models: str = ""
     inferred: bool = False
 
@@ -133,10 +164,20 @@ class Family:
                 hint="check the numbers of experts, groups and experts per token in config.json",
             ) from error
 
-    def activation(self, config: Config) -> str:
-        """Name of the activation between gate and up."""
-        text = text_config(config)
-        return str(next((text[key] for key in _ACTIVATION_KEYS if key in text), "silu"))
+    def glu(self, config: Config, layer: int) -> Glu:
+        """Gated linear unit of the experts of a layer.
+
+        Raises:
+            CheckpointError: config.json describes one that is not possible.
+        """
+        try:
+            return self.row.glu(text_config(config), layer)
+        except (TypeError, ValueError, IndexError) as error:
+            raise CheckpointError(
+                f"config.json describes an activation of layer {layer} that is not possible: "
+                f"{error}",
+                hint="check the keys that begin with swiglu_ in config.json",
+            ) from error
 
     def shared_experts(self, config: Config) -> int:
         """Number of shared experts."""
@@ -196,7 +237,7 @@ class MoeModel:
         shape: Sizes (E, H, I) of a projection's experts in a layer.
         shared_experts: Number of shared experts.
         routing: Routing of tokens to experts.
-        activation: Name of the activation between gate and up (`hidden_act`).
+        glus: Gated linear unit of the experts of every layer.
         dtype: safetensors' name of the routed experts' type.
     """
 
@@ -205,7 +246,7 @@ class MoeModel:
     shape: StackShape
     shared_experts: int
     routing: Routing
-    activation: str
+    glus: tuple[Glu, ...]
     dtype: str
 
     @property
@@ -216,6 +257,17 @@ class MoeModel:
     def is_routed(self, name: str) -> bool:
         """Whether a tensor, dense or factored, belongs to routed experts."""
         return self.family.is_routed(name)
+
+    def glu(self, layer: int) -> Glu:
+        """Gated linear unit of the experts of a layer."""
+        return self.glus[self.layers.index(layer)]
+
+
+def model_types(config: Config) -> tuple[str, ...]:
+    """`model_type` in config.json, and in its `text_config`."""
+    nested = config.get("text_config")
+    parts = [part for part in (config, nested) if isinstance(part, Mapping)]
+    return tuple(str(part.get("model_type")) for part in parts)
 
 
 def text_config(config: Config) -> Config:

@@ -99,7 +99,9 @@ class Storage(ABC):
 
 @dataclass(frozen=True, slots=True)
 class PerExpert(Storage):
-    """One tensor per expert and projection.
+    """One tensor per projection and expert; of all experts where the names lack `{expert}`.
+
+    Those of all experts are (E, H, I), and (E, I, H) of down, as in Step-3.5.
 
     Attributes:
         gate: Name of the weight of gate_proj, with `{expert}` for the expert's index.
@@ -135,26 +137,39 @@ class PerExpert(Storage):
     ) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that holds the projections of a layer."""
         wide, tall = (shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate)
+        stacked = (shape.experts,) if self._is_stacked else ()
         return {
-            self._name(projection, expert): tall if projection == Projection.DOWN else wide
+            self._name(projection, expert): (
+                *stacked,
+                *(tall if projection == Projection.DOWN else wide),
+            )
             for projection in projections
-            for expert in range(shape.experts)
+            for expert in range(1 if stacked else shape.experts)
         }
 
     def matrix(self, tensors: Mapping[str, Tensor], projection: Projection, expert: int) -> Tensor:
         """View of one expert's matrix (H, I) in the tensors of a layer."""
         weight = tensors[self._name(projection, expert)]
-        return weight.T if projection == Projection.DOWN else weight
+        own = weight[expert] if self._is_stacked else weight
+        return own.T if projection == Projection.DOWN else own
 
     def read_into(
         self, stack_EHI: Tensor, checkpoint: Checkpoint, projection: Projection, experts: range
     ) -> None:
         """Fill a stack with consecutive experts; the others are not loaded."""
+        if self._is_stacked:
+            for _, weights in checkpoint.read([self._name(projection, 0)], rows=experts):
+                stack_EHI.copy_(weights.mT if projection == Projection.DOWN else weights)
+            return
         expert_of = {self._name(projection, expert): expert for expert in experts}
         for name, weight in checkpoint.read(expert_of):
             expert = expert_of[name]
             place = experts.index(expert)
             stack_EHI[place] = self.matrix({name: weight}, projection, expert)
+
+    @property
+    def _is_stacked(self) -> bool:
+        return "{expert}" not in self.gate
 
     def _name(self, projection: Projection, expert: int) -> str:
         names = dict(zip(Projection, (self.gate, self.up, self.down), strict=True))

@@ -28,7 +28,7 @@ from tuckerize.progress import Progress, SilentProgress
 from tuckerize.recipe import Recipe, recipe_of_options
 from tuckerize.recipe_files import Texts
 from tuckerize.report import DecomposeReport, PlanReport
-from tuckerize.runtime.experts import activation_of
+from tuckerize.runtime.activations import activation_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,7 +220,8 @@ def _open(
     """Source and calibration set, if any; refuses a recipe that cannot be planned."""
     source = SourceModel.open(resolve_model(str(request.model)))
     make_plan(source, recipe)  # before the text is read
-    activation_of(source.moe.activation)  # which a Tucker checkpoint is verified and run with
+    for glu in source.moe.glus:
+        activation_of(glu)  # which a Tucker checkpoint is verified and run with
     if source.moe.family.row.inferred:
         from tuckerize.engines.transformers import check_experts
 

@@ -28,7 +28,8 @@ from tuckerize.parallel.backends import choose_device
 from tuckerize.progress import Progress, SilentProgress
 from tuckerize.recipe_files import Texts, list_of_texts
 from tuckerize.report import EvaluateReport, Evaluation
-from tuckerize.runtime.experts import Activation, TuckerExperts, activation_of
+from tuckerize.runtime.activations import activation_of
+from tuckerize.runtime.experts import TuckerExperts
 
 _WINDOWS_AT_ONCE = 8
 _SEED = 0
@@ -43,14 +44,12 @@ class Evaluated:
     Attributes:
         checkpoint: Its tensors.
         family: Its family.
-        activation: Between gate and up.
         tucker: Its factored layers; None if there are none.
         dense: Its dense layers; None if there are none.
     """
 
     checkpoint: Checkpoint
     family: Family
-    activation: Activation
     tucker: TuckerCheckpoint | None
     dense: SourceModel | None
 
@@ -80,7 +79,8 @@ class Evaluated:
                 f"{self.checkpoint.folder} has no routed experts of layer {layer}",
                 hint="fetch or write the folder again",
             )
-        experts = TuckerExperts(groups, group_size=size, activation=self.activation)
+        activation = activation_of(self.family.glu(self.checkpoint.config, layer))
+        experts = TuckerExperts(groups, group_size=size, activation=activation)
         return experts.to(device, torch.float32)
 
 
@@ -101,14 +101,9 @@ def open_evaluated(folder: Path) -> Evaluated:
     """
     if is_tucker_checkpoint(folder):
         tucker = TuckerCheckpoint.open(folder)
-        activation = activation_of(tucker.family.activation(tucker.config))
-        return Evaluated(
-            tucker.checkpoint, tucker.family, activation, tucker, tucker.dense_layers()
-        )
+        return Evaluated(tucker.checkpoint, tucker.family, tucker, tucker.dense_layers())
     source = SourceModel.open(folder)
-    checkpoint = source.checkpoint
-    activation = activation_of(source.moe.activation)
-    return Evaluated(checkpoint, source.moe.family, activation, None, source)
+    return Evaluated(source.checkpoint, source.moe.family, None, source)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

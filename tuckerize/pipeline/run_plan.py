@@ -196,7 +196,7 @@ def _pass_layer(
     if layer not in plan.source.moe.layers:
         return calibration.run_layer(layer, hidden_SLI, None), None
     groups = calibration.groups(layer)
-    dense = calibration.module([group.as_tensors() for group in groups])
+    dense = calibration.module(layer, [group.as_tensors() for group in groups])
     tokens, after_SLI = calibration.capture(layer, hidden_SLI, experts_call(dense))
     if piece is None:
         return after_SLI, None
@@ -205,7 +205,7 @@ def _pass_layer(
     )
     record = _write(plan, piece, [compressed], output)
     if calibration.settings.sequential:
-        module = calibration.module([group.tensors() for group in compressed.groups]).float()
+        module = calibration.module(layer, [group.tensors() for group in compressed.groups]).float()
         after_SLI = calibration.run_layer(layer, hidden_SLI, experts_call(module))
     return after_SLI, record
 

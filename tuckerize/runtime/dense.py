@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from tuckerize.runtime.experts import Activation
+from tuckerize.runtime.activations import Activation
 
 
 class ExpertWeights(NamedTuple):
@@ -33,14 +33,14 @@ def dense_output(
         experts_Tk: Experts of each token, shape (T, k).
         weights_Tk: Routing weights, shape (T, k).
         expert_weights: Reads the matrices of one expert; called once per expert with tokens.
-        activation: Activation of gate.
+        activation: From gate and up to neurons.
     """
     output_TI = x_TI.new_zeros(x_TI.shape)
     for expert in sorted(set(experts_Tk.flatten().tolist())):
         tokens, places = (experts_Tk == expert).nonzero(as_tuple=True)
         gate_HI, up_HI, down_IH = (w.to(x_TI.dtype) for w in expert_weights(expert))
         own_NI = x_TI[tokens]
-        neurons_NH = activation(own_NI @ gate_HI.T) * (own_NI @ up_HI.T)
+        neurons_NH = activation(own_NI @ gate_HI.T, own_NI @ up_HI.T)
         weights_N1 = weights_Tk[tokens, places].to(x_TI.dtype).unsqueeze(1)
         output_TI.index_add_(0, tokens, weights_N1 * (neurons_NH @ down_IH.T))
     return output_TI

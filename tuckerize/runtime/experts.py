@@ -11,18 +11,17 @@ k experts per token, N rows (a token with one of its experts), others as in lina
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from tuckerize.domain import GATE_UP, SHARED_U_I, Coupling, Mode, Projection
 from tuckerize.errors import CheckpointError
 from tuckerize.format.cores import parts_of_cores
 from tuckerize.linalg.tucker import TuckerFactors
 from tuckerize.names import TensorKind, TensorName, expert_rows, group_module
+from tuckerize.runtime.activations import Activation
 from tuckerize.runtime.exchange import Combine, Exchange, Tokens, dispatch_all
 from tuckerize.runtime.grouped import (
     Assignments,
@@ -32,34 +31,6 @@ from tuckerize.runtime.grouped import (
     multiply_uneven,
 )
 from tuckerize.runtime.quantised import QuantisedCore, QuantisedRows, multiply_quantised
-
-Activation = Callable[[Tensor], Tensor]
-
-ACTIVATIONS: Mapping[str, Activation] = {
-    "silu": functional.silu,
-    "swish": functional.silu,
-    "gelu": functional.gelu,
-    "gelu_pytorch_tanh": partial(functional.gelu, approximate="tanh"),
-    "relu": functional.relu,
-}
-"""Activations between gate and up, by the configuration's `hidden_act`."""
-
-
-def activation_of(name: str) -> Activation:
-    """The activation between gate and up.
-
-    Args:
-        name: Its name in config.json.
-
-    Raises:
-        CheckpointError: It is not known.
-    """
-    if name not in ACTIVATIONS:
-        raise CheckpointError(
-            f"hidden_act '{name}' in config.json is not known",
-            hint=f"known: {', '.join(sorted(ACTIVATIONS))}",
-        )
-    return ACTIVATIONS[name]
 
 
 def named_tensors(
@@ -189,7 +160,7 @@ class TuckerExperts(nn.Module):
         groups: Tensors of every group by their names relative to it, in any floating dtype, whole
             or the slices of one process; GEMMs run in the dtype of the tokens.
         group_size: Experts in a group.
-        activation: Between gate and up.
+        activation: From gate and up to neurons.
         exchange: Communication of the layout; by default this process has everything.
     """
 
@@ -273,7 +244,7 @@ class TuckerExperts(nn.Module):
             for middle, factor in zip(completed, factors, strict=True)
         ]
         return [
-            self.activation(gate) * up
+            self.activation(gate, up)
             for gate, up in zip(expanded[0::2], expanded[1::2], strict=True)
         ]
 

@@ -23,8 +23,9 @@ from tuckerize.parallel.layouts import (
     width_over_ep,
 )
 from tuckerize.parallel.mesh import AXES, Position
+from tuckerize.runtime.activations import Activation, activation_of
 from tuckerize.runtime.exchange import exchange_for
-from tuckerize.runtime.experts import Activation, TuckerExperts, activation_of
+from tuckerize.runtime.experts import TuckerExperts
 
 
 class ShardedExperts(TuckerExperts):
@@ -36,7 +37,7 @@ class ShardedExperts(TuckerExperts):
         layout: How the tensors were split.
         sizes: Sizes of the whole layer.
         position: This process.
-        activation: Between gate and up.
+        activation: From gate and up to neurons.
         fused: Ascend's fused dispatch and combine over ep, where they may be used.
     """
 
@@ -115,7 +116,7 @@ class ShardedExperts(TuckerExperts):
             layout=sharding.layout,
             sizes=sharding.layer_shape(layer),
             position=position,
-            activation=activation_of(sharding.family.activation(sharding.config)),
+            activation=activation_of(sharding.family.glu(sharding.config, layer)),
             fused=fused,
         )
 

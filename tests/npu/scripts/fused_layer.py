@@ -17,7 +17,9 @@ import torch
 import torch.distributed as dist
 import torch_npu
 from torch import Tensor
-from torch.nn.functional import silu
+
+from tuckerize.moe.family import Glu
+from tuckerize.runtime.activations import activation_of
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
@@ -69,7 +71,7 @@ def found_of(case: Case, pair: FusedPair, mesh: Any) -> dict[str, Any]:  # noqa:
             layout=case.layout,
             sizes=case.sizes,
             position=position,
-            activation=silu,
+            activation=activation_of(Glu()),
             fused=fused,
         ).to("npu")
         output_TI, waits, sent = forward(layer, arguments)
@@ -100,7 +102,7 @@ def left_to_the_plain_collectives(pair: FusedPair, mesh: Any) -> list[str]:  # n
         layout=LATENT.layout,
         sizes=LATENT.sizes,
         position=Position.on(mesh),
-        activation=silu,
+        activation=activation_of(Glu()),
         fused=pair,
     ).to("npu", torch.float32)
     experts_Tk = torch.arange(TOKENS * TOP_K).view(TOKENS, TOP_K) % EXPERTS

@@ -16,8 +16,10 @@ import torch_npu
 from torch import Tensor
 
 from tuckerize.domain import Mode, Projection
+from tuckerize.moe.family import Glu
 from tuckerize.names import TensorName
-from tuckerize.runtime.experts import ACTIVATIONS, TuckerExperts
+from tuckerize.runtime.activations import activation_of
+from tuckerize.runtime.experts import TuckerExperts
 
 EXPERTS, INTERMEDIATE, HIDDEN, TOKENS, TOP_K = 6, 16, 20, 9, 2
 
@@ -49,7 +51,7 @@ def layer(rank: tuple[int, int | None, int]) -> TuckerExperts:
             if columns is not None and columns < size:
                 factor = torch.randn((size, columns), generator=generator)
                 tensors[TensorName.factor(mode, projection)] = factor
-    return TuckerExperts([tensors], group_size=EXPERTS, activation=ACTIVATIONS["silu"])
+    return TuckerExperts([tensors], group_size=EXPERTS, activation=activation_of(Glu()))
 
 
 def tokens() -> tuple[Tensor, Tensor, Tensor]:

@@ -7,11 +7,11 @@ import pytest
 
 from tests.expert_cases import (
     SHAPE,
+    SWIGLU,
     compress,
     exact_output,
     make_group,
     make_tokens,
-    silu,
     target_of,
 )
 from tuckerize.calibration.layer_profile import LayerProfile, profile_layer
@@ -20,10 +20,10 @@ from tuckerize.calibration.tokens import DenseGroup, LayerTokens
 
 
 def profile_of(group: DenseGroup, tokens: LayerTokens) -> LayerProfile:
-    moments = gather_moments(group, tokens, activation=silu)
+    moments = gather_moments(group, tokens, activation=SWIGLU)
     energy = float(exact_output(group, tokens).square().sum())
     return profile_layer(
-        3, [group], [moments], tokens, activation=silu, output_energy=energy, sensitivity=2.0
+        3, [group], [moments], tokens, activation=SWIGLU, output_energy=energy, sensitivity=2.0
     )
 
 
@@ -71,13 +71,13 @@ def test_profile_of_down_is_exact_and_of_selection_nearly() -> None:
 def test_profile_of_groups_is_of_their_common_output() -> None:
     tokens = make_tokens(200, 8, 6)
     groups = [make_group(SHAPE), make_group(SHAPE, first=3, seed=9)]
-    moments: list[GroupMoments] = [gather_moments(g, tokens, activation=silu) for g in groups]
+    moments: list[GroupMoments] = [gather_moments(g, tokens, activation=SWIGLU) for g in groups]
     energy = float(sum(exact_output(g, tokens) for g in groups).square().sum())  # type: ignore[union-attr]
     both = profile_layer(
-        1, groups, moments, tokens, activation=silu, output_energy=energy, sensitivity=1.0
+        1, groups, moments, tokens, activation=SWIGLU, output_energy=energy, sensitivity=1.0
     )
     alone = [
-        profile_layer(1, [g], [m], tokens, activation=silu, output_energy=energy, sensitivity=1.0)
+        profile_layer(1, [g], [m], tokens, activation=SWIGLU, output_energy=energy, sensitivity=1.0)
         for g, m in zip(groups, moments, strict=True)
     ]
     # What truncated inputs cost beyond first order is measured over all groups together.
@@ -89,8 +89,8 @@ def test_profile_of_groups_is_of_their_common_output() -> None:
 
 def test_layer_without_any_token_has_finite_errors() -> None:
     group, tokens = make_group(SHAPE, first=6), make_tokens(30, 8, 6)
-    moments = gather_moments(group, tokens, activation=silu)
+    moments = gather_moments(group, tokens, activation=SWIGLU)
     profile = profile_layer(
-        1, [group], [moments], tokens, activation=silu, output_energy=0.0, sensitivity=0.0
+        1, [group], [moments], tokens, activation=SWIGLU, output_energy=0.0, sensitivity=0.0
     )
     assert np.isfinite(profile.errors(np.arange(11.0), np.arange(9.0), np.arange(9.0))).all()

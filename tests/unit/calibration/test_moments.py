@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from tests.expert_cases import exact_output, make_group, make_tokens, silu
+from tests.expert_cases import SWIGLU, exact_output, make_group, make_tokens
 from tuckerize.calibration.moments import gather_moments, refit_moments
 from tuckerize.calibration.tokens import DenseGroup, LayerTokens
 from tuckerize.domain import Projection, StackShape
@@ -48,7 +48,7 @@ def seen(group: DenseGroup, tokens: LayerTokens) -> list[list[tuple[int, float]]
 @pytest.mark.parametrize("first", [0, 3])
 def test_moments_are_the_naive_sums(count: int, first: int) -> None:
     group, tokens = make_group(SHAPE, first=first), make_tokens(count, 5, 6)
-    found = gather_moments(group, tokens, activation=silu)
+    found = gather_moments(group, tokens, activation=SWIGLU)
     for place, own in enumerate(seen(group, tokens)):
         gate_HI, up_HI, down_HI = (group.stacks[p][place].double() for p in Projection)
         hidden_II, neurons_HH = torch.zeros(5, 5).double(), torch.zeros(4, 4).double()
@@ -80,14 +80,14 @@ def test_moments_are_the_naive_sums(count: int, first: int) -> None:
 def test_output_moment_is_that_of_the_dense_layer(first: int) -> None:
     """Without what fills rare experts up."""
     group, tokens = make_group(SHAPE, first=first), make_tokens(FEW, 5, 6)
-    found = gather_moments(group, tokens, activation=silu)
+    found = gather_moments(group, tokens, activation=SWIGLU)
     output_TI = exact_output(group, tokens)
     assert_close(found.output_II.double(), output_TI.T @ output_TI, rtol=1e-4, atol=1e-5)
 
 
 def test_group_without_any_token_has_finite_moments() -> None:
     group, tokens = make_group(SHAPE, first=6), make_tokens(20, 5, 6)
-    found = gather_moments(group, tokens, activation=silu)
+    found = gather_moments(group, tokens, activation=SWIGLU)
     assert found.routed_E.tolist() == [0, 0, 0]
     assert not found.output_II.any()
     assert bool(found.neurons_EHH.isfinite().all())
@@ -96,13 +96,13 @@ def test_group_without_any_token_has_finite_moments() -> None:
 
 def test_refit_moments_of_the_dense_gate_and_up_are_the_neurons_own() -> None:
     group, tokens = make_group(SHAPE), make_tokens(40, 5, 6)
-    moments = gather_moments(group, tokens, activation=silu)
+    moments = gather_moments(group, tokens, activation=SWIGLU)
     kept_K = torch.tensor([0, 3])
 
     def dense(place: int) -> tuple[Tensor, Tensor]:
         gate_HI, up_HI = (group.stacks[p][place] for p in (Projection.GATE, Projection.UP))
         return gate_HI[kept_K], up_HI[kept_K]
 
-    now_EKK, cross_EKH = refit_moments(group, tokens, dense, activation=silu)
+    now_EKK, cross_EKH = refit_moments(group, tokens, dense, activation=SWIGLU)
     assert_close(now_EKK, moments.neurons_EHH[:, kept_K][:, :, kept_K])
     assert_close(cross_EKH, moments.neurons_EHH[:, kept_K])

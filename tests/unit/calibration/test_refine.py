@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.expert_cases import exact_output, make_group, make_tokens, silu
+from tests.expert_cases import SWIGLU, exact_output, make_group, make_tokens
 from tuckerize.calibration.refine import refine, relative_output_error
 from tuckerize.calibration.tokens import DenseGroup, LayerTokens
 from tuckerize.compression.calibrated import closed_form
@@ -32,10 +32,10 @@ def group() -> DenseGroup:
 def module(group: DenseGroup) -> TuckerExperts:
     """The group compressed in closed form."""
     target = CompressionTarget(6, {GATE_UP: RANK, DOWN: RANK})
-    step = closed_form(FIT, activation=silu, max_sweeps=2)
+    step = closed_form(FIT, activation=SWIGLU, max_sweeps=2)
     found = step(GroupFactors.of(0, group, target))
     tensors = {name: tensor.clone() for name, tensor in found.tensors().items()}
-    return TuckerExperts([tensors], group_size=3, activation=silu)
+    return TuckerExperts([tensors], group_size=3, activation=SWIGLU)
 
 
 def state_of(module: TuckerExperts) -> dict[str, Tensor]:

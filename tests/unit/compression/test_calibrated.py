@@ -11,11 +11,11 @@ from torch.testing import assert_close
 
 from tests.expert_cases import (
     SHAPE,
+    SWIGLU,
     compress,
     couplings,
     make_group,
     make_tokens,
-    silu,
     target_of,
 )
 from tuckerize.calibration.tokens import DenseGroup, LayerTokens
@@ -48,7 +48,7 @@ def expanded_output(
         tokens.experts_Tk,
         tokens.weights_Tk.double(),
         expert_weights=weights,
-        activation=silu,
+        activation=SWIGLU,
     )
 
 
@@ -71,7 +71,7 @@ def test_factored_output_is_that_of_the_expanded_experts(
 ) -> None:
     group, tokens = make_group(SHAPE, first=first), make_tokens(80, 8, 6)
     found, _ = compress(group, tokens, target_of(*sizes))
-    output_TI = group_output(found.tensors(), group.experts, tokens, silu)
+    output_TI = group_output(found.tensors(), group.experts, tokens, SWIGLU)
     expected_TI = expanded_output(found, group.experts, tokens, SHAPE.intermediate)
     assert_close(output_TI.double(), expected_TI, rtol=1e-3, atol=1e-4)
     if sizes[0] < SHAPE.intermediate:
@@ -90,7 +90,7 @@ def test_experts_that_matter_more_keep_more_neurons() -> None:
     assert found.tensors()[TensorName.core(Projection.GATE, 0)].shape == (4, 5)
     assert found.tensors()[TensorName.core(Projection.DOWN, 1)].shape == (10, 6)
     expected_TI = expanded_output(found, group.experts, tokens, SHAPE.intermediate)
-    output_TI = group_output(found.tensors(), group.experts, tokens, silu)
+    output_TI = group_output(found.tensors(), group.experts, tokens, SWIGLU)
     assert_close(output_TI.double(), expected_TI, rtol=1e-3, atol=1e-3)
     assert error < 0.5
 
@@ -116,7 +116,7 @@ def test_any_multilinear_rank_is_compressed_to_what_it_says(
     )
     assert 1e-3 < error < 1
     expected_TI = expanded_output(found, group.experts, tokens, SHAPE.intermediate)
-    output_TI = group_output(found.tensors(), group.experts, tokens, silu)
+    output_TI = group_output(found.tensors(), group.experts, tokens, SWIGLU)
     assert_close(output_TI.double(), expected_TI, rtol=1e-3, atol=1e-4)
 
 

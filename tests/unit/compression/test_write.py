@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.expert_cases import make_group, make_tokens, silu
+from tests.expert_cases import SWIGLU, make_group, make_tokens
 from tuckerize.checkpoint.files import sha256_of
 from tuckerize.checkpoint.reader import WeightFile, read_tensors
 from tuckerize.compression.calibrated import closed_form
@@ -31,7 +31,7 @@ def compressed(neurons: int, hidden: int) -> tuple[LayerPiece, LayerFactors]:
         GroupFactors.of(index, make_group(SHAPE, first=3 * index, seed=index), target)
         for index in range(2)
     )
-    step = for_each_group(closed_form(tokens, activation=silu, max_sweeps=2))
+    step = for_each_group(closed_form(tokens, activation=SWIGLU, max_sweeps=2))
     piece = LayerPiece(4, (target,) * 2, CalibrationSettings(texts=("text",)), 0.25)
     return piece, compress(LayerFactors(4, tuple(groups), 0.5), [step])
 

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
 
+from tests.expert_cases import SWIGLU
 from tuckerize.domain import CoreType, MultilinearRank, Projection
 from tuckerize.engines.slices import WorkerGroup
 from tuckerize.format.config import GroupShape
@@ -80,7 +80,7 @@ def output_of(tensors: dict[TensorName, Tensor], experts_Tk: Tensor, size: int) 
     generator = torch.Generator().manual_seed(1)
     x_TI = torch.randn(40, HIDDEN, generator=generator)
     weights_Tk = torch.rand(40, 2, generator=generator)
-    module = TuckerExperts([tensors], group_size=size, activation=silu)
+    module = TuckerExperts([tensors], group_size=size, activation=SWIGLU)
     found: Tensor = module(x_TI, experts_Tk, weights_Tk)
     return found
 

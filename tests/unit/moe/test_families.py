@@ -10,7 +10,7 @@ from tuckerize.domain import StackShape, TensorHeader
 from tuckerize.errors import CheckpointError
 from tuckerize.moe.describe import describe_moe
 from tuckerize.moe.families import FAMILIES, UNSUPPORTED
-from tuckerize.moe.family import Family, MoeModel, Routing
+from tuckerize.moe.family import Family, Glu, MoeModel, Routing
 
 CONFIG: dict[str, Any] = {
     "model_type": "deepseek_v2",
@@ -53,7 +53,7 @@ def test_describe_moe_of_a_complete_checkpoint_gives_its_facts() -> None:
         shape=SHAPE,
         shared_experts=2,
         routing=Routing(top_k=1, scale=1.5),
-        activation="silu",
+        glus=(Glu(), Glu()),
         dtype="BF16",
     )
     assert model.routed_parameters == 2 * 3 * 24

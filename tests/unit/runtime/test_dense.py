@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
+from tests.expert_cases import SWIGLU
 from tuckerize.runtime.dense import ExpertWeights, dense_output
 
 EXPERTS, INTERMEDIATE, HIDDEN = 5, 6, 4
@@ -31,7 +32,7 @@ def test_output_is_the_weighted_sum_over_the_experts_of_a_token(tokens: int, top
         read.append(number)
         return expert(number)
 
-    found_TI = dense_output(x_TI, experts_Tk, weights_Tk, expert_weights=weights, activation=silu)
+    found_TI = dense_output(x_TI, experts_Tk, weights_Tk, expert_weights=weights, activation=SWIGLU)
     expected_TI = torch.zeros(tokens, HIDDEN, dtype=torch.float64)
     for token in range(tokens):
         for number, weight in zip(experts_Tk[token], weights_Tk[token], strict=True):

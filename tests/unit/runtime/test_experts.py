@@ -11,19 +11,18 @@ from torch.nn import functional
 from transformers import DeepseekV2Config
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Experts
 
+from tests.expert_cases import SWIGLU
 from tuckerize.domain import Projection
 from tuckerize.errors import CheckpointError
 from tuckerize.names import TensorKind, TensorName
 from tuckerize.runtime.dense import ExpertWeights, dense_output
-from tuckerize.runtime.experts import ACTIVATIONS, TuckerExperts, TuckerStack
+from tuckerize.runtime.experts import TuckerExperts, TuckerStack
 from tuckerize.runtime.grouped import assign
 
 E, H, I = 4, 6, 10  # noqa: E741 the sizes of a group's stacks
 FULL = (E, H, I)
 SMALL = (2, 3, 4)
 RANKS = [tuple(sizes) for sizes in itertools.product(*zip(FULL, SMALL, strict=True))]
-
-silu = ACTIVATIONS["silu"]
 
 
 @dataclass
@@ -103,10 +102,10 @@ def make_tokens(count: int, experts: int, top_k: int = 3) -> tuple[Tensor, Tenso
 
 
 def check(layer: Layer, x: Tensor, experts: Tensor, weights: Tensor) -> None:
-    module = TuckerExperts(layer.groups, group_size=E, activation=silu)
+    module = TuckerExperts(layer.groups, group_size=E, activation=SWIGLU)
     expected = naive_output(layer, x, experts, weights)
     torch.testing.assert_close(module(x, experts, weights), expected, rtol=1e-12, atol=1e-12)
-    dense = dense_output(x, experts, weights, expert_weights=layer.matrices, activation=silu)
+    dense = dense_output(x, experts, weights, expert_weights=layer.matrices, activation=SWIGLU)
     torch.testing.assert_close(dense, expected, rtol=1e-12, atol=1e-12)
     assert not len(x) or expected.norm() > 1e-3
 
@@ -160,9 +159,9 @@ def test_experts_of_dense_weights_equal_those_of_transformers(rank: tuple[int, .
     theirs.down_proj.data = torch.stack([down.T for _, _, down in layer.dense])
     x, experts, weights = make_tokens(23, 8)
     expected = theirs(x, experts, weights.double()).detach()
-    module = TuckerExperts(layer.groups, group_size=E, activation=silu)
+    module = TuckerExperts(layer.groups, group_size=E, activation=SWIGLU)
     torch.testing.assert_close(module(x, experts, weights), expected, rtol=1e-6, atol=1e-9)
-    dense = dense_output(x, experts, weights, expert_weights=layer.matrices, activation=silu)
+    dense = dense_output(x, experts, weights, expert_weights=layer.matrices, activation=SWIGLU)
     torch.testing.assert_close(dense, expected, rtol=1e-6, atol=1e-9)
 
 
@@ -171,15 +170,15 @@ def test_experts_stored_in_bfloat16_compute_in_the_dtype_of_the_tokens() -> None
     rounded = [{n: t.bfloat16() for n, t in group.items()} for group in layer.groups]
     wide = [{n: t.double() for n, t in group.items()} for group in rounded]
     x, experts, weights = make_tokens(9, E)
-    expected = TuckerExperts(wide, group_size=E, activation=silu)(x, experts, weights)
-    output = TuckerExperts(rounded, group_size=E, activation=silu)(x.float(), experts, weights)
+    expected = TuckerExperts(wide, group_size=E, activation=SWIGLU)(x, experts, weights)
+    output = TuckerExperts(rounded, group_size=E, activation=SWIGLU)(x.float(), experts, weights)
     assert output.dtype == torch.float32
     torch.testing.assert_close(output, expected.float(), rtol=1e-4, atol=1e-6)
 
 
 def test_experts_have_the_state_dict_of_the_names_on_disk() -> None:
     layer = make_layer([(2, 6, 4), (4, 6, 4), (4, 3, 10)], groups=2, shared=True)
-    module = TuckerExperts(layer.groups, group_size=E, activation=silu)
+    module = TuckerExperts(layer.groups, group_size=E, activation=SWIGLU)
     expected = {f"group_{n}.{name}" for n, group in enumerate(layer.groups) for name in group}
     assert module.state_dict().keys() == expected
 
@@ -201,7 +200,7 @@ def test_dense_output_reads_each_expert_that_has_tokens_once() -> None:
 
     experts = torch.tensor([[3, 1], [1, 3], [3, 1]])
     x, _, weights = make_tokens(3, E, top_k=2)
-    dense_output(x, experts, weights, expert_weights=matrices, activation=silu)
+    dense_output(x, experts, weights, expert_weights=matrices, activation=SWIGLU)
     assert read == [1, 3]
 
 
@@ -220,7 +219,7 @@ def uneven_layer() -> list[dict[TensorName, Tensor]]:
 
 def test_every_parameter_gets_a_gradient_whichever_experts_have_tokens() -> None:
     """Data-parallel training waits for the gradients of all of them."""
-    module = TuckerExperts(uneven_layer(), group_size=E, activation=silu).requires_grad_()
+    module = TuckerExperts(uneven_layer(), group_size=E, activation=SWIGLU).requires_grad_()
     x, weights = torch.randn(2, I), torch.rand(2, 1)
     module(x, torch.tensor([[1], [1]]), weights).sum().backward()
     gradients = {name: value.grad for name, value in module.named_parameters()}
@@ -231,7 +230,7 @@ def test_every_parameter_gets_a_gradient_whichever_experts_have_tokens() -> None
 
 
 def test_torch_compile_gives_the_same_without_compiling_again_for_every_batch() -> None:
-    module = TuckerExperts(uneven_layer(), group_size=E, activation=silu)
+    module = TuckerExperts(uneven_layer(), group_size=E, activation=SWIGLU)
     torch.compiler.reset()
     compiled = torch.compile(module, backend="eager")
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):

@@ -10,12 +10,13 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from tests.expert_cases import SWIGLU
 from tuckerize import DecomposeRequest, ShardRequest, decompose, shard
 from tuckerize.checkpoint.output import MANIFEST
 from tuckerize.errors import CheckpointError, ParallelError
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 from tuckerize.parallel.mesh import Position, make_mesh
-from tuckerize.runtime.experts import ACTIVATIONS, TuckerExperts
+from tuckerize.runtime.experts import TuckerExperts
 from tuckerize.runtime.sharded import ShardedExperts
 
 
@@ -39,7 +40,7 @@ def mesh() -> Iterator[DeviceMesh]:
 def test_from_shards_of_one_process_is_the_whole_layer(tucker: Path, mesh: DeviceMesh) -> None:
     sharded = ShardedExperts.from_shards(tucker, 2, mesh)
     opened = TuckerCheckpoint.open(tucker)
-    whole = TuckerExperts([opened.read_group(2, 0)], group_size=8, activation=ACTIVATIONS["silu"])
+    whole = TuckerExperts([opened.read_group(2, 0)], group_size=8, activation=SWIGLU)
     x_TI = torch.randn(9, 32, generator=torch.Generator().manual_seed(0))
     experts_Tk = torch.arange(18).view(9, 2) % 8
     weights_Tk = torch.full((9, 2), 0.5)

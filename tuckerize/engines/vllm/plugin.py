@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
@@ -30,8 +31,11 @@ from tuckerize.engines.slices import WorkerGroup
 from tuckerize.engines.vllm.ascend import AscendMoEMethod, dense_method
 from tuckerize.engines.vllm.latent import LatentKernel
 from tuckerize.format.config import METHOD, GroupShape, TuckerQuantization
+from tuckerize.moe.families import glu_of
+from tuckerize.moe.family import Glu
 from tuckerize.names import GROUP_PATTERN, TensorName, group_module
-from tuckerize.runtime.experts import ACTIVATIONS, TuckerExperts
+from tuckerize.runtime.activations import activation_of
+from tuckerize.runtime.experts import TuckerExperts
 
 # Some of vLLM's models rename everything that contains the name of a dense projection.
 _SHORT_NAMES: Mapping[str, str] = {
@@ -137,7 +141,8 @@ class TuckerConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not ins
             return dense_method(layer.moe_config, **ascend) if ascend else None
         method = getattr(layer, "quant_method", None)  # it has one where it is asked again
         if not isinstance(method, TuckerMoEMethod):
-            method = TuckerMoEMethod(layer.moe_config, groups)
+            known = get_current_vllm_config().model_config.hf_config.to_dict()
+            method = TuckerMoEMethod(layer.moe_config, groups, glu_of(known, prefix))
         return AscendMoEMethod(method) if ascend else method
 
 
@@ -147,13 +152,16 @@ class TuckerMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
     Args:
         moe: The engine's settings of the layer.
         groups: Sizes of its groups.
+        glu: Gated linear unit of its experts.
     """
 
-    def __init__(self, moe: Any, groups: Sequence[GroupShape]) -> None:  # noqa: ANN401
+    def __init__(self, moe: Any, groups: Sequence[GroupShape], glu: Glu) -> None:  # noqa: ANN401
         super().__init__(moe)
         self.groups = groups
         self.group_size = groups[0].experts
-        self.kernel = LatentKernel.find(moe, groups)
+        self.activation = activation_of(glu)
+        plain = glu == Glu(glu.activation)
+        self.kernel = LatentKernel.find(moe, groups) if plain else None
         self.waiting: set[str] = set()
         self.experts: TuckerExperts | None = None
 
@@ -191,7 +199,7 @@ class TuckerMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
                 for group in groups.values()
             ],
             group_size=sizes.pop(),
-            activation=ACTIVATIONS[layer.activation.value],
+            activation=self.activation,
         )
         modules = dict(zip(groups, self.experts.groups, strict=True))
         for index, shape in enumerate(self.groups):

@@ -26,7 +26,7 @@ from tuckerize.pipeline.verify.verification import TOLERANCES, Verification, ver
 from tuckerize.progress import Progress, SilentProgress
 from tuckerize.recipe_text import select_layers
 from tuckerize.report import VerifyReport, to_json
-from tuckerize.runtime.experts import activation_of
+from tuckerize.runtime.activations import activation_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,7 +179,8 @@ def _open(
     """Open what is verified; returns the layers and notes, too."""
     tucker = TuckerCheckpoint.open(Path(request.folder))
     layers = select_layers(request.layers, tucker.manifest.layers)
-    activation_of(tucker.family.activation(tucker.config))
+    for layer in layers:
+        activation_of(tucker.family.glu(tucker.config, layer))
     source, notes = _source(request, tucker)
     run = Verification(
         tucker,

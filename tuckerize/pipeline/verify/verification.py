@@ -36,8 +36,9 @@ from tuckerize.pipeline.verify.placement import Placement, make_placement
 from tuckerize.pipeline.verify.traffic import LayerMoved, compare, load_of
 from tuckerize.progress import Progress
 from tuckerize.report import LayerVerdict, VerifyReport
+from tuckerize.runtime.activations import Activation, activation_of
 from tuckerize.runtime.dense import ExpertWeights, dense_output
-from tuckerize.runtime.experts import Activation, TuckerExperts, activation_of
+from tuckerize.runtime.experts import TuckerExperts
 from tuckerize.runtime.sharded import ShardedExperts
 
 # float32 rounds to 6e-8; over sums of some thousand terms that grows to about 3e-6. A wrong value
@@ -106,6 +107,10 @@ class Verification:
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
 
+    def activation(self, layer: int) -> Activation:
+        """The activation of the experts of a layer."""
+        return activation_of(self.tucker.family.glu(self.tucker.config, layer))
+
     @property
     def tolerance(self) -> float:
         """Bound on the sharding error."""
@@ -129,7 +134,6 @@ def verify_layers(
         max_output_error: Bound on the relative output error against the dense layer, if any.
         progress: Shows how far the work is.
     """
-    activation = activation_of(run.tucker.family.activation(run.tucker.config))
     place = _place(run)
     position = place.position
     tokens = padded_count(run.tokens, position.parallelism)
@@ -141,12 +145,12 @@ def verify_layers(
     cases, moved = {}, []
     for layer in layers:
         progress.stage(f"layer {layer}: reference")
-        case = _case_of_leader(run, layer, activation, tokens)
+        case = _case_of_leader(run, layer, tokens)
         if layer in mine:
             cases[layer] = case
         if not faults.get(layer):
             progress.stage(f"layer {layer}: load")
-            experts = _load(run, layer, place, activation).to(run.device)
+            experts = _load(run, layer, place).to(run.device)
             if layer == layers[0] and run.device.type != "cpu":
                 progress.stage(f"layer {layer}: warm-up, in which the device compiles its kernels")
                 _sharding_error(experts, case.of(own_T), run)
@@ -159,7 +163,7 @@ def verify_layers(
     found = {}
     for layer, case in cases.items():
         progress.stage(f"layer {layer}: source")
-        found[layer] = _against_source(run, layer, case.of(slice(run.tokens)), activation)
+        found[layer] = _against_source(run, layer, case.of(slice(run.tokens)))
         progress.advance(1, f"layer {layer}: source")
     against = {la: result for own in run.processes.gather(found) for la, result in own.items()}
     progress.close()
@@ -206,21 +210,21 @@ def _place(run: Verification) -> Placement:
     )
 
 
-def _load(run: Verification, layer: int, place: Placement, activation: Activation) -> TuckerExperts:
+def _load(run: Verification, layer: int, place: Placement) -> TuckerExperts:
     """This process's shards of a layer, or all of it."""
     if run.sharding is not None:
         return ShardedExperts.of_layer(run.sharding, layer, place.position, fused=place.fused)
     groups = _read_groups(run.tucker, layer)
     size = run.tucker.manifest.group_size
-    return TuckerExperts(groups, group_size=size, activation=activation)
+    return TuckerExperts(groups, group_size=size, activation=run.activation(layer))
 
 
-def _case_of_leader(run: Verification, layer: int, activation: Activation, tokens: int) -> _Case:
+def _case_of_leader(run: Verification, layer: int, tokens: int) -> _Case:
     """Case of a layer that process 0 makes, on every process."""
     case = None
     if run.processes.is_leader:
         with run.processes.while_others_wait():
-            case = _case(run, layer, activation, tokens)
+            case = _case(run, layer, tokens)
     return run.processes.broadcast(case)
 
 
@@ -255,7 +259,7 @@ def _predicted(
     )
 
 
-def _case(run: Verification, layer: int, activation: Activation, tokens: int) -> _Case:
+def _case(run: Verification, layer: int, tokens: int) -> _Case:
     """Tokens of a layer as its norm would scale them, routed by its router, and their output.
 
     They are followed by as many zeros as the mesh needs.
@@ -282,7 +286,7 @@ def _case(run: Verification, layer: int, activation: Activation, tokens: int) ->
         routes.experts,
         routes.weights,
         expert_weights=expand_expert,
-        activation=activation,
+        activation=run.activation(layer),
     )
     return _Case(x_TI, routes, reference_TI)
 
@@ -291,9 +295,7 @@ def _read_groups(tucker: TuckerCheckpoint, layer: int) -> list[dict[TensorName, 
     return [tucker.read_group(layer, group) for group in range(tucker.manifest.groups)]
 
 
-def _against_source(
-    run: Verification, layer: int, case: _Case, activation: Activation
-) -> _AgainstSource:
+def _against_source(run: Verification, layer: int, case: _Case) -> _AgainstSource:
     if run.source is None:
         raise TypeError("there is no source to compare with")
     source = run.source
@@ -307,7 +309,7 @@ def _against_source(
         case.routes.experts,
         case.routes.weights,
         expert_weights=read_expert,
-        activation=activation,
+        activation=run.activation(layer),
     )
     error = float((case.reference_TI - dense_TI).norm() / dense_TI.norm())
     return _AgainstSource(error, _residual_difference(run.tucker, source, layer))
