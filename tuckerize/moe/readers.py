@@ -102,6 +102,7 @@ def step_glu(config: Config, layer: int) -> Glu:
 
 
 def deepseek_v2_routing(config: Config) -> Routing:
+    """Routing of DeepSeek-V2: greedy, or within groups."""
     method = str(config.get("topk_method") or "greedy")
     if method not in ("greedy", "group_limited_greedy"):
         raise CheckpointError(

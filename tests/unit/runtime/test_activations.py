@@ -55,5 +55,5 @@ def test_layers_have_limits_of_their_own() -> None:
 
 
 def test_unknown_activation_is_named() -> None:
-    with pytest.raises(CheckpointError, match="hidden_act 'mish' in config.json is not known"):
+    with pytest.raises(CheckpointError, match="hidden_act 'mish'"):
         activation_of(Glu("mish"))
