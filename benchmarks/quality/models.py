@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import exp
 from pathlib import Path
@@ -26,6 +26,7 @@ class MoeModel:
     Attributes:
         model: The causal language model.
         blocks: The modules `mlp` of its MoE layers, with `gate` (the router) and `experts`.
+        kept_experts: For every block the experts that are left, by their numbers; None for all.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -35,6 +36,7 @@ class MoeModel:
         use_fast_kernels(model)
         self.blocks: list[Any] = [m for m in self.model.modules() if hasattr(m, "experts")]
         self._dense = [_own_tensors(block) for block in self.blocks]
+        self.kept_experts: list[tuple[int, ...] | None] = [None] * len(self.blocks)
 
     def tokens(self, text: str, most: int | None = None) -> Tensor:
         """The begin token and the tokens of a text, at most `most` of them to predict, (T + 1,)."""
@@ -46,13 +48,13 @@ class MoeModel:
     def perplexity(self, tokens: Tensor) -> float:
         """Perplexity on a stream of tokens in windows that do not overlap; each is scored once."""
         total = 0.0
-        for source, target in _windows(tokens):
+        for source, target in windows(tokens):
             logits = self.model(input_ids=source, use_cache=False).logits
             total += cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum").item()
         return exp(total / (len(tokens) - 1))
 
     @contextmanager
-    def _recording(self, calls: list[list[tuple[Tensor, ...]]]) -> Iterator[None]:
+    def recording(self, calls: list[list[tuple[Tensor, ...]]]) -> Iterator[None]:
         """Append to `calls`, a list for every block, what its experts get."""
 
         def recorder(into: list[tuple[Tensor, ...]]) -> Any:  # noqa: ANN401
@@ -72,14 +74,35 @@ class MoeModel:
     def layers(self, tokens: Tensor) -> list[Layer]:
         """The MoE layers with what a stream of tokens (T + 1,) gives them."""
         calls: list[list[tuple[Tensor, ...]]] = [[] for _ in self.blocks]
-        with self._recording(calls):
-            for source, _ in _windows(tokens):
+        with self.recording(calls):
+            for source, _ in windows(tokens):
                 self.model(input_ids=source, use_cache=False)
-        layers = []
-        for block, got in zip(self.blocks, calls, strict=True):
-            x_TI, experts_Tk, weights_Tk = (torch.cat(part) for part in zip(*got, strict=True))
-            layers.append(Layer(_stacks(block.experts), x_TI, experts_Tk, weights_Tk))
-        return layers
+        return [_layer(block, got) for block, got in zip(self.blocks, calls, strict=True)]
+
+    @torch.no_grad()
+    def sequentially(self, tokens: Tensor, treat: Callable[[Layer], Stacks]) -> None:
+        """Replace the experts layer after layer, each for what the layers before it give now.
+
+        Args:
+            tokens: A stream of tokens (T + 1,).
+            treat: Gives the new stacks of an MoE layer.
+        """
+        decoder, layers = self.model.model, self.model.model.layers
+        caught = _Catch()
+        decoder.layers = nn.ModuleList([caught])
+        for source, _ in windows(tokens):
+            decoder(input_ids=source, use_cache=False)
+        decoder.layers = layers
+        states = caught.calls
+        for layer in layers:
+            if hasattr(layer.mlp, "experts"):
+                index = self.blocks.index(layer.mlp)
+                calls: list[list[tuple[Tensor, ...]]] = [[] for _ in self.blocks]
+                with self.recording(calls):
+                    for hidden, kwargs in states:
+                        layer(hidden, **kwargs)
+                _put(layer.mlp, treat(_layer(layer.mlp, calls[index])))
+            states = [(layer(hidden, **kwargs), kwargs) for hidden, kwargs in states]
 
     def sensitivities(self, tokens: Tensor) -> list[Sensitivity]:
         """Derivatives of the loss on a stream of tokens, window by window, for every MoE layer."""
@@ -87,30 +110,30 @@ class MoeModel:
         for block in self.blocks:
             block.experts.requires_grad_(requires_grad=True)
         sums = [_SensitivitySum(block.experts) for block in self.blocks]
-        windows = [pair for pairs in _windows(tokens) for pair in zip(*pairs, strict=True)]
-        for source, target in windows:
+        single = [pair for pairs in windows(tokens) for pair in zip(*pairs, strict=True)]
+        for source, target in single:
             logits = self.model(input_ids=source[None], use_cache=False).logits[0]
             torch.autograd.backward(cross_entropy(logits, target, reduction="sum"))
             for total in sums:
                 total.take_weight_gradients()
         self.model.requires_grad_(requires_grad=True)
-        return [total.finish(len(windows)) for total in sums]
+        return [total.finish(len(single)) for total in sums]
 
     @torch.no_grad()
     def replace(self, compressed: Sequence[Compressed]) -> None:
         """Put compressed weights in the place of the experts; a router loses what is gone."""
         self.restore()
+        self.kept_experts = [new.kept_experts for new in compressed]
         for block, new in zip(self.blocks, compressed, strict=True):
-            gate_EHI, up_EHI, down_EHI = new.stacks
-            kept = list(range(len(gate_EHI)) if new.kept_experts is None else new.kept_experts)
-            gate_up_EGI = torch.cat((gate_EHI, up_EHI), dim=1)
-            block.experts.gate_up_proj = nn.Parameter(gate_up_EGI[kept])
-            block.experts.down_proj = nn.Parameter(down_EHI[kept].mT.contiguous())
+            experts = range(len(new.stacks[0]))
+            kept = list(experts if new.kept_experts is None else new.kept_experts)
+            _put(block, triple(stack[kept] for stack in new.stacks))
             block.gate.weight = nn.Parameter(block.gate.weight[kept])
             block.experts.num_experts = block.gate.num_experts = len(kept)
 
     def restore(self) -> None:
         """Put the dense weights back."""
+        self.kept_experts = [None] * len(self.blocks)
         for block, (gate_up, down, router) in zip(self.blocks, self._dense, strict=True):
             block.experts.gate_up_proj, block.experts.down_proj = gate_up, down
             block.gate.weight = router
@@ -162,7 +185,19 @@ class _SensitivitySum:
         return Sensitivity(fisher, self.output_EII / tokens_E11)
 
 
-def _windows(tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+class _Catch(nn.Module):
+    """Stand-in for the decoder layers that keeps what the first of them gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Tensor, dict[str, Any]]] = []
+
+    def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:  # noqa: ANN401
+        self.calls.append((hidden, kwargs))
+        return hidden
+
+
+def windows(tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Sources and targets, (windows, tokens) each; a shorter window comes last and alone."""
     count = (len(tokens) - 1) // WINDOW
     whole = count * WINDOW
@@ -171,6 +206,17 @@ def _windows(tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         yield from zip(*(torch.split(part, _WINDOWS_AT_ONCE) for part in pairs), strict=True)
     if whole < len(tokens) - 1:
         yield tokens[None, whole:-1], tokens[None, whole + 1 :]
+
+
+def _layer(block: Any, calls: list[tuple[Tensor, ...]]) -> Layer:  # noqa: ANN401
+    x_TI, experts_Tk, weights_Tk = (torch.cat(part) for part in zip(*calls, strict=True))
+    return Layer(_stacks(block.experts), x_TI, experts_Tk, weights_Tk)
+
+
+def _put(block: Any, stacks: Stacks) -> None:  # noqa: ANN401
+    gate_EHI, up_EHI, down_EHI = stacks
+    block.experts.gate_up_proj = nn.Parameter(torch.cat((gate_EHI, up_EHI), dim=1))
+    block.experts.down_proj = nn.Parameter(down_EHI.mT.contiguous())
 
 
 def _stacks(experts: Any) -> Stacks:  # noqa: ANN401

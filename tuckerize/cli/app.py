@@ -363,7 +363,7 @@ def evaluate(
     device: options.DeviceOption = Device.AUTO,
     as_json: options.AsJson = False,
 ) -> None:
-    """Measure the perplexity on a text.
+    """Measure the perplexity on a text, and the divergence from another model.
 
     One decoder layer is in memory at a time.
 

@@ -25,7 +25,9 @@ from tuckerize.report import (
     CheckReport,
     CurveReport,
     DecomposeReport,
+    Divergence,
     DoctorReport,
+    Estimate,
     EvaluateReport,
     InspectReport,
     PlanReport,
@@ -384,16 +386,41 @@ def _show_evaluate(report: EvaluateReport) -> None:
             one.folder,
             size_text(one.size.total_bytes),
             count_text(one.size.routed_parameters),
-            f"{one.perplexity:.3f}",
+            _estimate_text(Estimate(one.perplexity, one.perplexity_error), 3),
             f"x {one.perplexity / first:.4f}" if len(report.results) > 1 else "",
         )
         for one in report.results
     ]
     print_all(make_table(("checkpoint", "all bytes", "routed parameters", "perplexity", ""), rows))
+    if report.divergence is not None:
+        _show_divergence(report.divergence)
     print_all(
         f"on {report.tokens:,} tokens, evenly spread over {', '.join(report.texts)}, in windows of "
         f"{report.window}; not comparable with other texts, numbers of tokens or windows"
     )
+
+
+def _show_divergence(found: Divergence) -> None:
+    changed = "not the same layers of experts"
+    if found.experts_changed is not None:
+        changed = f"{_percentage_text(found.experts_changed)} of the tokens, in any layer"
+    rows = [
+        ("perplexity", f"x {_estimate_text(found.perplexity_ratio, 4)}"),
+        ("KL divergence", f"{_estimate_text(found.kl, 5)} nats per token"),
+        ("same top token", f"{_percentage_text(found.same_top)} of the tokens"),
+        ("other experts", changed),
+    ]
+    print_all(make_table(("", "from the first, ± standard error"), rows, text_columns=2))
+
+
+def _estimate_text(estimate: Estimate, digits: int) -> str:
+    error = "" if estimate.error is None else f" ± {estimate.error:.{digits}f}"
+    return f"{estimate.value:.{digits}f}{error}"
+
+
+def _percentage_text(share: Estimate) -> str:
+    error = "" if share.error is None else f" ± {share.error:.2%}"
+    return f"{share.value:.2%}{error}"
 
 
 def _show_doctor(report: DoctorReport) -> None:

@@ -1,16 +1,17 @@
-"""Perplexity of a dense or a Tucker checkpoint on a text, one decoder layer in memory at a time."""
+"""Perplexity of checkpoints on a text, and how far apart their predictions are, layer by layer."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from tuckerize.calibration.calibration_pass import experts_call
 from tuckerize.calibration.stream import ExpertsCall, StreamedModel
@@ -25,6 +26,12 @@ from tuckerize.moe.family import Family
 from tuckerize.moe.source import SourceModel
 from tuckerize.names import TensorName
 from tuckerize.parallel.backends import choose_device
+from tuckerize.pipeline.divergence import (
+    PredictionSums,
+    estimate,
+    experts_changed,
+    exponential,
+)
 from tuckerize.progress import Progress, SilentProgress
 from tuckerize.recipe_files import Texts, list_of_texts
 from tuckerize.report import EvaluateReport, Evaluation
@@ -33,8 +40,6 @@ from tuckerize.runtime.experts import TuckerExperts
 
 _WINDOWS_AT_ONCE = 8
 _SEED = 0
-# Its exponential is finite.
-_MOST_NATS = 700.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +118,8 @@ class EvaluateRequest:
     Attributes:
         model: A dense model or a Tucker checkpoint: folder, Hugging Face id or short name.
         text: Text or JSONL file, PATH or PATH:WEIGHT, or several.
-        against: Another of the same kind, on the same text; it comes first in the report.
+        against: Another of the same kind, on the same text: it comes first in the report, and the
+            divergence is from it.
         tokens: Tokens in all windows, evenly spread over the texts.
         window: Tokens per window; all but its first are predicted.
         chat_template: Render conversations by the tokenizer's chat template, if it has one.
@@ -130,7 +136,9 @@ class EvaluateRequest:
 
 
 def evaluate(request: EvaluateRequest, progress: Progress | None = None) -> EvaluateReport:
-    """Measure perplexities on a text, with one decoder layer in memory at a time.
+    """Measure perplexities on a text, and with `against` how far the predictions are apart.
+
+    One decoder layer is in memory at a time, and of all tokens their hidden states.
 
     Args:
         request: The checkpoints and the text.
@@ -165,7 +173,7 @@ def measure_perplexity(
     device: torch.device,
     progress: Progress,
 ) -> EvaluateReport:
-    """Perplexity of checkpoints on the same windows of text.
+    """Perplexity of one or two checkpoints on the same windows of text.
 
     Args:
         folders: Checkpoints, dense or Tucker, with the tokenizer of the first.
@@ -198,49 +206,107 @@ def measure_perplexity(
         vocabulary=models[0].vocabulary,
         chat_template=chat_template,
     )
-    progress.start(sum(model.layers + 1 for model in models))
-    results = []
-    for folder, own, model in zip(folders, opened, models, strict=True):
-        started = time.monotonic()
-        nats = _nats(own, model, windows.tokens_SL.to(device), progress, str(folder))
-        seconds = time.monotonic() - started
-        results.append(
-            Evaluation(str(folder), nats, math.exp(min(nats, _MOST_NATS)), own.size, seconds)
-        )
+    tokens_SL = windows.tokens_SL.to(device)
+    progress.start(sum(model.layers for model in models) + 1)
+    passes = [
+        _run_layers(own, model, tokens_SL, progress)
+        for own, model in zip(opened, models, strict=True)
+    ]
+    sums = _predict(models, passes, tokens_SL)
+    progress.advance(1, "head")
     progress.close()
-    count, length = windows.tokens_SL.shape
+    count, length = tokens_SL.shape
     return EvaluateReport(
-        tuple(results), count * (length - 1), tuple(texts), length, windows.messages
+        tuple(
+            _evaluation(own, done, nats)
+            for own, done, nats in zip(opened, passes, sums.nats, strict=False)
+        ),
+        count * (length - 1),
+        tuple(texts),
+        length,
+        sums.divergence(experts_changed(*(done.choices for done in passes)))
+        if len(passes) > 1
+        else None,
+        windows.messages,
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """What the layers of a model make of all windows.
+
+    Attributes:
+        states: Hidden states after the last layer, a few windows at a time.
+        choices: Experts of every token by layer, on the host.
+        seconds: Wall time.
+    """
+
+    states: list[Tensor]
+    choices: dict[int, Tensor]
+    seconds: float
+
+
 @torch.no_grad()
-def _nats(
-    own: Evaluated, model: StreamedModel, tokens_SL: Tensor, progress: Progress, name: str
-) -> float:
-    """Mean negative log-likelihood per token, in nats."""
+def _run_layers(
+    own: Evaluated, model: StreamedModel, tokens_SL: Tensor, progress: Progress
+) -> _Pass:
+    started = time.monotonic()
+    name = str(own.checkpoint.folder)
     parts = torch.split(tokens_SL, _WINDOWS_AT_ONCE)
     with model.embedding() as embed:
         states = [embed(part) for part in parts]
+    choices = {}
     for layer in range(model.layers):
         experts: ExpertsCall | None = None
+        seen: list[Tensor] = []
         if layer in model.moe_layers:
-            experts = experts_call(own.module(layer, model.device))
+            experts = _noting(experts_call(own.module(layer, model.device)), seen)
         with model.layer(layer, experts) as run:
             states = [run(part) for part in states]
         if not all(bool(part.isfinite().all()) for part in states):
             raise _not_finite(name, f"the hidden states after layer {layer}")
+        if seen:
+            choices[layer] = torch.cat(seen).view(*tokens_SL.shape, -1)
         progress.advance(1, f"{name}, layer {layer}")
-    total = 0.0
-    with model.head() as head:
-        for part, hidden in zip(parts, states, strict=True):
-            for tokens_L, hidden_LI in zip(part, hidden, strict=True):
-                logits_LV = head(hidden_LI[None])[0].float()
-                total += float(cross_entropy(logits_LV[:-1], tokens_L[1:], reduction="sum"))
-    progress.advance(1, f"{name}, head")
-    if not math.isfinite(total):
-        raise _not_finite(name, "the predictions")
-    return total / (tokens_SL.shape[0] * (tokens_SL.shape[1] - 1))
+    return _Pass(states, choices, time.monotonic() - started)
+
+
+def _noting(experts: ExpertsCall, seen: list[Tensor]) -> ExpertsCall:
+    """The same experts; what the router chooses is appended to `seen`, on the host."""
+
+    def call(x_TI: Tensor, experts_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
+        seen.append(experts_Tk.to("cpu", torch.int16))
+        return experts(x_TI, experts_Tk, weights_Tk)
+
+    return call
+
+
+@torch.no_grad()
+def _predict(
+    models: Sequence[StreamedModel], passes: Sequence[_Pass], tokens_SL: Tensor
+) -> PredictionSums:
+    """Predictions of all models, window by window: the heads alone are in memory."""
+    sums = PredictionSums()
+    with ExitStack() as stack:
+        heads = [stack.enter_context(model.head()) for model in models]
+        states = zip(*(chain.from_iterable(own.states) for own in passes), strict=True)
+        for tokens_L, hidden in zip(tokens_SL, states, strict=True):
+            logits = [
+                head(hidden_LI[None])[0] for head, hidden_LI in zip(heads, hidden, strict=True)
+            ]
+            sums.add(tokens_L, logits)
+    return sums
+
+
+def _evaluation(own: Evaluated, done: _Pass, nats: list[Tensor]) -> Evaluation:
+    folder = str(own.checkpoint.folder)
+    mean = estimate(torch.stack(nats))
+    if not math.isfinite(mean.value):
+        raise _not_finite(folder, "the predictions")
+    perplexity = exponential(mean)
+    return Evaluation(
+        folder, mean.value, perplexity.value, perplexity.error, own.size, done.seconds
+    )
 
 
 def _not_finite(name: str, what: str) -> CheckpointError:

@@ -1,0 +1,249 @@
+"""Structure, quantisation and both at equal bytes: what the prediction loses at each size.
+
+    python -m benchmarks.quality.equal_bytes --models FOLDER       # what is missing, row by row
+    python -m benchmarks.quality.equal_bytes --table
+    python -m benchmarks.quality.equal_bytes --plot equal_bytes.png
+
+The x-axis is bits per routed weight of the dense model, every code, scale, zero point and factor
+counted. A row is appended to the results as soon as it is made, and not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.quality import quantised, tucker_rows
+from benchmarks.quality.divergence import Prediction, divergence, predict
+from benchmarks.quality.encodings import Encoding
+from benchmarks.quality.equal_bytes_tables import plot, tables
+from benchmarks.quality.layer import Compressed, Layer, dense
+from benchmarks.quality.models import MoeModel
+from benchmarks.quality.registry import METHODS
+
+RESULTS = Path(__file__).parents[1] / "results" / "equal_bytes.jsonl"
+CALIBRATION_TOKENS = 65536  # half of ours are random
+TEXT_TOKENS = 32768  # of the calibration that matrices are rounded for
+TEST_TOKENS = {"in_domain": 40960, "out_of_domain": 20480}
+DENSE = "dense"
+OURS = "tuckerize"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A row to make.
+
+    Attributes:
+        structure: A method of the registry, `dense` for quantisation alone, or `tuckerize`.
+        keep: Kept share of the parameters.
+        rounding: RTN, GPTQ, or our own.
+        encoding: How the matrices are stored; for our own rows `w4` or `w8`.
+        target: Target of our own rows.
+    """
+
+    structure: str
+    keep: float
+    rounding: str
+    encoding: str
+    target: str = ""
+
+
+ENCODINGS = {
+    str(encoding): encoding
+    for bits in (8, 6, 5, 4, 3, 2)
+    for group in (32, 64, 128, None)
+    for zero in (False, True)
+    for encoding in [Encoding(bits, group, zero)]
+}
+KEEPS = (0.9, 0.8, 0.65, 0.5)
+EXPERT_KEEPS = (0.875, 0.75, 0.625, 0.5)  # whole experts of 8 or 16, equally many in every layer
+
+
+def wanted() -> Iterator[Wanted]:
+    """All rows, the most telling first."""
+
+    def encodings(*bits: int, groups: tuple[int | None, ...] = (32,)) -> Iterator[str]:
+        return (
+            str(Encoding(b, group, zero))
+            for b in bits
+            for group in groups
+            for zero in (False, True)
+        )
+
+    for encoding in encodings(4, 3, 2):
+        yield Wanted(DENSE, 1, "GPTQ", encoding)
+    for keep in KEEPS:
+        yield Wanted(OURS, keep, "own", "w4", "free")
+    for structure, keeps in (("neuron elimination", KEEPS), ("REAP", EXPERT_KEEPS)):
+        for keep in keeps:
+            yield Wanted(structure, keep, "GPTQ", str(Encoding(4, 32, zero=False)))
+    for keep in (0.9, 0.75):
+        yield Wanted(OURS, keep, "own", "w8", "free")
+    yield Wanted(DENSE, 1, "GPTQ", str(Encoding(8, None, zero=False)))
+    for target in ("fused-kernels", "any-engine"):
+        for quantize, keep in (("w4", 0.8), ("w4", 0.65), ("w4", 0.5), ("w8", 0.75)):
+            yield Wanted(OURS, keep, "own", quantize, target)
+    for encoding in encodings(3, 2, 4, groups=(128,)):
+        yield Wanted(DENSE, 1, "GPTQ", encoding)
+    yield Wanted(DENSE, 1, "GPTQ", str(Encoding(6, 32, zero=False)))
+    for encoding in encodings(5):
+        yield Wanted(DENSE, 1, "GPTQ", encoding)
+    for structure, keeps in (("neuron elimination", KEEPS), ("REAP", EXPERT_KEEPS)):
+        for bits in (3, 8):
+            for keep in keeps[1:]:
+                yield Wanted(structure, keep, "GPTQ", str(Encoding(bits, 32, zero=bits < 4)))
+    for structure in ("neuron elimination, equal widths", "HEAPr"):
+        for keep in KEEPS:
+            yield Wanted(structure, keep, "GPTQ", str(Encoding(4, 32, zero=False)))
+    for encoding in encodings(4, 3, 2):
+        yield Wanted(DENSE, 1, "RTN", encoding)
+    for encoding in encodings(8, 6, 5, 4, 3, 2, groups=(32, 64, 128)):
+        for rounding in ("GPTQ", "RTN"):
+            yield Wanted(DENSE, 1, rounding, encoding)
+
+
+class Bench:
+    """One model and what it makes of the texts when it is dense."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.name = folder, name
+        self.model = MoeModel(folder / name)
+        self.text = folder / "python_calibration.txt"
+        self.calibration = self.model.tokens(self.text.read_text("utf-8"), CALIBRATION_TOKENS)
+        held_out = {
+            kind: folder / f"{text}_held_out.txt"
+            for kind, text in (("in_domain", "python"), ("out_of_domain", "english"))
+        }
+        self.tests = {
+            kind: self.model.tokens(file.read_text("utf-8"), TEST_TOKENS[kind])
+            for kind, file in held_out.items()
+            if file.exists()
+        }
+        self.dense: dict[str, Prediction] = {
+            kind: predict(self.model, tokens) for kind, tokens in self.tests.items()
+        }
+        self._structures: dict[tuple[str, float], list[Compressed]] = {}
+
+    @cached_property
+    def layers(self) -> list[Layer]:
+        """The MoE layers with the calibration tokens, dense."""
+        self.model.restore()
+        return self.model.layers(self.calibration)
+
+    @cached_property
+    def weights(self) -> int:
+        """Number of routed weights."""
+        return sum(layer.dense for layer in self.layers)
+
+    def row(self, row: Wanted) -> dict[str, Any]:
+        """Make a row."""
+        start = time.monotonic()
+        if row.structure == OURS:
+            model, bits, manifest = tucker_rows.decomposed(
+                self.folder / self.name,
+                self.text,
+                CALIBRATION_TOKENS,
+                keep=row.keep,
+                quantize=row.encoding,
+                target=row.target,
+            )
+            costs = tucker_rows.costs(self.layers, manifest)
+        else:
+            model = self.model
+            compressed = self._structure(row.structure, row.keep)
+            costs = quantised.costs(self.layers, compressed)
+            encoding = ENCODINGS[row.encoding]
+            stored = quantised.quantise(
+                model, compressed, self.calibration[: TEXT_TOKENS + 1], encoding, row.rounding
+            )
+            bits = stored / self.weights
+        seconds = time.monotonic() - start
+        measured = {
+            kind: divergence(model, tokens, self.dense[kind]) for kind, tokens in self.tests.items()
+        }
+        self.model.restore()
+        return {
+            "model": self.name,
+            **asdict(row),
+            "bits": bits,
+            **asdict(costs),
+            "seconds": round(seconds, 1),
+            **measured,
+        }
+
+    def _structure(self, name: str, keep: float) -> list[Compressed]:
+        if name == DENSE:
+            return [dense(layer) for layer in self.layers]
+        if (name, keep) not in self._structures:
+            self.model.restore()
+            self._structures = {(name, keep): METHODS[name](self.layers, keep)}
+        return self._structures[name, keep]
+
+
+def main() -> None:
+    """Make what is missing, or print or plot what is there."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", type=Path, help="folder with the models and the texts")
+    parser.add_argument("--only-models", nargs="+", help="names of the models to take")
+    parser.add_argument("--only", nargs="+", help="structures to take")
+    parser.add_argument("--first", type=int, help="take so many rows of the list")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no row later")
+    parser.add_argument("--table", action="store_true", help="print the tables")
+    parser.add_argument("--plot", type=Path, help="draw the curves to this PNG (matplotlib)")
+    options = parser.parse_args()
+    if options.models is not None:
+        _make(options)
+    if options.table:
+        print(tables(read(options.results)))
+    if options.plot is not None:
+        plot(read(options.results), options.plot)
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """The rows that are there."""
+    if not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+
+
+def _make(options: argparse.Namespace) -> None:
+    started = time.monotonic()
+    for config in sorted(options.models.glob("*/config.json")):
+        name = config.parent.name
+        if options.only_models and name not in options.only_models:
+            continue
+        digest = hashlib.sha256((config.parent / "model.safetensors").read_bytes()).hexdigest()
+        there = {
+            Wanted(*(row[key] for key in Wanted.__dataclass_fields__))
+            for row in read(options.results)
+            if (row["model"], row["sha256"]) == (name, digest[:16])
+        }
+        missing = [
+            row
+            for row in list(dict.fromkeys(wanted()))[: options.first]
+            if row not in there and (not options.only or row.structure in options.only)
+        ]
+        bench: Bench | None = None
+        for row in missing:
+            if time.monotonic() - started > 60 * options.minutes:
+                return
+            bench = bench or Bench(options.models, name)
+            made = {"sha256": digest[:16], **bench.row(row)}
+            with options.results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(made) + "\n")
+            print(f"{name} {row}: {made['bits']:.3f} {made['in_domain']['ratio']:.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main()

@@ -1,0 +1,6 @@
+def tables(rows):
+    return ""
+
+
+def plot(rows, file):
+    pass

@@ -1,0 +1,54 @@
+"""Our own rows: `tuckerize decompose` and `reconstruct`, and what the result costs per token."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.quality.layer import Layer
+from benchmarks.quality.models import MoeModel
+from benchmarks.quality.quantised import Costs
+from tuckerize import DecomposeRequest, ReconstructRequest, decompose, reconstruct
+from tuckerize.domain import Mode, Projection
+from tuckerize.format.manifest import TuckerManifest, read_tucker_manifest
+
+
+def decomposed(
+    folder: Path, text: Path, tokens: int, *, keep: float, quantize: str | None, target: str
+) -> tuple[MoeModel, float, TuckerManifest]:
+    """The model as `tuckerize decompose` leaves it, its bits per weight, and its manifest."""
+    with tempfile.TemporaryDirectory(prefix="quality-") as temporary:
+        small, dense = Path(temporary, "small"), Path(temporary, "dense")
+        settings = {"texts": [str(text)], "tokens": tokens, "target": target}
+        decompose(
+            DecomposeRequest(
+                model=folder, output=small, keep=keep, quantize=quantize, calibration=settings
+            )
+        )
+        reconstruct(ReconstructRequest(folder=small, output=dense))
+        manifest = read_tucker_manifest(small)
+        return MoeModel(dense), manifest.after.bits_per_weight(manifest.before), manifest
+
+
+def costs(layers: Sequence[Layer], manifest: TuckerManifest) -> Costs:
+    """Multiply-adds and traffic of the cores and of their U_I, by how often experts are used."""
+    products, dense_products, to_sum, to_send = 0.0, 0.0, 0.0, 0.0
+    for index, layer in zip(manifest.layers, layers, strict=True):
+        _, neurons, hidden = layer.shape
+        tokens, top_k = layer.experts_Tk.shape
+        uses_E = torch.bincount(layer.experts_Tk.flatten(), minlength=layer.shape[0]) / tokens
+        ranks = manifest.ranks(index)[0]
+        widths_E = torch.tensor(manifest.widths(index, 0))
+        latent = {p: ranks[p][Mode.HIDDEN] for p in Projection}
+        width = float((uses_E * widths_E).sum())
+        products += width * sum(latent.values())
+        for projection in (Projection.GATE, Projection.DOWN):  # gate and up share theirs
+            products += hidden * latent[projection] * (latent[projection] < hidden)
+        dense_products += top_k * 3 * neurons * hidden
+        to_sum += latent[Projection.DOWN] / hidden
+        to_send += (latent[Projection.GATE] + latent[Projection.DOWN]) / (2 * hidden)
+    count = len(layers)
+    return Costs(products / dense_products, to_sum / count, to_send / count)
