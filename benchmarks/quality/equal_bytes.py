@@ -14,7 +14,7 @@ import argparse
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ from benchmarks.quality.divergence import Prediction, divergence, predict
 from benchmarks.quality.encodings import Encoding
 from benchmarks.quality.equal_bytes_tables import plot, tables
 from benchmarks.quality.layer import Compressed, Layer, dense
+from benchmarks.quality.methods.pruning import equally_eliminated_neurons
 from benchmarks.quality.models import MoeModel
 from benchmarks.quality.registry import METHODS
 
@@ -36,6 +37,7 @@ TEXT_TOKENS = 32768  # of the calibration that matrices are rounded for
 TEST_TOKENS = {"in_domain": 40960, "out_of_domain": 20480}
 DENSE = "dense"
 OURS = "tuckerize"
+EQUAL_WIDTHS = "neuron elimination, equal widths"
 
 
 @dataclass(frozen=True)
@@ -64,51 +66,54 @@ ENCODINGS = {
     for zero in (False, True)
     for encoding in [Encoding(bits, group, zero)]
 }
+STRUCTURES = {**METHODS, EQUAL_WIDTHS: equally_eliminated_neurons}
 KEEPS = (0.9, 0.8, 0.65, 0.5)
-EXPERT_KEEPS = (0.875, 0.75, 0.625, 0.5)  # whole experts of 8 or 16, equally many in every layer
+PRUNED = {
+    "neuron elimination": KEEPS,
+    "REAP": (0.875, 0.75, 0.625, 0.5),  # of 8 or 16 experts equally many in every layer
+    EQUAL_WIDTHS: KEEPS,
+}
 
 
-def wanted() -> Iterator[Wanted]:
-    """All rows, the most telling first."""
+def _alone(rounding: str, *bits: int, groups: Sequence[int] = (32,)) -> list[Wanted]:
+    return [
+        Wanted(DENSE, 1, rounding, str(Encoding(b, group, zero)))
+        for b in bits
+        for group in groups
+        for zero in (False, True)
+    ]
 
-    def encodings(*bits: int, groups: tuple[int | None, ...] = (32,)) -> Iterator[str]:
-        return (
-            str(Encoding(b, group, zero))
-            for b in bits
-            for group in groups
-            for zero in (False, True)
-        )
 
-    for encoding in encodings(4, 3, 2):
-        yield Wanted(DENSE, 1, "GPTQ", encoding)
-    for keep in KEEPS:
-        yield Wanted(OURS, keep, "own", "w4", "free")
-    for structure, keeps in (("neuron elimination", KEEPS), ("REAP", EXPERT_KEEPS)):
-        for keep in keeps:
-            yield Wanted(structure, keep, "GPTQ", str(Encoding(4, 32, zero=False)))
-    for keep in (0.9, 0.75):
-        yield Wanted(OURS, keep, "own", "w8", "free")
-    yield Wanted(DENSE, 1, "GPTQ", str(Encoding(8, None, zero=False)))
-    for target in ("fused-kernels", "any-engine"):
-        for quantize, keep in (("w4", 0.8), ("w4", 0.65), ("w4", 0.5), ("w8", 0.75)):
-            yield Wanted(OURS, keep, "own", quantize, target)
-    for encoding in encodings(3, 2, 4, groups=(128,)):
-        yield Wanted(DENSE, 1, "GPTQ", encoding)
-    yield Wanted(DENSE, 1, "GPTQ", str(Encoding(6, 32, zero=False)))
-    for encoding in encodings(5):
-        yield Wanted(DENSE, 1, "GPTQ", encoding)
-    for structure, keeps in (("neuron elimination", KEEPS), ("REAP", EXPERT_KEEPS)):
-        for bits in (3, 8):
-            for keep in keeps[1:]:
-                yield Wanted(structure, keep, "GPTQ", str(Encoding(bits, 32, zero=bits < 4)))
-    for structure in ("neuron elimination, equal widths", "HEAPr"):
-        for keep in KEEPS:
-            yield Wanted(structure, keep, "GPTQ", str(Encoding(4, 32, zero=False)))
-    for encoding in encodings(4, 3, 2):
-        yield Wanted(DENSE, 1, "RTN", encoding)
-    for encoding in encodings(8, 6, 5, 4, 3, 2, groups=(32, 64, 128)):
-        for rounding in ("GPTQ", "RTN"):
-            yield Wanted(DENSE, 1, rounding, encoding)
+def _pruned(*structures: str, bits: int = 4) -> list[Wanted]:
+    encoding = str(Encoding(bits, 32, zero=bits < 4))
+    return [Wanted(s, keep, "GPTQ", encoding) for s in structures for keep in PRUNED[s]]
+
+
+def _ours(quantize: str, *keeps: float, target: str = "free") -> list[Wanted]:
+    return [Wanted(OURS, keep, "own", quantize, target) for keep in keeps]
+
+
+WANTED = (
+    *_alone("GPTQ", 4, 3, 2),
+    *_ours("w4", *KEEPS),
+    *_pruned("neuron elimination", "REAP"),
+    *_ours("w8", 0.9, 0.75),
+    Wanted(DENSE, 1, "GPTQ", str(Encoding(8, None, zero=False))),
+    *_ours("w4", 0.8, 0.5, target="fused-kernels"),
+    *_ours("w4", 0.8, 0.5, target="any-engine"),
+    *_pruned(EQUAL_WIDTHS),
+    *_alone("GPTQ", 3, 2, 4, groups=(128,)),
+    *_alone("GPTQ", 6, 5),
+    *_ours("w4", 1),
+    *_ours("w8", 0.75, target="fused-kernels"),
+    *_ours("w8", 0.75, target="any-engine"),
+    *_pruned("neuron elimination", "REAP", bits=3),
+    *_pruned("neuron elimination", "REAP", bits=8),
+    *_alone("RTN", 4, 3, 2),
+    *_alone("GPTQ", 8, 6, 5, 4, 3, 2, groups=(32, 64, 128)),
+    *_alone("RTN", 8, 6, 5, 4, 3, 2, groups=(32, 64, 128)),
+)
+"""All rows, the most telling first."""
 
 
 class Bench:
@@ -185,7 +190,7 @@ class Bench:
             return [dense(layer) for layer in self.layers]
         if (name, keep) not in self._structures:
             self.model.restore()
-            self._structures = {(name, keep): METHODS[name](self.layers, keep)}
+            self._structures = {(name, keep): STRUCTURES[name](self.layers, keep)}
         return self._structures[name, keep]
 
 
@@ -230,7 +235,7 @@ def _make(options: argparse.Namespace) -> None:
         }
         missing = [
             row
-            for row in list(dict.fromkeys(wanted()))[: options.first]
+            for row in list(dict.fromkeys(WANTED))[: options.first]
             if row not in there and (not options.only or row.structure in options.only)
         ]
         bench: Bench | None = None

@@ -1,6 +1,151 @@
-def tables(rows):
-    return ""
+"""Rows at equal bytes as Markdown tables and as a plot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality.servable import WEIGHTS, is_servable
+
+Row = dict[str, Any]
+
+SIZES = (8.2, 7.0, 6.0, 5.0, 4.5, 4.1, 3.6, 3.2, 2.8, 2.5, 2.3)
+"""Bits per weight that somebody may have room for."""
+
+_NOTHING = "–"
 
 
-def plot(rows, file):
-    pass
+def tables(rows: Sequence[Row]) -> str:
+    """Markdown: for every model the best choice at each size, then every row."""
+    lines: list[str] = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = [row for row in rows if row["model"] == model]
+        lines += [f"### {model}", "", *_best_table(own), "", *_row_table(own), ""]
+    return "\n".join(lines)
+
+
+def name(row: Row) -> str:
+    """What a row is, in a few words."""
+    if row["structure"] == "tuckerize":
+        return f"tuckerize {row['keep']:g} × {row['encoding']}, {row['target']}"
+    structure = "" if row["structure"] == "dense" else f"{row['structure']} {row['keep']:g} × "
+    return f"{structure}{row['rounding']} {row['encoding']}"
+
+
+def best(rows: Iterable[Row], size: float, kind: str = "in_domain") -> Row | None:
+    """The row of least KL divergence among those that are no larger than a size."""
+    fitting = [row for row in rows if row["bits"] <= size]
+    return min(fitting, key=lambda row: float(row[kind]["kl"]), default=None)
+
+
+def _best_table(rows: Sequence[Row]) -> list[str]:
+    platforms = ("any", *WEIGHTS)
+    lines = [
+        "Least KL divergence at each size, of everything and of what a platform has kernels for: "
+        "rise of perplexity in domain · out of domain.",
+        "",
+        f"| bits | {' | '.join(platforms)} |",
+        "|" + " --- |" * (len(platforms) + 1),
+    ]
+    for size in SIZES:
+        cells = []
+        for platform in platforms:
+            able = [row for row in rows if platform == "any" or is_servable(row, platform)]
+            found = best(able, size)
+            cells.append(_NOTHING if found is None else f"{name(found)}: {_rises(found)}")
+        lines.append(f"| ≤ {size:g} | {' | '.join(cells)} |")
+    return lines
+
+
+def _row_table(rows: Sequence[Row]) -> list[str]:
+    head = (
+        "bits",
+        "what",
+        "rise of perplexity",
+        "KL, 10⁻³ nats",
+        "same top token",
+        "experts changed",
+        "multiply-adds",
+        "TP · EP traffic",
+        "kernels",
+    )
+    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    for row in sorted(rows, key=lambda row: -float(row["bits"])):
+        inside, outside = row["in_domain"], row.get("out_of_domain")
+        kernels = [platform for platform in WEIGHTS if is_servable(row, platform)]
+        cells = (
+            f"{row['bits']:.2f}",
+            name(row),
+            _rises(row),
+            _pair(f"{1e3 * inside['kl']:.1f}", outside and f"{1e3 * outside['kl']:.1f}"),
+            _pair(f"{inside['top1']:.1%}", outside and f"{outside['top1']:.1%}"),
+            f"{inside['experts_changed']:.0%}",
+            f"{row['multiply_adds']:.2f}",
+            f"{row['tp_traffic']:.2f} · {row['ep_traffic']:.2f}",
+            ", ".join(kernels) or _NOTHING,
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _rises(row: Row) -> str:
+    inside, outside = row["in_domain"], row.get("out_of_domain")
+    return _pair(_rise(inside), outside and _rise(outside))
+
+
+def _rise(measured: Row) -> str:
+    return f"{100 * (measured['ratio'] - 1):.2f} ± {100 * measured['ratio_error']:.2f} %"
+
+
+def _pair(inside: str, outside: str | None) -> str:
+    return inside if not outside else f"{inside} · {outside}"
+
+
+def curves(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows that belong to one line of the plot, by falling bits."""
+    found: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: -float(row["bits"])):
+        if row["structure"] == "tuckerize":
+            line = f"tuckerize {row['encoding']}, {row['target']}"
+        elif row["structure"] == "dense":
+            zero = "zero points" if "zero" in row["encoding"] else "symmetric"
+            group = row["encoding"].split(", ")[1]
+            line = f"{row['rounding']} alone, {group}, {zero}"
+        else:
+            line = f"{row['structure']} × {row['encoding'].split(',')[0]}"
+        found.setdefault(line, []).append(row)
+    return found
+
+
+def plot(rows: Sequence[Row], file: Path) -> None:
+    """Draw the KL divergence over bits per weight: a row of panels a model."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    size = (13, 4.5 * len(names))
+    figure, axes = plt.subplots(len(names), 2, figsize=size, squeeze=False, layout="constrained")
+    for model, panels in zip(names, axes, strict=True):
+        lines = curves([row for row in rows if row["model"] == model])
+        for panel, kind in zip(panels, ("in_domain", "out_of_domain"), strict=True):
+            for index, (line, points) in enumerate(lines.items()):
+                ours = line.startswith("tuckerize")
+                panel.plot(
+                    [row["bits"] for row in points],
+                    [row[kind]["kl"] for row in points],
+                    label=line,
+                    linewidth=2.4 if ours else 1.1,
+                    marker="osv^Dx"[index % 6],
+                    markersize=4,
+                )
+            panel.set_yscale("log")
+            panel.set_xlim(1.5, 8.3)
+            panel.grid(visible=True, which="both", alpha=0.25)
+            panel.set_title(f"{model}, {kind.replace('_', ' ')}")
+            panel.set_xlabel("bits per routed weight")
+        panels[0].set_ylabel("KL divergence, nats per token")
+        panels[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(file, dpi=110)

@@ -386,7 +386,7 @@ def _show_evaluate(report: EvaluateReport) -> None:
             one.folder,
             size_text(one.size.total_bytes),
             count_text(one.size.routed_parameters),
-            _estimate_text(Estimate(one.perplexity, one.perplexity_error), 3),
+            f"{one.perplexity:.3f}",
             f"x {one.perplexity / first:.4f}" if len(report.results) > 1 else "",
         )
         for one in report.results

@@ -96,6 +96,18 @@ def eliminated_neurons(layer: Layer, keep: float) -> Compressed:
     return best_of(layer, (_rows(layer, s, moments_EHH) for s in _both_ways(layer, costs_EH, keep)))
 
 
+@layer_by_layer
+def equally_eliminated_neurons(layer: Layer, keep: float) -> Compressed:
+    """The same with equally many neurons of every expert and a multiple of 8, for stock engines."""
+    moments_EHH = layer.activation_moments(weighted=True)
+    width = max(8, int(keep * layer.shape[1]) // 8 * 8)
+    orders = [
+        _elimination_costs(m, d).argsort(descending=True)
+        for m, d in zip(moments_EHH, layer.stacks[2], strict=True)
+    ]
+    return _rows(layer, [order[:width].sort().values for order in orders], moments_EHH)
+
+
 def heapr(layers: Sequence[Layer], keep: float) -> list[Compressed]:
     """HEAPr (arXiv 2509.22299): neurons ranked over the whole model by second-order information.
 

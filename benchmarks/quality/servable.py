@@ -1,0 +1,45 @@
+"""Where a row could be served today: which platform has kernels for its matrices and its shape."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Row = dict[str, Any]
+
+WEIGHTS: dict[str, dict[int, tuple[int | None, ...]]] = {
+    "Ascend": {8: (None,), 4: (32, 128)},
+    "CUDA": {8: (None, 32, 128), 4: (32, 64, 128), 3: (32, 64, 128), 2: (32, 64, 128)},
+    "CPU": {8: (None, 32, 128), 4: (32, 64, 128)},
+}
+"""Bits of a weight that a platform's fused-MoE kernels take, and the groups of inputs.
+
+Ascend: the quantisation types of vllm-ascend, W8A8 and W4A16, symmetric. CUDA: vLLM's WNA16 and
+Humming kernels; 5, 6 and 7 bits are in review there. CPU: int8 and int4 products of torch and vLLM
+(llama.cpp has formats of 2 to 6 bits of its own, which are not measured here).
+"""
+
+_STOCK = ("dense", "REAP", "neuron elimination, equal widths")
+"""Structures that leave a stock checkpoint: other numbers in config.json, nothing else."""
+
+
+def is_servable(row: Row, platform: str) -> bool:
+    """Whether engines of a platform have kernels for a row.
+
+    Our own are W4 in groups of 32 and W8: the targets any-engine and fused-kernels on all
+    platforms, free, whose experts differ in width, on CPU and CUDA with our own products.
+    """
+    if row["structure"] == "tuckerize":
+        return row["target"] != "free" or platform != "Ascend"
+    if row["structure"] not in _STOCK:  # experts of different widths: no engine
+        return False
+    bits, group, zero = encoding_of(row)
+    takes = WEIGHTS[platform].get(bits, ())
+    return group in takes and not (zero and platform == "Ascend")
+
+
+def encoding_of(row: Row) -> tuple[int, int | None, bool]:
+    """Bits, group and zero points of a competitor's row, from its text."""
+    words = row["encoding"].split(", ")
+    bits = int(words[0].split()[0])
+    group = None if words[1] == "channel" else int(words[1].removeprefix("g"))
+    return bits, group, "zero points" in words

@@ -1,0 +1,85 @@
+"""Laws of quantisation alone in benchmarks/quality, and of our own beside it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from benchmarks.quality.encodings import Encoding, gptq, round_to_nearest
+from tuckerize.domain import CoreType
+from tuckerize.linalg.quantise import quantise
+
+ENCODINGS = st.builds(
+    Encoding,
+    bits=st.sampled_from([2, 3, 4, 5, 8]),
+    group=st.sampled_from([None, 8, 32]),
+    zero=st.booleans(),
+)
+
+
+def matrices(seed: int, outputs: int = 6, inputs: int = 40) -> tuple[Tensor, Tensor]:
+    """Three matrices, and moments of inputs in few directions."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(3, 200, inputs, generator=g) * torch.logspace(0, -2, inputs)
+    x = x @ torch.linalg.qr(torch.randn(inputs, inputs, generator=g))[0]
+    return torch.randn(3, outputs, inputs, generator=g), x.mT @ x
+
+
+def missed(matrices_EOK: Tensor, values_EOK: Tensor, moments_EKK: Tensor) -> Tensor:
+    """Squared error of every output on the moments, (E, O), by a loop in float64."""
+    found = [
+        [difference_K @ moment_KK.double() @ difference_K for difference_K in difference_OK]
+        for difference_OK, moment_KK in zip(
+            (matrices_EOK - values_EOK).double(), moments_EKK, strict=True
+        )
+    ]
+    return torch.tensor(found)
+
+
+@settings(max_examples=20, deadline=None)
+@given(ENCODINGS, st.integers(0, 9))
+def test_values_have_as_many_levels_as_the_bits_tell(encoding: Encoding, seed: int) -> None:
+    matrices_EOK, moments_EKK = matrices(seed)
+    group = encoding.group or 40
+    for method in (round_to_nearest, gptq):
+        values = method(matrices_EOK, encoding, moments_EKK)
+        for part in torch.split(values, group, dim=-1):
+            assert all(len(row.unique()) <= 2**encoding.bits for row in part.flatten(0, 1))
+
+
+@settings(max_examples=20, deadline=None)
+@given(ENCODINGS, st.integers(0, 9))
+def test_gptq_is_nowhere_worse_than_rounding_to_nearest(encoding: Encoding, seed: int) -> None:
+    matrices_EOK, moments_EKK = matrices(seed)
+    nearest = missed(
+        matrices_EOK, round_to_nearest(matrices_EOK, encoding, moments_EKK), moments_EKK
+    )
+    better = missed(matrices_EOK, gptq(matrices_EOK, encoding, moments_EKK), moments_EKK)
+    assert (better <= nearest * (1 + 1e-3)).all()
+    if encoding.bits <= 4:
+        assert better.sum() < 0.9 * nearest.sum()
+
+
+@given(ENCODINGS, st.integers(1, 50), st.integers(0, 100))
+def test_every_stored_bit_is_counted(encoding: Encoding, outputs: int, inputs: int) -> None:
+    group = encoding.group or max(inputs, 1)
+    counted = sum(
+        encoding.bits * min(group, inputs - start) + 16 + encoding.bits * encoding.zero
+        for _ in range(outputs)
+        for start in range(0, inputs, group)
+    )
+    assert encoding.stored_bits(outputs, inputs) == counted
+
+
+@pytest.mark.parametrize("core_type", list(CoreType))
+def test_our_own_is_as_good_as_the_competitor(core_type: CoreType) -> None:
+    encoding = Encoding(core_type.bits, core_type.group_size, zero=False)
+    matrices_EOK, moments_EKK = matrices(0, outputs=64, inputs=64)
+    theirs = missed(matrices_EOK, gptq(matrices_EOK, encoding, moments_EKK), moments_EKK).sum()
+    own = quantise(matrices_EOK, core_type, list(moments_EKK)).dequantised()
+    assert float(missed(matrices_EOK, own, moments_EKK).sum()) == pytest.approx(
+        float(theirs), rel=0.1
+    )
