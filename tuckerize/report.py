@@ -489,7 +489,7 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """How far the predictions of a checkpoint are from those of another, on the same tokens.
+    """Divergence of the predictions of a checkpoint from those of another, on the same tokens.
 
     Attributes:
         perplexity_ratio: Its perplexity over the other's (unitless).

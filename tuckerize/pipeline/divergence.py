@@ -1,4 +1,4 @@
-"""How far the predictions of a checkpoint are from another's on the same tokens."""
+"""Divergence of a checkpoint's predictions from another's, on the same tokens."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class PredictionSums:
             self.same_top.append(same_L.float().mean().cpu())
 
     def divergence(self, experts_changed: Estimate | None) -> Divergence:
-        """What the windows give together."""
+        """Divergence over all windows."""
         first_S, other_S = (torch.stack(nats) for nats in self.nats)
         return Divergence(
             perplexity_ratio=exponential(estimate(other_S - first_S)),

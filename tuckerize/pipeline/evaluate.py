@@ -233,7 +233,7 @@ def measure_perplexity(
 
 @dataclass(frozen=True, slots=True)
 class _Pass:
-    """What the layers of a model make of all windows.
+    """Results of the layers of a model on all windows.
 
     Attributes:
         states: Hidden states after the last layer, a few windows at a time.
