@@ -13,7 +13,7 @@ VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install -
 TRANSFORMERS ?= 5.14.1 5.16.1 5.19.0 $(shell sed -n 's/^transformers==//p' constraints.txt)
 TRANSFORMERS_VENVS := $(TRANSFORMERS:%=$(VENV)-transformers-%)
 
-.PHONY: demo test check format fuzz full-width test-kill test-npu test-transformers test-vllm test-lm-eval clean help
+.PHONY: demo test check format fuzz full-width accelerator test-kill test-npu test-transformers test-vllm test-lm-eval clean help
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -51,6 +51,9 @@ format: $(VENV)/.installed-dev  ## Format the code
 
 full-width: $(VENV)/.installed  ## Time and memory at DeepSeek-V2-Lite's width (8 GB of disk, minutes)
 	$(BIN)/python benchmarks/full_width.py --write
+
+accelerator: $(VENV)/.installed  ## Everything that an accelerator changes, in minutes and without network
+	$(BIN)/python -m benchmarks.accelerator --write
 
 FUZZ_SECONDS ?= 60
 fuzz: $(VENV)/.installed-dev  ## Search for damaged files that are not refused (FUZZ_SECONDS for each reader)

@@ -123,6 +123,12 @@ def dense_model(layers: int, dtype: torch.dtype) -> Any:  # noqa: ANN401
     return model
 
 
+def wait_for_device() -> None:
+    """Let the accelerator finish, where the tensors of the contest are on one."""
+    if torch.get_default_device().type != "cpu":
+        torch.accelerator.synchronize()
+
+
 def best_seconds(calls: Mapping[str, Call], runs: int) -> dict[str, float]:
     """Least seconds of every call, all of them in turn."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
@@ -130,8 +136,10 @@ def best_seconds(calls: Mapping[str, Call], runs: int) -> dict[str, float]:
         call()
     for _ in range(runs):
         for name, call in calls.items():
+            wait_for_device()
             start = time.perf_counter()
             call()
+            wait_for_device()
             seconds[name].append(time.perf_counter() - start)
     return {name: min(own) for name, own in seconds.items()}
 

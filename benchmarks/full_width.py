@@ -77,15 +77,17 @@ def lite_config(layers: int, *, dense_layers: int) -> DeepseekV2Config:
     )
 
 
-def write_checkpoint(folder: Path, layers: int) -> None:
-    """Write a model of the real width and few layers, with random weights, by transformers.
+def write_checkpoint(
+    folder: Path, config: DeepseekV2Config, device: torch.device | None = None
+) -> None:
+    """Write a model with random weights by transformers, made on a device.
 
     Only its vocabulary is small: it is that of the shipped example, whose tokenizer it gets.
     """
-    config = lite_config(layers + 1, dense_layers=1)
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    model: Any = DeepseekV2ForCausalLM(config)
+    with device or torch.device("cpu"):
+        model: Any = DeepseekV2ForCausalLM(config)
     torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(EXAMPLE / "tiny-moe").save_pretrained(folder)
@@ -156,7 +158,7 @@ def main() -> None:
     for layers in arguments.layers:
         with tempfile.TemporaryDirectory(prefix="full-width-", dir=Path.cwd()) as temporary:
             folder = Path(temporary)
-            write_checkpoint(folder / "model", layers)
+            write_checkpoint(folder / "model", lite_config(layers + 1, dense_layers=1))
             steps += job(folder, layers)
     for step in steps:
         print(

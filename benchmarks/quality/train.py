@@ -148,7 +148,7 @@ def report(out: Path) -> None:
     torch.set_num_threads(1)
     print("| Model | Parameters | Routed | Text | Perplexity | Routed experts zeroed | Ratio |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    for name in MODELS:
+    for name in (*MODELS, "large"):
         weights = AutoModelForCausalLM.from_pretrained(out / name).named_parameters()
         sizes = {key: weight.numel() for key, weight in weights}
         total = sum(sizes.values())
