@@ -7,7 +7,8 @@ Pure Python, so that planning and `--help` never import torch. Shapes are always
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from enum import IntEnum, StrEnum
 from typing import TYPE_CHECKING, NamedTuple, Self, TypeVar
 
@@ -223,21 +224,50 @@ class WeightType:
     rounding: float
     cores: CoreType | None = None
 
-    def core_bytes(self, rank: tuple[Count, Count, Count], *, transposed: bool) -> Count:
-        """Bytes of a core with its scales.
+    @property
+    def plain(self) -> WeightType:
+        """The type with cores in it, too."""
+        return replace(self, cores=None)
+
+    def core_bytes(
+        self,
+        rank: tuple[Count, Count, Count],
+        *,
+        transposed: bool,
+        width_step: int | None = None,
+    ) -> Count:
+        """Bytes of a core with its scales and its padding.
 
         Args:
             rank: Core sizes (r_E, r_H, r_I).
             transposed: Whether its inputs are neurons, as those of down_proj.
+            width_step: Divisor of the widths of the experts where these differ and r_H is their
+                mean. The bytes are an upper bound then, of groups and words that are not full.
         """
         experts, outputs, inputs = rank
         if self.cores is None:
             return experts * outputs * inputs * self.bits // 8
+        step = None
         if transposed:
             outputs, inputs = inputs, outputs
-        groups = -(-inputs // self.cores.group_size) if self.cores.group_size else 1
-        codes = -(-inputs // self.cores.word_codes) * self.cores.word_codes * self.cores.bits // 8
-        return experts * outputs * (codes + groups * self.bits // 8)
+            step = width_step
+        word, group = self.cores.word_codes, self.cores.group_size
+        values = experts * outputs * padded(inputs, word, step)
+        scales = experts * outputs
+        if group:
+            scales = -(-scales * padded(inputs, group, step) // group)
+        return values * self.cores.bits // 8 + scales * self.bits // 8
+
+
+def padded(size: Count, unit: int, step: int | None = None) -> Count:
+    """Round a size up to a multiple of a unit.
+
+    Args:
+        size: The size, or the mean of several.
+        unit: The unit.
+        step: Divisor of the sizes where `size` is a mean; the result is the largest possible mean.
+    """
+    return -(-size // unit) * unit if step is None else size + unit - math.gcd(step, unit)
 
 
 WEIGHT_TYPES = {
@@ -280,6 +310,7 @@ def stored_bytes(
     *,
     coupled: int = 1,
     transposed: bool = False,
+    width_step: int | None = None,
 ) -> Count:
     """Bytes of coupled Tucker tensors on disk: the unit of every budget and estimate.
 
@@ -289,9 +320,29 @@ def stored_bytes(
         weights: Type that they are stored in.
         coupled: Number of stacks that share one U_I.
         transposed: Whether they are of down_proj.
+        width_step: Divisor of the widths of the experts where these differ, see
+            `WeightType.core_bytes`.
     """
     factors = _factor_parameters(shape, rank, coupled) * weights.bits // 8
-    return coupled * weights.core_bytes(rank, transposed=transposed) + factors
+    cores = weights.core_bytes(rank, transposed=transposed, width_step=width_step)
+    return coupled * cores + factors
+
+
+Cores = CoreType | dict[int, CoreType] | None
+"""Encoding of a model's cores, or by layer; None, and layers that are left out: not quantised."""
+
+
+def cores_by_layer(found: Mapping[int, CoreType | None]) -> Cores:
+    """Encodings of a model's cores from those of its layers."""
+    kinds = set(found.values())
+    if len(kinds) == 1:
+        return kinds.pop()
+    return {layer: cores for layer, cores in found.items() if cores is not None}
+
+
+def cores_of(cores: Cores, layer: int) -> CoreType | None:
+    """Encoding of the cores of a layer."""
+    return cores.get(layer) if isinstance(cores, dict) else cores
 
 
 @dataclass(frozen=True, slots=True)

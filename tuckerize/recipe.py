@@ -70,6 +70,8 @@ class Rule(_Schema):
         projections: Projections that it applies to; all three if absent.
         rank: Core sizes `r_E,r_H,r_I`: sizes, percentages of the mode, or `full`.
         keep: Kept share of the parameters of the stacks of this rule, in (0, 1].
+        bits: Bits per routed weight of the dense layers of this rule, at most; everything that is
+            stored counts.
         tolerance: Relative residual that each stack of this rule may have, in (0, 1).
     """
 
@@ -77,15 +79,18 @@ class Rule(_Schema):
     projections: tuple[Projection, ...] = tuple(Projection)
     rank: Annotated[str, BeforeValidator(_rank_text), AfterValidator(check_rank_text)] | None = None
     keep: Annotated[float, Field(gt=0, le=1), BeforeValidator(_share)] | None = None
+    bits: Annotated[float, Field(gt=0, le=64)] | None = None
     tolerance: Annotated[float, Field(gt=0, lt=1)] | None = None
 
     @model_validator(mode="after")
     def _exactly_one_size(self) -> Rule:
-        given = [self.rank, self.keep, self.tolerance]
+        given = [self.rank, self.keep, self.bits, self.tolerance]
         if sum(value is not None for value in given) != 1:
-            raise ValueError("give exactly one of rank, keep and tolerance")
+            raise ValueError("give exactly one of rank, keep, bits and tolerance")
         if not self.projections:
             raise ValueError("projections is empty")
+        if self.bits is not None and set(self.projections) != set(Projection):
+            raise ValueError("bits are of whole layers: leave projections out")
         return self
 
     def matches(self, layer: int, projection: Projection) -> bool:
@@ -104,6 +109,8 @@ _IMPLIED: Mapping[str, Mapping[str, object]] = {
     },
 }
 """Settings that a target implies."""
+
+_FULL_GROUPS_FROM = 256
 
 
 class CalibrationSettings(_Schema):
@@ -156,9 +163,15 @@ class CalibrationSettings(_Schema):
                 raise ValueError(f"the target {target} implies {key}: {own}, not {value[key]}")
         return {**value, **implied} if implied else value
 
-    def multiple_for(self, size: int) -> int:
-        """Multiple of the truncated sizes of a mode."""
+    def multiple_for(self, size: int, cores: CoreType | None = None) -> int:
+        """Multiple of the truncated sizes of a mode, with cores of an encoding.
+
+        Groups of inputs that share a scale are full, except in models so small that they would be
+        a large part of a mode.
+        """
         small = 32 if self.target == Target.FUSED_KERNELS else 8
+        if size >= _FULL_GROUPS_FROM and cores is not None:
+            small = max(small, cores.group_size or 1)
         return self.multiple or (128 if size >= 1024 else small)
 
 
@@ -172,7 +185,8 @@ class Recipe(_Schema):
         joint: `gate_up`: gate_proj and up_proj share one U_I.
         dtype: Type of factors and cores (`bfloat16`, `float16`, `float32`); the source's if absent.
         quantize: Encoding of the cores: `w8`, int8 with a scale per output, or `w4`, 4 bits with a
-            scale per group of 32 inputs; the type of the factors if absent.
+            scale per group of 32 inputs; if absent, the type of the factors, or what the bits of a
+            rule are best spent on.
         max_sweeps: HOOI sweeps at most.
         engine: `tuckerize`, or `tensorly` for the slow reference.
         calibration: Texts to calibrate with; without them the decomposition is data-free.
@@ -209,9 +223,13 @@ class Recipe(_Schema):
             if set(rule.projections) != set(Projection):
                 raise ValueError("with calibration all three projections follow one rule")
         if self.calibration.target == Target.ANY_ENGINE and (
-            len(self.rules) > 1 or self.rules[0].keep is None or self.rules[0].layers is not None
+            len(self.rules) > 1
+            or (self.rules[0].keep is None and self.rules[0].bits is None)
+            or self.rules[0].layers is not None
         ):
-            raise ValueError("any-engine takes one keep for all layers: experts are equally wide")
+            raise ValueError(
+                "any-engine takes one keep or bits for all layers: experts are equally wide"
+            )
         return self
 
     def rule_index(self, layer: int, projection: Projection) -> int | None:
@@ -237,7 +255,7 @@ def recipe_of_options(
 
     Args:
         recipe: A YAML file, the name of a shipped recipe, or its keys and values.
-        sizes: Options of a rule's size: rank, keep, tolerance. None stands for not given.
+        sizes: Options of a rule's size: rank, keep, bits, tolerance. None stands for not given.
         where: Options of the stacks that a rule applies to: layers, projections.
         how: Options that are keys of a recipe; `calibration` may be a text, or several.
 
@@ -251,6 +269,7 @@ def recipe_of_options(
             "no size was given" if not given else f"--{' and --'.join(given)} exclude each other",
             hint="give exactly one of:\n"
             "  --keep 0.75             keep 75 % of the routed parameters\n"
+            "  --bits 3.1              bits per routed weight, everything counted\n"
             "  --rank full,full,75%    core sizes of experts, intermediate, hidden\n"
             "  --tolerance 0.1         relative residual that each stack may have\n"
             "or --recipe FILE, which says it for each range of layers",

@@ -7,7 +7,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tuckerize.domain import CoreType, MultilinearRank, Size, StackResult, StackShape
+from tuckerize.domain import (
+    Cores,
+    CoreType,
+    MultilinearRank,
+    Size,
+    StackResult,
+    StackShape,
+    Target,
+)
 from tuckerize.format.check import FileFault
 
 SCHEMA_VERSION = 1
@@ -55,7 +63,7 @@ class TuckerFacts:
         largest_residual: Largest relative residual of a stack; None where transformers has saved
             the checkpoint again.
         shardings: Folders of its shards: `tp4`, `tp2-ep2`.
-        cores: Encoding of quantised cores, if they are.
+        cores: Encoding of the cores, or by layer; None if they are not quantised.
         carries_loader: Whether transformers may load it with `trust_remote_code=True` as well as
             after `import tuckerize`.
         warnings: Causes not to trust the result.
@@ -68,7 +76,7 @@ class TuckerFacts:
     shardings: tuple[str, ...]
     carries_loader: bool
     warnings: tuple[str, ...] = ()
-    cores: CoreType | None = None
+    cores: Cores = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,21 +201,32 @@ class PlanReport:
 
 @dataclass(frozen=True, slots=True)
 class CurvePoint:
-    """Predicted cost of one budget.
+    """Predicted cost of one budget, spent in one way.
 
     Attributes:
-        keep: Kept share of the routed parameters that was asked for.
+        bits: Bits per routed weight that were asked for; about these are stored, or fewer.
+        target: Engines that the result would be made for.
+        encodings: Encodings that the planner could choose among: `none`, `w8`, `w4`, or `best` of
+            all, by layer where the target allows it.
+        cores: Encoding that it chose, or by layer.
         routed_parameters: Parameters of the routed experts that would be stored.
+        routed_bytes: Bytes of them.
         total_bytes: Bytes of the whole checkpoint.
         kl: Predicted KL divergence from the source, nats per token.
         largest_error: Largest predicted relative output error of a layer.
+        truncated: Whether anything is truncated; otherwise the size is quantisation alone.
     """
 
-    keep: float
+    bits: float
+    target: Target
+    encodings: str
+    cores: Cores
     routed_parameters: int
+    routed_bytes: int
     total_bytes: int
     kl: float
     largest_error: float
+    truncated: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +236,7 @@ class CurveReport:
     Attributes:
         model: The folder.
         before: Size of the source.
-        points: The budgets, the largest first.
+        points: The budgets, the largest first, for every target and every choice of encodings.
         notes: Remarks for the user on the calibration.
     """
 

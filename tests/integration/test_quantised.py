@@ -49,6 +49,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "dense": {"rank": "full,full,full", "quantize": "w4"},
     "all modes": {"rank": "3,50,60", "quantize": "w4", "joint": "gate_up"},
     "groups": {"rank": "full,full,61", "quantize": "w8", "group_size": 2, "layers": "2"},
+    "bits": {"bits": 3},
+    "mixed": {"bits": 7, "calibration": CALIBRATION},
     "calibrated w4": {"keep": 0.6, "quantize": "w4", "calibration": CALIBRATION},
     "calibrated w8": {"keep": 0.6, "quantize": "w8", "calibration": CALIBRATION},
     "calibrated": {"keep": 0.6, "calibration": CALIBRATION},
@@ -153,7 +155,7 @@ def test_verify_passes_against_the_dequantised_experts_and_the_source(
         assert layer.residual_difference < 1e-6
 
 
-@pytest.mark.parametrize("name", [name for name in QUANTISED if "calibrated" not in name])
+@pytest.mark.parametrize("name", [name for name in QUANTISED if "calibration" not in WAYS[name]])
 def test_plan_predicts_the_bytes(
     name: str, source: Path, outputs: dict[str, Path], text: Path
 ) -> None:
@@ -162,7 +164,7 @@ def test_plan_predicts_the_bytes(
     assert plan is not None
     assert plan.after == found.size
     assert found.tucker is not None
-    assert found.tucker.cores == WAYS[name]["quantize"]
+    assert found.tucker.cores == WAYS[name].get("quantize", "w4")
 
 
 @pytest.mark.parametrize("name", QUANTISED)
@@ -182,6 +184,21 @@ def test_bits_per_weight_count_everything_that_is_stored(
     assert found.size.bits_per_weight(found.tucker.before) == 8 * stored / dense
 
 
+def test_bits_are_spent_on_encodings_by_layer(outputs: dict[str, Path], text: Path) -> None:
+    """At 7 bits nothing is truncated: one layer has 8 bits, the other 4."""
+    found = inspect(outputs["mixed"])
+    assert found.tucker is not None
+    assert isinstance(found.tucker.cores, dict)
+    assert sorted(found.tucker.cores.values()) == ["w4", "w8"]
+    bits = {name: inspect(outputs[name]) for name in ("bits", "mixed")}
+    for name, own in bits.items():
+        assert own.tucker is not None
+        assert own.size.bits_per_weight(own.tucker.before) <= WAYS[name]["bits"]
+    shard(ShardRequest(folder=outputs["mixed"], tp=2))
+    again = evaluate(EvaluateRequest(model=outputs["mixed"], text=str(text), tokens=1024))
+    assert again.results[0].size == found.size
+
+
 def test_evaluate_counts_the_parameters_that_codes_stand_for(
     outputs: dict[str, Path], text: Path
 ) -> None:
@@ -199,7 +216,8 @@ def test_quantisation_for_the_inputs_adds_little_to_the_output_error(
         records = TuckerCheckpoint.open(outputs[name]).manifest.calibrated
         return [record.output_error for record in records if record.output_error is not None]
 
-    for plain, w8, w4 in zip(*map(errors, ("calibrated", *QUANTISED[:-3:-1])), strict=True):
+    names = ("calibrated", "calibrated w8", "calibrated w4")
+    for plain, w8, w4 in zip(*map(errors, names), strict=True):
         assert w8 == pytest.approx(plain, rel=0.01)
         assert plain < w4 < 1.25 * plain
 

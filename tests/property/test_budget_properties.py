@@ -1,13 +1,16 @@
-"""Budgets: never exceeded, and used up to less than the smallest step."""
+"""Budgets: never exceeded, and used up to less than the smallest step, or to 1 % in bits."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from tuckerize.domain import WEIGHT_TYPES, StackShape
+from tuckerize.domain import WEIGHT_TYPES, CoreType, StackShape
 from tuckerize.errors import UsageError
-from tuckerize.planning.uniform import BudgetUnit, ranks_for_keep
+from tuckerize.planning.budget import Budget
+from tuckerize.planning.uniform import BudgetUnit, encoding_for_budget, ranks_for_budget
 
 keeps = st.floats(0.01, 1.0)
 
@@ -32,7 +35,7 @@ def dense(units: list[BudgetUnit]) -> int:
 
 def stored(units: list[BudgetUnit], keep: float) -> int:
     try:
-        ranks = ranks_for_keep(units, keep)
+        ranks = ranks_for_budget(units, Budget(keep))
     except UsageError:
         assume(False)
         raise
@@ -71,3 +74,51 @@ def test_stored_bytes_never_fall_when_keep_grows(
 @given(plans())
 def test_keep_one_stores_what_the_dense_stacks_do(units: list[BudgetUnit]) -> None:
     assert stored(units, 1.0) == dense(units)
+
+
+@st.composite
+def wide_plans(draw: st.DrawFn) -> tuple[list[BudgetUnit], CoreType | None]:
+    """Layers of a size at which a step is far below 1 % of a budget."""
+    cores = draw(st.sampled_from([None, *CoreType]))
+    hidden = 64 * draw(st.integers(24, 112))
+    shape = StackShape(draw(st.integers(8, 128)), 64 * draw(st.integers(8, 32)), hidden)
+    weights = replace(WEIGHT_TYPES["BF16"], cores=cores)
+    layers = draw(st.integers(24, 60))
+    return [
+        BudgetUnit(shape, coupled, weights, transposed=coupled == 1)
+        for _ in range(layers)
+        for coupled in (2, 1)
+    ], cores
+
+
+@given(wide_plans(), st.floats(1.0, 16.0))
+def test_bits_are_exact_to_one_percent_from_below(
+    plan: tuple[list[BudgetUnit], CoreType | None], bits: float
+) -> None:
+    units, cores = plan
+    routed = sum(unit.coupled * unit.shape.parameters for unit in units)
+    ranks = ranks_for_budget(units, Budget.of_bits(bits, dense_bits=16))
+    total = sum(unit.bytes(rank.hidden) for unit, rank in zip(units, ranks, strict=True))
+    assert 8 * total / routed <= bits
+    whole = all(rank.hidden == unit.shape.hidden for unit, rank in zip(units, ranks, strict=True))
+    if not whole:
+        # From full modes to the largest latent space, which needs U_I, nothing lies in between.
+        largest = [unit.bytes(unit.shape.hidden - unit.step) for unit in units]
+        assert 8 * total / routed >= min(0.99 * bits, 8 * sum(largest) / routed)
+    else:
+        assert 8 * total / routed <= {None: 16, CoreType.W8: 8.1, CoreType.W4: 4.6}[cores]
+
+
+@given(wide_plans(), st.floats(1.0, 16.0))
+def test_cores_have_the_most_bits_that_need_no_truncation(
+    plan: tuple[list[BudgetUnit], CoreType | None], bits: float
+) -> None:
+    units, _ = plan
+
+    def encoded(cores: CoreType | None) -> list[BudgetUnit]:
+        return [replace(unit, weights=replace(unit.weights, cores=cores)) for unit in units]
+
+    found = encoding_for_budget(encoded, Budget.of_bits(bits, dense_bits=16))
+    assert found == (None if bits >= 16 else CoreType.W8 if bits >= 8.1 else CoreType.W4) or (
+        8.0 < bits < 8.1
+    )

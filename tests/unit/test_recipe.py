@@ -77,14 +77,14 @@ def test_rank_as_a_yaml_list_equals_its_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ({}, "rules[0]: give exactly one of rank, keep and tolerance"),
+        ({}, "rules[0]: give exactly one of rank, keep, bits and tolerance"),
         (
             {"rank": "1,1,1", "keep": 0.5},
-            "rules[0]: give exactly one of rank, keep and tolerance",
+            "rules[0]: give exactly one of rank, keep, bits and tolerance",
         ),
         (
             {"keep": 0.5, "tolerance": 0.5},
-            "rules[0]: give exactly one of rank, keep and tolerance",
+            "rules[0]: give exactly one of rank, keep, bits and tolerance",
         ),
         ({"keep": 0}, "rules[0].keep 0 is not a number above 0 and at most 1"),
         ({"keep": 1.01}, "rules[0].keep 1.01 is not a number above 0 and at most 1"),
@@ -196,7 +196,7 @@ def test_recipe_that_is_empty_says_so_with_an_example() -> None:
         ({"rules": [{"tolerance": 5}]}, "did you mean 0.05 (5 %)?"),
         (
             {"rules": [{"kep": 0.75}]},
-            "did you mean 'keep'? the keys are: layers, projections, rank, keep, tolerance",
+            "did you mean 'keep'? the keys are: layers, projections, rank, keep, bits, tolerance",
         ),
         ({"keep": 0.75}, "it belongs to rules:\nrules:\n  - keep: ..."),
         ({"rules": [{"keep": 0.5}], "tokens": 9}, "it belongs to calibration:\ncalibration:\n"),
@@ -403,12 +403,12 @@ def test_what_a_target_implies_is_recorded_and_read_again(target: Target) -> Non
         (
             {"keep": 0.5, "layers": "1-2"},
             {"target": "any-engine"},
-            "any-engine takes one keep for all layers: experts are equally wide",
+            "any-engine takes one keep or bits for all layers: experts are equally wide",
         ),
         (
             {"rank": "full,full,4"},
             {"target": "any-engine"},
-            "any-engine takes one keep for all layers: experts are equally wide",
+            "any-engine takes one keep or bits for all layers: experts are equally wide",
         ),
         (None, {"steps": 3}, "calibration: 'steps' is not a key"),
         (None, {"engine": "tensorly"}, "the engine tensorly is data-free: it takes no calibration"),

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from tuckerize.calibration.moments import GroupMoments, refit_moments
+from tuckerize.calibration.rounding import rounding_errors
 from tuckerize.calibration.tokens import DenseGroup, LayerTokens
-from tuckerize.domain import Projection
+from tuckerize.domain import CoreType, Projection
 from tuckerize.linalg.gram import eigenvalues_and_vectors
 from tuckerize.linalg.selection import KeptNeurons, all_neurons, eliminate, refit_down
 from tuckerize.linalg.weighted import matrix_roots
@@ -47,6 +48,7 @@ class LayerProfile:
         gate_up_intermediate_H: Error of core sizes r_H = 0..H of gate and up.
         down_expert_E: Error of core sizes r_E = 0..E of down.
         down_intermediate_H: Error of core sizes r_H = 0..H of down.
+        rounding_C: Error of rounding the cores, for every encoding; about the same at every size.
         routed_E: Tokens that the router sent to every expert.
     """
 
@@ -61,7 +63,12 @@ class LayerProfile:
     gate_up_intermediate_H: Array
     down_expert_E: Array
     down_intermediate_H: Array
+    rounding_C: Array
     routed_E: Array
+
+    def rounding_error(self, cores: CoreType | None) -> float:
+        """Error of rounding the cores; 0 of those that are not quantised."""
+        return 0.0 if cores is None else float(self.rounding_C[list(CoreType).index(cores)])
 
     def errors(self, widths: Array, gate_up: Array, down: Array) -> Array:
         """Predicted errors at mean widths and core sizes r_I of gate and up, and of down.
@@ -137,8 +144,17 @@ def profile_layer(
         gate_up_intermediate_H=tails[1],
         down_expert_E=tails[2],
         down_intermediate_H=tails[3],
+        rounding_C=rounding_errors(groups, tokens, activation=activation)
+        * sum(map(_output_energy, groups, moments))
+        / energy,
         routed_E=np.concatenate([own.routed_E.numpy() for own in moments]).astype(np.float64),
     )
+
+
+def _output_energy(group: DenseGroup, moments: GroupMoments) -> float:
+    """Energy of the experts' outputs, which rounding changes independently of each other."""
+    down_EHI = group.stacks[Projection.DOWN]
+    return float((down_EHI * (moments.neurons_EHH @ down_EHI)).sum())
 
 
 def _gate_up_energy(group: DenseGroup, moments: GroupMoments, kept: KeptNeurons) -> Tensor:
@@ -218,10 +234,10 @@ def _refitted_error(
         group, tokens, lambda place: (gate_up[0][place], gate_up[1][place]), activation=activation
     )
     refitted_EHI = refit_down(now_EHH, cross_EHH, down_EHI, all_neurons(group.shape))
-    dense = (down_EHI * (moments.neurons_EHH @ down_EHI)).sum()
+    dense = _output_energy(group, moments)
     mixed = (refitted_EHI * (cross_EHH @ down_EHI)).sum()
     now = (refitted_EHI * (now_EHH @ refitted_EHI)).sum()
-    return float(dense) - 2 * float(mixed) + float(now)
+    return dense - 2 * float(mixed) + float(now)
 
 
 def _full_tails(group: DenseGroup, moments: GroupMoments) -> tuple[Array, Array, Array, Array]:

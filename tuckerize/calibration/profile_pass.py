@@ -37,7 +37,7 @@ from tuckerize.version import __version__
 _PROBE_WINDOWS = 8
 _PRUNED_SHARE = 0.25
 # Version of the contents of profiles.
-_PROFILE_VERSION = 7
+_PROFILE_VERSION = 8
 _STATES = "hidden.safetensors"
 # Names of hidden states that are carried along.
 _CLEAN = "clean"

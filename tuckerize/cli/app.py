@@ -13,7 +13,7 @@ import typer
 from tuckerize.cli import options
 from tuckerize.cli.boundary import NO, boundary
 from tuckerize.cli.recipes import recipes
-from tuckerize.domain import CoreType, Device, Dtype
+from tuckerize.domain import CoreType, Device, Dtype, Target
 from tuckerize.errors import UsageError
 from tuckerize.version import __version__
 
@@ -67,12 +67,13 @@ def plan(
     random_share: options.RandomShare = None,
     no_chat_template: options.NoChatTemplate = False,
     multiple: options.Multiple = None,
-    target: options.TargetOption = None,
+    target: options.PlanTarget = None,
+    bits: options.PlanBits = None,
     group_size: options.GroupSize = None,
     device: options.DeviceOption = Device.AUTO,
     as_json: options.AsJson = False,
 ) -> None:
-    """Predict what every --keep costs.
+    """Predict what every size costs, for every encoding of the cores.
 
     Decomposes nothing. One pass over the text, whose result is kept in the cache for decompose.
 
@@ -83,7 +84,7 @@ def plan(
         "random_share": random_share,
         "chat_template": False if no_chat_template else None,
         "multiple": multiple,
-        "target": target,
+        "target": None if target == "all" else target,
     }
     from tuckerize.cli.progress import TerminalProgress
     from tuckerize.cli.tables import show
@@ -93,6 +94,8 @@ def plan(
     request = PlanRequest(
         model=model,
         calibration=_calibration(calibration, settings) or {},
+        targets=tuple(Target) if target == "all" else (),
+        bits=bits,
         group_size=group_size,
         device=device,
     )
@@ -106,6 +109,7 @@ def plan(
 def decompose(
     model: options.Model,
     keep: options.Keep = None,
+    bits: options.Bits = None,
     rank: options.Rank = None,
     tolerance: options.Tolerance = None,
     recipe: options.RecipeFile = None,
@@ -134,8 +138,9 @@ def decompose(
 ) -> None:
     """Decompose the experts of a model; writes a Tucker checkpoint.
 
-    Needs exactly one of --keep, --rank, --tolerance and --recipe. A run that was interrupted
-    continues when it is started again. Under torchrun the processes share out the stacks.
+    Needs exactly one of --keep, --bits, --rank, --tolerance and --recipe. A run that was
+    interrupted continues when it is started again. Under torchrun the processes share out the
+    stacks.
 
     Example: tuckerize decompose --model DeepSeek-V2-Lite --keep 0.75 --output OUT
     """
@@ -158,6 +163,7 @@ def decompose(
         model=model,
         output=output,
         keep=keep,
+        bits=bits,
         rank=rank,
         tolerance=tolerance,
         recipe=recipe,

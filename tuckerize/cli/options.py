@@ -45,6 +45,21 @@ Keep = Annotated[
         rich_help_panel=SIZE,
     ),
 ]
+Bits = Annotated[
+    float | None,
+    typer.Option(
+        metavar="BITS",
+        help="Bits per routed weight of the dense model, scales and factors counted: 3.1. Chooses "
+        "the encoding of the cores, without --quantize.",
+        rich_help_panel=SIZE,
+    ),
+]
+PlanBits = Annotated[
+    float | None,
+    typer.Option(
+        "--bits", metavar="BITS", help="Bits per routed weight; sizes from 14 to 1.5 by default."
+    ),
+]
 Rank = Annotated[
     str | None,
     typer.Option(
@@ -196,6 +211,25 @@ TargetOption = Annotated[
     typer.Option(
         "--target",
         help="Engines that it is made for: any-engine, fused-kernels, or free.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
+_ALL = "all"
+
+
+def _targets(text: str) -> str:
+    if text in (*Target, _ALL):
+        return text
+    raise typer.BadParameter(f"'{text}' is not one of: {', '.join(Target)}, {_ALL}")
+
+
+PlanTarget = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        parser=_targets,
+        metavar=f"[{'|'.join(Target)}|{_ALL}]",
+        help="Engines that it is made for; all compares them.",
         rich_help_panel=CALIBRATION,
     ),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from rich.box import SIMPLE
@@ -10,7 +11,7 @@ from rich.console import Console, JustifyMethod
 from rich.measure import Measurement
 from rich.table import Table
 
-from tuckerize.domain import Size
+from tuckerize.domain import Cores, Size
 
 _WIDEST = 10_000
 # Characters between two columns.
@@ -107,3 +108,12 @@ def size_table(before: Size, after: Size, *, bound: bool = False) -> Table:
     share = f"{at_most}{new_bits / old_bits:.2%}"
     rows.append(("bits per weight", f"{old_bits:.2f}", f"{at_most}{new_bits:.2f}", share))
     return make_table(("", "before", "after", "kept"), rows)
+
+
+def cores_text(cores: Cores) -> str:
+    """Encodings of a model's cores in words."""
+    if not isinstance(cores, dict):
+        return cores or "not quantised"
+    counts = Counter(cores.values())
+    first, *others = [f"{kind} in {count}" for kind, count in sorted(counts.items())]
+    return ", ".join([f"{first} layers", *others])

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from tuckerize.cli.curve_table import show_curve
 from tuckerize.cli.printing import (
     amount_text,
+    cores_text,
     count_text,
     duration_text,
     make_table,
@@ -56,8 +58,6 @@ Report = (
 
 # Stacks of a model with many layers are summed up to this many lines.
 _MOST_ROWS = 100
-# Characters of the longest bar of a curve.
-_BAR = 24
 _CORE_SIZES = "* core sizes of the expert, the intermediate and the hidden mode: r_E,r_H,r_I"
 
 
@@ -74,7 +74,7 @@ def show(report: Report, *, as_json: bool) -> None:  # noqa: C901, PLR0912 one c
         case InspectReport():
             _show_inspect(report)
         case CurveReport():
-            _show_curve(report)
+            show_curve(report)
         case PlanReport():
             _show_plan(report)
         case DecomposeReport():
@@ -125,7 +125,7 @@ def _show_inspect(report: InspectReport) -> None:
             (
                 "bits per weight",
                 f"{report.size.bits_per_weight(facts.before):.2f} per routed weight of the dense "
-                f"model, cores {facts.cores or 'not quantised'}",
+                f"model, cores {cores_text(facts.cores)}",
             ),
             ("largest residual", residual),
             ("sharded for", ", ".join(facts.shardings) or "nothing yet"),
@@ -227,35 +227,6 @@ def _kl_line(kl: float) -> str:
     return (
         f"predicted KL divergence from the source: {kl:.4f} nats/token, "
         f"perplexity times about {math.exp(kl):.3f}"
-    )
-
-
-def _show_curve(report: CurveReport) -> None:
-    largest = max((point.kl for point in report.points), default=0.0)
-    rows = [
-        (
-            f"{point.keep:.2f}",
-            size_text(point.total_bytes),
-            f"{point.largest_error:.4f}",
-            f"{point.kl:.4f}",
-            f"x {math.exp(point.kl):.3f}",
-            "█" * round(_BAR * point.kl / max(largest, 1e-30)),
-        )
-        for point in report.points
-    ]
-    header = (
-        "keep",
-        "all bytes",
-        "output error",
-        "KL",
-        "perplexity",
-    )
-    table = make_table((*header, ""), rows)
-    table.columns[-1].justify = "left"
-    print_all(
-        table,
-        "predicted from spectra and neuron energies; no layer was decomposed. output error: the "
-        "largest relative one of a layer; KL: divergence from the source, nats per token",
     )
 
 

@@ -79,8 +79,8 @@ def compress_layer(
         Refine(calibration, dense, fit, held_out),
         orthonormalise,
     ]
-    if weights.cores:
-        steps.append(QuantiseForTokens(weights, weights.cores, fit, held_out, dense, activation))
+    if piece.cores:
+        steps.append(QuantiseForTokens(weights, piece.cores, fit, held_out, dense, activation))
     steps.append(rounding(weights))
     layer = LayerFactors(
         piece.layer,

@@ -52,7 +52,7 @@ def decompose_piece(
     """
     steps = (
         for_each_group(hooi_step(weights, engine=engine, max_sweeps=max_sweeps)),
-        *([round_cores(weights, weights.cores)] if weights.cores else []),
+        *([round_cores(weights, piece.cores)] if piece.cores else []),
         rounding(weights),
     )
     for index in range(len(piece.targets)):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tuckerize.domain import (
     DOWN,
+    CoreType,
     Coupling,
     MultilinearRank,
     StackShape,
@@ -29,6 +30,7 @@ class CompressionTarget:
         tolerance: Relative residual that decides the core sizes of each stack; None if given.
         multiple: Alignment of the experts' own widths.
         equal_widths: All experts keep equally many neurons.
+        cores: Encoding of the cores; None for the type of the factors.
     """
 
     neurons: int
@@ -36,6 +38,7 @@ class CompressionTarget:
     tolerance: float | None = None
     multiple: int = 1
     equal_widths: bool = False
+    cores: CoreType | None = None
 
     @property
     def couplings(self) -> tuple[Coupling, ...]:
@@ -55,13 +58,18 @@ class CompressionTarget:
         )
 
     def stored_bytes(self, shape: StackShape, coupling: Coupling, weights: WeightType) -> int:
-        """The same in bytes of a type."""
+        """The same in bytes, of factors and scales of a type.
+
+        Of experts of different widths, whose groups of inputs may not be full, at most.
+        """
+        uneven = self.neurons < shape.intermediate and not self.equal_widths
         return stored_bytes(
             shape._replace(intermediate=self.neurons),
             self.ranks[coupling],
-            weights,
+            replace(weights, cores=self.cores),
             coupled=len(coupling),
             transposed=coupling == DOWN,
+            width_step=self.multiple if uneven else None,
         )
 
 
@@ -86,6 +94,11 @@ class LayerPiece:
     def couplings(self) -> tuple[Coupling, ...]:
         """The projections of the piece, as they are decomposed together."""
         return self.targets[0].couplings
+
+    @property
+    def cores(self) -> CoreType | None:
+        """Encoding of the cores of the layer."""
+        return self.targets[0].cores
 
     @property
     def name(self) -> str:

@@ -130,7 +130,7 @@ class TuckerQuantizer(HfQuantizer):
             return super().update_weight_conversions(*given)  # type: ignore[no-untyped-call]
         config: Any = self.quantization_config
         cores = (
-            [WeightConverter([_CORE], [r"\1"], [_AsStored()])] if config.tucker.core_type else []
+            [WeightConverter([_CORE], [r"\1"], [_AsStored()])] if config.tucker.core_types else []
         )
         return [*cores, *self.rest.update_weight_conversions(*given)]
 
@@ -151,7 +151,7 @@ class TuckerQuantizer(HfQuantizer):
                 "use tp_size, which splits every expert, in place of expert parallelism"
             )
         config: Any = self.quantization_config
-        if config.tucker.core_type and (getattr(parallel, "tp_size", None) or 1) > 1:
+        if config.tucker.core_types and (getattr(parallel, "tp_size", None) or 1) > 1:
             raise ValueError(
                 "transformers cannot split quantised cores over processes: load the checkpoint in "
                 "every process without tp_size"

@@ -8,8 +8,16 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
-from tuckerize.domain import GATE_UP, CoreType, Joint, MultilinearRank, Projection, StackShape
-from tuckerize.format.cores import core_tensor_shapes, core_type_of, scheme_of
+from tuckerize.domain import (
+    GATE_UP,
+    CoreType,
+    Joint,
+    MultilinearRank,
+    Projection,
+    StackShape,
+    cores_of,
+)
+from tuckerize.format.cores import core_tensor_shapes, core_types_of, scheme_of
 from tuckerize.format.manifest import TuckerManifest
 from tuckerize.moe.family import Family
 from tuckerize.names import TensorName
@@ -96,14 +104,12 @@ class TuckerQuantization:
         group_size: Experts in a group.
         joint: Projections that share one U_I, if any.
         modules: Groups of every factored experts module, by the module's name in the checkpoint.
-        core_type: Encoding of the cores; None if they are of the same type as the factors.
         rest: `quantization_config` of everything else, where the source was quantized.
     """
 
     group_size: int
     joint: Joint | None
     modules: Mapping[str, tuple[GroupShape, ...]]
-    core_type: CoreType | None = None
     rest: Mapping[str, Any] | None = None
 
     @classmethod
@@ -120,12 +126,20 @@ class TuckerQuantization:
         joint = manifest.joint is not None
         modules = {
             family.experts_prefix(layer): tuple(
-                GroupShape(manifest.widths(layer, group), ranks, joint, manifest.cores)
+                GroupShape(
+                    manifest.widths(layer, group), ranks, joint, cores_of(manifest.cores, layer)
+                )
                 for group, ranks in enumerate(manifest.ranks(layer))
             )
             for layer in manifest.layers
         }
-        return cls(manifest.group_size, manifest.joint, modules, manifest.cores, rest)
+        return cls(manifest.group_size, manifest.joint, modules, rest)
+
+    @property
+    def core_types(self) -> dict[str, CoreType]:
+        """Encodings of the modules whose cores are quantised."""
+        found = {module: groups[0].core_type for module, groups in self.modules.items()}
+        return {module: core_type for module, core_type in found.items() if core_type is not None}
 
     @classmethod
     def parse(cls, value: Mapping[str, Any]) -> TuckerQuantization:
@@ -149,23 +163,25 @@ class TuckerQuantization:
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             raise _invalid(first["loc"], first["msg"]) from None
+        core_types = found.core_types
         modules = {
             module: tuple(
-                found.group_shape(group, (module, index)) for index, group in enumerate(groups)
+                found.group_shape(group, (module, index), core_types.get(module))
+                for index, group in enumerate(groups)
             )
             for module, groups in found.modules.items()
         }
-        return cls(found.group_size, found.joint, modules, found.core_type, found.rest)
+        return cls(found.group_size, found.joint, modules, found.rest)
 
     def to_json(self) -> dict[str, Any]:
         """Contents of `quantization_config`."""
-        quantised = self.core_type is not None
+        core_types = self.core_types
         return {
             "quant_method": METHOD,
-            "format_version": QUANTISED_FORMAT_VERSION if quantised else FORMAT_VERSION,
+            "format_version": QUANTISED_FORMAT_VERSION if core_types else FORMAT_VERSION,
             "group_size": self.group_size,
             "joint": self.joint,
-            **({"cores": scheme_of(self.core_type)} if self.core_type else {}),
+            **({"cores": scheme_of(core_types, self.modules)} if core_types else {}),
             "modules": {
                 module: [
                     {
@@ -225,16 +241,18 @@ class _Contents(BaseModel):
     rest: dict[str, Any] | None = None
 
     @property
-    def core_type(self) -> CoreType | None:
-        """Encoding of the cores, checked to be one that is known."""
+    def core_types(self) -> dict[str, CoreType]:
+        """Encodings of the modules whose cores are quantised, checked to be ones that are known."""
         if self.cores is None:
-            return None
+            return {}
         try:
-            return core_type_of(self.cores)
+            return core_types_of(self.cores, self.modules)
         except ValueError as error:
             raise _invalid(("cores",), str(error)) from None
 
-    def group_shape(self, group: _Group, place: tuple[str, int]) -> GroupShape:
+    def group_shape(
+        self, group: _Group, place: tuple[str, int], core_type: CoreType | None
+    ) -> GroupShape:
         """One group, checked against the number of its experts."""
         widths = group.neurons * (self.group_size if len(group.neurons) == 1 else 1)
         if len(widths) != self.group_size:
@@ -244,7 +262,7 @@ class _Contents(BaseModel):
             )
         ranks = (group.gate_proj, group.up_proj, group.down_proj)
         named = {p: MultilinearRank(*rank) for p, rank in zip(Projection, ranks, strict=True)}
-        return GroupShape(widths, named, self.joint is not None, self.core_type)
+        return GroupShape(widths, named, self.joint is not None, core_type)
 
 
 def _invalid(place: Sequence[str | int], message: str) -> ValueError:

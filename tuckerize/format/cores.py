@@ -7,7 +7,7 @@ is stored as (r_E, r_I, r_H), those of gate_proj and up_proj as (r_E, r_H, r_I).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,8 +22,66 @@ _CODES = {CoreType.W8: CorePart.CODES, CoreType.W4: CorePart.PACKED_CODES}
 _FORMATS = {CoreType.W8: "int-quantized", CoreType.W4: "pack-quantized"}
 
 
-def scheme_of(core_type: CoreType) -> dict[str, Any]:
-    """compressed-tensors' description of an encoding, for `quantization_config`."""
+_MIXED = "mixed-precision"
+_ALL = "core"
+
+
+def scheme_of(core_types: Mapping[str, CoreType], modules: Collection[str]) -> dict[str, Any]:
+    """compressed-tensors' description of the encodings of cores, for `quantization_config`.
+
+    Args:
+        core_types: Encodings of the modules of experts that have quantised cores.
+        modules: All modules of factored experts.
+    """
+    kinds = sorted(set(core_types.values()))
+    if len(kinds) == 1 and len(core_types) == len(modules):
+        return _description(_FORMATS[kinds[0]], [_scheme(kinds[0], [_ALL])])
+    groups = [
+        {
+            **_scheme(kind, [module for module in modules if core_types.get(module) == kind]),
+            "format": _FORMATS[kind],
+        }
+        for kind in kinds
+    ]
+    return _description(_MIXED, groups)
+
+
+def core_types_of(scheme: Mapping[str, Any], modules: Collection[str]) -> dict[str, CoreType]:
+    """The encodings that a description is of, by the modules of experts that have them.
+
+    Args:
+        scheme: The description.
+        modules: All modules of factored experts.
+
+    Raises:
+        ValueError: It is not one that is known.
+    """
+    groups = scheme.get("config_groups")
+    found: dict[str, CoreType] = {}
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        targets = group.get("targets") if isinstance(group, Mapping) else None
+        if not isinstance(targets, list) or not all(isinstance(own, str) for own in targets):
+            continue
+        for kind in CoreType:
+            if _scheme(kind, targets)["weights"] == group.get("weights"):
+                found |= dict.fromkeys(modules if targets == [_ALL] else targets, kind)
+    if not found or scheme_of(found, modules) != scheme:
+        known = ", ".join(
+            f"{_FORMATS[core_type]} of {core_type.bits} bits" for core_type in CoreType
+        )
+        raise ValueError(f"it is not a scheme that this tuckerize reads: {known}")
+    return found
+
+
+def _description(name: str, groups: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "quant_method": "compressed-tensors",
+        "format": name,
+        "config_groups": {f"group_{index}": group for index, group in enumerate(groups)},
+    }
+
+
+def _scheme(core_type: CoreType, targets: list[str]) -> dict[str, Any]:
     group_size = core_type.group_size
     weights = {
         "num_bits": core_type.bits,
@@ -33,26 +91,7 @@ def scheme_of(core_type: CoreType) -> dict[str, Any]:
         "group_size": group_size,
         "dynamic": False,
     }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": _FORMATS[core_type],
-        "config_groups": {"group_0": {"targets": ["core"], "weights": weights}},
-    }
-
-
-def core_type_of(scheme: Mapping[str, Any]) -> CoreType:
-    """The encoding that a description is of.
-
-    Raises:
-        ValueError: It is not one that is known.
-    """
-    found = [core_type for core_type in CoreType if scheme_of(core_type) == scheme]
-    if not found:
-        known = ", ".join(
-            f"{_FORMATS[core_type]} of {core_type.bits} bits" for core_type in CoreType
-        )
-        raise ValueError(f"it is not a scheme that this tuckerize reads: {known}")
-    return found[0]
+    return {"targets": targets, "weights": weights}
 
 
 def core_tensors(core: TensorName, found: QuantisedMatrices) -> Iterator[tuple[TensorName, Tensor]]:

@@ -26,7 +26,7 @@ from tuckerize.checkpoint.files import (
 from tuckerize.checkpoint.output import MANIFEST
 from tuckerize.checkpoint.sealed import json_sha256
 from tuckerize.domain import (
-    CoreType,
+    Cores,
     Joint,
     Layout,
     MultilinearRank,
@@ -34,6 +34,7 @@ from tuckerize.domain import (
     Size,
     StackResult,
     StackShape,
+    cores_of,
 )
 from tuckerize.errors import CheckpointError
 from tuckerize.moe.family import Family
@@ -116,7 +117,8 @@ class TuckerManifest(Record):
             again, see `format/saved.py`.
         recipe: The recipe as carried out.
         dtype: safetensors' name of the type of factors and cores.
-        cores: Encoding of the cores, if it is another one; left out of the file if not.
+        cores: Encoding of the cores, or by layer, if it is another one; left out of the file if
+            not.
         shape: Sizes (E, H, I) of a projection's experts in a layer.
         group_size: Experts in a group.
         joint: Projections that share one U_I, if any.
@@ -137,7 +139,7 @@ class TuckerManifest(Record):
     source: SourceRecord | None
     recipe: dict[str, Any]
     dtype: str
-    cores: CoreType | None = None
+    cores: Cores = None
     shape: StackShape
     group_size: Annotated[int, Field(ge=1)]
     joint: Joint | None
@@ -205,7 +207,7 @@ class TuckerManifest(Record):
             self.ranks(layer),
             self.stack_shape(layer),
             joint=self.joint is not None,
-            core_type=self.cores,
+            core_type=cores_of(self.cores, layer),
         )
 
     def widths(self, layer: int, group: int) -> tuple[int, ...]:

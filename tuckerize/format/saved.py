@@ -17,7 +17,14 @@ from tuckerize.checkpoint.files import read_json_object, sha256_of
 from tuckerize.checkpoint.output import MANIFEST, OutputFolder
 from tuckerize.checkpoint.reader import TORCH_DTYPES, Checkpoint, measure_size
 from tuckerize.checkpoint.weight_set import CONFIG, find_weight_files
-from tuckerize.domain import WEIGHT_TYPES, Projection, Size, StackResult, StackShape
+from tuckerize.domain import (
+    WEIGHT_TYPES,
+    Projection,
+    Size,
+    StackResult,
+    StackShape,
+    cores_by_layer,
+)
 from tuckerize.errors import CheckpointError
 from tuckerize.format.config import GroupShape, TuckerQuantization, find_quantization
 from tuckerize.format.manifest import (
@@ -100,7 +107,7 @@ def _describe(checkpoint: Checkpoint, quantization: TuckerQuantization) -> Tucke
         source=None,
         recipe={},
         dtype=dtype,
-        cores=quantization.core_type,
+        cores=cores_by_layer({layer: groups[0].core_type for layer, groups in groups_of.items()}),
         shape=shape,
         group_size=quantization.group_size,
         joint=quantization.joint,

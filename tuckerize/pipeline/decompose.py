@@ -33,12 +33,14 @@ from tuckerize.runtime.activations import activation_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecomposeRequest:
-    """A decomposition to carry out. The size is exactly one of keep, rank, tolerance and recipe.
+    """A decomposition to carry out. The size is exactly one of keep, bits, rank, tolerance, recipe.
 
     Attributes:
         model: Folder, Hugging Face id in the local cache, or short name of the source.
         output: The new folder; `preview` needs none.
         keep: Kept share of the routed parameters, in (0, 1], or a percentage: 0.75 or "75%".
+        bits: Bits per routed weight of the dense model, everything that is stored counted: 3.1.
+            Without `quantize`, the encoding of the cores is chosen as well.
         rank: Core sizes "r_E,r_H,r_I" (experts, intermediate, hidden): sizes, percentages or
             "full".
         tolerance: Relative residual that each stack may have, in (0, 1).
@@ -67,6 +69,7 @@ class DecomposeRequest:
     model: str | Path
     output: str | Path | None = None
     keep: float | str | None = None
+    bits: float | None = None
     rank: str | None = None
     tolerance: float | None = None
     recipe: str | Path | Mapping[str, Any] | None = None
@@ -93,7 +96,12 @@ class DecomposeRequest:
         """
         return recipe_of_options(
             self.recipe,
-            sizes={"rank": self.rank, "keep": self.keep, "tolerance": self.tolerance},
+            sizes={
+                "rank": self.rank,
+                "keep": self.keep,
+                "bits": self.bits,
+                "tolerance": self.tolerance,
+            },
             where={"layers": self.layers, "projections": self.projections},
             how={
                 "group_size": self.group_size,

@@ -13,7 +13,7 @@ from tuckerize.checkpoint.output import OutputFolder
 from tuckerize.checkpoint.reader import WeightFile, measure_size
 from tuckerize.checkpoint.weight_set import CONFIG, INDEX
 from tuckerize.checkpoint.writer import write_index
-from tuckerize.domain import CoreType, Size, StackResult
+from tuckerize.domain import Cores, Size, StackResult, cores_of
 from tuckerize.format.card import with_loader, write_hub_files
 from tuckerize.format.config import TuckerQuantization, with_quantization
 from tuckerize.format.manifest import TuckerManifest, sealed
@@ -25,7 +25,7 @@ def size_of_files(
     files: Sequence[FileRecord],
     stacks: Sequence[StackResult],
     source: SourceModel,
-    cores: CoreType | None,
+    cores: Cores,
     *,
     dense: bool,
 ) -> Size:
@@ -36,7 +36,7 @@ def size_of_files(
         files: Its weight files.
         stacks: Its stacks.
         source: The dense model.
-        cores: Encoding of quantised cores.
+        cores: Encodings of the cores.
         dense: Whether what the source has quantised besides the experts was written dense.
     """
     stored = {
@@ -47,9 +47,9 @@ def size_of_files(
     return measure_size(
         stored if dense else source.checkpoint.dense_headers(stored),
         is_routed=source.moe.is_routed,
-        quantised_parameters=sum(math.prod(stack.multilinear_rank) for stack in stacks)
-        if cores
-        else 0,
+        quantised_parameters=sum(
+            math.prod(stack.multilinear_rank) for stack in stacks if cores_of(cores, stack.layer)
+        ),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,11 @@ from typing import Any
 from tuckerize.calibration.calibration_pass import CalibrationPass
 from tuckerize.calibration.tokens import fewest_tokens
 from tuckerize.checkpoint.hub import resolve_model
-from tuckerize.domain import Device
+from tuckerize.domain import Device, Target
 from tuckerize.errors import UsageError
 from tuckerize.moe.source import SourceModel
 from tuckerize.parallel.backends import choose_device
-from tuckerize.planning.curve import kl_curve
+from tuckerize.planning.curve import BITS, kl_curve
 from tuckerize.planning.plan import make_plan
 from tuckerize.progress import Progress, SilentProgress
 from tuckerize.recipe import recipe_of_options
@@ -29,12 +29,17 @@ class PlanRequest:
     Attributes:
         model: Folder, Hugging Face id in the local cache, or short name.
         calibration: Text or JSONL file, or several, or the `calibration` keys of a recipe.
+        targets: Engines to compare: of "free", "fused-kernels" and "any-engine"; that of
+            `calibration` by default.
+        bits: Bits per routed weight; sizes from 14 to 1.5 by default.
         group_size: Experts that share a decomposition; all of a layer by default.
         device: Where the products run: auto, npu, cuda or cpu.
     """
 
     model: str | Path
     calibration: Texts | Mapping[str, Any]
+    targets: Sequence[str] = ()
+    bits: float | None = None
     group_size: int | None = None
     device: str = Device.AUTO
 
@@ -54,15 +59,16 @@ def plan(request: PlanRequest, progress: Progress | None = None) -> CurveReport:
     Example:
         >>> request = PlanRequest(model="DeepSeek-V2-Lite", calibration="text.txt")
         >>> for point in plan(request).points:  # doctest: +SKIP
-        ...     print(point.keep, point.total_bytes)
+        ...     print(point.bits, point.encodings, point.total_bytes, point.kl)
     """
     recipe = recipe_of_options(
         None,
-        sizes={"keep": 1.0},
+        sizes={"keep": 1.0} if request.bits is None else {"bits": request.bits},
         where={},
         how={"group_size": request.group_size, "calibration": request.calibration},
     )
     choice = Device.parse(request.device)
+    targets = [Target.parse(target) for target in request.targets]
     source = SourceModel.open(resolve_model(str(request.model)))
     make_plan(source, recipe)  # refuse an impossible recipe before reading the text
     opened = CalibrationPass.open(source, recipe, choose_device(choice))
@@ -72,4 +78,10 @@ def plan(request: PlanRequest, progress: Progress | None = None) -> CurveReport:
             "nothing can be predicted",
             hint=f"use at least {fewest_tokens()} tokens: leave --calibration-tokens out",
         )
-    return kl_curve(recipe, opened, progress or SilentProgress())
+    return kl_curve(
+        recipe,
+        opened,
+        progress or SilentProgress(),
+        targets=targets,
+        bits=BITS if request.bits is None else (request.bits,),
+    )

@@ -12,7 +12,7 @@ from pathlib import Path
 from tuckerize.checkpoint.output import OutputFolder
 from tuckerize.checkpoint.space import require_space
 from tuckerize.checkpoint.writer import write_tensors
-from tuckerize.domain import WEIGHT_TYPES, Layout, MultilinearRank, Projection
+from tuckerize.domain import WEIGHT_TYPES, Layout, MultilinearRank, Projection, cores_of
 from tuckerize.errors import UsageError
 from tuckerize.format.manifest import (
     ShardManifest,
@@ -75,7 +75,7 @@ def choose_layout(tucker: TuckerCheckpoint, mesh: Parallelism, layout: Layout | 
             layout,
             ranks,
             manifest.shape._replace(intermediate=min(manifest.widths(layer, group))),
-            manifest.cores,
+            cores_of(manifest.cores, layer),
         )
         for layer in manifest.layers
         for group, ranks in enumerate(manifest.ranks(layer))

@@ -23,33 +23,16 @@ from tuckerize.domain import (
     WeightType,
     stored_bytes,
 )
-from tuckerize.planning.budget import check_budget
+from tuckerize.planning.budget import Budget
+from tuckerize.planning.knapsack import Choice, Frontier, knapsack
 
 Array = npt.NDArray[np.float64]
 
 # Steps of the core size of the expert mode.
 _EXPERT_STEPS = 16
-# Resolution of the knapsack: steps into which the budget above the smallest sizes is divided.
-_UNITS = 16384
+_ADVICE = ", or a smaller --multiple"
 # Lower bound on a layer's sensitivity, so that no layer is free to truncate.
 _LEAST_SENSITIVITY = 1e-12
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """Target of one layer and its predicted cost.
-
-    Attributes:
-        target: Sizes that the stacks of every group are compressed to.
-        bytes: Bytes stored of all groups.
-        error: Relative squared output error of the layer.
-        predicted_kl: KL divergence from the source that this error causes, nats per token.
-    """
-
-    target: CompressionTarget
-    bytes: int
-    error: float
-    predicted_kl: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +42,7 @@ class SearchSpace:
     Attributes:
         shape: Sizes (E, H, I) of one group's stack.
         groups: Groups in a layer.
-        weights: Type of the stored cores and factors.
+        weights: Type of the stored factors and cores.
         multiples: Alignment of truncated widths of experts, and of truncated hidden core sizes.
         truncation: Modes that may be truncated.
         equal_widths: All experts of a layer are equally wide.
@@ -74,8 +57,8 @@ class SearchSpace:
 
     @property
     def dense_bytes(self) -> int:
-        """Bytes of a dense layer."""
-        return self.groups * 3 * stored_bytes(self.shape, self.shape, self.weights)
+        """Bytes of a dense layer in the type of the factors."""
+        return self.groups * 3 * stored_bytes(self.shape, self.shape, self.weights.plain)
 
     def stored_parameters(self, target: CompressionTarget) -> int:
         """Parameters that a layer stores."""
@@ -91,6 +74,7 @@ class SearchSpace:
             {GATE_UP: MultilinearRank(*cores[:3]), DOWN: MultilinearRank(*cores[3:])},
             multiple=self.multiples[0],
             equal_widths=self.equal_widths,
+            cores=self.weights.cores,
         )
 
 
@@ -106,131 +90,99 @@ class _Points(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class _Frontier:
-    """Pareto-optimal candidates of one layer, by ascending bytes."""
-
-    space: SearchSpace
-    sizes: Array
-    bytes: Array
-    errors: Array
-    sensitivity: float
-
-    def choice(self, index: int) -> Choice:
-        error = float(self.errors[index])
-        return Choice(
-            self.space.target(self.sizes[index]),
-            int(self.bytes[index]),
-            error,
-            error * self.sensitivity,
-        )
-
-    def best_within(self, budget: float) -> int:
-        """Index of the smallest error within so many bytes; -1 if there is none."""
-        return int(np.searchsorted(self.bytes, budget, side="right")) - 1
-
-
-def allocate(
-    profiles: Sequence[LayerProfile],
-    space: SearchSpace,
-    *,
-    keep: float,
-    how: Allocation = Allocation.ERROR,
-) -> list[Choice]:
-    """Targets of all layers within `keep` of their dense bytes.
+class Allocator:
+    """Shares budgets out over the layers of a model.
 
     The KL divergence that a layer causes is predicted as its squared error times its sensitivity.
     The sum over all layers is the minimum that the budget allows, up to the rounding of costs to
-    1/16384 of it. A larger budget never has a higher prediction; at `keep` 1 all layers stay dense.
+    1/16384 of it. A larger budget never has a higher prediction; with the whole one all layers stay
+    dense.
 
-    Args:
-        profiles: Curves of the layers.
-        space: Sizes that the layers may be given.
-        keep: Kept share of the dense bytes of these layers, in (0, 1].
+    Attributes:
+        frontiers: Candidates of the layers.
+        dense_bytes: Bytes of one dense layer.
+        finest: Bytes of one value.
         how: `uniform` gives every layer the same share.
-
-    Raises:
-        UsageError: The budget does not pay for the smallest sizes.
-
-    Source:
-        The multiple-choice knapsack problem (Kellerer, Pferschy & Pisinger 2004, chapter 11).
     """
-    check_keep(space, keep)
-    frontiers = [_frontier(profile, space) for profile in profiles]
-    if how == Allocation.UNIFORM:
-        return [f.choice(f.best_within(math.floor(keep * space.dense_bytes))) for f in frontiers]
-    budget = math.floor(keep * space.dense_bytes * len(profiles))
-    return _knapsack(frontiers, budget, finest=space.weights.bits / 8)
+
+    frontiers: tuple[Frontier, ...]
+    dense_bytes: int
+    finest: float
+    how: Allocation
+
+    @classmethod
+    def of(
+        cls,
+        profiles: Sequence[LayerProfile],
+        spaces: Sequence[SearchSpace],
+        how: Allocation = Allocation.ERROR,
+    ) -> Allocator:
+        """Find the candidates of all layers.
+
+        Args:
+            profiles: Curves of the layers.
+            spaces: Sizes that each layer may be given: one space for every encoding of cores.
+            how: Distribution over the layers.
+        """
+        frontiers = tuple(_frontier(profile, spaces) for profile in profiles)
+        return cls(frontiers, spaces[0].dense_bytes, spaces[0].weights.bits / 8, how)
+
+    def choose(self, budget: Budget) -> list[Choice]:
+        """Targets of all layers within a budget.
+
+        Raises:
+            UsageError: The budget does not pay for the smallest sizes.
+        """
+        least = max(frontier.bytes[0] for frontier in self.frontiers)
+        budget.check(dense=self.dense_bytes, least=least, advice=_ADVICE)
+        if self.how == Allocation.UNIFORM:
+            even = budget.bytes(self.dense_bytes)
+            return [frontier.choice(frontier.best_within(even)) for frontier in self.frontiers]
+        total = budget.bytes(self.dense_bytes * len(self.frontiers))
+        return knapsack(self.frontiers, total, finest=self.finest)
 
 
-def check_keep(space: SearchSpace, keep: float) -> None:
-    """Refuse a budget that does not pay for the smallest sizes.
+def check_budget(spaces: Sequence[SearchSpace], budget: Budget) -> None:
+    """Refuse a budget that does not pay for the smallest sizes, before there are profiles.
 
     Raises:
         UsageError: It does not; the hint names the smallest that does.
     """
+    budget.check(dense=spaces[0].dense_bytes, least=min(map(_least_bytes, spaces)), advice=_ADVICE)
+
+
+def _least_bytes(space: SearchSpace) -> float:
+    """Bytes of a layer of the smallest sizes."""
     least = np.inf
     if space.truncation != Truncation.FULL:
         least = _latent_grid(space, space.multiples[0])[1].min()
     if space.truncation in (Truncation.AUTO, Truncation.FULL):
         smallest = sum(_tucker_grid(space, coupled=n)[1].min() for n in (1, 2))
         least = min(least, smallest)
-    check_budget(
-        keep,
-        dense=space.dense_bytes,
-        least=space.groups * least,
-        advice=", or a smaller --multiple",
+    return float(space.groups * least)
+
+
+def _frontier(profile: LayerProfile, spaces: Sequence[SearchSpace]) -> Frontier:
+    points, own = [], []
+    for index, space in enumerate(spaces):
+        rounding = profile.rounding_error(space.weights.cores)
+        found = []
+        if space.truncation != Truncation.FULL:
+            found.append(_latent_points(profile, space))
+        if space.truncation in (Truncation.AUTO, Truncation.FULL):
+            found.append(_full_points(profile, space))
+        for part in found:
+            points.append(part._replace(errors=part.errors + rounding))
+            own.append(np.full(len(part.bytes), index))
+    sizes, stored, errors = map(np.concatenate, zip(*points, strict=True))
+    chosen = _front(stored, errors)
+    sizes, own_of = sizes[chosen], np.concatenate(own)[chosen]
+    return Frontier(
+        lambda index: spaces[own_of[index]].target(sizes[index]),
+        spaces[0].groups * stored[chosen],
+        errors[chosen],
+        max(profile.sensitivity, _LEAST_SENSITIVITY),
     )
-
-
-def _knapsack(frontiers: list[_Frontier], budget: float, *, finest: float) -> list[Choice]:
-    """Dynamic programming over the budget, layer by layer.
-
-    Units do not depend on the budget and costs are rounded up to them, so that what fits a budget
-    fits a larger one as well.
-
-    Args:
-        frontiers: Candidates of every layer.
-        budget: Bytes of all layers together.
-        finest: Bytes of one value, below which a unit makes no sense.
-    """
-    left = budget - sum(frontier.bytes[0] for frontier in frontiers)
-    most = sum(frontier.bytes[-1] - frontier.bytes[0] for frontier in frontiers)
-    if most <= left:
-        return [frontier.choice(len(frontier.bytes) - 1) for frontier in frontiers]
-    unit = max(finest, most / _UNITS)
-    units = int(left // unit)
-    least = np.zeros(units + 1)  # KL divergence of the layers so far, by cost
-    tables = []
-    for frontier in frontiers:
-        costs = np.ceil((frontier.bytes - frontier.bytes[0]) / unit).astype(int)
-        with_own = np.full(units + 1, np.inf)
-        places = np.zeros(units + 1, dtype=int)
-        useful = np.append(np.diff(costs) > 0, True) & (costs <= units)
-        for place in np.flatnonzero(useful).tolist():
-            cost = costs[place]
-            total = least[: units + 1 - cost] + frontier.errors[place] * frontier.sensitivity
-            better = total < with_own[cost:]
-            with_own[cost:][better] = total[better]
-            places[cost:][better] = place
-        least = with_own
-        tables.append((costs, places))
-    choices = []
-    for frontier, (costs, places) in zip(reversed(frontiers), reversed(tables), strict=True):
-        place = int(places[units])
-        choices.append(frontier.choice(place))
-        units -= int(costs[place])
-    return choices[::-1]
-
-
-def _frontier(profile: LayerProfile, space: SearchSpace) -> _Frontier:
-    points = []
-    if space.truncation != Truncation.FULL:
-        points.append(_latent_points(profile, space))
-    if space.truncation in (Truncation.AUTO, Truncation.FULL):
-        points.append(_full_points(profile, space))
-    sizes, stored, errors = _undominated(*map(np.concatenate, zip(*points, strict=True)))
-    sensitivity = max(profile.sensitivity, _LEAST_SENSITIVITY)
-    return _Frontier(space, sizes, space.groups * stored, errors, sensitivity)
 
 
 def _latent_points(profile: LayerProfile, space: SearchSpace) -> _Points:
@@ -263,7 +215,10 @@ def _latent_grid(space: SearchSpace, width_step: int) -> tuple[Array, Array]:
     sizes = np.stack([neurons, experts, neurons, gate_up, experts, neurons, down], axis=1)
     slim = (experts, neurons, np.full_like(neurons, shape.hidden))
     stored = stored_bytes(slim, (experts, neurons, gate_up), space.weights, coupled=2)
-    stored += stored_bytes(slim, (experts, neurons, down), space.weights)
+    rank, step = (experts, neurons, down), None if space.equal_widths else multiples[0]
+    even = stored_bytes(slim, rank, space.weights, transposed=True)
+    uneven = stored_bytes(slim, rank, space.weights, transposed=True, width_step=step)
+    stored += np.where(neurons == shape.intermediate, even, uneven)
     # A core cannot use more columns than it has rows, over all experts (and gate and up).
     usable = (gate_up == shape.hidden) | (gate_up <= 2 * shape.experts * neurons)
     usable &= (down == shape.hidden) | (down <= shape.experts * neurons)
@@ -330,16 +285,28 @@ def _tucker_grid(space: SearchSpace, *, coupled: int) -> tuple[Array, Array]:
         np.full_like(core, shape[1]),
         np.full_like(core, shape[2]),
     )
-    stored = stored_bytes(full, (expert, intermediate, hidden), space.weights, coupled=coupled)
+    stored = stored_bytes(
+        full,
+        (expert, intermediate, hidden),
+        space.weights,
+        coupled=coupled,
+        transposed=coupled == 1,
+    )
     return sizes[usable], stored[usable]
 
 
 def _undominated(sizes: Array, stored: Array, errors: Array) -> _Points:
     """The Pareto front of bytes and error, by ascending bytes."""
+    chosen = _front(stored, errors)
+    return _Points(sizes[chosen], stored[chosen], errors[chosen])
+
+
+def _front(stored: Array, errors: Array) -> npt.NDArray[np.intp]:
+    """Indices of the Pareto front of bytes and error, by ascending bytes."""
     order = np.lexsort((errors, stored))
     smallest = np.minimum.accumulate(errors[order])
-    chosen = order[np.append(True, smallest[1:] < smallest[:-1])]
-    return _Points(sizes[chosen], stored[chosen], errors[chosen])
+    chosen: npt.NDArray[np.intp] = order[np.append(True, smallest[1:] < smallest[:-1])]
+    return chosen
 
 
 def _steps(size: int, multiple: int, *, truncate: bool, step: int = 0) -> Array:

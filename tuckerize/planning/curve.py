@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tuckerize.calibration.calibration_pass import CalibrationPass
 from tuckerize.calibration.profile_pass import profile_model
+from tuckerize.domain import CoreType, Target, cores_by_layer
 from tuckerize.errors import UsageError
-from tuckerize.planning.allocation import allocate
-from tuckerize.planning.plan import search_space, stored_type
+from tuckerize.planning.budget import Budget
+from tuckerize.planning.calibrated import ALL_ENCODINGS, CalibratedModel, Encodings, best_choices
+from tuckerize.planning.knapsack import Choice
+from tuckerize.planning.plan import stored_type
 from tuckerize.progress import Progress
-from tuckerize.recipe import Recipe
+from tuckerize.recipe import CalibrationSettings, Recipe
 from tuckerize.report import CurvePoint, CurveReport
 
-KEEPS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3)
-"""Budgets of the curve."""
+BITS = (14.0, 12.0, 10.0, 8.0, 7.0, 6.0, 5.0, 4.5, 4.0, 3.5, 3.0, 2.5, 2.0, 1.5)
+"""Budgets of the curve, in bits per routed weight."""
+
+_WAYS: dict[str, Encodings] = {
+    "none": (None,),
+    **{core_type.value: (core_type,) for core_type in CoreType},
+    "best": ALL_ENCODINGS,
+}
+"""Encodings that a budget may be spent on, by the names of `CurvePoint`."""
 
 
-def kl_curve(recipe: Recipe, calibration: CalibrationPass, progress: Progress) -> CurveReport:
-    """Predicted KL divergence at every budget of `KEEPS` that the sizes allow.
+def kl_curve(
+    recipe: Recipe,
+    calibration: CalibrationPass,
+    progress: Progress,
+    *,
+    targets: Sequence[Target] = (),
+    bits: Sequence[float] = BITS,
+) -> CurveReport:
+    """Predicted KL divergence of every budget that the sizes allow, for all encodings.
 
     Profiles the model if its profile is not in the cache; decomposes nothing.
 
@@ -24,27 +43,61 @@ def kl_curve(recipe: Recipe, calibration: CalibrationPass, progress: Progress) -
         recipe: Recipe of the calibration; its rules do not matter.
         calibration: The model and its text.
         progress: Shows how far the profile is.
+        targets: Engines to compare; that of the recipe by default.
+        bits: Budgets in bits per routed weight, the largest first.
     """
-    source, settings = calibration.source, calibration.settings
-    model, before = source.moe, source.size
+    source = calibration.source
     profiles = profile_model(calibration, progress)
-    shape = model.shape._replace(experts=calibration.group_size)
-    groups = model.shape.experts // calibration.group_size
-    space = search_space(settings, shape, groups, stored_type(recipe, model))
+    shape = source.moe.shape._replace(experts=calibration.group_size)
+    groups, weights = source.moe.shape.experts // shape.experts, stored_type(recipe, source.moe)
     points = []
-    for keep in KEEPS:
-        try:
-            choices = allocate(profiles, space, keep=keep, how=settings.allocate)
-        except UsageError:
-            break
-        routed_bytes = sum(choice.bytes for choice in choices)
-        points.append(
-            CurvePoint(
-                keep=keep,
-                routed_parameters=sum(space.stored_parameters(choice.target) for choice in choices),
-                total_bytes=before.total_bytes - before.routed_bytes + routed_bytes,
-                kl=sum(choice.predicted_kl for choice in choices),
-                largest_error=max(choice.error for choice in choices) ** 0.5,
-            )
-        )
-    return CurveReport(str(source.checkpoint.folder), before, tuple(points), calibration.notes)
+    for target in targets or (calibration.settings.target,):
+        settings = _made_for(target, calibration.settings)
+        model = CalibratedModel(settings, shape, groups, weights)
+        for way, encodings in _WAYS.items():
+            allocators = model.allocators(profiles, encodings)
+            for size in bits:
+                budget = Budget.of_bits(size, dense_bits=weights.bits)
+                try:
+                    choices = best_choices(allocators, budget)
+                except UsageError:
+                    break
+                points.append(_point(calibration, model, choices, size, way))
+    points.sort(key=lambda point: -point.bits)
+    return CurveReport(str(source.checkpoint.folder), source.size, tuple(points), calibration.notes)
+
+
+def _made_for(target: Target, settings: CalibrationSettings) -> CalibrationSettings:
+    """The same settings for other engines."""
+    if target == settings.target:
+        return settings
+    return CalibrationSettings(texts=settings.texts, target=target, multiple=settings.multiple)
+
+
+def _point(
+    calibration: CalibrationPass,
+    model: CalibratedModel,
+    choices: Sequence[Choice],
+    bits: float,
+    encodings: str,
+) -> CurvePoint:
+    before = calibration.source.size
+    space = model.space(None)
+    routed_bytes = sum(choice.bytes for choice in choices)
+    return CurvePoint(
+        bits=bits,
+        target=model.settings.target,
+        encodings=encodings,
+        cores=cores_by_layer(
+            {
+                layer: choice.target.cores
+                for layer, choice in zip(calibration.source.moe.layers, choices, strict=True)
+            }
+        ),
+        routed_parameters=sum(space.stored_parameters(choice.target) for choice in choices),
+        routed_bytes=routed_bytes,
+        total_bytes=before.total_bytes - before.routed_bytes + routed_bytes,
+        kl=sum(choice.predicted_kl for choice in choices),
+        largest_error=max(choice.error for choice in choices) ** 0.5,
+        truncated=any(not choice.target.is_dense(model.shape) for choice in choices),
+    )

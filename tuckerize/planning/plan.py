@@ -16,6 +16,8 @@ from tuckerize.domain import (
     DOWN,
     GATE_UP,
     WEIGHT_TYPES,
+    Cores,
+    CoreType,
     Coupling,
     Engine,
     Joint,
@@ -23,15 +25,17 @@ from tuckerize.domain import (
     Projection,
     StackShape,
     WeightType,
+    cores_by_layer,
 )
 from tuckerize.errors import RecipeError, UsageError
 from tuckerize.linalg.hooi import check_rank
 from tuckerize.moe.family import MoeModel
 from tuckerize.moe.source import SourceModel
-from tuckerize.planning.allocation import SearchSpace, allocate, check_keep
-from tuckerize.planning.uniform import BudgetUnit, ranks_for_keep
+from tuckerize.planning.budget import Budget
+from tuckerize.planning.calibrated import CalibratedModel, RuleBudget
+from tuckerize.planning.uniform import BudgetUnit, encoding_for_budget, ranks_for_budget
 from tuckerize.progress import Progress
-from tuckerize.recipe import CalibrationSettings, Recipe
+from tuckerize.recipe import Recipe
 from tuckerize.recipe_text import resolve_rank, select_layers
 from tuckerize.version import __version__
 
@@ -69,7 +73,7 @@ class Plan:
     Attributes:
         source: The dense model.
         recipe: The recipe.
-        weights: Type of the stored cores and factors.
+        weights: Type of the stored factors, and of cores that are not quantised.
         group_size: Experts in a group.
         copies: Tensors to copy, by source file.
         layer_pieces: Stacks to compress. The weight files are those of the copies, then these.
@@ -104,6 +108,11 @@ class Plan:
     def layers(self) -> tuple[int, ...]:
         """Indices of the layers that are compressed."""
         return tuple(sorted({piece.layer for piece in self.layer_pieces}))
+
+    @property
+    def cores(self) -> Cores:
+        """Encodings of the cores."""
+        return cores_by_layer({piece.layer: piece.cores for piece in self.layer_pieces})
 
     @property
     def joint(self) -> Joint | None:
@@ -142,7 +151,7 @@ def profiles_for(
     recipe: Recipe, calibration: CalibrationPass, progress: Progress
 ) -> Sequence[LayerProfile]:
     """Profiles that the budgets of a recipe are allocated by; none without a budget."""
-    if any(rule.keep is not None for rule in recipe.rules):
+    if any(rule.keep is not None or rule.bits is not None for rule in recipe.rules):
         return profile_model(calibration, progress)
     return ()
 
@@ -174,13 +183,10 @@ def make_plan(source: SourceModel, recipe: Recipe, profiles: Sequence[LayerProfi
     if recipe.calibration is None:
         pieces = _data_free_pieces(recipe, model.layers, shape, groups, weights)
     else:
-        space = search_space(recipe.calibration, shape, groups, weights)
-        pieces, predicted_kl = _calibrated_pieces(
-            recipe, recipe.calibration, model.layers, space, profiles
-        )
+        sizes = CalibratedModel(recipe.calibration, shape, groups, weights)
+        pieces, predicted_kl = _calibrated_pieces(recipe, model.layers, sizes, profiles)
     copies = _copies(source, {piece.layer for piece in pieces}, dequantize=recipe.dequantize_rest)
-    stored = replace(weights, cores=recipe.quantize)  # budgets are of parameters
-    return Plan(source, recipe, stored, group_size, copies, tuple(pieces), predicted_kl)
+    return Plan(source, recipe, weights, group_size, copies, tuple(pieces), predicted_kl)
 
 
 def _copies(
@@ -207,27 +213,6 @@ def _copies(
 def stored_type(recipe: Recipe, model: MoeModel) -> WeightType:
     """Type of the stored cores and factors: the recipe's, or that of the source."""
     return WEIGHT_TYPES[recipe.dtype.safetensors_name if recipe.dtype else model.dtype]
-
-
-def search_space(
-    settings: CalibrationSettings, shape: StackShape, groups: int, weights: WeightType
-) -> SearchSpace:
-    """Sizes among which a calibrated budget chooses.
-
-    Args:
-        settings: Of the calibration.
-        shape: Sizes (E, H, I) of one group's stack.
-        groups: Groups in a layer.
-        weights: Type of the stored cores and factors.
-    """
-    return SearchSpace(
-        shape,
-        groups,
-        weights,
-        multiples=(settings.multiple_for(shape.intermediate), settings.multiple_for(shape.hidden)),
-        truncation=settings.shape,
-        equal_widths=settings.equal_widths,
-    )
 
 
 def _group_size(recipe: Recipe, model: MoeModel) -> int:
@@ -290,27 +275,43 @@ def _targets(
 ) -> list[CompressionTarget]:
     """Targets of all groups that one rule decides; without a rule all modes are full."""
     ranks, tolerance = [MultilinearRank(*shape)] * len(couplings), None
+    cores = recipe.quantize
     if rule_index is not None:
         rule = recipe.rules[rule_index]
         if rule.rank is not None:
             rank = resolve_rank(rule.rank, shape)
             check_rank(rank, shape, coupled=min(len(coupling) for coupling in couplings))
             ranks = [rank] * len(couplings)
-        elif rule.keep is not None:
-            units = [BudgetUnit(shape, len(coupling), weights) for coupling in couplings]
-            ranks = ranks_for_keep(units, rule.keep)
+        elif rule.keep is not None:  # of parameters
+            ranks = ranks_for_budget(_units(shape, couplings, weights), Budget(rule.keep))
+        elif rule.bits is not None:
+            budget = Budget.of_bits(rule.bits, dense_bits=weights.bits)
+
+            def units(own: CoreType | None) -> list[BudgetUnit]:
+                return _units(shape, couplings, replace(weights, cores=own))
+
+            cores = cores or encoding_for_budget(units, budget)
+            ranks = ranks_for_budget(units(cores), budget)
         tolerance = rule.tolerance
     return [
-        CompressionTarget(shape.intermediate, {coupling: rank}, tolerance)
+        CompressionTarget(shape.intermediate, {coupling: rank}, tolerance, cores=cores)
         for coupling, rank in zip(couplings, ranks, strict=True)
+    ]
+
+
+def _units(
+    shape: StackShape, couplings: Sequence[Coupling], weights: WeightType
+) -> list[BudgetUnit]:
+    return [
+        BudgetUnit(shape, len(coupling), weights, transposed=coupling == DOWN)
+        for coupling in couplings
     ]
 
 
 def _calibrated_pieces(
     recipe: Recipe,
-    settings: CalibrationSettings,
     layers: Sequence[int],
-    space: SearchSpace,
+    sizes: CalibratedModel,
     profiles: Sequence[LayerProfile],
 ) -> tuple[list[LayerPiece], float | None]:
     """One piece per layer that a rule decides, and the KL divergence predicted for budgets."""
@@ -323,23 +324,19 @@ def _calibrated_pieces(
     divergences: list[float] = []
 
     def add(layer: int, target: CompressionTarget, predicted_error: float | None = None) -> None:
-        pieces.append(LayerPiece(layer, (target,) * space.groups, settings, predicted_error))
+        pieces.append(LayerPiece(layer, (target,) * sizes.groups, sizes.settings, predicted_error))
 
     for index, own in members.items():
-        keep = recipe.rules[index].keep
-        if keep is None or not profiles:
-            if keep is not None:  # the budget is not shared out yet
-                check_keep(space, keep)
-            target = _target_of_rank(recipe, recipe.rules[index].rank or _FULL, space.shape)
+        rule = recipe.rules[index]
+        budget = RuleBudget.of(rule, sizes, recipe.quantize)
+        if budget is None or not profiles:
+            if budget is not None:  # the budget is not shared out yet
+                budget.check()
+            target = _target_of_rank(recipe, rule.rank or _FULL, sizes.shape)
             for layer in own:
                 add(layer, target)
             continue
-        choices = allocate(
-            [profile for profile in profiles if profile.layer in own],
-            space,
-            keep=keep,
-            how=settings.allocate,
-        )
+        choices = budget.choose([profile for profile in profiles if profile.layer in own])
         for layer, choice in zip(own, choices, strict=True):
             add(layer, choice.target, choice.error**0.5)
         divergences += [choice.predicted_kl for choice in choices]
@@ -350,7 +347,8 @@ def _calibrated_pieces(
 def _target_of_rank(recipe: Recipe, text: str, shape: StackShape) -> CompressionTarget:
     rank = resolve_rank(text, shape)
     check_rank(rank, shape)  # down stands alone, also where gate and up are joint
-    return CompressionTarget(shape.intermediate, dict.fromkeys(_couplings(recipe), rank))
+    ranks = dict.fromkeys(_couplings(recipe), rank)
+    return CompressionTarget(shape.intermediate, ranks, cores=recipe.quantize)
 
 
 def _couplings(recipe: Recipe) -> list[Coupling]:

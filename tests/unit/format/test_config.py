@@ -116,11 +116,15 @@ def quantizations(draw: st.DrawFn) -> TuckerQuantization:
         dict.fromkeys(Projection, st.builds(MultilinearRank, size, size, size))
     )
     widths = st.lists(size, min_size=experts, max_size=experts).map(tuple)
-    core_type = draw(st.none() | st.sampled_from(CoreType))
-    group = st.builds(GroupShape, widths, ranks, st.just(joint), st.just(core_type))
-    groups = st.lists(group, min_size=1, max_size=3).map(tuple)
-    modules = draw(st.dictionaries(st.text(), groups, max_size=3))
-    return TuckerQuantization(experts, Joint.GATE_UP if joint else None, modules, core_type)
+
+    def groups(core_type: CoreType | None) -> st.SearchStrategy[tuple[GroupShape, ...]]:
+        """The groups of a layer, whose cores have one encoding."""
+        group = st.builds(GroupShape, widths, ranks, st.just(joint), st.just(core_type))
+        return st.lists(group, min_size=1, max_size=3).map(tuple)
+
+    core_types = st.none() | st.sampled_from(CoreType)
+    modules = draw(st.dictionaries(st.text(), core_types.flatmap(groups), max_size=3))
+    return TuckerQuantization(experts, Joint.GATE_UP if joint else None, modules)
 
 
 @given(quantizations())
@@ -184,7 +188,11 @@ def test_quantised_cores_are_described_in_the_words_of_compressed_tensors(
     core_type: CoreType,
 ) -> None:
     plain = TuckerQuantization.parse(on_disk())
-    value = replace(plain, core_type=core_type).to_json()
+    modules = {
+        module: tuple(replace(group, core_type=core_type) for group in groups)
+        for module, groups in plain.modules.items()
+    }
+    value = replace(plain, modules=modules).to_json()
     assert value["format_version"] == 3
     weights = value["cores"]["config_groups"]["group_0"]["weights"]
     assert (weights["num_bits"], weights["type"], weights["symmetric"]) == (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from compressed_tensors.quantization import QuantizationConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,7 +12,7 @@ from tuckerize.domain import WEIGHT_TYPES, CoreType, Projection, StackShape, Wei
 from tuckerize.format.cores import (
     core_tensor_shapes,
     core_tensors,
-    core_type_of,
+    core_types_of,
     dequantised,
     part_dtype,
     quantised_matrices,
@@ -57,11 +58,13 @@ def test_codes_beyond_the_inputs_are_zero(columns: int) -> None:
     assert not room[..., columns:].any()
 
 
-@pytest.mark.parametrize("core_type", CoreType)
-def test_scheme_names_one_encoding(core_type: CoreType) -> None:
-    assert core_type_of(scheme_of(core_type)) == core_type
+@given(st.dictionaries(st.sampled_from("abcd"), st.sampled_from(CoreType), min_size=1))
+def test_scheme_names_the_encoding_of_every_module(core_types: dict[str, CoreType]) -> None:
+    scheme = scheme_of(core_types, "abcd")
+    assert core_types_of(scheme, "abcd") == core_types
+    QuantizationConfig.model_validate(scheme)
     with pytest.raises(ValueError, match="int-quantized of 8 bits, pack-quantized of 4 bits"):
-        core_type_of({**scheme_of(core_type), "format": "marlin-24"})
+        core_types_of({**scheme, "format": "marlin-24"}, "abcd")
 
 
 def test_bytes_of_plain_cores_are_those_of_their_values() -> None:

@@ -23,6 +23,7 @@ from tuckerize.domain import (
     StackShape,
 )
 from tuckerize.moe.source import SourceModel
+from tuckerize.planning.budget import Budget
 from tuckerize.planning.estimate import (
     calibrated_bytes,
     data_free_bytes,
@@ -32,7 +33,7 @@ from tuckerize.planning.estimate import (
     work,
 )
 from tuckerize.planning.plan import Plan, make_plan
-from tuckerize.planning.uniform import BudgetUnit, ranks_for_keep
+from tuckerize.planning.uniform import BudgetUnit, ranks_for_budget
 from tuckerize.recipe import parse_recipe
 
 LITE = StackShape(64, 1408, 2048)
@@ -66,7 +67,7 @@ def estimated_bytes(couplings: Sequence[Coupling], ranks: Sequence[MultilinearRa
 def test_memory_of_a_data_free_budget_is_what_was_measured(
     options: str, couplings: list[Coupling]
 ) -> None:
-    ranks = ranks_for_keep([BudgetUnit(LITE, len(own), BF16) for own in couplings], 0.75)
+    ranks = ranks_for_budget([BudgetUnit(LITE, len(own), BF16) for own in couplings], Budget(0.75))
     measured = measured_bytes(
         "full_width.json", f"tuckerize decompose --model model --output out {options}"
     )

@@ -1,0 +1,74 @@
+"""Output error of rounding the experts of a layer, measured on a few of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tuckerize.calibration.tokens import DenseGroup, ExpertTokens, LayerTokens
+from tuckerize.domain import CoreType, Projection
+from tuckerize.linalg.quantise import quantise
+from tuckerize.runtime.experts import Activation
+
+# Experts of a layer that are rounded; their relative errors hardly differ.
+_PROBES = 4
+
+
+def rounding_errors(
+    groups: Sequence[DenseGroup], tokens: LayerTokens, *, activation: Activation
+) -> npt.NDArray[np.float64]:
+    """Squared error of the experts' outputs, relative to their energy, for every encoding.
+
+    A few experts are rounded for the tokens to fit, and measured on the validation set.
+
+    Args:
+        groups: The dense experts of a layer.
+        tokens: Its tokens.
+        activation: Between gate and up.
+
+    Returns:
+        One value for every member of `CoreType` (unitless).
+    """
+    fit, held_out = tokens.split()
+    held_out = held_out if len(held_out.x_TI) else fit
+    missed, energy = np.zeros(len(CoreType)), 0.0
+    experts = [(group, place) for group in groups for place in range(len(group.experts))]
+    for group, place in experts[:: max(1, len(experts) // _PROBES)][:_PROBES]:
+        dense = tuple(group.stacks[projection][place] for projection in Projection)
+        expert, least = group.experts[place], group.shape.intermediate
+        seen, new = fit.of_expert(expert, least), held_out.of_expert(expert, least)
+        gate_HI, up_HI, down_HI = dense
+        exact_NI = _neurons(new, gate_HI, up_HI, activation) @ down_HI
+        energy += float(exact_NI.square().sum())
+        for index, core_type in enumerate(CoreType):
+            rounded = _rounded(dense, seen, core_type, activation)
+            output_NI = _neurons(new, rounded[0], rounded[1], activation) @ rounded[2]
+            missed[index] += float((output_NI - exact_NI).square().sum())
+    return missed / max(energy, torch.finfo(torch.float32).tiny)
+
+
+def _rounded(
+    dense: Sequence[Tensor], tokens: ExpertTokens, core_type: CoreType, activation: Activation
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gate, up and down of an expert, rounded for its tokens, as the last step of a compression."""
+    weighted_NI = tokens.weights_N[:, None] * tokens.x_NI
+    moment_II = weighted_NI.T @ weighted_NI
+    gate_HI, up_HI = (
+        quantise(matrix_HI[None], core_type, [moment_II]).dequantised()[0]
+        for matrix_HI in dense[:2]
+    )
+    neurons_NH = _neurons(tokens, gate_HI, up_HI, activation)
+    down = quantise(dense[2].T[None], core_type, [neurons_NH.T @ neurons_NH])
+    return gate_HI, up_HI, down.dequantised()[0].T
+
+
+def _neurons(
+    tokens: ExpertTokens, gate_HI: Tensor, up_HI: Tensor, activation: Activation
+) -> Tensor:
+    """Neurons times routing weights, shape (N, H)."""
+    neurons_NH = activation(tokens.x_NI @ gate_HI.T) * (tokens.x_NI @ up_HI.T)
+    return tokens.weights_N[:, None] * neurons_NH

@@ -1,0 +1,59 @@
+"""The table of `plan`: predicted cost of every budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from tuckerize.cli.printing import cores_text, make_table, print_all, size_text
+from tuckerize.report import CurvePoint, CurveReport
+
+# Heads of a plan's columns.
+_WAYS = {"none": "16 bits", "w8": "w8", "w4": "w4", "best": "best of all"}
+
+
+def show_curve(report: CurveReport) -> None:
+    """Print the predicted cost of every budget: a column for every encoding, or for each target."""
+    targets = list(dict.fromkeys(point.target for point in report.points))
+    compared = len(targets) > 1
+    named = {
+        (point.bits, str(point.target) if compared else point.encodings): point
+        for point in report.points
+        if not compared or point.encodings == "best"
+    }
+    columns = list(dict.fromkeys(name for _, name in named))
+    rows = []
+    for bits in dict.fromkeys(bits for bits, _ in named):
+        own = [named.get((bits, name)) for name in columns]
+        best = min((point for point in own if point is not None), key=lambda point: point.kl)
+        rows.append(
+            (
+                f"{bits:g}",
+                size_text(best.total_bytes),
+                *("-" if point is None else f"x {math.exp(point.kl):.4f}" for point in own),
+                f"{best.kl:.4f}",
+                cores_text(best.cores),
+                f"{best.routed_parameters / report.before.routed_parameters:.0%}",
+            )
+        )
+    heads = columns if compared else [_WAYS[name] for name in columns]
+    header = ("bits per weight", "all bytes", *heads, "KL", "cores", "kept")
+    print_all(
+        make_table(header, rows),
+        "predicted perplexity over that of the source; bytes, KL divergence (nats per token), "
+        "cores and kept parameters are those of the smallest",
+        *(_advice(report.points, target, compared=compared) for target in targets),
+    )
+
+
+def _advice(points: Sequence[CurvePoint], target: str, *, compared: bool) -> str:
+    """Down to which size quantisation alone is the better choice, in words."""
+    best = [point for point in points if (point.target, point.encodings) == (target, "best")]
+    where = f"{target}: " if compared else ""
+    alone = [point.bits for point in best if not point.truncated]
+    if not alone:
+        return f"{where}quantisation alone is predicted to lose more at these sizes"
+    return (
+        f"{where}from {min(alone):g} bits per weight, quantisation alone loses least, or nearly: "
+        "truncate above that for fewer multiply-adds, not for bytes"
+    )

@@ -1,0 +1,148 @@
+"""Budgets of calibrated layers: the sizes and encodings that they may be spent on, and the best."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from tuckerize.calibration.layer_profile import LayerProfile
+from tuckerize.domain import CoreType, StackShape, Target, WeightType
+from tuckerize.errors import UsageError
+from tuckerize.planning.allocation import Allocator, SearchSpace, check_budget
+from tuckerize.planning.budget import Budget
+from tuckerize.planning.knapsack import Choice
+from tuckerize.recipe import CalibrationSettings, Rule
+
+Encodings = tuple[CoreType | None, ...]
+"""Encodings of cores that may be chosen; None is the type of the factors."""
+
+ALL_ENCODINGS: Encodings = (None, *CoreType)
+
+
+@dataclass(frozen=True, slots=True)
+class CalibratedModel:
+    """Facts that decide the sizes of the layers of a model.
+
+    Attributes:
+        settings: Of the calibration.
+        shape: Sizes (E, H, I) of one group's stack.
+        groups: Groups in a layer.
+        weights: Type of the stored factors.
+    """
+
+    settings: CalibrationSettings
+    shape: StackShape
+    groups: int
+    weights: WeightType
+
+    def space(self, cores: CoreType | None) -> SearchSpace:
+        """Sizes of the layers, with cores of an encoding."""
+        multiples = (
+            self.settings.multiple_for(self.shape.intermediate, cores),
+            self.settings.multiple_for(self.shape.hidden, cores),
+        )
+        return SearchSpace(
+            self.shape,
+            self.groups,
+            replace(self.weights, cores=cores),
+            multiples=multiples,
+            truncation=self.settings.shape,
+            equal_widths=self.settings.equal_widths,
+        )
+
+    def allocators(
+        self, profiles: Sequence[LayerProfile], encodings: Encodings
+    ) -> tuple[Allocator, ...]:
+        """Allocators, of which the best choice counts.
+
+        Every layer may have its own encoding, but those for any engine, whose quantisers take one.
+        """
+        spaces = [self.space(cores) for cores in encodings]
+        alike = self.settings.target == Target.ANY_ENGINE
+        parts = [[space] for space in spaces] if alike else [spaces]
+        return tuple(Allocator.of(profiles, own, self.settings.allocate) for own in parts)
+
+
+@dataclass(frozen=True, slots=True)
+class RuleBudget:
+    """The budget of a rule: of parameters, or of bits.
+
+    Attributes:
+        model: Facts that decide the sizes.
+        budget: The budget; parameters count as if they were not quantised.
+        encodings: Encodings that it may be spent on.
+        quantize: Encoding of cores whose parameters count.
+    """
+
+    model: CalibratedModel
+    budget: Budget
+    encodings: Encodings
+    quantize: CoreType | None
+
+    @classmethod
+    def of(cls, rule: Rule, model: CalibratedModel, quantize: CoreType | None) -> RuleBudget | None:
+        """The budget of a rule with keep or bits; None of another.
+
+        Args:
+            rule: The rule.
+            model: Facts that decide the sizes.
+            quantize: Encoding that the recipe asks for.
+        """
+        if rule.keep is not None:
+            return cls(model, Budget(rule.keep), (None,), quantize)
+        if rule.bits is None:
+            return None
+        budget = Budget.of_bits(rule.bits, dense_bits=model.weights.bits)
+        return cls(model, budget, ALL_ENCODINGS if quantize is None else (quantize,), None)
+
+    def check(self) -> None:
+        """Refuse a budget that does not pay for the smallest sizes.
+
+        Raises:
+            UsageError: It does not; the hint names the smallest that does.
+        """
+        check_budget([self.model.space(cores) for cores in self.encodings], self.budget)
+
+    def choose(self, profiles: Sequence[LayerProfile]) -> list[Choice]:
+        """The choice of every layer.
+
+        Args:
+            profiles: Profiles of the layers.
+
+        Raises:
+            UsageError: The budget does not pay for the smallest sizes.
+        """
+        self.check()
+        choices = best_choices(self.model.allocators(profiles, self.encodings), self.budget)
+        if self.quantize is None:
+            return choices
+        return [
+            self._quantised(choice, profile)
+            for choice, profile in zip(choices, profiles, strict=True)
+        ]
+
+    def _quantised(self, choice: Choice, profile: LayerProfile) -> Choice:
+        model, target = self.model, replace(choice.target, cores=self.quantize)
+        stored = sum(
+            target.stored_bytes(model.shape, coupling, model.weights)
+            for coupling in target.couplings
+        )
+        error = choice.error + profile.rounding_error(self.quantize)
+        return replace(choice, target=target, bytes=model.groups * stored, error=error)
+
+
+def best_choices(allocators: Sequence[Allocator], budget: Budget) -> list[Choice]:
+    """Choices with the smallest predicted KL divergence.
+
+    Raises:
+        UsageError: The budget does not pay for the smallest sizes of any.
+    """
+    found, refused = [], None
+    for allocator in allocators:
+        try:
+            found.append(allocator.choose(budget))
+        except UsageError as error:
+            refused = error
+    if refused is not None and not found:
+        raise refused
+    return min(found, key=lambda choices: sum(choice.predicted_kl for choice in choices))
