@@ -12,7 +12,7 @@ from torch import Tensor
 from tuckerize.calibration.tokens import DenseGroup, ExpertTokens, LayerTokens
 from tuckerize.domain import CoreType, Projection
 from tuckerize.linalg.quantise import quantise
-from tuckerize.runtime.experts import Activation
+from tuckerize.runtime.activations import Activation
 
 # Experts of a layer that are rounded; their relative errors hardly differ.
 _PROBES = 4
@@ -70,5 +70,5 @@ def _neurons(
     tokens: ExpertTokens, gate_HI: Tensor, up_HI: Tensor, activation: Activation
 ) -> Tensor:
     """Neurons times routing weights, shape (N, H)."""
-    neurons_NH = activation(tokens.x_NI @ gate_HI.T) * (tokens.x_NI @ up_HI.T)
+    neurons_NH = activation(tokens.x_NI @ gate_HI.T, tokens.x_NI @ up_HI.T)
     return tokens.weights_N[:, None] * neurons_NH
