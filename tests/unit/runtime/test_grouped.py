@@ -11,6 +11,7 @@ from tuckerize.runtime.grouped import (
     assign,
     mix_and_multiply,
     multiply,
+    multiply_gathered,
     multiply_one_by_one,
     multiply_uneven,
     zero_padded,
@@ -52,15 +53,20 @@ def naive(rows: Tensor, matrices: list[Tensor], assigned: Assignments) -> Tensor
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("way", [multiply, multiply_gathered], ids=lambda way: way.__name__)
 def test_every_row_meets_the_matrix_of_its_expert(
-    dtype: torch.dtype, sizes: tuple[int, int], route: str, transposed: bool
+    way: Callable[[Tensor, Tensor, Assignments], Tensor],
+    dtype: torch.dtype,
+    sizes: tuple[int, int],
+    route: str,
+    transposed: bool,
 ) -> None:
     assigned = assign(ROUTES[route], range(EXPERTS))
     matrices = normal(EXPERTS, *sizes, dtype=dtype)
     if transposed:
         matrices = matrices.mT
     rows = normal(len(assigned.places_N), matrices.shape[1], dtype=dtype, seed=2)
-    result = multiply(rows, matrices, assigned)
+    result = way(rows, matrices, assigned)
     assert result.dtype == dtype
     expected = naive(rows, list(matrices), assigned)
     close = ROUNDING[dtype]
