@@ -126,19 +126,21 @@ def plot(rows: Sequence[Row], file: Path) -> None:
     from matplotlib import pyplot as plt
 
     names = list(dict.fromkeys(row["model"] for row in rows))
+    places = {line: place for place, line in enumerate(curves(rows))}  # alike in all panels
     size = (13, 4.5 * len(names))
     figure, axes = plt.subplots(len(names), 2, figsize=size, squeeze=False, layout="constrained")
     for model, panels in zip(names, axes, strict=True):
         lines = curves([row for row in rows if row["model"] == model])
         for panel, kind in zip(panels, ("in_domain", "out_of_domain"), strict=True):
-            for index, (line, points) in enumerate(lines.items()):
+            for line, points in lines.items():
                 ours = line.startswith("tuckerize")
                 panel.plot(
                     [row["bits"] for row in points],
                     [row[kind]["kl"] for row in points],
                     label=line,
                     linewidth=2.4 if ours else 1.1,
-                    marker="osv^Dx"[index % 6],
+                    color=f"C{places[line] % 10}",
+                    marker="osv^Dx"[places[line] % 6],
                     markersize=4,
                 )
             panel.set_yscale("log")

@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from benchmarks.quality.divergence import divergence, predict
 from benchmarks.quality.encodings import Encoding, gptq, round_to_nearest
+from benchmarks.quality.layer import dense
+from benchmarks.quality.methods.pruning import equally_eliminated_neurons
+from benchmarks.quality.models import MoeModel
+from benchmarks.quality.quantised import quantise as quantise_layers
+from benchmarks.quality.registry import METHODS
+from tests.tiny_models import add_tokenizer, make_tiny_model
 from tuckerize.domain import CoreType
 from tuckerize.linalg.quantise import quantise
 
@@ -83,3 +90,37 @@ def test_our_own_is_as_good_as_the_competitor(core_type: CoreType) -> None:
     assert float(missed(matrices_EOK, own, moments_EKK).sum()) == pytest.approx(
         float(theirs), rel=0.1
     )
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> MoeModel:
+    """Random experts of 24 neurons, 8 in each of 2 layers."""
+    return MoeModel(add_tokenizer(make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")))
+
+
+@pytest.mark.parametrize("bits", [8, 3])
+def test_quantised_model_is_as_near_as_its_bits_allow(tiny: MoeModel, bits: int) -> None:
+    tokens = torch.randint(0, 60, (1025,), generator=torch.Generator().manual_seed(0))
+    before = predict(tiny, tokens)
+    layers = tiny.layers(tokens)
+    encoding = Encoding(bits, 32, zero=False)
+    stored = quantise_layers(tiny, [dense(layer) for layer in layers], tokens, encoding, "GPTQ")
+    found = divergence(tiny, tokens, before)
+    tiny.restore()
+    # per expert two matrices (24, 32) and one (32, 24), each output with one group of inputs
+    assert stored == 2 * 8 * (3 * 24 * 32 * bits + 16 * (24 + 24 + 32))
+    assert 0 < found["kl"] < {8: 1e-6, 3: 1e-2}[bits]
+    assert divergence(tiny, tokens, before)["kl"] == 0
+
+
+def test_neurons_and_experts_that_are_gone_are_not_stored(tiny: MoeModel) -> None:
+    tokens = torch.randint(0, 60, (1025,), generator=torch.Generator().manual_seed(0))
+    layers = tiny.layers(tokens)
+    encoding = Encoding(4, 32, zero=False)
+    narrow = equally_eliminated_neurons(layers, 0.7)
+    stored = quantise_layers(tiny, narrow, tokens, encoding, "RTN")
+    assert stored == 2 * 8 * (3 * 16 * 32 * 4 + 16 * (16 + 16 + 32))
+    fewer = METHODS["REAP"](layers, 0.5)
+    stored = quantise_layers(tiny, fewer, tokens, encoding, "RTN")
+    tiny.restore()
+    assert stored == 2 * 4 * (3 * 24 * 32 * 4 + 16 * (24 + 24 + 32))
