@@ -116,9 +116,7 @@ def test_model_diverges_in_nothing_from_itself(model: Path, text: Path) -> None:
     assert measured(model, text).divergence is None
 
 
-def test_experts_of_another_number_are_not_compared(
-    model: Path, text: Path, tmp_path: Path
-) -> None:
+def test_other_numbers_of_experts_are_not_compared(model: Path, text: Path, tmp_path: Path) -> None:
     other = add_tokenizer(make_tiny_model(tmp_path / "other", experts=4))
     found = measured(other, text, against=model).divergence
     assert found is not None

@@ -34,7 +34,7 @@ from tuckerize.pipeline.divergence import (
 )
 from tuckerize.progress import Progress, SilentProgress
 from tuckerize.recipe_files import Texts, list_of_texts
-from tuckerize.report import EvaluateReport, Evaluation
+from tuckerize.report import Divergence, EvaluateReport, Evaluation
 from tuckerize.runtime.activations import activation_of
 from tuckerize.runtime.experts import TuckerExperts
 
@@ -57,6 +57,13 @@ class Evaluated:
     family: Family
     tucker: TuckerCheckpoint | None
     dense: SourceModel | None
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts per layer."""
+        if self.tucker is not None:
+            return self.tucker.manifest.shape.experts
+        return 0 if self.dense is None else self.dense.moe.shape.experts
 
     @property
     def size(self) -> Size:
@@ -224,9 +231,7 @@ def measure_perplexity(
         count * (length - 1),
         tuple(texts),
         length,
-        sums.divergence(experts_changed(*(done.choices for done in passes)))
-        if len(passes) > 1
-        else None,
+        _divergence(opened, passes, sums) if len(passes) > 1 else None,
         windows.messages,
     )
 
@@ -296,6 +301,15 @@ def _predict(
             ]
             sums.add(tokens_L, logits)
     return sums
+
+
+def _divergence(
+    opened: Sequence[Evaluated], passes: Sequence[_Pass], sums: PredictionSums
+) -> Divergence:
+    changed = None
+    if len({own.num_experts for own in opened}) == 1:
+        changed = experts_changed(*(done.choices for done in passes))
+    return sums.divergence(changed)
 
 
 def _evaluation(own: Evaluated, done: _Pass, nats: list[Tensor]) -> Evaluation:
