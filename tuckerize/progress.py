@@ -5,6 +5,17 @@ from __future__ import annotations
 from typing import Protocol
 
 
+class Stage(Protocol):
+    """Tells the user which part of the work begins."""
+
+    def __call__(self, name: str, effort: float = 0.0, /) -> object:
+        """Begin a part when an effort is done since the last one, in a unit of the caller's."""
+
+
+def silent(_name: str, _effort: float = 0.0, /) -> None:
+    """Tell nobody."""
+
+
 class Progress(Protocol):
     """Receiver of progress; the command line draws it, tests ignore it."""
 
@@ -41,3 +52,31 @@ class SilentProgress:
 
     def close(self) -> None:
         """Do nothing."""
+
+
+class LayerProgress:
+    """Stages of one layer, which counts as one in all.
+
+    Args:
+        progress: Shows them.
+        layer: Index of the layer.
+        effort: Of its stages together, in a unit of the caller's.
+    """
+
+    def __init__(self, progress: Progress, layer: int, effort: float) -> None:
+        self._progress = progress
+        self._layer = layer
+        self._effort = effort
+        self._done = 0.0
+
+    def stage(self, name: str, effort: float = 0.0, /) -> None:
+        """Begin a stage when an effort is done since the last one."""
+        share = min(effort / self._effort, 1.0 - self._done)
+        self._done += share
+        name = f"layer {self._layer}: {name}"
+        self._progress.advance(share, name)
+        self._progress.stage(name)
+
+    def finish(self, note: str) -> None:
+        """End the layer."""
+        self._progress.advance(1.0 - self._done, note)

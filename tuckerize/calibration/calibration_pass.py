@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +30,20 @@ _SEED = 0
 _STATES = "hidden states"
 # Lower bound on relative norms: tokens with small hidden states must not dominate.
 _LEAST_NORM = 0.1
+
+
+class Captured(NamedTuple):
+    """Routed experts of a layer as they were run.
+
+    Attributes:
+        tokens: Tokens before them, in float32.
+        output_TI: Their combined output, in float32, with the tokens' relative weights.
+        after_SLI: Hidden states after the layer, shape (S, L, I).
+    """
+
+    tokens: LayerTokens
+    output_TI: Tensor
+    after_SLI: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,29 +150,26 @@ class CalibrationPass:
             )
         return after_SLI
 
-    def capture(
-        self, layer: int, hidden_SLI: Tensor, experts: ExpertsCall
-    ) -> tuple[LayerTokens, Tensor]:
-        """Run a layer and capture the input of its routed experts.
+    def capture(self, layer: int, hidden_SLI: Tensor, experts: TuckerExperts) -> Captured:
+        """Run a layer and capture the input and the output of its routed experts.
 
         Routing weights, and with them all outputs, errors and moments that are computed from these
         tokens, are relative to the norms of the hidden states after the layer: see
         `relative_norms`.
-
-        Returns:
-            The tokens before the routed experts, in float32, and the hidden states after the layer,
-            shape (S, L, I).
         """
         seen: list[LayerTokens] = []
+        outputs: list[Tensor] = []
 
         def noted(x_TI: Tensor, experts_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
             seen.append(LayerTokens(x_TI.float(), experts_Tk, weights_Tk.float()))
-            return experts(x_TI, experts_Tk, weights_Tk)
+            outputs.append(experts(*seen[-1]))
+            return outputs[-1].to(x_TI.dtype)
 
         after_SLI = self.run_layer(layer, hidden_SLI, noted)
         tokens = LayerTokens(*(torch.cat(parts) for parts in zip(*seen, strict=True)))
-        weights_Tk = tokens.weights_Tk / relative_norms(after_SLI)
-        return tokens._replace(weights_Tk=weights_Tk), after_SLI
+        norms_T1 = relative_norms(after_SLI)
+        tokens = tokens._replace(weights_Tk=tokens.weights_Tk / norms_T1)
+        return Captured(tokens, torch.cat(outputs) / norms_T1, after_SLI)
 
     def groups(self, layer: int) -> list[DenseGroup]:
         """The dense experts of a layer, in float32 on the device.

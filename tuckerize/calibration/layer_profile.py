@@ -6,21 +6,26 @@ tokens relative to the norms of their hidden states (`CalibrationPass.capture`).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tuckerize.calibration.moments import GroupMoments, refit_moments
+from tuckerize.calibration.moments import GroupMoments
 from tuckerize.calibration.rounding import rounding_errors
 from tuckerize.calibration.tokens import DenseGroup, LayerTokens
 from tuckerize.domain import CoreType, Projection
-from tuckerize.linalg.gram import eigenvalues_and_vectors
-from tuckerize.linalg.selection import KeptNeurons, all_neurons, eliminate, refit_down
+from tuckerize.linalg.gram import add_gram, eigenvalues, eigenvalues_and_vectors, symmetric
+from tuckerize.linalg.selection import KeptNeurons, eliminate, refitted_energy
+from tuckerize.linalg.threads import parallel_workers
+from tuckerize.linalg.tucker import in_float64
 from tuckerize.linalg.weighted import matrix_roots
+from tuckerize.progress import Stage, silent
 from tuckerize.runtime.activations import Activation
 
 Array = npt.NDArray[np.float64]
@@ -29,6 +34,8 @@ Array = npt.NDArray[np.float64]
 _WIDTH_SHARES = (1.0, 0.8, 0.6, 0.4, 0.2)
 # Core sizes, as shares of the hidden size, at which truncated inputs are tried.
 _MEASURED_SHARES = (0.25, 0.5, 0.75)
+# Experts of a group that they are tried with.
+_MEASURED_EXPERTS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +104,7 @@ def profile_layer(
     activation: Activation,
     output_energy: float,
     sensitivity: float,
+    stage: Stage = silent,
 ) -> LayerProfile:
     """Curves of one layer.
 
@@ -108,29 +116,35 @@ def profile_layer(
         activation: From gate and up to neurons.
         output_energy: ‖y‖² of the combined output of all groups, summed over the tokens.
         sensitivity: See `LayerProfile`.
+        stage: Is told what begins, with tenths of a layer's profile.
     """
+    stage("elimination of neurons", 1)
     eliminations = [
         eliminate(own.neurons_EHH, group.stacks[Projection.DOWN])
         for group, own in zip(groups, moments, strict=True)
     ]
+    stage("spectra", 2)
     energy = max(output_energy, 1e-30)
     neurons = groups[0].shape.intermediate
     widths = sorted({max(1, round(share * neurons)) for share in _WIDTH_SHARES}, reverse=True)
-    spectra = np.stack(
-        [
-            sum(
-                _gate_up_tail(_gate_up_energy(group, own, found.kept(width)), own)
-                for group, own, found in zip(groups, moments, eliminations, strict=True)
-            )
-            for width in widths
-        ]
-    )
-    spectra *= _measured_over_first_order(groups, moments, tokens, spectra[0], activation)
+    roots = [matrix_roots(own.pooled_II / len(own.routed_E)) for own in moments]
+    spectra = np.zeros((len(widths), groups[0].shape.hidden + 1))
+    measured = _Measured.of(groups[0].shape.hidden)
+    for group, own, found, both in zip(groups, moments, eliminations, roots, strict=True):
+        energies = _gate_up_energies(group, own, [found.kept(width) for width in widths])
+        whitened = [both[0] @ in_float64(energy_II) @ both[0] for energy_II in energies]
+        spectra += np.stack([_tail(energy_II) for energy_II in whitened])
+        measured.add(group, own, tokens, whitened[0], both, activation)
+    spectra *= measured.over_first_order()
     # Interpolation between measured ratios must not make a larger core size look worse.
     spectra = np.maximum.accumulate(spectra[:, ::-1], axis=1)[:, ::-1]
+    stage("core sizes", 3)
     lost = sum(found.errors_H.numpy() for found in eliminations)
     equal = sum(found.equal_errors_H.numpy() for found in eliminations)
-    full = [_full_tails(group, own) for group, own in zip(groups, moments, strict=True)]
+    full = [
+        _full_tails(group, own, both[0])
+        for group, own, both in zip(groups, moments, roots, strict=True)
+    ]
     tails = [np.asarray(sum(parts)) / energy for parts in zip(*full, strict=True)]
     return LayerProfile(
         layer=layer,
@@ -157,96 +171,168 @@ def _output_energy(group: DenseGroup, moments: GroupMoments) -> float:
     return float((down_EHI * (moments.neurons_EHH @ down_EHI)).sum())
 
 
-def _gate_up_energy(group: DenseGroup, moments: GroupMoments, kept: KeptNeurons) -> Tensor:
-    """Gram matrix (I, I) of the kept rows of gate and up, weighted by the sensitivity.
+def _gate_up_energies(
+    group: DenseGroup, moments: GroupMoments, kept: Sequence[KeptNeurons]
+) -> list[Tensor]:
+    """Gram matrices (I, I) of the kept rows of gate and up, weighted by the sensitivity.
 
     Sensitivity of the output, to first order; see `GroupMoments`.
+
+    Args:
+        group: The dense experts.
+        moments: Their moments.
+        kept: Kept neurons at descending widths, each a part of those before: every row is
+            multiplied once.
     """
+    masks_KEH = torch.stack([own.mask(group.shape.intermediate) for own in kept])
+    widest_first = list(masks_KEH ^ torch.cat([masks_KEH[1:], torch.zeros_like(masks_KEH[:1])]))
     hidden = group.shape.hidden
-    energy_II = torch.zeros((hidden, hidden), dtype=torch.float64)
-    for projection, sensitivities in (
-        (Projection.GATE, moments.gate_sensitivity_EH),
-        (Projection.UP, moments.up_sensitivity_EH),
-    ):
-        for expert, (stack_HI, sensitivity_H) in enumerate(
-            zip(group.stacks[projection], sensitivities, strict=True)
-        ):
-            places_K = kept.of_expert(expert).to(stack_HI.device)
-            rows_KI = sensitivity_H[places_K].sqrt()[:, None] * stack_HI[places_K]
-            energy_II += (rows_KI.T @ rows_KI).cpu().double()
-    return energy_II
+    energies = [moments.pooled_II.new_zeros(hidden, hidden)]
+    for rows_EH in reversed(widest_first):
+        energy_II = energies[-1].clone()
+        _add_rows(energy_II, group, moments, rows_EH)
+        energies.append(energy_II)
+    return [symmetric(energy_II) for energy_II in reversed(energies[1:])]
 
 
-def _pooled_roots(moments: GroupMoments) -> tuple[Tensor, Tensor]:
-    """Roots of the inputs' moment of all experts, as if each saw the mean of them."""
-    return matrix_roots(moments.hidden_EII.sum(0) / len(moments.hidden_EII))
+def _add_rows(energy_II: Tensor, group: DenseGroup, moments: GroupMoments, rows_EH: Tensor) -> None:
+    """Add the products of some rows of gate and up to the upper triangle of their Gram matrix."""
+    device = energy_II.device
+    with parallel_workers(device) as workers:
+        for expert, places_K in enumerate(rows_EH):
+            own_K = places_K.nonzero()[:, 0].to(device)
+            for projection, sensitivity_EH in (
+                (Projection.GATE, moments.gate_sensitivity_EH),
+                (Projection.UP, moments.up_sensitivity_EH),
+            ):
+                weights_K1 = sensitivity_EH[expert, own_K].sqrt()[:, None]
+                add_gram(energy_II, weights_K1 * group.stacks[projection][expert, own_K], workers)
 
 
-def _gate_up_tail(energy_II: Tensor, moments: GroupMoments) -> Array:
-    """Squared output error, to first order, of truncating the inputs of gate and up to 0..I."""
-    root_II = _pooled_roots(moments)[0]
-    return _tail(root_II @ energy_II @ root_II)
-
-
-def _measured_over_first_order(
-    groups: Sequence[DenseGroup],
-    moments: Sequence[GroupMoments],
-    tokens: LayerTokens,
-    first_order_I: Array,
-    activation: Activation,
-) -> Array:
-    """Ratio of the error of truncated inputs to its first order, for 0..I, shape (I + 1,).
+@dataclass(slots=True)
+class _Measured:
+    """Error of truncated inputs of some experts, measured and to first order.
 
     The neurons of an expert lose the same directions of their inputs, so that their errors add up;
-    refitting down recovers a part. Both are measured at a few core sizes; in between the
-    ratio is interpolated.
+    refitting down recovers a part. Both are measured at a few core sizes, on a few experts of
+    every group.
+
+    Attributes:
+        sizes: The core sizes, ascending; the hidden size.
+        hidden: Size of the mode.
+        missed: Squared output errors at these sizes.
+        predicted: The same to first order.
+        most: First-order error of truncating everything.
     """
-    hidden = groups[0].shape.hidden
-    sizes = sorted({max(1, round(part * hidden)) for part in _MEASURED_SHARES})
-    missed = np.zeros(len(sizes))
-    for group, own in zip(groups, moments, strict=True):
-        root_II, inverse_II = _pooled_roots(own)
-        energy_II = root_II @ _gate_up_energy(group, own, all_neurons(group.shape)) @ root_II
-        vectors_II = eigenvalues_and_vectors(energy_II)[1]
-        for index, size in enumerate(sizes):
-            leading_IR = vectors_II[:, :size]
-            projection_II = (root_II @ leading_IR) @ (leading_IR.T @ inverse_II)
-            missed[index] += _refitted_error(group, own, tokens, projection_II, activation)
-    predicted = np.maximum(first_order_I[sizes], 1e-30 + 1e-12 * first_order_I[0])
-    ratios = np.maximum(missed, 0) / predicted
-    everywhere: Array = np.interp(np.arange(hidden + 1), [*sizes, hidden], [*ratios, ratios[-1]])
-    return everywhere
+
+    sizes: list[int]
+    hidden: int
+    missed: Array
+    predicted: Array
+    most: float = 0.0
+
+    @classmethod
+    def of(cls, hidden: int) -> Self:
+        """Nothing measured yet."""
+        sizes = sorted({max(1, round(part * hidden)) for part in _MEASURED_SHARES})
+        return cls(sizes, hidden, np.zeros(len(sizes)), np.zeros(len(sizes)))
+
+    def add(
+        self,
+        group: DenseGroup,
+        moments: GroupMoments,
+        tokens: LayerTokens,
+        whitened_II: Tensor,
+        roots: tuple[Tensor, Tensor],
+        activation: Activation,
+    ) -> None:
+        """Measure some experts of a group.
+
+        Args:
+            group: The dense experts.
+            moments: Their moments.
+            tokens: Tokens of the layer.
+            whitened_II: Whitened Gram matrix of the rows of gate and up.
+            roots: The root that whitens, and its inverse.
+            activation: Between gate and up.
+        """
+        vectors_IR = eigenvalues_and_vectors(whitened_II)[1][:, : self.sizes[-1]]
+        down_EHI = group.stacks[Projection.DOWN]
+        basis_IR = (roots[0] @ vectors_IR).to(down_EHI)
+        onto_IR = (roots[1] @ vectors_IR).to(down_EHI)
+        for place in spread(len(group.experts), _MEASURED_EXPERTS):
+            rows_KI = torch.cat(
+                [
+                    sensitivity_EH[place].sqrt()[:, None] * group.stacks[projection][place]
+                    for projection, sensitivity_EH in (
+                        (Projection.GATE, moments.gate_sensitivity_EH),
+                        (Projection.UP, moments.up_sensitivity_EH),
+                    )
+                ]
+            )
+            energy_R = (rows_KI @ basis_IR).square().sum(0).double().cumsum(0)
+            total = float((rows_KI @ roots[0].to(rows_KI)).square().sum())
+            self.most += total
+            kept = energy_R[[size - 1 for size in self.sizes]].cpu().numpy()
+            self.predicted += np.maximum(total - kept, 0.0)
+            self.missed += _refitted_errors(
+                group, place, moments, tokens, (basis_IR, onto_IR), self.sizes, activation
+            )
+
+    def over_first_order(self) -> Array:
+        """Ratio of the measured error to its first order for 0..I, shape (I + 1,).
+
+        Interpolated between the sizes that were measured.
+        """
+        predicted = np.maximum(self.predicted, 1e-30 + 1e-12 * self.most)
+        ratios = np.maximum(self.missed, 0) / predicted
+        everywhere: Array = np.interp(
+            np.arange(self.hidden + 1), [*self.sizes, self.hidden], [*ratios, ratios[-1]]
+        )
+        return everywhere
 
 
-def _refitted_error(
+def _refitted_errors(
     group: DenseGroup,
+    place: int,
     moments: GroupMoments,
     tokens: LayerTokens,
-    projection_II: Tensor,
+    bases: tuple[Tensor, Tensor],
+    sizes: Sequence[int],
     activation: Activation,
-) -> float:
-    """Squared output error of a group with truncated gate and up, and down refitted to them."""
-    down_EHI = group.stacks[Projection.DOWN]
-    gate_up = [
-        group.stacks[p] @ projection_II.to(down_EHI) for p in (Projection.GATE, Projection.UP)
-    ]
-    now_EHH, cross_EHH = refit_moments(
-        group, tokens, lambda place: (gate_up[0][place], gate_up[1][place]), activation=activation
-    )
-    refitted_EHI = refit_down(now_EHH, cross_EHH, down_EHI, all_neurons(group.shape))
-    dense = _output_energy(group, moments)
-    mixed = (refitted_EHI * (cross_EHH @ down_EHI)).sum()
-    now = (refitted_EHI * (now_EHH @ refitted_EHI)).sum()
-    return dense - 2 * float(mixed) + float(now)
+) -> list[float]:
+    """Squared output errors of an expert with truncated gate and up, and down refitted to them.
+
+    Core sizes are nested: what a larger one adds is added to the neurons of the one before.
+    """
+    basis_IR, onto_IR = bases
+    own = tokens.of_expert(group.experts[place], least=group.shape.intermediate)
+    gate_HI, up_HI, down_HI = (group.stacks[p][place] for p in Projection)
+    weight_N1 = own.weights_N[:, None]
+    exact_NH = weight_N1 * activation(own.x_NI @ gate_HI.T, own.x_NI @ up_HI.T)
+    low_NR = own.x_NI @ onto_IR
+    gate_HR, up_HR = gate_HI @ basis_IR, up_HI @ basis_IR
+    gate_NH, up_NH = torch.zeros_like(exact_NH), torch.zeros_like(exact_NH)
+    dense = float((down_HI * (moments.neurons_EHH[place] @ down_HI)).sum(dtype=torch.float64))
+    errors = []
+    for start, stop in itertools.pairwise([0, *sizes]):
+        gate_NH.addmm_(low_NR[:, start:stop], gate_HR[:, start:stop].T)
+        up_NH.addmm_(low_NR[:, start:stop], up_HR[:, start:stop].T)
+        now_NH = weight_N1 * activation(gate_NH, up_NH)
+        recovered = refitted_energy(now_NH.T @ now_NH, now_NH.T @ exact_NH, down_HI)
+        errors.append(dense - recovered)
+    return errors
 
 
-def _full_tails(group: DenseGroup, moments: GroupMoments) -> tuple[Array, Array, Array, Array]:
+def _full_tails(
+    group: DenseGroup, moments: GroupMoments, root_II: Tensor
+) -> tuple[Array, Array, Array, Array]:
     """Squared output errors of truncating the expert and the intermediate mode.
 
-    Of gate and up, whitened and with rows weighted as in `_gate_up_tail`; of down with its rows
+    Of gate and up, whitened and with rows weighted as in `_gate_up_energies`; of down with its rows
     weighted by the energy of their neurons. Each mode by itself, as HOSVD bounds it.
     """
-    root_II = _pooled_roots(moments)[0].to(group.stacks[Projection.GATE])
+    root_II = root_II.to(group.stacks[Projection.GATE])
     gate_up = [
         _mode_tails(sensitivity_EH.sqrt()[:, :, None] * group.stacks[projection] @ root_II)
         for projection, sensitivity_EH in (
@@ -264,13 +350,20 @@ def _mode_tails(stack_EHI: Tensor) -> tuple[Array, Array]:
     flat_EM = stack_EHI.flatten(1)
     experts_EE = flat_EM @ flat_EM.T
     neurons_HH = stack_EHI.new_zeros((stack_EHI.shape[1],) * 2)
-    for slice_HI in stack_EHI:
-        neurons_HH += slice_HI @ slice_HI.T
+    with parallel_workers(stack_EHI.device) as workers:
+        for slice_HI in stack_EHI:
+            add_gram(neurons_HH, slice_HI.T, workers)
     return _tail(experts_EE), _tail(neurons_HH)
 
 
 def _tail(moment_NN: Tensor) -> Array:
-    """Energy outside of the leading n eigenvectors, for n = 0..N."""
-    values = eigenvalues_and_vectors(moment_NN.cpu().double())[0]
-    tail: Array = values.flip(0).cumsum(0).flip(0).numpy()
+    """Energy outside of the leading n eigenvectors, for n = 0..N; reads the upper triangle."""
+    values = eigenvalues(in_float64(moment_NN))
+    tail: Array = values.flip(0).cumsum(0).flip(0).cpu().numpy()
     return np.append(tail, 0.0)
+
+
+def spread(length: int, count: int) -> list[int]:
+    """Middles of `count` equal parts of a range, or all indices of a shorter one."""
+    count = min(count, length)
+    return [(2 * part + 1) * length // (2 * count) for part in range(count)]

@@ -19,7 +19,7 @@ class GroupMoments:
     """Sums over the tokens of a group's experts; routing weights count squared.
 
     Attributes:
-        hidden_EII: Second moment of every expert's inputs, shape (E, I, I).
+        pooled_II: Second moment of the inputs of all experts together, shape (I, I).
         neurons_EHH: Second moment of every expert's neurons (activated gate times up).
         gate_sensitivity_EH: Change of the squared output with a neuron's gate, to first order:
             the mean over tokens of (g ∂h/∂gate)² times the squared norm of its row of down.
@@ -28,7 +28,7 @@ class GroupMoments:
         routed_E: Tokens that the router sent to every expert.
     """
 
-    hidden_EII: Tensor
+    pooled_II: Tensor
     neurons_EHH: Tensor
     gate_sensitivity_EH: Tensor
     up_sensitivity_EH: Tensor
@@ -56,8 +56,8 @@ def gather_moments(
         tokens: Tokens of the layer.
         activation: From gate and up to neurons.
     """
-    experts, neurons, hidden = group.shape
-    hidden_EII = tokens.x_TI.new_empty(experts, hidden, hidden)
+    experts, neurons, _ = group.shape
+    squared_T = tokens.x_TI.new_zeros(len(tokens.x_TI))
     neurons_EHH = tokens.x_TI.new_empty(experts, neurons, neurons)
     gates, ups, routed = [], [], []
     output_TI = tokens.x_TI.new_zeros(tokens.x_TI.shape)
@@ -66,8 +66,8 @@ def gather_moments(
         gate_HI, up_HI, down_HI = (group.stacks[p][place] for p in Projection)
         found = _neurons(own.x_NI, gate_HI, up_HI, activation)
         weight_N1 = own.weights_N[:, None]
-        weighted_NI, weighted_NH = weight_N1 * own.x_NI, weight_N1 * found.h_NH
-        torch.mm(weighted_NI.T, weighted_NI, out=hidden_EII[place])
+        weighted_NH = weight_N1 * found.h_NH
+        squared_T.index_add_(0, own.places_N, own.weights_N.square())
         torch.mm(weighted_NH.T, weighted_NH, out=neurons_EHH[place])
         row_norms_H = down_HI.square().sum(1)
         # The moments hold the weights already; sensitivities are means over tokens without them.
@@ -77,13 +77,29 @@ def gather_moments(
         result_NI = weighted_NH[: own.routed] @ down_HI
         output_TI.index_add_(0, own.places_N[: own.routed], result_NI)
     return GroupMoments(
-        hidden_EII=hidden_EII,
+        pooled_II=tokens.x_TI.T @ (squared_T[:, None] * tokens.x_TI),
         neurons_EHH=neurons_EHH,
         gate_sensitivity_EH=torch.stack(gates),
         up_sensitivity_EH=torch.stack(ups),
         output_II=output_TI.T @ output_TI,
         routed_E=torch.tensor(routed),
     )
+
+
+def input_moments(group: DenseGroup, tokens: LayerTokens) -> Tensor:
+    """Second moment of every expert's inputs, shape (E, I, I); their sum is `pooled_II`.
+
+    Args:
+        group: The dense experts.
+        tokens: Tokens of the layer.
+    """
+    experts, neurons, hidden = group.shape
+    hidden_EII = tokens.x_TI.new_empty(experts, hidden, hidden)
+    for own_II, expert in zip(hidden_EII, group.experts, strict=True):
+        own = tokens.of_expert(expert, least=neurons)
+        weighted_NI = own.weights_N[:, None] * own.x_NI
+        torch.mm(weighted_NI.T, weighted_NI, out=own_II)
+    return hidden_EII
 
 
 def refit_moments(

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tuckerize.calibration.calibration_pass import CalibrationPass, SavedStates, experts_call
-from tuckerize.calibration.layer_profile import LayerProfile, profile_layer
+from tuckerize.calibration.layer_profile import LayerProfile, profile_layer, spread
 from tuckerize.calibration.moments import GroupMoments, gather_moments
 from tuckerize.calibration.text import fingerprint
 from tuckerize.calibration.tokens import DenseGroup
@@ -30,14 +30,14 @@ from tuckerize.checkpoint.output import remove_temporaries
 from tuckerize.checkpoint.sealed_tensors import read_sealed, write_sealed
 from tuckerize.domain import Projection
 from tuckerize.names import TensorName
-from tuckerize.progress import Progress
+from tuckerize.progress import LayerProgress, Progress
 from tuckerize.version import __version__
 
 # Windows of text that the sensitivity is measured on, and the share of neurons that is pruned.
 _PROBE_WINDOWS = 8
 _PRUNED_SHARE = 0.25
 # Version of the contents of profiles.
-_PROFILE_VERSION = 8
+_PROFILE_VERSION = 9
 _STATES = "hidden.safetensors"
 # Names of hidden states that are carried along.
 _CLEAN = "clean"
@@ -169,18 +169,18 @@ def profile_model(run: CalibrationPass, progress: Progress) -> list[LayerProfile
         start, states = 0, {}
     hidden_SLI = states.pop("hidden") if states else run.embed()
     errors = {name: states.pop(name) for name in list(states) if name.startswith(_ERROR)}
-    probes = states or {_CLEAN: hidden_SLI[_spread(run.text_windows, _PROBE_WINDOWS)]}
+    probes = states or {_CLEAN: hidden_SLI[spread(run.text_windows, _PROBE_WINDOWS)]}
     progress.advance(start, "continued")
     for layer in range(start, run.model.layers):
         if layer in layers:
             hidden_SLI, errors[f"{_ERROR}{layer}"] = _profile_layer(
-                run, layer, hidden_SLI, probes, cache
+                run, layer, hidden_SLI, probes, cache, LayerProgress(progress, layer, 10)
             )
         else:
             probes.update({k: run.run_layer(layer, v, None) for k, v in probes.items()})
             hidden_SLI = run.run_layer(layer, hidden_SLI, None)
+            progress.advance(1, f"layer {layer}")
         cache.save_states(layer + 1, {"hidden": hidden_SLI, **probes, **errors})
-        progress.advance(1, f"profile of layer {layer}")
     divergences = _divergences(run, probes)
     profiles = []
     for layer in layers:
@@ -202,39 +202,44 @@ def _profile_layer(
     hidden_SLI: Tensor,
     probes: dict[str, Tensor],
     cache: ProfileCache,
+    stages: LayerProgress,
 ) -> tuple[Tensor, Tensor]:
     """Profile a layer and carry all hidden states through it.
 
     Returns the hidden states of the calibration set after it, and the relative squared output
     error of the pruned layer. The sensitivity stays open until the end of the pass.
     """
+    stages.stage("tokens")
     groups = run.groups(layer)
     dense = run.module(layer, [group.as_tensors() for group in groups])
-    tokens, after_SLI = run.capture(layer, hidden_SLI, experts_call(dense))
+    seen = run.capture(layer, hidden_SLI, dense)
+    stages.stage("moments", 1)
     activation = run.activation(layer)
-    moments = [gather_moments(group, tokens, activation=activation) for group in groups]
+    moments = [gather_moments(group, seen.tokens, activation=activation) for group in groups]
     pruned = run.module(
         layer, [_pruned(group, own) for group, own in zip(groups, moments, strict=True)]
     )
     clean_SLI = probes.pop(_CLEAN)
-    for name, states in probes.items():
+    for number, (name, states) in enumerate(probes.items()):
+        stages.stage(f"probe {number + 1} of {len(probes) + 2}", 0 if number else 2)
         probes[name] = run.run_layer(layer, states, experts_call(dense))
-    seen, probes[_CLEAN] = run.capture(layer, clean_SLI, experts_call(dense))
+    exact = run.capture(layer, clean_SLI, dense)
+    probes[_CLEAN] = exact.after_SLI
     probes[str(layer)] = run.run_layer(layer, clean_SLI, experts_call(pruned))
-    exact_TI = dense(*seen)
-    missed = (pruned(*seen) - exact_TI).square().sum()
-    energy = float(dense(*tokens).square().sum())
+    missed = (pruned(*exact.tokens) - exact.output_TI).square().sum()
     profile = profile_layer(
         layer,
         groups,
         moments,
-        tokens,
+        seen.tokens,
         activation=activation,
-        output_energy=energy,
+        output_energy=float(seen.output_TI.square().sum()),
         sensitivity=math.nan,
+        stage=stages.stage,
     )
+    stages.finish(f"profile of layer {layer}")
     cache.save(profile)
-    return after_SLI, missed / exact_TI.square().sum()
+    return seen.after_SLI, missed / exact.output_TI.square().sum()
 
 
 def _pruned(group: DenseGroup, moments: GroupMoments) -> dict[TensorName, Tensor]:
@@ -248,12 +253,6 @@ def _pruned(group: DenseGroup, moments: GroupMoments) -> dict[TensorName, Tensor
         **group.as_tensors(),
         TensorName.core(Projection.DOWN): down_EHI.scatter(1, places, 0.0),
     }
-
-
-def _spread(length: int, count: int) -> list[int]:
-    """Middles of `count` equal parts of a range, or all indices of a shorter one."""
-    count = min(count, length)
-    return [(2 * part + 1) * length // (2 * count) for part in range(count)]
 
 
 def _divergences(run: CalibrationPass, probes: dict[str, Tensor]) -> dict[int, float]:

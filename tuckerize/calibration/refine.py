@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tuckerize.calibration.tokens import LayerTokens
+from tuckerize.progress import Stage, silent
 from tuckerize.runtime.experts import TuckerExperts
 
 # Step size of a tensor as a share of its root mean square; falls to 0 as a cosine.
@@ -21,6 +22,7 @@ _MAX_EPOCHS = 25
 # Weight of the ridge towards the closed-form solution, relative to the relative squared error.
 _RIDGE = 1e-2
 _SEED = 0
+_STEPS_PER_STAGE = 10
 # Devices where torch has Adam in one kernel; elsewhere it takes one for each of its operations.
 _FUSED_ADAM = ("cpu", "cuda")
 
@@ -47,6 +49,7 @@ def refine(
     dense: Callable[[LayerTokens], Tensor],
     *,
     steps: int,
+    stage: Stage = silent,
 ) -> Refinement:
     """Improve a layer in place by gradient steps, which a held-out error decides to keep.
 
@@ -56,6 +59,7 @@ def refine(
         held_out: Validation set.
         dense: Computes the routed output of the dense layer, shape (T, I).
         steps: Number of steps of Adam; as many as make 25 passes over the tokens, if that is less.
+        stage: Is told the steps, some at a time.
     """
     batch = max(1, min(_BATCH_TOKENS, len(fit.x_TI)))
     steps = min(steps, -(-_MAX_EPOCHS * len(fit.x_TI) // batch))
@@ -65,7 +69,7 @@ def refine(
     start = {name: value.detach().clone() for name, value in parameters.items()}
     for value in parameters.values():
         value.requires_grad_(True)  # noqa: FBT003
-    _adam(module, parameters, start, fit, target_TI, steps, batch)
+    _adam(module, parameters, start, fit, target_TI, steps, batch, stage)
     for value in parameters.values():
         value.requires_grad_(False)  # noqa: FBT003
         value.grad = None
@@ -95,6 +99,7 @@ def _adam(
     target_TI: Tensor,
     steps: int,
     batch: int,
+    stage: Stage,
 ) -> None:
     sizes = {name: _root_mean_square(value) for name, value in start.items()}
     optimizer = torch.optim.Adam(
@@ -105,6 +110,8 @@ def _adam(
     generator = torch.Generator().manual_seed(_SEED)
     order = torch.empty(0, dtype=torch.long)
     for step in range(steps):
+        if step % _STEPS_PER_STAGE == 0:
+            stage(f"refinement, step {step + 1} of {steps}", _STEPS_PER_STAGE if step else 0)
         if len(order) < batch:
             order = torch.randperm(len(fit.x_TI), generator=generator)
         places, order = order[:batch].to(fit.x_TI.device), order[batch:]

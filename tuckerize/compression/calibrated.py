@@ -15,7 +15,12 @@ import torch
 from torch import Tensor
 
 from tuckerize.calibration.calibration_pass import CalibrationPass
-from tuckerize.calibration.moments import GroupMoments, gather_moments, refit_moments
+from tuckerize.calibration.moments import (
+    GroupMoments,
+    gather_moments,
+    input_moments,
+    refit_moments,
+)
 from tuckerize.calibration.refine import Refinement, refine, relative_output_error
 from tuckerize.calibration.tokens import DenseGroup, LayerTokens
 from tuckerize.compression.factors import (
@@ -44,8 +49,12 @@ from tuckerize.linalg.selection import all_neurons, eliminate, refit_down
 from tuckerize.linalg.tucker import TuckerFactors, orthonormalised
 from tuckerize.linalg.weighted import weighted_tucker
 from tuckerize.names import TensorName
+from tuckerize.progress import LayerProgress, Progress, Stage, silent
 from tuckerize.runtime.activations import Activation
 from tuckerize.runtime.experts import TuckerExperts
+
+# Work on a group, in steps of refinement; roughly, for what is left of the time.
+_EFFORTS = {"moments": 10.0, "neurons": 5.0, "gate and up": 15.0, "down": 10.0}
 
 
 def compress_layer(
@@ -57,6 +66,7 @@ def compress_layer(
     weights: WeightType,
     *,
     max_sweeps: int,
+    progress: Progress,
 ) -> LayerFactors:
     """Compress a layer for the tokens that its experts see.
 
@@ -68,15 +78,19 @@ def compress_layer(
         tokens: Tokens before the routed experts of the layer.
         weights: Type of the stored cores and factors.
         max_sweeps: Upper bound on the sweeps of weighted least squares.
+        progress: Shows the stages of the layer, which counts as one.
 
     Raises:
         DecompositionError: A stack cannot be decomposed.
     """
     fit, held_out = tokens.split()
     activation = calibration.activation(piece.layer)
+    effort = len(groups) * sum(_EFFORTS.values()) + calibration.settings.refine
+    stages = LayerProgress(progress, piece.layer, effort)
+    treat = closed_form(fit, activation=activation, max_sweeps=max_sweeps, stage=stages.stage)
     steps: list[Step] = [
-        for_each_group(closed_form(fit, activation=activation, max_sweeps=max_sweeps)),
-        Refine(calibration, dense, fit, held_out),
+        for_each_group(treat),
+        Refine(calibration, dense, fit, held_out, stages.stage),
         orthonormalise,
     ]
     if piece.cores:
@@ -90,23 +104,34 @@ def compress_layer(
         ),
         notes=_note_on_rare_experts(piece.layer, fit, groups),
     )
-    return compress(layer, steps)
+    layer = compress(layer, steps)
+    stages.finish(f"layer {piece.layer}")
+    return layer
 
 
-def closed_form(tokens: LayerTokens, *, activation: Activation, max_sweeps: int) -> GroupStep:
+def closed_form(
+    tokens: LayerTokens, *, activation: Activation, max_sweeps: int, stage: Stage = silent
+) -> GroupStep:
     """The step that compresses a group without gradients: select, factor, refit.
 
     Args:
         tokens: Tokens of the layer to fit.
         activation: From gate and up to neurons.
         max_sweeps: Upper bound on the sweeps of weighted least squares.
+        stage: Is told what begins.
     """
 
     def treat(group: GroupFactors) -> GroupFactors:
+        stage("moments")
         moments = gather_moments(group.dense, tokens, activation=activation)
+        stage("elimination of neurons", _EFFORTS["moments"])
         group = select_neurons(group, moments)
-        group = factor_gate_up(group, moments, max_sweeps=max_sweeps)
-        return refit(group, moments, tokens, activation=activation, max_sweeps=max_sweeps)
+        stage("gate and up", _EFFORTS["neurons"])
+        group = factor_gate_up(group, tokens, max_sweeps=max_sweeps, stage=stage)
+        stage("down", _EFFORTS["gate and up"])
+        group = refit(group, moments, tokens, activation=activation, max_sweeps=max_sweeps)
+        stage("refinement", _EFFORTS["down"])
+        return group
 
     return treat
 
@@ -122,7 +147,9 @@ def select_neurons(group: GroupFactors, moments: GroupMoments) -> GroupFactors:
     return replace(group, factors=slim, kept=kept)
 
 
-def factor_gate_up(group: GroupFactors, moments: GroupMoments, *, max_sweeps: int) -> GroupFactors:
+def factor_gate_up(
+    group: GroupFactors, tokens: LayerTokens, *, max_sweeps: int, stage: Stage
+) -> GroupFactors:
     """Factor gate and up by least squares weighted with the moments of every expert's inputs.
 
     Raises:
@@ -130,15 +157,15 @@ def factor_gate_up(group: GroupFactors, moments: GroupMoments, *, max_sweeps: in
         NonFiniteError: A stack holds NaN or infinity.
     """
     factors, sweeps = dict(group.factors), dict(group.sweeps)
+    moments_EII: Tensor | None = None
     for coupling in group.target.couplings:
-        if coupling == DOWN:
+        stacks = [factors[projection].core for projection in coupling]
+        rank = _work_rank(group, group.target.ranks[coupling])
+        if coupling == DOWN or not rank.truncated_modes(StackShape(*stacks[0].shape)):
             continue
-        found = weighted_tucker(
-            [factors[projection].core for projection in coupling],
-            moments.hidden_EII,
-            _work_rank(group, group.target.ranks[coupling]),
-            max_sweeps=max_sweeps,
-        )
+        if moments_EII is None:
+            moments_EII = input_moments(group.dense, tokens)
+        found = weighted_tucker(stacks, moments_EII, rank, max_sweeps=max_sweeps, stage=stage)
         factors.update(zip(coupling, found.tensors, strict=True))
         sweeps.update(dict.fromkeys(coupling, found.sweeps))
     return replace(group, factors=factors, sweeps=sweeps)
@@ -200,12 +227,14 @@ class Refine:
         dense: The dense experts of the layer.
         fit: Tokens to fit.
         held_out: Validation set; its error decides whether the steps are kept.
+        stage: Is told the steps.
     """
 
     calibration: CalibrationPass
     dense: TuckerExperts
     fit: LayerTokens
     held_out: LayerTokens
+    stage: Stage = silent
 
     def __call__(self, layer: LayerFactors) -> LayerFactors:
         """Refine a layer, and measure its output error on the validation set."""
@@ -217,7 +246,9 @@ class Refine:
             error = relative_output_error(module, self.held_out, target_TI)
             found = Refinement(error, error, kept=False)
         else:
-            found = refine(module, self.fit, self.held_out, self._dense_output, steps=steps)
+            found = refine(
+                module, self.fit, self.held_out, self._dense_output, steps=steps, stage=self.stage
+            )
         error = found.error_after if found.kept else found.error_before
         groups = [
             _with_tensors(

@@ -283,3 +283,22 @@ def refit_down(
         right_KI = in_float64(cross_KH[:width] @ down_HI) + ridge * kept_KI
         result.append(torch.cholesky_solve(right_KI, root_KK).to(down_EHI))
     return pad_sequence(result, batch_first=True)
+
+
+def refitted_energy(moment_HH: Tensor, cross_HH: Tensor, down_HI: Tensor) -> float:
+    """Squared norm of the outputs that the refit of one expert's down_proj recovers.
+
+    The squared error of the refit is that of the original outputs, less this. All neurons are kept;
+    see `refit_down`.
+
+    Args:
+        moment_HH: Second moment of the compressed neurons, shape (H, H).
+        cross_HH: Their cross moment with the original neurons, shape (H, H).
+        down_HI: Original down_proj in stack orientation, shape (H, I).
+    """
+    places_1H = torch.arange(len(down_HI))[None]
+    kept = KeptNeurons(places_1H, (len(down_HI),))
+    fitted_HI = refit_down(moment_HH[None], cross_HH[None], down_HI[None], kept)[0]
+    mixed = (fitted_HI * (cross_HH @ down_HI)).sum(dtype=torch.float64)
+    now = (fitted_HI * (moment_HH @ fitted_HI)).sum(dtype=torch.float64)
+    return float(2 * mixed - now)

@@ -179,13 +179,14 @@ def in_float64(tensor: Tensor) -> Tensor:
 
 
 def orthonormalised(matrix_NR: Tensor) -> tuple[Tensor, Tensor]:
-    """QR decomposition: an orthonormal basis (N, R) of the columns, and the mixing matrix (R, R).
-
-    Runs on the host, where every platform has LAPACK, and returns tensors on the device of the
-    argument.
-    """
-    basis_NR, mixing_RR = torch.linalg.qr(matrix_NR.cpu())
+    """QR decomposition: orthonormal basis (N, R) of the columns, and mixing matrix (R, R)."""
+    basis_NR, mixing_RR = torch.linalg.qr(on_solver(matrix_NR))
     return basis_NR.to(matrix_NR.device), mixing_RR.to(matrix_NR.device)
+
+
+def on_solver(matrix: Tensor) -> Tensor:
+    """The matrix where LAPACK's routines are: on the host, but for CUDA, which has its own."""
+    return matrix if matrix.device.type == "cuda" else matrix.cpu()
 
 
 def power_of_two_scale(*stacks: Tensor) -> float:

@@ -10,14 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tuckerize.domain import MultilinearRank, StackShape
-from tuckerize.linalg.gram import eigenvalues_and_vectors
-from tuckerize.linalg.hooi import check_rank, hooi
+from tuckerize.domain import Mode, MultilinearRank, StackShape
+from tuckerize.linalg.gram import (
+    add_gram,
+    eigenvalues_and_vectors,
+    leading_eigenvectors,
+    symmetric,
+)
+from tuckerize.linalg.hooi import check_finite, check_rank, hooi
+from tuckerize.linalg.threads import parallel_workers
 from tuckerize.linalg.tucker import TuckerFactors, in_float64, orthonormalised, power_of_two_scale
+from tuckerize.progress import Stage, silent
 
 EIGENVALUE_FLOOR = 1e-6
 """Eigenvalues of a second moment below this share of the largest are raised to it."""
@@ -53,9 +61,9 @@ def matrix_roots(moment_NN: Tensor) -> tuple[Tensor, Tensor]:
 
     A zero moment is replaced by the identity: without data all directions are equal.
     """
-    values, vectors = eigenvalues_and_vectors(moment_NN.cpu().double())
+    values, vectors = eigenvalues_and_vectors(in_float64(moment_NN))
     if values[0] <= 0:
-        identity = torch.eye(len(moment_NN), dtype=torch.float64)
+        identity = torch.eye(len(values), dtype=values.dtype, device=values.device)
         return identity, identity
     roots = values.clamp_min(EIGENVALUE_FLOOR * float(values[0])).sqrt()
     return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
@@ -80,6 +88,7 @@ def weighted_tucker(
     *,
     max_sweeps: int = 10,
     tolerance: float = 5e-3,
+    stage: Stage = silent,
 ) -> WeightedDecomposition:
     """Approximate expert stacks with the smallest error of their products with the inputs.
 
@@ -93,6 +102,7 @@ def weighted_tucker(
         rank: Core sizes; a full mode gets no factor.
         max_sweeps: Maximum number of sweeps of weighted least squares.
         tolerance: Stop when a sweep reduces the relative error by less than this fraction.
+        stage: Is told the sweeps.
 
     Raises:
         MultilinearRankError: A core size is below 1 or above the largest that its mode can use.
@@ -109,21 +119,46 @@ def weighted_tucker(
     scale = power_of_two_scale(*stacks)
     if scale != 1.0:
         stacks = [stack * scale for stack in stacks]
-    tensors = _whitened_hooi(stacks, moments_EII.sum(0), rank)
     problem = _Problem(stacks, floored(moments_EII.to(stacks[0].dtype)))
-    errors = [problem.error(tensors)]
-    for _ in range(max_sweeps):
-        better = problem.sweep(tensors)
-        error = problem.error(better)
-        if not error < errors[-1]:
+    best = problem.state(_start(stacks, moments_EII.sum(0), rank))
+    errors = [best.error]
+    for sweep in range(max_sweeps):
+        stage(f"sweep {sweep + 1} of at most {max_sweeps}")
+        better = problem.sweep(best)
+        if not better.error < errors[-1]:
             break
-        tensors = better
-        errors.append(error)
-        if errors[-2] - error < tolerance * errors[-2]:
+        best = better
+        errors.append(best.error)
+        if errors[-2] - errors[-1] < tolerance * errors[-2]:
             break
+    tensors = best.tensors
     if scale != 1.0:
         tensors = [TuckerFactors(factors.core / scale, *factors.factors) for factors in tensors]
     return WeightedDecomposition(tuple(tensors), tuple(errors))
+
+
+def _start(stacks: list[Tensor], pooled_II: Tensor, rank: MultilinearRank) -> list[TuckerFactors]:
+    """The optimum if all experts had the same inputs, or near it.
+
+    With a truncated hidden mode alone it is that of one Gram matrix; nothing is whitened.
+    """
+    if rank.truncated_modes(StackShape(*stacks[0].shape)) != (Mode.HIDDEN,):
+        return _whitened_hooi(stacks, pooled_II, rank)
+    for stack in stacks:
+        check_finite(stack)
+    root_II, inverse_II = matrix_roots(pooled_II)
+    gram_II = stacks[0].new_zeros(pooled_II.shape)
+    with parallel_workers(gram_II.device) as workers:
+        for stack in stacks:
+            for matrix_HI in stack:
+                add_gram(gram_II, matrix_HI, workers)
+    white_II = root_II @ symmetric(gram_II).to(root_II) @ root_II
+    whitened_IR = leading_eigenvectors(white_II, rank.hidden)
+    shared_IR, mixing_RR = (
+        part.to(stacks[0]) for part in orthonormalised(inverse_II @ whitened_IR)
+    )
+    onto_IR = (root_II @ whitened_IR).to(stacks[0]) @ mixing_RR.T
+    return [TuckerFactors(stack @ onto_IR, U_I=shared_IR) for stack in stacks]
 
 
 def _whitened_hooi(
@@ -150,6 +185,22 @@ def _whitened_hooi(
     ]
 
 
+class _State(NamedTuple):
+    """Tucker tensors of a weighted least-squares problem.
+
+    Attributes:
+        tensors: One per stack.
+        small_ERR: U_Iᵀ Σ_e U_I.
+        targets: X_e Σ_e U_I of each stack, shape (E, H, r_I).
+        error: Relative weighted error √(Σ_e ‖(X_e − X̂_e) Σ_e^{1/2}‖² / Σ_e ‖X_e Σ_e^{1/2}‖²).
+    """
+
+    tensors: list[TuckerFactors]
+    small_ERR: Tensor
+    targets: list[Tensor]
+    error: float
+
+
 class _Problem:
     """The stacks and moments of one weighted least-squares problem."""
 
@@ -158,24 +209,10 @@ class _Problem:
         self.moments_EII = moments_EII
         self.pooled_inverse_II: Tensor = torch.linalg.inv(in_float64(moments_EII.sum(0)))
         self.weighted = [stack @ moments_EII for stack in stacks]
-        self.total = sum(
-            float((stack * weighted).sum())
-            for stack, weighted in zip(stacks, self.weighted, strict=True)
-        )
+        self.total = sum(map(_inner, stacks, self.weighted))
 
-    def error(self, tensors: list[TuckerFactors]) -> float:
-        """Relative weighted error √(Σ_e ‖(X_e − X̂_e) Σ_e^{1/2}‖² / Σ_e ‖X_e Σ_e^{1/2}‖²)."""
-        missed = 0.0
-        for stack, factors in zip(self.stacks, tensors, strict=True):
-            for slice_HI, own_HI, moment_II in zip(
-                stack, factors.expand_slices(), self.moments_EII, strict=True
-            ):
-                difference_HI = slice_HI - own_HI
-                missed += float((difference_HI @ moment_II * difference_HI).sum())
-        return (max(0.0, missed) / self.total) ** 0.5 if self.total > 0 else 0.0
-
-    def sweep(self, tensors: list[TuckerFactors]) -> list[TuckerFactors]:
-        """Update the cores, U_E and U_H of each stack once, then the shared U_I."""
+    def state(self, tensors: list[TuckerFactors]) -> _State:
+        """Tucker tensors with all that their error and the next sweep need of the moments."""
         U_I = tensors[0].U_I
         small_ERR = self.moments_EII
         if U_I is not None:
@@ -183,17 +220,32 @@ class _Problem:
             small_ERR = U_I.new_empty(len(self.moments_EII), *[U_I.shape[1]] * 2)
             for small_RR, moment_II in zip(small_ERR, self.moments_EII, strict=True):
                 torch.mm(U_I.T, moment_II @ U_I, out=small_RR)
-        updated = []
-        for weighted_EHI, factors in zip(self.weighted, tensors, strict=True):
-            target_EHR = weighted_EHI if U_I is None else weighted_EHI @ U_I
-            updated.append(_update_stack(factors, target_EHR, small_ERR))
-        if U_I is None:
-            return updated
-        shared_IR, mixing_RR = orthonormalised(self._hidden_factor(updated, U_I))
-        return [
-            TuckerFactors(factors.core @ mixing_RR.T, factors.U_E, factors.U_H, shared_IR)
-            for factors in updated
+        targets = [
+            weighted_EHI if U_I is None else weighted_EHI @ U_I for weighted_EHI in self.weighted
         ]
+        missed = self.total
+        for target_EHR, factors in zip(targets, tensors, strict=True):
+            projected = target_EHR if factors.U_H is None else factors.U_H.T @ target_EHR
+            cores_EQR = _expert_cores(factors)
+            missed -= 2 * _inner(projected, cores_EQR)
+            missed += _inner(cores_EQR @ small_ERR, cores_EQR)
+        error = (max(0.0, missed) / self.total) ** 0.5 if self.total > 0 else 0.0
+        return _State(tensors, small_ERR, targets, error)
+
+    def sweep(self, state: _State) -> _State:
+        """Update the cores, U_E and U_H of each stack once, then the shared U_I."""
+        updated = [
+            _update_stack(factors, target_EHR, state.small_ERR)
+            for factors, target_EHR in zip(state.tensors, state.targets, strict=True)
+        ]
+        U_I = updated[0].U_I
+        if U_I is not None:
+            shared_IR, mixing_RR = orthonormalised(self._hidden_factor(updated, U_I))
+            updated = [
+                TuckerFactors(factors.core @ mixing_RR.T, factors.U_E, factors.U_H, shared_IR)
+                for factors in updated
+            ]
+        return self.state(updated)
 
     def _hidden_factor(self, tensors: list[TuckerFactors], start_IR: Tensor) -> Tensor:
         """Solve Σ_e Σ_e U (C_eᵀ C_e) = Σ_e Σ_e X_eᵀ U_H C_e for U_I by conjugate gradients.
@@ -250,6 +302,12 @@ def _update_stack(factors: TuckerFactors, target_EHR: Tensor, small_ERR: Tensor)
         U_H, mixing_QQ = orthonormalised(_least_squares(gram_QQ, right_HQ.T).T)
         core_PQR = mixing_QQ @ core_PQR
     return TuckerFactors(core_PQR, U_E, U_H, factors.U_I)
+
+
+def _inner(one: Tensor, other: Tensor) -> float:
+    """Inner product, accumulated in float64 over experts."""
+    pairs = zip(one, other, strict=True)
+    return float(sum(in_float64((own * its).sum()) for own, its in pairs))
 
 
 def _expert_cores(factors: TuckerFactors) -> Tensor:

@@ -171,11 +171,13 @@ def _compress_calibrated(
     hidden_SLI = saved["hidden"] if saved else calibration.embed()
     for layer in range(start, max(pieces, default=-1) + 1):
         piece = pieces.get(layer)
-        hidden_SLI, record = _pass_layer(plan, calibration, layer, piece, hidden_SLI, output)
+        progress.stage(f"layer {layer}: tokens")
+        hidden_SLI, record = _pass_layer(
+            plan, calibration, layer, piece, hidden_SLI, output, progress
+        )
         # The record first: a layer is done again where only its states are missing.
         if record is not None:
             _record(plan, pieces[layer], folder, record)
-            progress.advance(1, pieces[layer].name)
         states.save(layer + 1, {"hidden": hidden_SLI})
     progress.close()
     return list(calibration.notes)
@@ -188,6 +190,7 @@ def _pass_layer(
     piece: LayerPiece | None,
     hidden_SLI: Tensor,
     output: Path,
+    progress: Progress,
 ) -> tuple[Tensor, dict[str, Any] | None]:
     """Hidden states after a layer, shape (S, L, I), and the record of its piece, if it has one.
 
@@ -197,11 +200,18 @@ def _pass_layer(
         return calibration.run_layer(layer, hidden_SLI, None), None
     groups = calibration.groups(layer)
     dense = calibration.module(layer, [group.as_tensors() for group in groups])
-    tokens, after_SLI = calibration.capture(layer, hidden_SLI, experts_call(dense))
+    tokens, _, after_SLI = calibration.capture(layer, hidden_SLI, dense)
     if piece is None:
         return after_SLI, None
     compressed = compress_layer(
-        calibration, piece, groups, dense, tokens, plan.weights, max_sweeps=plan.recipe.max_sweeps
+        calibration,
+        piece,
+        groups,
+        dense,
+        tokens,
+        plan.weights,
+        max_sweeps=plan.recipe.max_sweeps,
+        progress=progress,
     )
     record = _write(plan, piece, [compressed], output)
     if calibration.settings.sequential:

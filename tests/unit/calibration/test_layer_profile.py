@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from tests.expert_cases import (
     SHAPE,
@@ -14,9 +15,11 @@ from tests.expert_cases import (
     make_tokens,
     target_of,
 )
-from tuckerize.calibration.layer_profile import LayerProfile, profile_layer
+from tuckerize.calibration.layer_profile import LayerProfile, _gate_up_energies, profile_layer
 from tuckerize.calibration.moments import GroupMoments, gather_moments
 from tuckerize.calibration.tokens import DenseGroup, LayerTokens
+from tuckerize.domain import Projection
+from tuckerize.linalg.selection import eliminate
 
 
 def profile_of(group: DenseGroup, tokens: LayerTokens) -> LayerProfile:
@@ -66,6 +69,24 @@ def test_profile_of_down_is_exact_and_of_selection_nearly() -> None:
         assert profile.gate_up_KI[0, size] == pytest.approx(error**2, rel=1 / 3)
         next_error = compress(group, tokens, target_of(10, size + 1, 8))[1]
         assert next_error < 5 / 6 * error
+
+
+def test_first_order_energies_of_nested_widths_are_those_of_their_rows() -> None:
+    group, tokens = make_group(SHAPE), make_tokens(200, 8, 3)
+    moments = gather_moments(group, tokens, activation=SWIGLU)
+    found = eliminate(moments.neurons_EHH, group.stacks[Projection.DOWN])
+    kept = [found.kept(width) for width in (10, 7, 7, 2)]
+    for own, energy_II in zip(kept, _gate_up_energies(group, moments, kept), strict=True):
+        expected_II = torch.zeros(8, 8).double()
+        for projection, sensitivity_EH in (
+            (Projection.GATE, moments.gate_sensitivity_EH),
+            (Projection.UP, moments.up_sensitivity_EH),
+        ):
+            for expert in range(3):
+                for place in own.of_expert(expert).tolist():
+                    row_I = group.stacks[projection][expert, place].double()
+                    expected_II += float(sensitivity_EH[expert, place]) * torch.outer(row_I, row_I)
+        torch.testing.assert_close(energy_II.double(), expected_II, rtol=1e-4, atol=1e-6)
 
 
 def test_profile_of_groups_is_of_their_common_output() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tests.expert_cases import SWIGLU, exact_output, make_group, make_tokens
-from tuckerize.calibration.moments import gather_moments, refit_moments
+from tuckerize.calibration.moments import gather_moments, input_moments, refit_moments
 from tuckerize.calibration.tokens import DenseGroup, LayerTokens
 from tuckerize.domain import Projection, StackShape
 
@@ -49,6 +49,8 @@ def seen(group: DenseGroup, tokens: LayerTokens) -> list[list[tuple[int, float]]
 def test_moments_are_the_naive_sums(count: int, first: int) -> None:
     group, tokens = make_group(SHAPE, first=first), make_tokens(count, 5, 6)
     found = gather_moments(group, tokens, activation=SWIGLU)
+    inputs_EII = input_moments(group, tokens)
+    assert_close(found.pooled_II, inputs_EII.sum(0), rtol=1e-4, atol=1e-5)
     for place, own in enumerate(seen(group, tokens)):
         gate_HI, up_HI, down_HI = (group.stacks[p][place].double() for p in Projection)
         hidden_II, neurons_HH = torch.zeros(5, 5).double(), torch.zeros(4, 4).double()
@@ -66,7 +68,7 @@ def test_moments_are_the_naive_sums(count: int, first: int) -> None:
                 gate_H[n] += (silu_slope(gates[n]) * ups[n]) ** 2 * norm
                 up_H[n] += silu_of(gates[n]) ** 2 * norm
         for result, expected in (
-            (found.hidden_EII, hidden_II),
+            (inputs_EII, hidden_II),
             (found.neurons_EHH, neurons_HH),
             (found.gate_sensitivity_EH, gate_H),
             (found.up_sensitivity_EH, up_H),

@@ -5,10 +5,17 @@ from __future__ import annotations
 import io
 import re
 import sys
+import time
 
 import pytest
 
 from tuckerize.cli.progress import TerminalProgress, is_leader
+from tuckerize.progress import LayerProgress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
 def work() -> None:
@@ -36,7 +43,24 @@ def test_leader_of_several_processes_writes_a_line_per_stage(
     work()
     out, errors = capsys.readouterr()
     assert out == ""
-    assert re.fullmatch(r" +\d+\.\d s: read\n +\d+\.\d s: write\n", errors)
+    left = r" \(40%, about 0 s left\)"
+    assert re.fullmatch(rf" +\d+\.\d s: read\n +\d+\.\d s: write{left}\n", errors)
+
+
+def test_single_process_writes_a_line_in_ten_seconds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    clock = iter([0.0, 0.0, 4.0, 30.0, 31.0])  # made, started, three stages
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    with TerminalProgress() as progress:
+        progress.start(2)
+        layer = LayerProgress(progress, 7, effort=4)
+        layer.stage("moments")
+        layer.stage("neurons", 2)
+        layer.stage("down", 1)
+        layer.finish("layer 7")
+    assert capsys.readouterr().err == "   30.0 s: layer 7: neurons (25%, about 90 s left)\n"
 
 
 def test_other_processes_write_nothing(
@@ -48,11 +72,19 @@ def test_other_processes_write_nothing(
     assert capsys.readouterr() == ("", "")
 
 
-def test_terminal_shows_a_bar_with_the_note_and_closes_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+def test_clock_of_the_bar_goes_on_during_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    with TerminalProgress() as progress:
+        progress.start(10)
+        progress.stage("read")
+        deadline = time.monotonic() + 10
+        while "00:01 elapsed" not in terminal.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert "00:01 elapsed" in terminal.getvalue()
 
+
+def test_terminal_shows_a_bar_with_the_note_and_closes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     work()

@@ -3,7 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tuckerize.linalg.gram import add_gram, eigenvalues_and_vectors, leading_eigenvectors
+from tuckerize.linalg.gram import (
+    add_gram,
+    eigenvalues,
+    eigenvalues_and_vectors,
+    leading_eigenvectors,
+    symmetric,
+)
 from tuckerize.linalg.threads import Workers, parallel_workers
 
 # (rows, columns): wide, tall, in equal and unequal row blocks.
@@ -56,6 +62,8 @@ def test_eigenvalues_with_noise_below_the_diagonal_ignore_it() -> None:
     exact = rows_MN.T @ rows_MN
     noisy = exact.triu() + torch.full((12, 12), 1e9, dtype=torch.float64).tril(-1)
     torch.testing.assert_close(eigenvalues_and_vectors(noisy)[0], eigenvalues_and_vectors(exact)[0])
+    torch.testing.assert_close(eigenvalues(noisy), eigenvalues_and_vectors(exact)[0])
+    torch.testing.assert_close(symmetric(noisy), exact)
 
 
 def test_leading_eigenvectors_of_diagonal_matrix_are_the_largest_axes() -> None:

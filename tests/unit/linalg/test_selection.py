@@ -16,6 +16,7 @@ from tuckerize.linalg.selection import (
     eliminate,
     kept_neurons,
     refit_down,
+    refitted_energy,
 )
 
 F64 = torch.float64
@@ -227,6 +228,19 @@ def test_refit_of_down_is_least_squares_with_a_ridge_towards_the_kept_rows(token
         target = torch.cat([h_NH @ down_HI, ridge**0.5 * down_HI[kept_K]])
         expected_KI = torch.linalg.lstsq(data, target).solution
         torch.testing.assert_close(found_KI, expected_KI, rtol=1e-6, atol=1e-8)
+
+
+def test_refit_recovers_what_its_error_lacks() -> None:
+    (h_NH,), (down_HI,) = make_neurons(1, 50, 6), make_down(1, 6, 4)
+    now_NH = h_NH + 0.3 * h_NH.roll(1, 1)
+    recovered = refitted_energy(now_NH.T @ now_NH, now_NH.T @ h_NH, down_HI)
+    shape = StackShape(1, 6, 4)
+    fitted_HI = refit_down(
+        (now_NH.T @ now_NH)[None], (now_NH.T @ h_NH)[None], down_HI[None], all_neurons(shape)
+    )[0]
+    exact_NI = h_NH @ down_HI
+    error = (now_NH @ fitted_HI - exact_NI).square().sum()
+    assert float(exact_NI.square().sum()) - recovered == pytest.approx(float(error), rel=1e-6)
 
 
 @settings(derandomize=True, max_examples=30, deadline=None, database=None)

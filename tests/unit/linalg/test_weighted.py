@@ -256,7 +256,7 @@ def test_hidden_factor_is_nearly_the_solution_of_its_normal_equations(decay: flo
 
     def squared_error(own_IR: Tensor) -> float:
         tensors = [TuckerFactors(factors.core, U_I=own_IR) for factors in start]
-        return problem.error(tensors) ** 2
+        return problem.state(tensors).error ** 2
 
     found = squared_error(problem._hidden_factor(list(start), U_I))
     least = squared_error(exact_IR)
