@@ -52,13 +52,16 @@ class Step:
     peak_gib: float
 
 
-def lite_config(layers: int, *, dense_layers: int) -> DeepseekV2Config:
-    """DeepSeek-V2-Lite with few layers, the first of them dense, and the example's vocabulary."""
+def lite_config(layers: int, *, dense_layers: int, narrow: int = 1) -> DeepseekV2Config:
+    """DeepSeek-V2-Lite with few layers, the first of them dense, and the example's vocabulary.
+
+    Its hidden and intermediate sizes are divided by `narrow`.
+    """
     return DeepseekV2Config(
         vocab_size=2048,
-        hidden_size=HIDDEN,
-        intermediate_size=10944,
-        moe_intermediate_size=INTERMEDIATE,
+        hidden_size=HIDDEN // narrow,
+        intermediate_size=10944 // narrow,
+        moe_intermediate_size=INTERMEDIATE // narrow,
         n_routed_experts=EXPERTS,
         n_shared_experts=2,
         num_experts_per_tok=TOP_K,

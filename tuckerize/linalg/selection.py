@@ -22,6 +22,8 @@ from tuckerize.linalg.tucker import in_float64
 _RIDGE = 1e-4
 # Ridge of the refit of down, in the same unit.
 _REFIT_RIDGE = 1e-3
+# Ridges, each ten times the one before, that are tried.
+_RIDGES = 8
 # Maximum number of elimination rounds; each removes the cheapest few neurons at once.
 _MAX_ROUNDS = 256
 # Rounds between updates of all that remains, which are GEMMs of this many rounds' neurons.
@@ -188,8 +190,7 @@ class _Remaining(NamedTuple):
         exact_EHH = in_float64(moments_EHH)
         mean_E = exact_EHH.diagonal(dim1=1, dim2=2).mean(1)
         ridge_E = torch.where(mean_E > 0, _RIDGE * mean_E, torch.ones_like(mean_E))
-        exact_EHH = exact_EHH + torch.diag_embed(ridge_E[:, None].expand(exact_EHH.shape[:2]))
-        inverse_EHH = torch.cholesky_inverse(torch.linalg.cholesky_ex(exact_EHH).L)
+        inverse_EHH = torch.cholesky_inverse(_root(exact_EHH, ridge_E))
         gram_EHH = torch.empty_like(inverse_EHH)
         for own_HH, down_HI in zip(gram_EHH, down_EHI, strict=True):
             own_HH.copy_(down_HI @ down_HI.T)
@@ -250,6 +251,17 @@ class _Remaining(NamedTuple):
         return self.places_EN.gather(1, order_EM), torch.cat(costs, dim=1), remaining
 
 
+def _root(moments_ENN: Tensor, ridge_E: Tensor) -> Tensor:
+    """Cholesky factors of moments plus a ridge, raised where rounding made them indefinite."""
+    for _ in range(_RIDGES):
+        ridges_EN = ridge_E[:, None].expand(moments_ENN.shape[:2])
+        root_ENN, info_E = torch.linalg.cholesky_ex(moments_ENN + torch.diag_embed(ridges_EN))
+        if not bool(info_E.any()):
+            break
+        ridge_E = torch.where(info_E > 0, 10 * ridge_E, ridge_E)
+    return root_ENN
+
+
 def _rows(matrices_ENX: Tensor, places_EM: Tensor) -> Tensor:
     """Rows at each expert's own places, shape (E, M, X)."""
     experts, size, width = matrices_ENX.shape
@@ -277,7 +289,7 @@ def refit_down(
     ):
         exact_KK = in_float64(moment_KK[:width, :width])
         ridge = _REFIT_RIDGE * exact_KK.diagonal().mean().clamp_min(1e-30)
-        root_KK = torch.linalg.cholesky_ex(exact_KK + torch.diag(ridge.expand(width))).L
+        root_KK = _root(exact_KK[None], ridge[None])[0]
         kept_KI = in_float64(down_HI[kept.of_expert(expert).to(down_HI.device)])
         # The ridge bounds what the rounding of this product can do to the outputs.
         right_KI = in_float64(cross_KH[:width] @ down_HI) + ridge * kept_KI

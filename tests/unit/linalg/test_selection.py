@@ -188,6 +188,17 @@ def test_expert_without_any_data_is_no_obstacle() -> None:
     assert sorted(found.order_EH[1].tolist()) == list(range(5))
 
 
+def test_moment_that_rounding_made_indefinite_is_no_obstacle() -> None:
+    h_ENH, down_EHI = make_neurons(2, 40, 5), make_down(2, 5, 4)
+    moments_EHH = moments(h_ENH)
+    moments_EHH[1] -= 0.01 * moments_EHH[1].diagonal().mean() * torch.eye(5)
+    assert float(torch.linalg.eigvalsh(moments_EHH[1])[0]) < 0
+    found = eliminate(moments_EHH, down_EHI)
+    assert bool(found.errors_H.isfinite().all())
+    fitted = refit_down(moments_EHH, moments_EHH, down_EHI, all_neurons(StackShape(2, 5, 4)))
+    assert bool(fitted.isfinite().all())
+
+
 @pytest.mark.parametrize("scale", [1e-15, 1e15])
 def test_order_does_not_depend_on_the_unit(scale: float) -> None:
     h_ENH, down_EHI = make_neurons(2, 40, 6), make_down(2, 6, 4)

@@ -1,0 +1,119 @@
+"""Time of a calibrated decomposition now and at an earlier commit, in one run on one machine.
+
+A generated layer with DeepSeek-V2-Lite's experts (64 of 1408 x 2048, top-6), widths divided by
+`--narrow`; 8,192 tokens, one thread. Processor time, which other work on the machine changes less
+than the wall's.
+
+    python -m benchmarks.calibrated_speed --baseline v0.1.0 --write
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.full_width import CALIBRATION_TOKENS, EXAMPLE, lite_config, write_checkpoint
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results" / "calibrated_speed.json"
+STEPS = 8
+
+
+@dataclass(frozen=True)
+class Times:
+    """Processor seconds of one version, of a layer.
+
+    Attributes:
+        plan: `tuckerize plan`.
+        closed_form: `tuckerize decompose --keep 0.75 --refine 0`, with the profile in the cache.
+        refinement_step: One step of refinement.
+    """
+
+    plan: float
+    closed_form: float
+    refinement_step: float
+
+
+@contextmanager
+def checked_out(commit: str, folder: Path) -> Iterator[Path]:
+    """The tree of a commit in a folder."""
+    git = ["git", "-C", str(ROOT), "worktree"]
+    subprocess.run([*git, "add", "--quiet", "--detach", str(folder), commit], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run([*git, "remove", "--force", str(folder)], check=True)
+
+
+def seconds(tree: Path, words: list[str], cache: Path) -> float:
+    """Processor seconds of a command of a version; those do not count who else runs."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(tree),
+        "XDG_CACHE_HOME": str(cache),
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+    }
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(
+        [sys.executable, "-m", "tuckerize", *words], check=True, env=environment, stdout=sys.stderr
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def measure(tree: Path, model: Path, folder: Path) -> Times:
+    """Times of one version."""
+    folder.mkdir()
+    cache, output = folder / "cache", folder / "out"
+    options = ["--model", str(model), "--calibration", str(EXAMPLE / "held_out.txt")]
+    options += ["--calibration-tokens", str(CALIBRATION_TOKENS)]
+    plan = seconds(tree, ["plan", *options], cache)
+    decompose = ["decompose", *options, "--output", str(output), "--keep", "0.75", "--overwrite"]
+    closed = seconds(tree, [*decompose, "--refine", "0"], cache)
+    refined = seconds(tree, [*decompose, "--refine", str(STEPS)], cache)
+    return Times(round(plan, 1), round(closed, 1), round((refined - closed) / STEPS, 2))
+
+
+def main() -> None:
+    """Measure both versions, print them, and write the results if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--baseline", required=True, help="commit to compare with")
+    parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
+    parser.add_argument("--narrow", type=int, default=2)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="speed-") as temporary:
+        folder = Path(temporary)
+        config = lite_config(2, dense_layers=1, narrow=arguments.narrow)
+        write_checkpoint(folder / "model", config)
+        now = measure(ROOT, folder / "model", folder / "now")
+        with checked_out(arguments.baseline, folder / "tree") as tree:
+            before = measure(tree, folder / "model", folder / "before")
+    for name, own in (("before", before), ("now", now)):
+        print(f"{name:8} {own}")
+    if arguments.write:
+        result = {
+            "command": " ".join(["python", "-m", "benchmarks.calibrated_speed", *sys.argv[1:]]),
+            "date": time.strftime("%Y-%m-%d"),
+            "torch": torch.__version__,
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "before": asdict(before),
+            "now": asdict(now),
+        }
+        RESULTS.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
