@@ -253,12 +253,14 @@ class _Remaining(NamedTuple):
 
 def _root(moments_ENN: Tensor, ridge_E: Tensor) -> Tensor:
     """Cholesky factors of moments plus a ridge, raised where rounding made them indefinite."""
+    root_ENN = moments_ENN
     for _ in range(_RIDGES):
         ridges_EN = ridge_E[:, None].expand(moments_ENN.shape[:2])
-        root_ENN, info_E = torch.linalg.cholesky_ex(moments_ENN + torch.diag_embed(ridges_EN))
-        if not bool(info_E.any()):
+        found = torch.linalg.cholesky_ex(moments_ENN + torch.diag_embed(ridges_EN))
+        root_ENN = found.L
+        if not bool(found.info.any()):
             break
-        ridge_E = torch.where(info_E > 0, 10 * ridge_E, ridge_E)
+        ridge_E = torch.where(found.info > 0, 10 * ridge_E, ridge_E)
     return root_ENN
 
 
