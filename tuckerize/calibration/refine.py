@@ -61,8 +61,7 @@ def refine(
         steps: Number of steps of Adam; as many as make 25 passes over the tokens, if that is less.
         stage: Is told the steps, some at a time.
     """
-    batch = max(1, min(_BATCH_TOKENS, len(fit.x_TI)))
-    steps = min(steps, -(-_MAX_EPOCHS * len(fit.x_TI) // batch))
+    batch, steps = batch_and_steps(len(fit.x_TI), steps)
     target_TI = dense(fit)
     before = relative_output_error(module, held_out, dense(held_out))
     parameters = dict(module.named_parameters())
@@ -80,6 +79,17 @@ def refine(
             for name, value in parameters.items():
                 value.copy_(start[name])
     return Refinement(before, after, kept)
+
+
+def batch_and_steps(tokens: int, most: int) -> tuple[int, int]:
+    """Tokens of a step, and the number of steps that are made of at most so many.
+
+    Args:
+        tokens: Tokens to fit.
+        most: Upper bound on the steps.
+    """
+    batch = max(1, min(_BATCH_TOKENS, tokens))
+    return batch, min(most, -(-_MAX_EPOCHS * tokens // batch))
 
 
 @torch.no_grad()

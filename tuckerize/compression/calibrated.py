@@ -21,7 +21,7 @@ from tuckerize.calibration.moments import (
     input_moments,
     refit_moments,
 )
-from tuckerize.calibration.refine import Refinement, refine, relative_output_error
+from tuckerize.calibration.refine import Refinement, batch_and_steps, refine, relative_output_error
 from tuckerize.calibration.tokens import DenseGroup, LayerTokens
 from tuckerize.compression.factors import (
     GroupFactors,
@@ -85,7 +85,8 @@ def compress_layer(
     """
     fit, held_out = tokens.split()
     activation = calibration.activation(piece.layer)
-    effort = len(groups) * sum(_EFFORTS.values()) + calibration.settings.refine
+    _, num_steps = batch_and_steps(len(fit.x_TI), calibration.settings.refine)
+    effort = len(groups) * sum(_EFFORTS.values()) + num_steps
     stages = LayerProgress(progress, piece.layer, effort)
     treat = closed_form(fit, activation=activation, max_sweeps=max_sweeps, stage=stages.stage)
     steps: list[Step] = [

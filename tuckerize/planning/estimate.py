@@ -7,6 +7,7 @@ import time
 
 import torch
 
+from tuckerize.calibration.refine import batch_and_steps
 from tuckerize.compression.target import CompressionTarget, LayerPiece
 from tuckerize.domain import (
     WEIGHT_TYPES,
@@ -73,15 +74,15 @@ def _calibrated_work(plan: Plan, piece: LayerPiece, settings: CalibrationSetting
     layer = 2.0 * 3 * neurons * hidden
     # Moments and their refit, the dense layer forward some four times, and the profile.
     total = rows * (2.0 * (hidden**2 + 3 * neurons**2) + 6 * layer)
-    # Elimination in float64, half as fast: the inverse, and a product for every round.
-    total += 2 * experts * (4.0 * neurons**3 + 2 * neurons**2 * hidden)
+    # Elimination: in float64, half as fast, the inverse and its updates; products of down's rows.
+    total += experts * (2 * 3.0 * neurons**3 + 2 * neurons**2 * hidden)
     gate_rank = next(iter(piece.targets[0].ranks.values()))
     if gate_rank.hidden < hidden:
         sweep = experts * 30 * 4.0 * hidden**2 * gate_rank.hidden
         total += min(_LIKELY_SWEEPS, plan.recipe.max_sweeps) * sweep
     # Forward and backward of one batch per step.
-    batch = min(2048, settings.tokens)
-    return total + settings.refine * batch * plan.source.moe.routing.top_k * 3 * layer
+    batch, steps = batch_and_steps(settings.tokens, settings.refine)
+    return total + steps * batch * plan.source.moe.routing.top_k * 3 * layer
 
 
 def peak_bytes(plan: Plan) -> int:
