@@ -33,8 +33,10 @@ from tuckerize.names import TensorName
 from tuckerize.progress import LayerProgress, Progress
 from tuckerize.version import __version__
 
-# Windows of text that the sensitivity is measured on, and the share of neurons that is pruned.
-_PROBE_WINDOWS = 8
+# Windows of text that the sensitivity is measured on: fewer where many layers make probes, each of
+# which goes through all layers after its own. And the share of neurons that is pruned.
+_PROBE_WINDOWS = (4, 8)
+_PROBE_WINDOWS_OF_ALL_LAYERS = 128
 _PRUNED_SHARE = 0.25
 # Version of the contents of profiles.
 _PROFILE_VERSION = 9
@@ -169,7 +171,9 @@ def profile_model(run: CalibrationPass, progress: Progress) -> list[LayerProfile
         start, states = 0, {}
     hidden_SLI = states.pop("hidden") if states else run.embed()
     errors = {name: states.pop(name) for name in list(states) if name.startswith(_ERROR)}
-    probes = states or {_CLEAN: hidden_SLI[spread(run.text_windows, _PROBE_WINDOWS)]}
+    probes = states or {
+        _CLEAN: hidden_SLI[spread(run.text_windows, _num_probe_windows(len(layers)))]
+    }
     progress.advance(start, "continued")
     for layer in range(start, run.model.layers):
         if layer in layers:
@@ -240,6 +244,12 @@ def _profile_layer(
     stages.finish(f"profile of layer {layer}")
     cache.save(profile)
     return seen.after_SLI, missed / exact.output_TI.square().sum()
+
+
+def _num_probe_windows(layers: int) -> int:
+    """Windows that each of so many layers is probed on."""
+    least, most = _PROBE_WINDOWS
+    return max(least, min(most, _PROBE_WINDOWS_OF_ALL_LAYERS // layers))
 
 
 def _pruned(group: DenseGroup, moments: GroupMoments) -> dict[TensorName, Tensor]:
