@@ -38,6 +38,7 @@ from tuckerize.moe.source import SourceModel
 from tuckerize.names import TensorName
 from tuckerize.pipeline.decompose import DecomposeRequest
 from tuckerize.progress import SilentProgress
+from tuckerize.progress import Stage
 from tuckerize.recipe import CalibrationSettings, Recipe, Rule
 from tuckerize.report import DecomposeReport, PlanReport, VerifyReport
 from tuckerize.runtime.experts import TuckerExperts
@@ -381,9 +382,10 @@ def test_outputs_count_relative_to_the_lengths_of_hidden_states(
         dense: Callable[[LayerTokens], Tensor],
         *,
         steps: int,
+        stage: Stage,
     ) -> Refinement:
         targets.append({False: dense(fit), True: dense(held_out)})
-        return refine(module, fit, held_out, dense, steps=steps)
+        return refine(module, fit, held_out, dense, steps=steps, stage=stage)
 
     monkeypatch.setattr(calibrated_module, "refine", noted)
     out = tmp_path / "out"
