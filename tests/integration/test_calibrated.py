@@ -37,8 +37,7 @@ from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 from tuckerize.moe.source import SourceModel
 from tuckerize.names import TensorName
 from tuckerize.pipeline.decompose import DecomposeRequest
-from tuckerize.progress import SilentProgress
-from tuckerize.progress import Stage
+from tuckerize.progress import SilentProgress, Stage
 from tuckerize.recipe import CalibrationSettings, Recipe, Rule
 from tuckerize.report import DecomposeReport, PlanReport, VerifyReport
 from tuckerize.runtime.experts import TuckerExperts
