@@ -270,7 +270,7 @@ class _Measured:
                     )
                 ]
             )
-            energy_R = (rows_KI @ basis_IR).square().sum(0).double().cumsum(0)
+            energy_R = in_float64((rows_KI @ basis_IR).square().sum(0)).cumsum(0)
             total = float((rows_KI @ roots[0].to(rows_KI)).square().sum())
             self.most += total
             kept = energy_R[[size - 1 for size in self.sizes]].cpu().numpy()
@@ -313,7 +313,7 @@ def _refitted_errors(
     low_NR = own.x_NI @ onto_IR
     gate_HR, up_HR = gate_HI @ basis_IR, up_HI @ basis_IR
     gate_NH, up_NH = torch.zeros_like(exact_NH), torch.zeros_like(exact_NH)
-    dense = float((down_HI * (moments.neurons_EHH[place] @ down_HI)).sum(dtype=torch.float64))
+    dense = float((down_HI * (moments.neurons_EHH[place] @ down_HI)).sum())
     errors = []
     for start, stop in itertools.pairwise([0, *sizes]):
         gate_NH.addmm_(low_NR[:, start:stop], gate_HR[:, start:stop].T)

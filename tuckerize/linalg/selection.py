@@ -313,6 +313,6 @@ def refitted_energy(moment_HH: Tensor, cross_HH: Tensor, down_HI: Tensor) -> flo
     places_1H = torch.arange(len(down_HI))[None]
     kept = KeptNeurons(places_1H, (len(down_HI),))
     fitted_HI = refit_down(moment_HH[None], cross_HH[None], down_HI[None], kept)[0]
-    mixed = (fitted_HI * (cross_HH @ down_HI)).sum(dtype=torch.float64)
-    now = (fitted_HI * (moment_HH @ fitted_HI)).sum(dtype=torch.float64)
-    return float(2 * mixed - now)
+    mixed = (fitted_HI * (cross_HH @ down_HI)).sum()
+    now = (fitted_HI * (moment_HH @ fitted_HI)).sum()
+    return 2 * float(mixed) - float(now)
