@@ -38,6 +38,22 @@ def fp8_blocks(weight: Tensor, block: int = 128) -> Quantized:
     return {"weight": codes, "weight_scale_inv": scale}, codes.double() * wide.double()
 
 
+def fp8_powers(weight: Tensor) -> Quantized:
+    """DeepSeek-V4's: scales of blocks are powers of 2 (ue8m0), and are named `scale`."""
+    rows, columns = weight.shape
+    wide = torch.empty(rows, columns)
+    exponent = torch.empty(-(-rows // 128), -(-columns // 128), dtype=torch.uint8)
+    for i in range(exponent.shape[0]):
+        for j in range(exponent.shape[1]):
+            place = slice(i * 128, (i + 1) * 128), slice(j * 128, (j + 1) * 128)
+            power = (weight[place].float().abs().max() / 448).log2().ceil()
+            exponent[i, j] = int(power) + 127
+            wide[place] = power.exp2()
+    codes = (weight.float() / wide).to(torch.float8_e4m3fn)
+    stored = {"weight": codes, "scale": exponent.view(torch.float8_e8m0fnu)}
+    return stored, codes.double() * wide.double()
+
+
 def fp8_tensor(weight: Tensor) -> Quantized:
     """One scale per weight."""
     scale = (weight.float().abs().max() / 448).reshape(1)
@@ -76,16 +92,29 @@ def _grouped(weight: Tensor, bits: int, *, symmetric: bool, group: int) -> tuple
     return codes.flatten(1).to(torch.int8), scale, zero.to(torch.int8), dense.flatten(1)
 
 
-def packed_ints(bits: int, *, symmetric: bool = True, group: int = 32) -> Callable[..., Quantized]:
-    """compressed-tensors' pack-quantized, as in Kimi-K2-Thinking (4 bits, groups of 32)."""
+def packed_ints(
+    bits: int, *, symmetric: bool = True, group: int = 32, shuffled: bool = False
+) -> Callable[..., Quantized]:
+    """compressed-tensors' pack-quantized, as in Kimi-K2-Thinking (4 bits, groups of 32).
+
+    Shuffled: columns of a group in any place (act-order), as `weight_g_idx` says.
+    """
 
     def quantize(weight: Tensor) -> Quantized:
-        codes, scale, zero, dense = _grouped(weight, bits, symmetric=symmetric, group=group)
+        columns = weight.shape[1]
+        order = torch.randperm(columns) if shuffled else torch.arange(columns)
+        back = order.argsort()
+        codes, scale, zero, dense = _grouped(
+            weight[:, order], bits, symmetric=symmetric, group=group
+        )
+        codes, dense = codes[:, back], dense[:, back]
         stored = {
             "weight_packed": pack_to_int32(codes, bits),
             "weight_scale": scale,
             "weight_shape": torch.tensor(weight.shape),
         }
+        if shuffled:
+            stored["weight_g_idx"] = (torch.arange(columns) // group)[back].to(torch.int32)
         if not symmetric:
             stored["weight_zero_point"] = pack_to_int32(zero, bits, packed_dim=0).contiguous()
         return stored, dense
@@ -235,6 +264,12 @@ FORMATS: dict[str, tuple[Callable[[Tensor], Quantized], dict[str, Any]]] = {
 }
 """How to quantize a weight, and how config.json describes it, by format."""
 
+OTHERS: dict[str, tuple[Callable[[Tensor], Quantized], dict[str, Any]]] = {
+    "gptq": (gptq, {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False}),
+    "awq": (awq, {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}),
+}
+"""Formats whose loading by transformers needs packages that are not ours."""
+
 
 def quantize_model(
     source: Path, folder: Path, kind: str, *, experts_only: bool = False
@@ -244,13 +279,13 @@ def quantize_model(
     Args:
         source: The model.
         folder: The new folder.
-        kind: Key of `FORMATS`.
+        kind: Key of `FORMATS` or `OTHERS`.
         experts_only: Whether attention and shared experts stay as they are, as in Kimi-K2-Thinking.
 
     Returns:
         The dense values in float64 of what was quantized.
     """
-    quantize, description = FORMATS[kind]
+    quantize, description = (FORMATS | OTHERS)[kind]
     folder.mkdir()
     for path in source.iterdir():
         if path.name.startswith(("tokenizer", "special", "generation")):
@@ -273,4 +308,33 @@ def quantize_model(
     config = read_json_object(source / "config.json")
     config["quantization_config"] = {**description, ignored: left}
     write_json(folder / "config.json", config)
+    return dense
+
+
+def quantize_deepseek_v4(source: Path, folder: Path) -> dict[str, Tensor]:
+    """Quantize a tiny DeepSeek-V4 as its releases are: experts in MXFP4, attention in FP8.
+
+    Returns:
+        All tensors, with the dense values of what was quantized.
+    """
+    folder.mkdir()
+    tensors: dict[str, Tensor] = {}
+    dense: dict[str, Tensor] = {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        module = name.removesuffix(".weight")
+        quantize = None
+        if ".experts." in name:
+            quantize = mxfp4_deepseek
+        elif module.rpartition(".")[2] in ("wq_a", "wq_b", "wkv", "wo_a", "wo_b"):
+            quantize = fp8_powers
+        if quantize is None:
+            tensors[name] = dense[name] = tensor
+            continue
+        stored, value = quantize(tensor)
+        tensors |= {f"{module}.{own}": part for own, part in stored.items()}
+        dense[name] = value.to(tensor.dtype)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = read_json_object(source / "config.json")
+    described = {**FORMATS["fp8"][1], "scale_fmt": "ue8m0"}
+    write_json(folder / "config.json", {**config, "quantization_config": described})
     return dense

@@ -181,6 +181,12 @@ INFERRED = (
 )
 """Families that are not in the table, and whose tensors tell everything."""
 
+CALIBRATED = ("deepseek_v3", "glm4_moe", "lfm2_moe", "minimax_m2", "qwen3_next", "qwen3_vl_moe")
+"""Families that are calibrated, sharded, verified and evaluated; one of each kind."""
+
+EVERY_VERSION = ("olmoe", "qwen3_moe")
+"""Families whose whole job `make test-transformers` does, besides DeepSeek-V2's."""
+
 NOT_STREAMED = {
     "bailing_hybrid": "transformers merges weights of its attention when it loads them",
     "deepseek_v4": "layers hand on several residual streams",

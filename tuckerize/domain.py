@@ -108,6 +108,12 @@ class Engine(Choice):
     TENSORLY = "tensorly"
 
 
+class Mtp(Choice):
+    """Treatment of layers that predict further tokens, where they are not compressed."""
+
+    COPY = "copy"
+
+
 class Joint(Choice):
     """Projections that share one U_I."""
 

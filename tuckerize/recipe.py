@@ -23,6 +23,7 @@ from tuckerize.domain import (
     Dtype,
     Engine,
     Joint,
+    Mtp,
     Projection,
     Target,
     Truncation,
@@ -192,6 +193,8 @@ class Recipe(_Schema):
         calibration: Texts to calibrate with; without them the decomposition is data-free.
         dequantize_rest: Whether what is not compressed is written dense, in `dtype`, where the
             source has it quantized; otherwise it keeps its format.
+        mtp: `copy`: layers that predict further tokens stay as they are; otherwise they are
+            compressed like the others, without calibration.
     """
 
     schema_version: Literal[1] = 1
@@ -204,6 +207,7 @@ class Recipe(_Schema):
     engine: Engine = Engine.TUCKERIZE
     calibration: CalibrationSettings | None = None
     dequantize_rest: bool | None = None
+    mtp: Mtp | None = None
 
     @model_validator(mode="after")
     def _fits_quantisation(self) -> Recipe:

@@ -18,7 +18,7 @@ from typer.models import ArgumentInfo
 
 import tuckerize
 from tests.docs.pages import ROOT
-from tests.tiny_families import INFERRED, NOT_STREAMED
+from tests.tiny_families import CALIBRATED, EVERY_VERSION, FAMILY_NAMES, INFERRED, NOT_STREAMED
 from tuckerize.cli.app import app
 from tuckerize.moe.families import FAMILIES, UNSUPPORTED
 from tuckerize.moe.family import FamilyRow
@@ -98,8 +98,9 @@ Sizes are planned from the published configuration, which lies beside the recipe
 compares them with the shapes of transformers' model of that configuration, and its parameters with the published number.
 
 {shipped}
-Left out: DeepSeek-V4, gpt-oss, Nemotron-3, Kimi-K3, LongCat, Step-3.5 and MiniMax-M3, whose families are [not
-supported](models.md); openPangu 2.0, Ling 2.6, GLM-5.3-Flash and Qwen3.5-122B, of which no published configuration was found.
+Left out: DeepSeek-V4, Step-3.5 and MiniMax-M3, which [cannot be calibrated](models.md#without-calibration); gpt-oss,
+Nemotron-3, Kimi-K3 and LongCat; openPangu 2.0, Ling 2.6, GLM-5.3-Flash and Qwen3.5-122B, of which no published configuration
+was found.
 """
 
 
@@ -224,13 +225,14 @@ _MODELS = """\
 
 tuckerize decomposes the routed experts of these families; `model_type` is that of config.json, or of its
 `text_config`. Which layout a checkpoint has is decided by its tensors: one tensor for each expert and projection, or
-packed, also transposed. What is outside of the experts may be anything: vision towers and layers that predict further
-tokens are copied.
+packed, also transposed. What is outside of the experts may be anything: vision towers are copied.
 
 Each family but `kimi_k2`, which is a `deepseek_v3` by another name and not known to transformers, is tested on a random
 model that transformers makes: at full core sizes the checkpoint that transformers
 loads gives the same logits, `reconstruct` the source's bytes, routing is that of transformers' router, and the model
 runs layer by layer as a whole one does, which calibration needs.
+
+A calibrated job is: profile, budget, compression, shards, `verify` and `evaluate` on a random model.
 
 {families}
 ## Other families
@@ -239,6 +241,30 @@ A checkpoint of another family is decomposed if its experts are named as usual (
 `experts.0.w1.weight` or `experts.gate_up_proj`), one tensor beside them has the shape of a router, and transformers
 holds its experts as an activation times up between two GEMMs, without bias; a note says so. Tested:
 {inferred}.
+
+## Layers that predict further tokens
+
+DeepSeek-V3, GLM-4.5 and their relatives keep them after the last layer (`num_nextn_predict_layers` counts them),
+Qwen3-Next and Qwen3.5 beside the layers (`mtp.layers`). Their experts are compressed like the
+others, but always without calibration: they read what no pass over the model computes, and since drafts are checked an error of
+theirs costs time, not tokens. `--mtp copy` leaves them as they are, as does `--target any-engine`, and as do experts of
+another layout or size than the model's. Tested: DeepSeek-V3, GLM-4-MoE, Qwen3-Next. transformers leaves such layers out; vLLM
+loads them for speculative decoding only, which was not tried with factored ones: use `--mtp copy` there.
+
+## Odd checkpoints
+
+| checkpoint | what happens |
+| --- | --- |
+| one weight file, several with an index, several without it that are complete | read |
+| index with surplus, missing or wrong entries; a stale index beside one file | the tensors that transformers loads |
+| a tensor in two files | read if the same in both, else refused |
+| two sets of weights in one folder | refused; both are named |
+| tied embeddings; snapshots of the cache, whose files are links; any number of experts that is left after pruning | read |
+| fewer layers in config.json than in the files | the others are copied |
+| `.bin` | refused with the command that converts it; never unpickled |
+| GGUF, a LoRA adapter, the authors' own format, a dense model, Git LFS pointers | refused by name |
+
+Each line is a test (`tests/unit/checkpoint/test_weight_set.py`, `tests/integration/test_odd_sources.py`).
 
 ## Not supported
 
@@ -253,16 +279,36 @@ These cannot be run layer by layer; decompose them without `--calibration`.
 def models_page() -> str:
     """docs/reference/models.md."""
     rows = [
-        (f"`{row.model_type}`", row.models, _layouts(row))
+        (f"`{row.model_type}`", row.models, _layouts(row), *_tested(row.model_type))
         for row in FAMILIES.values()
     ]
     return _MODELS.format(
         how=_HOW,
-        families=_table(("`model_type`", "models", "first tensor below a layer"), rows),
+        families=_table(
+            (
+                "`model_type`",
+                "models",
+                "first tensor below a layer",
+                "tested with transformers",
+                "calibrated job",
+            ),
+            rows,
+        ),
         inferred=", ".join(f"`{name}`" for name in INFERRED),
         unsupported=_reasons(UNSUPPORTED),
         not_streamed=_reasons(NOT_STREAMED),
     )
+
+
+def _tested(model_type: str) -> tuple[str, str]:
+    """Releases of transformers that a family is tested with, and whether its whole job is."""
+    [own] = re.findall(r"^transformers==(.+)$", (ROOT / "constraints.txt").read_text(), re.M)
+    [older] = re.findall(r"^TRANSFORMERS \?= ([\d. ]+)", (ROOT / "Makefile").read_text(), re.M)
+    if model_type in ("deepseek_v2", *EVERY_VERSION):
+        return ", ".join([*older.split(), own]), "yes"
+    if model_type not in FAMILY_NAMES:
+        return "", ""
+    return own, "yes" if model_type in CALIBRATED else ""
 
 
 def _layouts(row: FamilyRow) -> str:

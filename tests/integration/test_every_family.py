@@ -12,7 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tests.tiny_families import FAMILY_NAMES, INFERRED, NOT_STREAMED, auto_class, make_family
+from tests.tiny_families import (
+    CALIBRATED,
+    FAMILY_NAMES,
+    INFERRED,
+    NOT_STREAMED,
+    auto_class,
+    make_family,
+)
 from tests.tiny_models import add_tokenizer, write_text
 from tuckerize import (
     DecomposeRequest,
@@ -23,6 +30,7 @@ from tuckerize import (
     decompose,
     evaluate,
     inspect,
+    preview,
     reconstruct,
     shard,
     verify,
@@ -34,6 +42,7 @@ from tuckerize.domain import Projection
 from tuckerize.errors import CheckpointError
 from tuckerize.moe.routing import Router, route
 from tuckerize.moe.source import SourceModel
+from tuckerize.names import TensorName
 from tuckerize.runtime.activations import activation_of
 from tuckerize.runtime.dense import ExpertWeights, dense_output
 from tuckerize.runtime.experts import TuckerExperts
@@ -146,9 +155,7 @@ def _routed(
     return dense_output(x_TI, experts_Tk, weights_Tk, expert_weights=read, activation=activation)
 
 
-@pytest.mark.parametrize(
-    "name", ["deepseek_v3", "glm4_moe", "lfm2_moe", "minimax_m2", "qwen3_next", "qwen3_vl_moe"]
-)
+@pytest.mark.parametrize("name", CALIBRATED)
 def test_calibrated_family_shards_and_verifies(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,20 +212,93 @@ def test_layout_is_that_of_the_tensors(
     assert_equal_weights(tmp_path / "dense", weights(model))
 
 
-def test_layer_after_the_last_one_is_copied(tmp_path: Path) -> None:
-    """DeepSeek-V3 and GLM-4.5 predict further tokens by a layer that transformers leaves out."""
-    model, out, dense = (tmp_path / name for name in ("model", "out", "dense"))
-    make_family(model, "deepseek_v3", num_hidden_layers=3)
-    config = read_json_object(model / CONFIG)
-    write_json(model / CONFIG, config | {"num_hidden_layers": 2})
+def make_further(folder: Path, name: str, count: int = 1) -> tuple[Path, str]:
+    """A model with a layer that predicts further tokens, and the module of its experts.
+
+    DeepSeek-V3 and GLM-4.5 have it after the last layer, Qwen3-Next and Qwen3.5 beside them.
+    """
+    more: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention", "full_attention"]}
+    make_family(folder, name, num_hidden_layers=3, **(more if name == "qwen3_next" else {}))
+    config = read_json_object(folder / CONFIG)
+    if name == "qwen3_next":
+        config["layer_types"] = config["layer_types"][:2]
+        tensors = {
+            n.replace("model.layers.2.", "mtp.layers.0."): t for n, t in weights(folder).items()
+        }
+        save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})
+    else:
+        config["num_nextn_predict_layers"] = count
+    write_json(folder / CONFIG, config | {"num_hidden_layers": 2})
+    return folder, f"{'mtp.layers.0' if name == 'qwen3_next' else 'model.layers.2'}.mlp.experts."
+
+
+def further_of(folder: Path, experts: str) -> dict[str, Tensor]:
+    """Tensors of the experts of such a layer."""
+    return {name: tensor for name, tensor in weights(folder).items() if name.startswith(experts)}
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe", "qwen3_next"])
+def test_layer_that_predicts_further_tokens_is_compressed(name: str, tmp_path: Path) -> None:
+    model, experts = make_further(tmp_path / "model", name)
+    out, dense, again = (tmp_path / name for name in ("out", "dense", "again"))
+    facts = inspect(model)
+    assert facts.layers == ((1,) if name != "qwen3_next" else (0, 1))
     decompose(DecomposeRequest(model=model, rank=FULL, output=out))
-    assert inspect(out).layers == inspect(model).layers == (1,)
-    before, after = weights(model), weights(out)
-    further = [name for name in before if name.startswith("model.layers.2.mlp.experts")]
-    assert all(torch.equal(after[name], before[name]) for name in further)
+    assert inspect(out).layers == facts.layers
+    found = further_of(out, experts)
+    assert found
+    assert all(TensorName.find(own) for own in found)
+    torch.testing.assert_close(logits(load(out)), logits(load(model)), rtol=1e-4, atol=1e-5)
+    shard(ShardRequest(folder=out, tp=2))
+    report = verify(VerifyRequest(folder=out))
+    assert report.passed
+    assert [own.layer for own in report.layers] == [*facts.layers, 2]
+    reconstruct(ReconstructRequest(folder=out, output=dense))
+    assert_equal_weights(dense, weights(model))
+    load(out).save_pretrained(again)  # transformers leaves such layers out
+    assert not further_of(again, experts)
+    assert verify(VerifyRequest(folder=again, model=str(model))).passed
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_next"])
+@pytest.mark.parametrize("target", ["free", "any-engine"])
+def test_calibration_leaves_further_layers_data_free_or_for_stock_as_they_are(
+    name: str, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model, experts = make_further(tmp_path / "model", name)
+    out, text = tmp_path / "out", write_text(tmp_path / "text.txt", 3000)
+    add_tokenizer(model)
+    settings = {"texts": [str(text)], "tokens": 512, "window": 64, "refine": 2, "target": target}
+    request = DecomposeRequest(model=model, keep=0.75, calibration=settings, output=out)
+    planned, report = preview(request), decompose(request)
+    assert planned is not None
+    assert report is not None
+    assert planned.after == report.after == inspect(out).size
+    before, after = (further_of(folder, experts) for folder in (model, out))
+    if target == "any-engine":
+        assert all(torch.equal(after[own], before[own]) for own in before)
+    else:
+        sizes = [sum(tensor.nbytes for tensor in own.values()) for own in (before, after)]
+        assert 0.7 * sizes[0] < sizes[1] <= 0.75 * sizes[0]
+    assert verify(VerifyRequest(folder=out)).passed
+    assert logits(load(out)).isfinite().all()
+
+
+@pytest.mark.parametrize(("mtp", "count"), [("copy", 1), (None, 0)])
+def test_layer_after_the_last_one_is_copied_if_asked_for_or_unknown(
+    mtp: str | None, count: int, tmp_path: Path
+) -> None:
+    """config.json may count fewer layers than the files have."""
+    model, experts = make_further(tmp_path / "model", "deepseek_v3", count)
+    out, dense = tmp_path / "out", tmp_path / "dense"
+    decompose(DecomposeRequest(model=model, rank=FULL, output=out, mtp=mtp))
+    before, after = further_of(model, experts), further_of(out, experts)
+    assert before
+    assert all(torch.equal(after[name], before[name]) for name in before)
     torch.testing.assert_close(logits(load(out)), logits(load(model)), rtol=1e-4, atol=1e-5)
     reconstruct(ReconstructRequest(folder=out, output=dense))
-    assert_equal_weights(dense, before)
+    assert_equal_weights(dense, weights(model))
 
 
 def test_router_without_its_correction_reads_as_none(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.running import torchrun
+from tests.tiny_families import EVERY_VERSION
 from tests.tiny_models import add_tokenizer, make_tiny_family, write_text
 from tuckerize import (
     DecomposeRequest,
@@ -29,7 +30,7 @@ IDS = torch.arange(3, 43)[None]
 FULL = "full,full,full"
 
 
-@pytest.fixture(scope="module", params=["olmoe", "qwen3_moe"])
+@pytest.fixture(scope="module", params=EVERY_VERSION)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder: Path = tmp_path_factory.mktemp(request.param) / "model"
     return add_tokenizer(make_tiny_family(folder, request.param))

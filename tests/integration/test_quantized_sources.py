@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.integrations import compressed_tensors
 
-from tests.quantized_models import FORMATS, quantize_model
+from tests.quantized_models import FORMATS, OTHERS, quantize_deepseek_v4, quantize_model
 from tests.running import run_here
+from tests.tiny_families import make_family
 from tests.tiny_models import add_tokenizer, make_tiny_model, write_text
 from tuckerize import (
     DecomposeRequest,
@@ -283,6 +284,38 @@ def test_without_a_description_the_rest_must_be_dequantized(
         decompose(request)
     assert "--dequantize-rest" in caught.value.hint
     assert decompose(replace(request, dequantize_rest=True)) is not None
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_gptq_and_awq_load_where_the_rest_is_dequantized(
+    plain: dict[torch.dtype, Path], tmp_path: Path, kind: str
+) -> None:
+    source, out = tmp_path / "q", tmp_path / "out"
+    dense = quantize_model(plain[torch.float32], source, kind)
+    decompose(DecomposeRequest(model=source, output=out, rank=FULL, dequantize_rest=True))
+    oracle = shutil.copytree(plain[torch.float32], tmp_path / "oracle")
+    tensors = stored_tensors(oracle) | {name: own.float() for name, own in dense.items()}
+    save_file(tensors, oracle / "model.safetensors", metadata={"format": "pt"})
+    torch.testing.assert_close(logits_of(out), logits_of(oracle), rtol=1e-4, atol=1e-4)
+
+
+def test_deepseek_v4_has_mxfp4_experts_beside_fp8(tmp_path: Path) -> None:
+    plain = make_family(
+        tmp_path / "plain",
+        "deepseek_v4",
+        hidden_size=64,
+        intermediate_size=32,
+        moe_intermediate_size=32,
+    )
+    dense = quantize_deepseek_v4(plain, tmp_path / "q")
+    source = SourceModel.open(tmp_path / "q")
+    assert source.coding == "MXFP4"
+    assert {str(own.coding) for own in source.checkpoint.quantized.values()} == {"MXFP4", "FP8"}
+    out = tmp_path / "out"
+    decompose(DecomposeRequest(model=tmp_path / "q", output=out, rank=FULL, dequantize_rest=True))
+    # The oracle: transformers' model of the dense values.
+    save_file(dense, plain / "model.safetensors", metadata={"format": "pt"})
+    torch.testing.assert_close(logits_of(out), logits_of(plain), rtol=1e-4, atol=1e-5)
 
 
 def test_tucker_checkpoint_is_no_source(plain: dict[torch.dtype, Path], tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ def test_recipe_with_rules_only_has_the_documented_defaults() -> None:
         "engine": "tuckerize",
         "calibration": None,
         "dequantize_rest": None,
+        "mtp": None,
     }
     assert recipe.rules[0].projections == tuple(Projection)
 

@@ -25,6 +25,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tuckerize  # noqa: F401  # teaches transformers to load Tucker checkpoints
+from tests.quantized_models import quantize_model
 from tests.running import ROOT, succeed
 from tests.tiny_models import add_tokenizer, make_tiny_family, write_text
 from tuckerize.format.config import GroupShape, TuckerQuantization
@@ -299,6 +300,17 @@ def test_quantised_cores_are_computed_as_transformers_does(cores: str, tmp_path:
     assert saved == pytest.approx(sizes[0] - sizes[1], rel=0.1)
     [shared] = run([checkpoint], "--tp", "2")
     assert_same_up_to_ties(shared, found, EXACT)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v2", "qwen3_moe"])
+def test_fp8_source_is_served(name: str, tmp_path: Path) -> None:
+    """The engine has no FP8 on a CPU without AMX: what is not compressed is written dense."""
+    source, out = tmp_path / "fp8", tmp_path / "out"
+    quantize_model(make_tiny_family(tmp_path / "dense", name), source, "fp8")
+    decompose(source, out, "--rank", "full,full,40", "--dequantize-rest", "--dtype", "float32")
+    found, expected = run([out, reconstruct(out)])
+    assert_as_in_transformers(found, out)
+    assert found["tokens"] == expected["tokens"]
 
 
 @contextmanager

@@ -100,7 +100,7 @@ def _matrix(weight: QuantizedWeight, parts: Mapping[Role, Tensor]) -> Tensor:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
     order = None
-    if Role.GROUP_INDEX in parts:
+    if Role.GROUP_INDEX in parts and weight.coding == Coding.GPTQ:
         order = parts[Role.GROUP_INDEX].argsort(stable=True)
     state, args = _in_form(weight, parts, order)
     scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**args))
@@ -149,6 +149,8 @@ def _in_form(
     state = {"weight_scale": scale}
     if zeros is not None:
         state["weight_zero_point"] = zeros
+    if Role.GROUP_INDEX in parts and order is None:
+        state["weight_g_idx"] = parts[Role.GROUP_INDEX]
     if weight.coding != Coding.PACKED_INT:
         missing = layout.get("group_size", 0) * scale.shape[-1] - codes.shape[1]
         if missing > 0:  # columns of the last block

@@ -83,7 +83,7 @@ _NEEDED = {
 }
 _OPTIONAL = {
     Coding.INT8: {Role.ZERO_POINT},
-    Coding.PACKED_INT: {Role.ZERO_POINT},
+    Coding.PACKED_INT: {Role.ZERO_POINT, Role.GROUP_INDEX},
     Coding.GPTQ: {Role.GROUP_INDEX},
 }
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tuckerize.ascend.environment import MAX_CONNECT_TIMEOUT
-from tuckerize.domain import CoreType, Device, Dtype, Engine, Joint, Layout, Target
+from tuckerize.domain import CoreType, Device, Dtype, Engine, Joint, Layout, Mtp, Target
 
 SIZE = "Size: exactly one"
 STACKS = "What is decomposed"
@@ -135,6 +135,14 @@ DequantizeRest = Annotated[
     typer.Option(
         "--dequantize-rest",
         help="Write what is not compressed dense, in --dtype, where the source has it quantized.",
+        rich_help_panel=STACKS,
+    ),
+]
+MtpOption = Annotated[
+    Mtp | None,
+    typer.Option(
+        "--mtp",
+        help="Leave layers that predict further tokens as they are.",
         rich_help_panel=STACKS,
     ),
 ]

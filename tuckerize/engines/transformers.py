@@ -37,7 +37,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin, Quan
 from tuckerize.errors import CheckpointError
 from tuckerize.format.config import METHOD, GroupShape, TuckerQuantization
 from tuckerize.format.cores import part_dtype
-from tuckerize.moe.families import glu_of, row_of
+from tuckerize.moe.families import glu_of, is_further, row_of
 from tuckerize.moe.family import Family
 from tuckerize.names import GROUP_PATTERN, TensorKind, TensorName
 from tuckerize.runtime.activations import Activation, activation_of
@@ -158,7 +158,14 @@ class TuckerQuantizer(HfQuantizer):
             )
         described = model.config.to_dict()
         factored, known = {}, row_of(described) is not None
-        for path, groups in config.tucker.modules.items():
+        # transformers leaves out layers that predict further tokens, on loading and on saving.
+        modules = {
+            path: groups
+            for path, groups in config.tucker.modules.items()
+            if not is_further(described, path)
+        }
+        config.tucker = replace(config.tucker, modules=modules)
+        for path, groups in modules.items():
             own = _path_in_model(model, path)
             activation = activation_of(glu_of(described, path))
             factored[own] = _factored(model.get_submodule(own), groups, activation, known=known)

@@ -92,17 +92,27 @@ class LayoutRecord(Record):
         layers: Module of the decoder layers.
         storage: Names of the experts' tensors below a layer.
         inferred: Names of what is beside them, of a family that is not in the table.
+        further: Module of the layers that predict further tokens, if it is another.
+        depth: Number of decoder layers, where `further` is given.
     """
 
     layers: str
     storage: PerExpert | Packed
     inferred: InferredNames | None = None
+    further: str | None = None
+    depth: Count = 0
 
     @classmethod
     def of(cls, family: Family) -> LayoutRecord:
         """Record the layout of a source."""
         names = InferredNames.of(family.row) if family.row.inferred else None
-        return cls(layers=family.layers, storage=family.storage, inferred=names)
+        return cls(
+            layers=family.layers,
+            storage=family.storage,
+            inferred=names,
+            further=family.further,
+            depth=family.depth,
+        )
 
 
 class TuckerManifest(Record):
@@ -310,6 +320,9 @@ def sealed(manifest: TuckerManifest | ShardManifest) -> dict[str, Any]:
     value = manifest.model_dump(mode="json")
     if value.get("cores", "") is None:
         del value["cores"]
+    layout = value.get("layout")
+    if isinstance(layout, dict) and layout["further"] is None:
+        del layout["further"], layout["depth"]
     return {**value, "checksum": checksum(value)}
 
 

@@ -151,7 +151,7 @@ def family_of(manifest: TuckerManifest, folder: Path) -> Family:
         raise CheckpointError(f"{folder} is of the family '{manifest.family}', which is unknown")
     if layout is None:  # of version 0.1
         return Family(row, LAYERS[0], row.storages[0])
-    return Family(row, layout.layers, layout.storage)
+    return Family(row, layout.layers, layout.storage, layout.further, layout.depth)
 
 
 def open_source(model: str, tucker: TuckerCheckpoint) -> SourceModel:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from tuckerize.checkpoint.quantized import FLOATS
 from tuckerize.domain import StackShape, TensorHeader
 from tuckerize.errors import CheckpointError
-from tuckerize.moe.families import LAYERS, UNSUPPORTED, row_of
+from tuckerize.moe.families import FURTHER_LAYERS, LAYERS, UNSUPPORTED, row_of
 from tuckerize.moe.family import (
     Config,
     Family,
@@ -35,7 +36,7 @@ def describe_moe(config: Config, tensors: Mapping[str, TensorHeader]) -> MoeMode
         CheckpointError: The family is not supported, or routed weights are missing or have another
             shape or type than the configuration says.
     """
-    family = describe_family(config, tensors)
+    family = _with_further(describe_family(config, tensors), config, tensors)
     row = family.row
     text = text_config(config)
     layers = family.moe_layers(config, tensors)
@@ -65,7 +66,36 @@ def describe_moe(config: Config, tensors: Mapping[str, TensorHeader]) -> MoeMode
         dtype=tensors[first].dtype if first in tensors else "",
     )
     _check_weights(model, tensors, text)
-    return model
+    further = tuple(
+        layer
+        for layer in family.further_layers(config, tensors)
+        if _is_alike(model, layer, config, tensors)
+    )
+    return replace(model, further=further)
+
+
+def _with_further(family: Family, config: Config, tensors: Mapping[str, TensorHeader]) -> Family:
+    """The family with the module of the layers that predict further tokens, if it has its own."""
+    depth = text_config(config).get("num_hidden_layers")
+    beginnings = {name.partition(".0.")[0] for name in tensors if ".0." in name}
+    found = next((module for module in FURTHER_LAYERS if module in beginnings), None)
+    return replace(family, further=found, depth=depth) if found and depth else family
+
+
+def _is_alike(
+    model: MoeModel, layer: int, config: Config, tensors: Mapping[str, TensorHeader]
+) -> bool:
+    """Whether the experts of a layer have the layout, sizes and type of the model's."""
+    known = model.family.stored(layer).tensors(model.shape)
+    own = {name for name in tensors if model.family.layer_of(name) == layer}
+    try:
+        model.family.glu(config, layer)
+    except CheckpointError:  # config.json describes the model's layers only
+        return False
+    return own == known.keys() and all(
+        tensors[name].shape == shape and tensors[name].dtype == model.dtype
+        for name, shape in known.items()
+    )
 
 
 def _fitting(

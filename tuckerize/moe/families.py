@@ -31,6 +31,9 @@ LAYERS = (
 )
 """Modules of the decoder layers in checkpoints, the first that has experts counts."""
 
+FURTHER_LAYERS = ("mtp.layers",)
+"""Modules of layers that predict further tokens, where decoder layers do not have them."""
+
 GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
 W1_W3_W2 = ("w1", "w3", "w2")
 
@@ -333,6 +336,19 @@ def glu_of(config: Config, experts: str) -> Glu:
         config: Contents of config.json.
         experts: Path of the module, `model.layers.3.mlp.experts` say.
     """
-    row, layer = row_of(config), re.search(r"\.(\d+)\.", f".{experts}.")
+    row = row_of(config)
     read = plain_glu if row is None else row.glu
-    return read(text_config(config), int(layer[1]) if layer else 0)
+    return read(text_config(config), _layer_in(experts))
+
+
+def is_further(config: Config, experts: str) -> bool:
+    """Whether a module of experts belongs to a layer that predicts further tokens."""
+    depth = text_config(config).get("num_hidden_layers")
+    beside = experts.startswith(tuple(f"{module}." for module in FURTHER_LAYERS))
+    return beside or (isinstance(depth, int) and _layer_in(experts) >= depth)
+
+
+def _layer_in(module: str) -> int:
+    """Index of the layer of a module, by its path."""
+    layer = re.search(r"\.(\d+)\.", f".{module}.")
+    return int(layer[1]) if layer else 0

@@ -139,11 +139,16 @@ class Family:
         row: Its row of the table.
         layers: Module of the decoder layers in the checkpoint, `model.layers` say.
         storage: The layout of the routed experts, with names below a layer.
+        further: Module of the layers that predict further tokens, `mtp.layers` say, where they are
+            not among the decoder layers; they are counted on after the last of those.
+        depth: Number of decoder layers, where `further` is given.
     """
 
     row: FamilyRow
     layers: str
     storage: Storage
+    further: str | None = None
+    depth: int = 0
 
     @property
     def model_type(self) -> str:
@@ -187,7 +192,12 @@ class Family:
 
     def name(self, layer: int, below: str) -> str:
         """Name in the checkpoint of a tensor or module of a layer."""
-        return f"{self.layers}.{layer}.{below}"
+        return f"{self._module(layer)}.{below}"
+
+    def _module(self, layer: int) -> str:
+        if self.further and layer >= self.depth:
+            return f"{self.further}.{layer - self.depth}"
+        return f"{self.layers}.{layer}"
 
     def experts_prefix(self, layer: int) -> str:
         """Prefix of the routed experts of a layer, without the final dot."""
@@ -195,12 +205,14 @@ class Family:
 
     def stored(self, layer: int) -> Storage:
         """Layout of the routed experts of a layer, with names as in the checkpoint."""
-        return self.storage.within(f"{self.layers}.{layer}")
+        return self.storage.within(self._module(layer))
 
     def layer_of(self, name: str) -> int | None:
         """Index of the layer whose routed experts a tensor belongs to, or None."""
         match = _routed_names(self).match(name)
-        return int(match[1]) if match else None
+        if match is None:
+            return None
+        return int(match["layer"]) + (self.depth if match["module"] == self.further else 0)
 
     def is_routed(self, name: str) -> bool:
         """Whether a tensor, dense or factored, belongs to routed experts."""
@@ -212,8 +224,28 @@ class Family:
         Layers after the last one predict further tokens: no engine runs them as part of the model.
         """
         last = text_config(config).get("num_hidden_layers")
-        found = {layer for name in names if (layer := self.layer_of(name)) is not None}
-        return tuple(sorted(layer for layer in found if not isinstance(last, int) or layer < last))
+        found = self._layers_of(names)
+        return tuple(layer for layer in found if not isinstance(last, int) or layer < last)
+
+    def further_layers(self, config: Config, names: Iterable[str]) -> tuple[int, ...]:
+        """Indices of the layers with routed experts that predict further tokens.
+
+        Beside the decoder layers all are; among them those after the last that config.json counts
+        as such. Others are left over from a deeper model.
+        """
+        text = text_config(config)
+        last, count = text.get("num_hidden_layers"), text.get("num_nextn_predict_layers")
+        if not isinstance(last, int):
+            return ()
+        own = range(last, last + count) if isinstance(count, int) else range(0)
+        return tuple(
+            layer
+            for layer in self._layers_of(names)
+            if (layer >= last if self.further else layer in own)
+        )
+
+    def _layers_of(self, names: Iterable[str]) -> list[int]:
+        return sorted({layer for name in names if (layer := self.layer_of(name)) is not None})
 
 
 @cache
@@ -224,7 +256,8 @@ def _routed_names(family: Family) -> re.Pattern[str]:
     others = f"(?!(?:{beside})$)" if beside else ""
     outside = [re.escape(name) for name in family.storage.names if not name.startswith(row.experts)]
     places = "|".join([re.escape(f"{row.experts}."), *outside])
-    return re.compile(rf"{re.escape(family.layers)}\.(\d+)\.{others}(?:{places})")
+    modules = "|".join(re.escape(own) for own in (family.layers, family.further) if own)
+    return re.compile(rf"(?P<module>{modules})\.(?P<layer>\d+)\.{others}(?:{places})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,6 +272,7 @@ class MoeModel:
         routing: Routing of tokens to experts.
         glus: Gated linear unit of the experts of every layer.
         dtype: safetensors' name of the routed experts' type.
+        further: Indices of layers after them that predict further tokens, with experts alike.
     """
 
     family: Family
@@ -248,6 +282,7 @@ class MoeModel:
     routing: Routing
     glus: tuple[Glu, ...]
     dtype: str
+    further: tuple[int, ...] = ()
 
     @property
     def routed_parameters(self) -> int:

@@ -60,6 +60,8 @@ class DecomposeRequest:
             decomposition is data-free.
         dequantize_rest: Write what is not compressed dense, in `dtype`, where the source has it
             quantized; by default it keeps its format.
+        mtp: "copy": layers that predict further tokens stay as they are; by default they are
+            compressed like the others, without calibration.
         device: Where the products run: auto, npu, cuda or cpu.
         collective_timeout: Seconds that a process waits for the others; by default 7200 on npu,
             otherwise 86400.
@@ -83,6 +85,7 @@ class DecomposeRequest:
     engine: str | None = None
     calibration: Texts | Mapping[str, Any] | None = None
     dequantize_rest: bool | None = None
+    mtp: str | None = None
     device: str = Device.AUTO
     collective_timeout: float | None = None
     overwrite: bool = False
@@ -112,6 +115,7 @@ class DecomposeRequest:
                 "engine": self.engine,
                 "calibration": self.calibration,
                 "dequantize_rest": self.dequantize_rest,
+                "mtp": self.mtp,
             },
         )
 

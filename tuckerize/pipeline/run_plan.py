@@ -83,7 +83,7 @@ def compress_model(
         return _report(plan, read_tucker_manifest(output), output, started)
     pieces, notes = plan.pieces, _notes(plan)
     if calibration is not None:
-        pieces = plan.copies
+        pieces = tuple(own for own in plan.pieces if not _is_calibrated(own))
         notes += _compress_calibrated(plan, calibration, output, progress)
     queue = sorted(pieces, key=lambda piece: work(plan, piece), reverse=True)
     done_before = sum(folder.record(piece.name) is not None for piece in queue)
@@ -152,6 +152,10 @@ def _notes(plan: Plan) -> list[str]:
     ]
 
 
+def _is_calibrated(piece: Piece) -> bool:
+    return isinstance(piece, LayerPiece) and piece.calibration is not None
+
+
 def _compress_calibrated(
     plan: Plan, calibration: CalibrationPass, output: Path, progress: Progress
 ) -> list[str]:
@@ -162,7 +166,7 @@ def _compress_calibrated(
     """
     folder = OutputFolder(output)
     states = SavedStates(folder.work_file("hidden.safetensors"))
-    pieces = {piece.layer: piece for piece in plan.layer_pieces}
+    pieces = {piece.layer: piece for piece in plan.layer_pieces if _is_calibrated(piece)}
     start, saved = states.load(calibration.model.device)
     if any(folder.record(piece.name) is None for own, piece in pieces.items() if own < start):
         start, saved = 0, {}  # a layer has to be made again, and all states depend on it

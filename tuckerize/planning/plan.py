@@ -24,6 +24,7 @@ from tuckerize.domain import (
     MultilinearRank,
     Projection,
     StackShape,
+    Target,
     WeightType,
     cores_by_layer,
 )
@@ -171,8 +172,9 @@ def make_plan(source: SourceModel, recipe: Recipe, profiles: Sequence[LayerProfi
         MultilinearRankError: A core size that no stack of the model can have.
     """
     model = source.moe
+    further = _further_layers(recipe, model)
     for rule in recipe.rules:
-        select_layers(rule.layers, model.layers)
+        select_layers(rule.layers, model.layers + further)
     group_size = _group_size(recipe, model)
     weights = stored_type(recipe, model)
     _check_engine(recipe)
@@ -181,12 +183,25 @@ def make_plan(source: SourceModel, recipe: Recipe, profiles: Sequence[LayerProfi
     shape = model.shape._replace(experts=group_size)
     predicted_kl = None
     if recipe.calibration is None:
-        pieces = _data_free_pieces(recipe, model.layers, shape, groups, weights)
+        pieces = _data_free_pieces(recipe, model.layers + further, shape, groups, weights)
     else:
         sizes = CalibratedModel(recipe.calibration, shape, groups, weights)
         pieces, predicted_kl = _calibrated_pieces(recipe, model.layers, sizes, profiles)
+        shared = any(GATE_UP in piece.couplings for piece in pieces)
+        alike = recipe.model_copy(update={"joint": Joint.GATE_UP if shared else recipe.joint})
+        pieces += _data_free_pieces(alike, further, shape, groups, weights)
     copies = _copies(source, {piece.layer for piece in pieces}, dequantize=recipe.dequantize_rest)
     return Plan(source, recipe, weights, group_size, copies, tuple(pieces), predicted_kl)
+
+
+def _further_layers(recipe: Recipe, model: MoeModel) -> tuple[int, ...]:
+    """Layers that predict further tokens and are compressed, without calibration.
+
+    They read what no pass over the model computes, and an error of theirs changes no token: drafts
+    are checked. A stock checkpoint has no factors, and keeps theirs as they are.
+    """
+    stock = recipe.calibration and recipe.calibration.target == Target.ANY_ENGINE
+    return () if recipe.mtp or stock else model.further
 
 
 def _copies(

@@ -34,12 +34,14 @@ def ct(bits: int) -> dict[str, Any]:
 
 KINDS: dict[str, tuple[Callable[[Tensor], q.Quantized], dict[str, Any], Coding]] = {
     "fp8 blocks": (q.fp8_blocks, FP8, Coding.FP8),
+    "fp8 of DeepSeek-V4": (q.fp8_powers, FP8, Coding.FP8),
     "fp8 tensor": (q.fp8_tensor, {}, Coding.FP8),
     "fp8 channel": (q.fp8_channel, {}, Coding.FP8),
     "int8 channel": (q.int8_channel, {}, Coding.INT8),
     "int4": (q.packed_ints(4), ct(4), Coding.PACKED_INT),
     "int4 g128": (q.packed_ints(4, group=128), ct(4), Coding.PACKED_INT),
     "int4 asymmetric": (q.packed_ints(4, symmetric=False), ct(4), Coding.PACKED_INT),
+    "int4 act-order": (q.packed_ints(4, shuffled=True), ct(4), Coding.PACKED_INT),
     "int8 packed": (q.packed_ints(8), ct(8), Coding.PACKED_INT),
     "nvfp4": (q.nvfp4, {}, Coding.NVFP4),
     "mxfp4": (q.mxfp4, {}, Coding.MXFP4),
