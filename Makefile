@@ -7,13 +7,16 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 
 VLLM_VENV ?= .venv-vllm
 LM_EVAL_VENV ?= .venv-lm-eval
+LOWEST_VENV ?= .venv-lowest
+NEWEST_VENV ?= .venv-newest
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
 # The releases that a Tucker checkpoint is loaded with; the newest is the one of our own set-up.
 TRANSFORMERS ?= 5.14.1 5.16.1 5.19.0 $(shell sed -n 's/^transformers==//p' constraints.txt)
 TRANSFORMERS_VENVS := $(TRANSFORMERS:%=$(VENV)-transformers-%)
 
-.PHONY: demo test check format fuzz full-width accelerator test-kill test-npu test-transformers test-vllm test-lm-eval clean help
+.PHONY: demo test check format fuzz full-width accelerator test-install test-kill test-lowest test-npu \
+	test-transformers test-vllm test-lm-eval clean help
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -59,8 +62,41 @@ FUZZ_SECONDS ?= 60
 fuzz: $(VENV)/.installed-dev  ## Search for damaged files that are not refused (FUZZ_SECONDS for each reader)
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest tests/fuzz -m fuzz -rA --timeout 0 -q
 
-test-kill: $(VENV)/.installed-dev  ## Kill every command at every change of the file system, and continue it
+test-kill: $(VENV)/.installed-dev  ## Kills and faults at every change of the file system, and under torchrun
 	$(BIN)/python -m pytest tests/reliability -m kill -s
+
+# Each dependency at its lowest declared release: torch 2.7 has no wheel without CUDA here (5 GB).
+$(LOWEST_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+		print(*(line.replace('>=', '==') for line in project['dependencies']), sep='\n')" >$(@D)/lowest.txt
+	$(@D)/bin/python -m pip --disable-pip-version-check install --quiet --constraint $(@D)/lowest.txt \
+		accelerate hypothesis pyarrow pytest pytest-timeout zstandard --editable .
+	touch $@
+
+$(NEWEST_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install --quiet --upgrade \
+		--upgrade-strategy eager --editable '.[dev]'
+	touch $@
+
+EDGE_TESTS := tests/unit tests/property tests/integration/test_main_job.py tests/integration/test_check.py \
+	tests/integration/test_golden.py tests/integration/test_quantised.py tests/integration/test_transformers.py
+test-lowest: $(LOWEST_VENV)/.installed $(NEWEST_VENV)/.installed  ## Lowest declared and newest releases of every dependency
+	set -e; for venv in $(LOWEST_VENV) $(NEWEST_VENV); do \
+		$$venv/bin/python -m pytest -W default $(EDGE_TESTS); done
+
+test-install:  ## Wheel and sdist, each installed in an environment of its own
+	rm -rf build/install
+	$(PYTHON) -m venv build/install/tools
+	build/install/tools/bin/python -m pip --disable-pip-version-check install --quiet hatchling
+	build/install/tools/bin/python -m hatchling build -d build/install/dist
+	set -e; for kind in whl tar.gz; do $(PYTHON) -m venv build/install/$$kind; \
+		build/install/$$kind/bin/python -m pip --disable-pip-version-check install --quiet \
+			--constraint constraints.txt build/install/dist/*.$$kind; \
+		(cd build/install; for words in --version doctor "inspect $(CURDIR)/examples/tiny-moe" \
+			"decompose --model $(CURDIR)/examples/tiny-moe --recipe deepseek-v2-lite-keep75 --dry-run"; do \
+			$$kind/bin/tuckerize $$words; done); done
 
 test-npu: $(VENV)/.installed-dev  ## More of the program on a stand-in for an NPU (a C++ compiler)
 	$(BIN)/python -m pytest tests/npu -m "" -rs
@@ -103,4 +139,5 @@ test-lm-eval: $(LM_EVAL_VENV)/.installed  ## lm-evaluation-harness on local text
 	$(LM_EVAL_VENV)/bin/python -m pytest tests/lm_eval -m lm_eval -W default -o timeout=3000
 
 clean:  ## Remove what the targets made
-	rm -rf .coverage $(VENV) $(VLLM_VENV) $(LM_EVAL_VENV) $(TRANSFORMERS_VENVS) build demo-output
+	rm -rf .coverage $(VENV) $(VLLM_VENV) $(LM_EVAL_VENV) $(TRANSFORMERS_VENVS) \
+		$(LOWEST_VENV) $(NEWEST_VENV) build demo-output

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import torch
 from pyarrow import parquet
@@ -18,17 +19,23 @@ from tests.tiny_models import add_tokenizer, make_tiny_model
 from tuckerize import (
     DecomposeRequest,
     GenerateRequest,
+    ReconstructRequest,
     ShardRequest,
     check,
     decompose,
     generate,
     inspect,
     preview,
+    reconstruct,
     shard,
 )
 from tuckerize.calibration.documents import Reader as TextReader
+from tuckerize.calibration.layer_profile import LayerProfile
+from tuckerize.calibration.profile_pass import ProfileCache
 from tuckerize.calibration.stream import StreamedModel
 from tuckerize.calibration.text import TextSource, read_windows
+from tuckerize.checkpoint.files import describe_file
+from tuckerize.checkpoint.output import OutputFolder
 from tuckerize.checkpoint.reader import Checkpoint
 from tuckerize.format.card import write_hub_files
 from tuckerize.format.manifest import read_tucker_manifest
@@ -36,7 +43,9 @@ from tuckerize.format.shards import Sharding
 from tuckerize.moe.source import SourceModel
 from tuckerize.recipe import read_recipe
 
-MODEL, OUT, TEXTS = "model", "out", "texts"
+MODEL, OUT, DENSE, TEXTS = "model", "out", "dense", "texts"
+CACHE, UNFINISHED = "cache", "unfinished"
+PLAN = {"recipe": {"rules": [{"keep": 0.5}]}, "weights": {"model.safetensors": "1"}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +95,22 @@ def _card(work: Path) -> None:
     write_hub_files(work / MODEL, work / TEXTS, manifest, {"architectures": ["A"]})
 
 
+def _cache(work: Path) -> None:
+    cache = ProfileCache(work / CACHE, "key", str)
+    cache.load_states(torch.device("cpu"))
+    cache.load(1)
+
+
+def _continue(work: Path) -> None:
+    folder = Path(shutil.copytree(work / UNFINISHED, work / "continued"))
+    try:
+        output = OutputFolder(folder)
+        with output.claim(PLAN, overwrite=False):
+            output.record("piece")
+    finally:
+        shutil.rmtree(folder)
+
+
 def _text(name: str) -> Callable[[Path], object]:
     return lambda work: TextReader(str).read(str(work / TEXTS / name), rows=9)
 
@@ -112,6 +137,11 @@ READERS = {
     "recipe": Reader("recipe.yaml", _recipe),
     "card": Reader("model/README.md", _card),
     "verify": Reader("out/verify.json", _tucker),
+    "reconstruction": Reader("dense/tuckerize-reconstruct.json", lambda work: check(work / DENSE)),
+    "profile": Reader("cache/layer-*.safetensors", _cache),
+    "states": Reader("cache/hidden.safetensors", _cache),
+    "plan": Reader("unfinished/.tuckerize/plan.json", _continue),
+    "record": Reader("unfinished/.tuckerize/piece.json", _continue),
     "tokenizer": Reader("model/tokenizer.json", _tokenizer),
     "tokenizer-config": Reader("model/tokenizer_config.json", _tokenizer),
     **{
@@ -129,6 +159,16 @@ def make_work(folder: Path) -> Path:
     decompose(DecomposeRequest(model=model, output=folder / OUT, rank="2,full,50%"))
     shard(ShardRequest(folder=folder / OUT, tp=2))
     (folder / OUT / "verify.json").write_text('{"passed": true}')
+    reconstruct(ReconstructRequest(folder=folder / OUT, output=folder / DENSE))
+    cache = ProfileCache(folder / CACHE, "key", str)
+    curve = np.linspace(1.0, 0.0, 9)
+    cache.save(LayerProfile(1, 2.0, *[curve] * 2, curve[::4], np.ones((3, 9)), *[curve] * 6))  # type: ignore[call-arg]
+    cache.save_states(1, {"dense": torch.ones(4, 8)})
+    unfinished = OutputFolder(folder / UNFINISHED)
+    with unfinished.claim(PLAN, overwrite=False):
+        piece = folder / UNFINISHED / "piece.safetensors"
+        shutil.copyfile(min(model.glob("*.safetensors")), piece)
+        unfinished.write_record("piece", {"residual": 0.5}, [describe_file(piece)])
     rules = {"rules": [{"layers": "1-", "keep": 0.7}], "group_size": 4, "joint": "gate_up"}
     (folder / "recipe.yaml").write_text(json.dumps(rules))
     texts = folder / TEXTS

@@ -25,7 +25,9 @@ from tuckerize import (
     shard,
     verify,
 )
-from tuckerize.errors import CheckpointError
+from tuckerize.checkpoint.output import RECONSTRUCTED
+from tuckerize.errors import CheckpointError, UsageError
+from tuckerize.report import CheckReport
 
 GOLDEN = ROOT / "tests" / "golden" / "v0.1"
 
@@ -201,6 +203,45 @@ def test_verdict_of_a_source_does_not_travel(tucker: Path, tmp_path: Path) -> No
     out = tmp_path / "again"
     decompose(DecomposeRequest(model=tmp_path / "dense", rank="full,full,50%", output=out))
     assert not (out / "verify.json").exists()
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.data())
+def test_check_names_the_damaged_file_of_a_reconstruction(dense: Path, data: st.DataObject) -> None:
+    assert check(dense) == CheckReport(str(dense), len(names_of(dense)) - 1, sizes(dense), (), ())
+    name = data.draw(st.sampled_from(names_of(dense)))
+    before = (dense / name).read_bytes()
+    flip(dense / name, data.draw(st.integers(0, 8 * len(before) - 1)))
+    try:
+        if name == RECONSTRUCTED and same_values(before, (dense / name).read_bytes()):
+            return
+        report = check(dense)
+        faults = [fault.name for fault in report.faults]
+        assert name in faults or (name == "README.md" and name in report.notes[0])
+    finally:
+        (dense / name).write_bytes(before)
+
+
+@pytest.fixture(scope="module")
+def dense(tucker: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("check") / "dense"
+    reconstruct(ReconstructRequest(folder=tucker, output=folder))
+    return folder
+
+
+def sizes(folder: Path) -> int:
+    return sum((folder / n).stat().st_size for n in names_of(folder) if n != RECONSTRUCTED)
+
+
+def test_reconstruction_whose_hashes_were_not_recorded_is_not_passed(
+    dense: Path, tmp_path: Path
+) -> None:
+    early = Path(shutil.copytree(dense, tmp_path / "dense"))
+    (early / RECONSTRUCTED).write_text('{"tuckerize_version": "0.1.0"}')
+    with pytest.raises(UsageError, match=r"reconstructed by tuckerize 0\.1\.0, which recorded no"):
+        check(early)
 
 
 @pytest.mark.parametrize("name", ["tucker", "data-free", "calibrated"])

@@ -20,6 +20,7 @@ from tuckerize import (
     reconstruct,
     shard,
 )
+from tuckerize.checkpoint import output as output_module
 from tuckerize.checkpoint.output import OutputFolder
 from tuckerize.errors import CheckpointError, OutputError
 
@@ -193,3 +194,30 @@ def test_two_runs_in_one_folder_are_refused(
         assert result.returncode == 2
         assert f"error: another run is writing to {out}" in result.stderr
     assert run_here("decompose", *arguments).returncode == 0
+
+
+def test_overwrite_removes_the_small_files_of_the_earlier_result(
+    models: dict[str, Path], text: Path, tmp_path: Path
+) -> None:
+    """Files that only the first source has go; those of the user stay."""
+    richer = tmp_path / "model"
+    shutil.copytree(models["base"], richer)
+    (richer / "chat_template.jinja").write_text("{{ messages }}")
+    options = of_kind("data-free", models, text)
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    decomposed(model=models["chat"], output=whole, **options)
+    decomposed(model=richer, output=out, **options)
+    assert (out / "chat_template.jinja").exists()
+    (out / "notes.txt").write_text("mine")
+    # Killed while the earlier result is removed, it still knows what to remove.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(output_module, "remove_temporaries", stop)
+        patch.setattr(output_module, "_small_files", lambda _: [])
+        with pytest.raises(Stop):
+            decomposed(model=models["chat"], output=out, overwrite=True, **options)
+    decomposed(model=models["chat"], output=out, **options)
+    assert files_of(out) == {**files_of(whole), "notes.txt": b"mine"}
+
+
+def stop(*_: object) -> None:
+    raise Stop

@@ -1,7 +1,8 @@
-"""Kill a command at a chosen change of the file system, in a forked child.
+"""Kill a command, or have the system fail, at a chosen boundary, in a forked child.
 
 Boundaries are counted below one folder: every open, rename, removal, mkdir, chmod and fsync, and
-every write, of which half is done. The parent never runs a command itself, so that it has no
+every write, of which half is done; for errors of reading, every open of a file that is read. The
+parent never runs a command itself, so that it has no
 threads when it forks.
 """
 
@@ -16,14 +17,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tuckerize.cli.boundary import USER_ERROR
+from tuckerize.errors import TuckerizeError
+
 _AUDITED = {"open", "os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.chmod"}
 
 
 class Boundaries:
-    """Counter of boundaries below a folder; kills this process at one of them."""
+    """Counter of boundaries below a folder; kills this process at one of them, or fails there."""
 
-    def __init__(self, folder: Path, kill_at: int | None) -> None:
-        self.folder, self.kill_at, self.count = str(folder), kill_at, 0
+    def __init__(self, folder: Path, at: int | None, error: int | None, *, reads: bool) -> None:
+        self.folder, self.at, self.error, self.reads = str(folder), at, error, reads
+        self.count = 0
 
     def install(self) -> None:
         """Watch this process from here on."""
@@ -31,20 +36,23 @@ class Boundaries:
         fsync, open_ = os.fsync, io.open
 
         def counted_fsync(file: int) -> None:
-            self.pass_one()
+            if not self.reads:
+                self.pass_one()
             fsync(file)
 
         def counted_open(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
             opened = open_(file, mode, *args, **kwargs)
-            writes = set(mode) & set("wa+x") and self._is_below(file)
+            writes = not self.reads and set(mode) & set("wa+x") and self._is_below(file)
             return _Halved(opened, self) if writes else opened
 
         os.fsync, io.open = counted_fsync, counted_open  # type: ignore[assignment]
 
     def pass_one(self) -> None:
-        """Count a boundary, and end here if it is the chosen one."""
+        """Count a boundary, and end or fail here if it is the chosen one."""
         self.count += 1
-        if self.count == self.kill_at:
+        if self.count == self.at:
+            if self.error is not None:
+                raise OSError(self.error, os.strerror(self.error))
             os.kill(os.getpid(), signal.SIGKILL)
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
@@ -52,7 +60,7 @@ class Boundaries:
             return
         is_reading = event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR)
         in_open_folder = event in {"os.remove", "os.rmdir"} and arguments[1] != -1  # of rmtree
-        if not is_reading and (in_open_folder or self._is_below(arguments[0])):
+        if is_reading == self.reads and (in_open_folder or self._is_below(arguments[0])):
             self.pass_one()
 
     def _is_below(self, path: object) -> bool:
@@ -87,7 +95,9 @@ def in_child(
     command: Callable[[], object],
     folder: Path,
     *,
-    kill_at: int | None = None,
+    at: int | None = None,
+    error: int | None = None,
+    reads: bool = False,
     while_it_runs: Callable[[int], object] = lambda _: None,
 ) -> tuple[int, int]:
     """Run a command in a forked child.
@@ -95,18 +105,21 @@ def in_child(
     Args:
         command: The command.
         folder: Where boundaries are counted.
-        kill_at: Boundary at which the child is killed, counted from 1.
+        at: Boundary at which the child is killed, counted from 1.
+        error: Number of the system's error that it meets there in place of that.
+        reads: Whether opens of files that are read are counted, and nothing else.
         while_it_runs: Called with the child's process id.
 
     Returns:
-        Exit code, negative of the signal where one ended the child, and the number of boundaries.
+        Exit code, 2 for errors that the user is told, negative of the signal where one ended the
+        child; and the number of boundaries.
     """
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
         os.close(reading)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        boundaries = Boundaries(folder, kill_at)
+        boundaries = Boundaries(folder, at, error, reads=reads)
         code = 1
         try:
             boundaries.install()
@@ -114,6 +127,8 @@ def in_child(
             code = 0
         except KeyboardInterrupt:
             code = 130
+        except (TuckerizeError, OSError):
+            code = USER_ERROR
         except BaseException:  # noqa: BLE001 the parent must not go on twice
             traceback.print_exc()
         finally:

@@ -1,4 +1,4 @@
-"""Kills at every boundary: the same command continues, every byte is that of an undisturbed run.
+"""Kills and faults at every boundary: the same command continues to identical bytes.
 
 `make test-kill` runs all of it; `make test` a few points of each command. RELIABILITY_POINTS is the
 largest number of points of a command, evenly spread over its boundaries.
@@ -6,6 +6,7 @@ largest number of points of a command, evenly spread over its boundaries.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import shutil
@@ -20,6 +21,7 @@ import pytest
 
 from tests.reliability.killing import in_child
 from tests.running import files_of
+from tuckerize.cli.boundary import USER_ERROR
 
 # Imported once by the parent, rather than by each of its children.
 for module in (
@@ -34,6 +36,7 @@ for module in (
 
 POINTS = int(os.environ.get("RELIABILITY_POINTS", "200"))
 RANDOM = 12
+FAULTS = (errno.ENOSPC, errno.EIO, errno.EACCES)
 COMMANDS = ["data-free", "calibrated", "overwrite", "shard", "reconstruct"]
 
 
@@ -96,6 +99,7 @@ class Campaign:
         assert code == 0
         self.seconds = time.monotonic() - started
         self.whole = files_of(root)
+        self.reads = in_child(command_of(name, self._fresh()), root, reads=True)[1]
 
     def _fresh(self) -> Path:
         """The folders before the command, always under the same path: results name the source."""
@@ -109,6 +113,8 @@ class Campaign:
         root = self._fresh()
         source = files_of(root / "model")
         code, _ = in_child(command_of(self.name, root), root, **how)
+        if "error" in how:
+            assert code in (0, USER_ERROR), how  # told, or done without
         if code != 0:
             assert in_child(command_of(self.name, root), root)[0] == 0, how
         found = files_of(root)
@@ -116,9 +122,10 @@ class Campaign:
         assert found == self.whole, how
         assert files_of(root / "model") == source
 
-    def points(self, most: int) -> list[int]:
+    @staticmethod
+    def points(most: int, boundaries: int) -> list[int]:
         """Boundaries, evenly spread, with the first and the last."""
-        count, last = min(most, self.boundaries), self.boundaries - 1
+        count, last = min(most, boundaries), boundaries - 1
         return sorted({1 + place * last // max(1, count - 1) for place in range(count)})
 
 
@@ -127,8 +134,38 @@ def test_command_killed_at_a_few_boundaries_continues(
     name: str, prepared: Callable[[str], Path], tmp_path: Path
 ) -> None:
     campaign = Campaign(name, prepared(name), tmp_path)
-    for point in campaign.points(4):
-        campaign.kill(kill_at=point)
+    for point in campaign.points(4, campaign.boundaries):
+        campaign.kill(at=point)
+
+
+@pytest.mark.parametrize("name", ["overwrite"])
+def test_command_that_meets_a_few_faults_tells_them_and_continues(
+    name: str, prepared: Callable[[str], Path], tmp_path: Path
+) -> None:
+    campaign = Campaign(name, prepared(name), tmp_path)
+    for point, error in zip(campaign.points(3, campaign.boundaries), FAULTS, strict=True):
+        campaign.kill(at=point, error=error)
+    for point in campaign.points(2, campaign.reads):
+        campaign.kill(at=point, error=errno.EIO, reads=True)
+
+
+@pytest.mark.kill
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_command_that_meets_any_fault_tells_it_and_continues_to_identical_bytes(
+    name: str, prepared: Callable[[str], Path], tmp_path: Path
+) -> None:
+    campaign = Campaign(name, prepared(name), tmp_path)
+    most = max(1, POINTS // 2)
+    writing, reading = (campaign.points(most, n) for n in (campaign.boundaries, campaign.reads))
+    for number, point in enumerate(writing):
+        campaign.kill(at=point, error=FAULTS[number % len(FAULTS)])
+    for point in reading:
+        campaign.kill(at=point, error=errno.EIO, reads=True)
+    print(  # noqa: T201
+        f"{name}: {len(writing)} of {campaign.boundaries} faults of writing, "
+        f"{len(reading)} of {campaign.reads} of reading"
+    )
 
 
 @pytest.mark.kill
@@ -138,9 +175,9 @@ def test_command_killed_anywhere_continues_to_identical_bytes(
     name: str, prepared: Callable[[str], Path], tmp_path: Path
 ) -> None:
     campaign = Campaign(name, prepared(name), tmp_path)
-    points = campaign.points(POINTS)
+    points = campaign.points(POINTS, campaign.boundaries)
     for point in points:
-        campaign.kill(kill_at=point)
+        campaign.kill(at=point)
     random = Random(0)
     for number in range(RANDOM):
         chosen = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)[number % 3]

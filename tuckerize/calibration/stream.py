@@ -13,6 +13,7 @@ k experts per token, V vocabulary.
 from __future__ import annotations
 
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -309,7 +310,9 @@ def _build(source: Checkpoint, device: torch.device, dtype: torch.dtype | None) 
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise CheckpointError(
             f"transformers cannot build the model of {source.folder}: {error}",
-            hint="repair config.json, or install the release of transformers that it names",
+            hint="repair config.json, or install the release of transformers that it names"
+            if sys.flags.optimize < 2
+            else "transformers needs its docstrings: unset PYTHONOPTIMIZE, or set it to 1",
         ) from error
     _compute_buffers(model, device)
     return model.eval()

@@ -106,6 +106,14 @@ def lfs_error(path: Path) -> CheckpointError:
     )
 
 
+def unreadable(path: Path, error: OSError) -> CheckpointError:
+    """Error for a file that the system does not give."""
+    return CheckpointError(
+        f"{path} cannot be read: {error.strerror}",
+        hint="check that you may read the file, and that its disk is sound (dmesg)",
+    )
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """Read a JSON file that must hold an object.
 
@@ -118,7 +126,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} does not exist", hint="is the folder a checkpoint, and complete?"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except (ValueError, RecursionError) as error:
         if is_lfs_pointer(path):
             raise lfs_error(path) from error
         raise CheckpointError(

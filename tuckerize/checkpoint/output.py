@@ -19,6 +19,7 @@ from typing import Any
 from tuckerize.checkpoint.files import (
     TEMPORARY_SUFFIX,
     FileRecord,
+    check_plain_name,
     read_json_object,
     sha256_of,
     write_json,
@@ -30,6 +31,9 @@ from tuckerize.errors import CheckpointError, OutputError
 MANIFEST = "tuckerize.json"
 """Name of both manifests, in the folder of a checkpoint and in the folder of its shards."""
 
+RECONSTRUCTED = "tuckerize-reconstruct.json"
+"""Name of the record of a reconstruction's origin and files, in place of a manifest."""
+
 REPORT = "verify.json"
 """Name of the report of `verify`, in the verified folder."""
 
@@ -37,6 +41,8 @@ _WORK = ".tuckerize"
 _DONE = f"{_WORK}-done-"
 _LOCK = "lock"
 _PLAN = "plan.json"
+_REPLACED = "replaced.json"  # the manifest of the result that a run begins to remove
+_CLAIM = (_PLAN, _LOCK, _REPLACED)
 # Files that describe the weights, and must be removed with them.
 _RESULTS = (INDEX, REPORT)
 
@@ -236,7 +242,7 @@ class OutputFolder:
     def _drop_damaged(self, read: Read) -> None:
         """Remove the records of pieces whose files are not as they were written."""
         for path in self._work.glob("*.json"):
-            if path.name == _PLAN:
+            if path.name in _CLAIM:
                 continue
             record = read_sealed_json(path)
             files = [] if record is None else [FileRecord(**file) for file in record["files"]]
@@ -253,17 +259,22 @@ class OutputFolder:
 
     def _remove_result(self) -> None:
         """Remove the files of an earlier run; foreign files stay."""
-        self._manifest.unlink(missing_ok=True)
+        replaced = self.work_file(_REPLACED)
+        if self._manifest.exists():
+            self._manifest.replace(replaced)
+        for name in _small_files(replaced):
+            (self.folder / name).unlink(missing_ok=True)
         remove_temporaries(self.folder)
         for done in self._done:
             shutil.rmtree(done)
         for path in [*self.folder.iterdir(), *self._work.iterdir()]:
             is_sharding = (path / MANIFEST).exists() or (path / _WORK).exists()
-            is_record = path.parent == self._work and path.name not in (_PLAN, _LOCK)
+            is_record = path.parent == self._work and path.name not in _CLAIM
             if path.is_dir() and is_sharding:
                 shutil.rmtree(path)
             elif is_record or path.name in _RESULTS or path.suffix == ".safetensors":
                 path.unlink()
+        replaced.unlink(missing_ok=True)
 
 
 def remove_temporaries(folder: Path) -> None:
@@ -284,6 +295,19 @@ def refuse_overlap(output: Path, source: Path) -> None:
             f"the output {output} and the source {source} lie in one another",
             hint="choose an output folder elsewhere",
         )
+
+
+def _small_files(manifest: Path) -> list[str]:
+    """Names that a manifest gives to files beside the weights; none if it is damaged."""
+    try:
+        files = read_json_object(manifest).get("other_files", []) if manifest.exists() else []
+        names = [FileRecord(**file).name for file in files]
+        for name in names:
+            for part in name.split("/"):
+                check_plain_name(part, found_in=manifest)
+    except (CheckpointError, TypeError, ValueError):
+        return []
+    return names
 
 
 def _plain(plan: Mapping[str, Any]) -> dict[str, Any]:

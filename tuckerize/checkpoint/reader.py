@@ -15,7 +15,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tuckerize.checkpoint.dequantize import dequantize
-from tuckerize.checkpoint.files import is_lfs_pointer, lfs_error, read_json_object, system_error
+from tuckerize.checkpoint.files import (
+    is_lfs_pointer,
+    lfs_error,
+    read_json_object,
+    system_error,
+    unreadable,
+)
 from tuckerize.checkpoint.quantization_config import QuantizationDescription
 from tuckerize.checkpoint.quantized import QuantizedWeight, find_quantized
 from tuckerize.checkpoint.weight_set import (
@@ -78,7 +84,9 @@ class WeightFile:
             raise CheckpointError(
                 f"the weight file {path} is missing", hint="fetch the checkpoint again"
             ) from None
-        except (OSError, struct.error, RecursionError, *_MALFORMED) as error:
+        except OSError as error:
+            raise unreadable(path, error) from error
+        except (struct.error, RecursionError, *_MALFORMED) as error:
             raise CheckpointError(
                 f"{path} has no valid safetensors header: {error}", hint="fetch the file again"
             ) from error

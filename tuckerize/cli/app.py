@@ -5,13 +5,13 @@ They import what they need when they run, so that `--help` is quick.
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated, Any
 
 import typer
 
 from tuckerize.cli import options
 from tuckerize.cli.boundary import NO, boundary
+from tuckerize.cli.printing import write_out
 from tuckerize.cli.recipes import recipes
 from tuckerize.domain import CoreType, Device, Dtype, Target
 from tuckerize.errors import UsageError
@@ -29,7 +29,7 @@ app.add_typer(recipes, name="recipes")
 
 def _version(wanted: bool) -> None:  # noqa: FBT001
     if wanted:
-        sys.stdout.write(f"tuckerize {__version__}\n")
+        write_out(f"tuckerize {__version__}\n")
         raise typer.Exit
 
 
@@ -228,7 +228,8 @@ def verify(
     max_output_error: Annotated[
         float | None,
         typer.Option(
-            metavar="ERROR", help="Fail above this relative output error; needs the source."
+            metavar="ERROR",
+            help="Fail above this relative output error (1 by default).",
         ),
     ] = None,
     tp: options.MeshTp = None,
@@ -416,7 +417,7 @@ def generate(
     from tuckerize.pipeline.generate import generate as run
 
     request = GenerateRequest(folder=folder, prompt=prompt, tokens=tokens, device=device)
-    typer.echo(run(request))
+    write_out(f"{run(request)}\n")
 
 
 @app.command()

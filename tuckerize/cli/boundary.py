@@ -23,6 +23,7 @@ from types import FrameType
 from typing import NoReturn, ParamSpec
 
 from tuckerize.ascend.npu import explained
+from tuckerize.cli.printing import STDOUT
 from tuckerize.errors import LeaderFailedError, ProcessLostError, TuckerizeError
 
 P = ParamSpec("P")
@@ -36,7 +37,10 @@ INTERRUPTED = 130
 PIPE_CLOSED = 141
 
 # Parts of the messages of torch's allocators and of the system, where no type tells.
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "std::bad_alloc")
+_NO_MEMORY = (
+    "can't allocate memory", "not enough memory", "out of memory", "std::bad_alloc",
+    "failed to map segment from shared object", "cannot allocate memory",
+)  # fmt: skip
 _NO_THREAD = ("can't start new thread", "thread creation failed", "Resource temporarily unavail")
 _BYTES = re.compile(r"(\d+) bytes")
 
@@ -49,7 +53,6 @@ def boundary(command: Callable[P, None]) -> Callable[P, None]:
         try:
             with _interruptible(), explained():
                 command(*args, **kwargs)
-                sys.stdout.flush()
         except KeyboardInterrupt:
             _leave("interrupted", _AGAIN, INTERRUPTED)
         except TuckerizeError as error:
@@ -75,7 +78,9 @@ def boundary(command: Callable[P, None]) -> Callable[P, None]:
 
 def _leave_because_of_the_system(error: OSError) -> NoReturn:
     """Leave with what the operating system refused, and what helps against that."""
-    if _output_is_lost():
+    if error.filename == STDOUT:
+        with suppress(OSError, ValueError):  # so that nothing is written when Python ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             sys.exit(PIPE_CLOSED)
         _leave(
@@ -97,17 +102,6 @@ def _leave_because_of_the_system(error: OSError) -> NoReturn:
         hints.get(error.errno or 0, "check that the path exists and that you may read or write it"),
         USER_ERROR,
     )
-
-
-def _output_is_lost() -> bool:
-    """Whether it is the standard output that cannot be written; it is given up then."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        with suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
 
 
 def _lack_of_memory(error: BaseException) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from rich.box import SIMPLE
 from rich.cells import cell_len
@@ -13,6 +15,7 @@ from rich.table import Table
 
 from tuckerize.domain import Cores, Size
 
+STDOUT = "the standard output"
 _WIDEST = 10_000
 # Characters between two columns.
 _GAP = 3
@@ -55,6 +58,27 @@ def duration_text(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+@contextmanager
+def _naming_stdout() -> Iterator[None]:
+    """Give errors of the block the name of the standard output as their file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = STDOUT
+        raise
+
+
+@_naming_stdout()
+def write_out(text: str) -> None:
+    """Write a text to the standard output now.
+
+    Raises:
+        OSError: It cannot be written; the error's `filename` is `STDOUT`.
+    """
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
 def print_all(*renderables: Table | str) -> None:
     """Print texts and tables; a table may be wider than the terminal."""
     console = Console(highlight=False, markup=False, emoji=False)
@@ -64,7 +88,10 @@ def print_all(*renderables: Table | str) -> None:
         options = console.options.update(width=_WIDEST)
         needed = Measurement.get(console, options, renderable).maximum if table else 0
         console.width = max(terminal, needed)
-        console.print(renderable)
+        # By itself rich would end the program where nobody reads.
+        with _naming_stdout(), console.capture() as captured:
+            console.print(renderable)
+        write_out(captured.get())
 
 
 def make_table(

@@ -8,6 +8,7 @@ import typer
 
 from tuckerize.cli import options
 from tuckerize.cli.boundary import boundary
+from tuckerize.cli.printing import write_out
 
 recipes = typer.Typer(
     help="List and show the recipes that are shipped.",
@@ -42,4 +43,4 @@ def show_recipe(
     """
     from tuckerize.pipeline.recipes import show_recipe as run
 
-    typer.echo(run(name), nl=False)
+    write_out(run(name))

@@ -7,8 +7,6 @@ import math
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
-
 from tuckerize.cli.curve_table import show_curve
 from tuckerize.cli.printing import (
     amount_text,
@@ -19,6 +17,7 @@ from tuckerize.cli.printing import (
     print_all,
     size_table,
     size_text,
+    write_out,
 )
 from tuckerize.cli.recipe_table import show_recipes
 from tuckerize.domain import StackShape
@@ -64,9 +63,7 @@ _CORE_SIZES = "* core sizes of the expert, the intermediate and the hidden mode:
 def show(report: Report, *, as_json: bool) -> None:  # noqa: C901, PLR0912 one case per report
     """Print a report to stdout: as JSON, or as tables after its notes, which go to stderr."""
     if as_json:
-        Console(soft_wrap=True, highlight=False, markup=False, emoji=False).print(
-            json.dumps(to_json(report), indent=2)
-        )
+        write_out(json.dumps(to_json(report), indent=2) + "\n")
         return
     for note in getattr(report, "notes", ()):
         sys.stderr.write(f"note: {note}\n")

@@ -11,10 +11,15 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from tuckerize.checkpoint.files import FileRecord, read_json_object, sha256_of
-from tuckerize.checkpoint.output import MANIFEST, REPORT
+from tuckerize.checkpoint.files import (
+    FileRecord,
+    check_plain_name,
+    read_json_object,
+    sha256_of,
+)
+from tuckerize.checkpoint.output import MANIFEST, RECONSTRUCTED, REPORT
 from tuckerize.checkpoint.weight_set import CONFIG, INDEX
-from tuckerize.errors import CheckpointError
+from tuckerize.errors import CheckpointError, UsageError
 from tuckerize.format.card import CARD, SOURCE_CARD
 from tuckerize.format.manifest import (
     ShardManifest,
@@ -33,6 +38,8 @@ _SAVED_AGAIN = (
     "transformers has saved this checkpoint again, perhaps after training: its files were not "
     "checked, as nothing records their hashes"
 )
+# Keys of the records of reconstructions that had no hashes.
+_EARLY_RECORD = {"tuckerize_version", "tucker_manifest_sha256"}
 # The files that people are expected to edit.
 _PROSE = (CARD, SOURCE_CARD)
 
@@ -133,8 +140,8 @@ def take_inventory(folder: Path, shardings: Iterable[str]) -> Inventory:
             return Inventory(folder, (), {}, (FileFault(MANIFEST, f"is damaged: {error}"),), ())
         whole = sha256_of(folder / MANIFEST)
         files = [*manifest.files, *manifest.other_files]
-        faults = [*_changed(folder, MANIFEST), *_unrecorded_weights(folder, manifest)]
-        notes = _unknown(folder, manifest)
+        faults = [*_changed(folder, MANIFEST), *_unrecorded_weights(folder, files)]
+        notes = _unknown(folder, files, "" if manifest.other_files else manifest.tuckerize_version)
     layer_of = {}
     for name in shardings:
         place = f"{name}/{MANIFEST}"
@@ -152,6 +159,35 @@ def take_inventory(folder: Path, shardings: Iterable[str]) -> Inventory:
             files.append(record)
             layer_of[record.name] = shard.layer
     return Inventory(folder, tuple(files), layer_of, tuple(faults), notes)
+
+
+def take_inventory_of_reconstruction(folder: Path) -> Inventory:
+    """List the files of a reconstructed dense checkpoint; reads its record only.
+
+    Args:
+        folder: Folder with a record.
+
+    Raises:
+        UsageError: The record is of a version that recorded no hashes.
+    """
+    path = folder / RECONSTRUCTED
+    try:
+        record = read_json_object(path)
+        if record.keys() <= _EARLY_RECORD:
+            raise UsageError(
+                f"{folder} was reconstructed by tuckerize {record['tuckerize_version']}, which "
+                "recorded no hashes",
+                hint="reconstruct the Tucker checkpoint again and compare: the bytes are the same",
+            )
+        files = [FileRecord(**file) for key in ("files", "other_files") for file in record[key]]
+        for part in (part for file in files for part in file.name.split("/")):
+            check_plain_name(part, found_in=path)
+    except (CheckpointError, ValueError, TypeError, KeyError) as error:
+        return Inventory(folder, (), {}, (FileFault(RECONSTRUCTED, f"is damaged: {error}"),), ())
+    faults = _unrecorded_weights(folder, files)
+    if record.get("checksum") != checksum(record):
+        faults.append(FileFault(RECONSTRUCTED, "was changed: its checksum is another"))
+    return Inventory(folder, tuple(files), {}, tuple(faults), _unknown(folder, files))
 
 
 def _problem(path: Path, record: FileRecord, read: Callable[[int, str], object]) -> str | None:
@@ -174,30 +210,30 @@ def _changed(folder: Path, name: str) -> list[FileFault]:
     return [FileFault(name, "was changed: its checksum is another")]
 
 
-def _unrecorded(folder: Path, manifest: TuckerManifest) -> list[str]:
-    """Files beside those of the manifest; hidden ones are somebody else's."""
-    known = {file.name for file in (*manifest.files, *manifest.other_files)}
-    known |= {MANIFEST, REPORT}
+def _unrecorded(folder: Path, files: Sequence[FileRecord]) -> list[str]:
+    """Files beside those that are recorded; hidden ones are somebody else's."""
+    known = {MANIFEST, RECONSTRUCTED, REPORT, *(file.name for file in files)}
     present = sorted(path.name for path in folder.iterdir() if path.is_file())
     return [name for name in present if name not in known and not name.startswith(".")]
 
 
-def _unrecorded_weights(folder: Path, manifest: TuckerManifest) -> list[FileFault]:
+def _unrecorded_weights(folder: Path, files: Sequence[FileRecord]) -> list[FileFault]:
     """Weight files that loaders may take for the model's."""
     return [
         FileFault(name, "is not in the manifest: a loader may read it in place of another file")
-        for name in _unrecorded(folder, manifest)
+        for name in _unrecorded(folder, files)
         if name.endswith(_WEIGHTS)
     ]
 
 
-def _unknown(folder: Path, manifest: TuckerManifest) -> tuple[str, ...]:
-    names = [n for n in _unrecorded(folder, manifest) if not n.endswith(_WEIGHTS)]
+def _unknown(folder: Path, files: Sequence[FileRecord], early: str = "") -> tuple[str, ...]:
+    """Note on the files that cannot be checked; `early`: a version that recorded weights alone."""
+    names = [name for name in _unrecorded(folder, files) if not name.endswith(_WEIGHTS)]
     if not names:
         return ()
     why = "the manifest does not record them"
-    if not manifest.other_files:
-        why = f"tuckerize {manifest.tuckerize_version} did not record their hashes"
+    if early:
+        why = f"tuckerize {early} did not record their hashes"
     return (f"not checked, {why}: {', '.join(names)}",)
 
 

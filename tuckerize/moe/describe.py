@@ -43,8 +43,10 @@ def describe_moe(config: Config, tensors: Mapping[str, TensorHeader]) -> MoeMode
     if not layers:
         raise CheckpointError(
             f"no tensor is named like the routed experts of {family.model_type} "
-            f"({next(iter(family.stored(0).tensors(StackShape(1, 1, 1))))})",
-            hint="the checkpoint may be incomplete, or saved in another layout",
+            f"({next(iter(family.stored(0).tensors(StackShape(1, 1, 1))))}); there is "
+            f"{min(tensors, key=lambda name: ('expert' not in name, name), default='no tensor')}",
+            hint="the checkpoint may be incomplete, or saved in another layout, or with a prefix "
+            "of the tool that wrapped the model: save the model itself",
         )
     shape = StackShape(
         positive(text, *row.experts_keys),

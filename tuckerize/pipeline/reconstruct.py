@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tuckerize.checkpoint.files import write_json
+from tuckerize.checkpoint.files import describe_file, write_json
 from tuckerize.checkpoint.other_files import copy_other_files
-from tuckerize.checkpoint.output import OutputFolder, refuse_overlap
+from tuckerize.checkpoint.output import RECONSTRUCTED, OutputFolder, refuse_overlap
 from tuckerize.checkpoint.reader import TORCH_DTYPES, Checkpoint, WeightFile, measure_size
 from tuckerize.checkpoint.space import require_space
-from tuckerize.checkpoint.weight_set import CONFIG
+from tuckerize.checkpoint.weight_set import CONFIG, INDEX
 from tuckerize.checkpoint.writer import write_dense, write_index, write_tensors
 from tuckerize.domain import Coupling, Projection, coupling_name, group_experts
-from tuckerize.format.card import restore_card
+from tuckerize.format.card import CARD, restore_card
 from tuckerize.format.config import without_quantization
+from tuckerize.format.manifest import checksum
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 from tuckerize.linalg.tucker import with_zero_rows
 from tuckerize.moe.narrow import (
@@ -38,13 +39,10 @@ from tuckerize.version import __version__
 # Grouped GEMMs need rows of multiples of 16 bytes.
 _ALIGNED = 8
 
-RECORD = "tuckerize-reconstruct.json"
-"""File in the dense folder that records its origin, in place of a manifest."""
-
 
 def output_folder(output: Path) -> OutputFolder:
     """The folder of a reconstruction."""
-    return OutputFolder(output, RECORD)
+    return OutputFolder(output, RECONSTRUCTED)
 
 
 def provenance(tucker: TuckerCheckpoint) -> dict[str, Any]:
@@ -115,16 +113,16 @@ def expand(
         if folder.is_finished:  # by a run that was killed at its very end
             folder.tidy()
         else:
-            _write_all(tucker, folder, width, progress)
-            folder.finish(provenance(tucker))
+            record = provenance(tucker) | _write_all(tucker, folder, width, progress)
+            folder.finish(record | {"checksum": checksum(record)})
     size = measure_size(Checkpoint.open(output).tensors, is_routed=tucker.family.is_routed)
     return ReconstructReport(str(output), size, tucker.manifest.layers, width)
 
 
 def _write_all(
     tucker: TuckerCheckpoint, folder: OutputFolder, width: int, progress: Progress
-) -> None:
-    """Write everything but the record of the origin; weight files that are there stay."""
+) -> dict[str, Any]:
+    """Write all but the record, and return its files; weight files that are there stay."""
     output = folder.folder
     require_space(output, tucker.manifest.before.total_bytes)
     shared = _shared_experts(tucker, width)
@@ -146,17 +144,18 @@ def _write_all(
     for path, name in zip(written, copies, strict=False):
         if folder.record(path.stem) is None:
             copied = write_dense(path, tucker.checkpoint, name, untouched[name])
-            folder.write_record(path.stem, {}, [copied])
+            folder.write_record(path.stem, copied.model_dump(), [copied])
         progress.advance(1, name)
     for path, (layer, projections) in zip(written[len(copies) :], places, strict=True):
         if folder.record(path.stem) is None:
             tensors = _expand(tucker, layer, projections, width)
             for projection in projections:
                 tensors |= _widen(tucker, shared.get((layer, projection), []), projection, width)
-            folder.write_record(path.stem, {}, [write_tensors(path, tensors)])
+            expanded = write_tensors(path, tensors)
+            folder.write_record(path.stem, expanded.model_dump(), [expanded])
         progress.advance(1, f"layer {layer}, {coupling_name(projections)}")
     progress.close()
-    copy_other_files(tucker.folder, output)
+    others = copy_other_files(tucker.folder, output)
     restore_card(output)
     config = without_quantization(tucker.config)
     if width < tucker.manifest.shape.intermediate:
@@ -167,6 +166,11 @@ def _write_all(
         config["auto_map"] = source.auto_map
     write_json(output / CONFIG, config)
     write_index(output, [WeightFile.open(path) for path in written])
+    small = sorted(name for name in {*others, CONFIG, INDEX, CARD} if (output / name).exists())
+    return {
+        "files": [folder.record(path.stem) for path in written],
+        "other_files": [describe_file(output / name, name=name).model_dump() for name in small],
+    }
 
 
 def _width(tucker: TuckerCheckpoint) -> int:

@@ -117,7 +117,7 @@ def test_json_that_is_missing_is_refused(tmp_path: Path) -> None:
 
 
 def test_json_that_is_a_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="cannot be read as JSON"):
+    with pytest.raises(CheckpointError, match="cannot be read: Is a directory"):
         read_json_object(tmp_path)
 
 

@@ -14,6 +14,7 @@ from tuckerize import errors
 from tuckerize.checkpoint.files import write_text
 from tuckerize.checkpoint.writer import write_tensors
 from tuckerize.cli.boundary import BUG, INTERRUPTED, PIPE_CLOSED, USER_ERROR, boundary
+from tuckerize.cli.printing import print_all
 from tuckerize.errors import CheckpointError, LeaderFailedError
 
 USER_ERRORS = [
@@ -128,7 +129,7 @@ def test_full_standard_output_is_told_as_that(
 ) -> None:
     with Path("/dev/full").open("w", encoding="utf-8") as full:
         monkeypatch.setattr(sys, "stdout", full)
-        told = _told(lambda: print("result"), capsys)  # noqa: T201
+        told = _told(lambda: print_all("result"), capsys)
     assert "the standard output cannot be written: No space left on device" in told
 
 
@@ -140,7 +141,7 @@ def test_reader_that_went_away_ends_the_command_without_a_word(
 
     @boundary
     def run() -> None:
-        print("result")  # noqa: T201
+        print_all("result")
 
     with os.fdopen(writing, "w") as gone:
         monkeypatch.setattr(sys, "stdout", gone)

@@ -128,8 +128,12 @@ def test_describe_moe_without_experts_shows_the_name_it_looks_for() -> None:
     message, _ = refusal(CONFIG, tensors_of(layers=()))
     assert message == (
         "no tensor is named like the routed experts of deepseek_v2 "
-        "(model.layers.0.mlp.experts.0.gate_proj.weight)"
+        "(model.layers.0.mlp.experts.0.gate_proj.weight); there is model.embed_tokens.weight"
     )
+    wrapped = {f"_orig_mod.{name}": tensor for name, tensor in tensors_of().items()}
+    message, hint = refusal(CONFIG, wrapped)
+    assert "; there is _orig_mod.model.layers.1.mlp.experts.0.down_proj.weight" in message
+    assert "a prefix of the tool that wrapped the model" in hint
 
 
 @pytest.mark.parametrize(

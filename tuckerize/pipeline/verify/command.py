@@ -38,7 +38,8 @@ class VerifyRequest:
         model: The source model; by default the one that decompose was given.
         tokens: Tokens per layer.
         layers: Layers like "1-3,7"; all by default.
-        max_output_error: Bound on the relative output error against the source, if any.
+        max_output_error: Bound on the relative output error against the source. By default a layer
+            fails where zeros would be better: an output error, or a recorded error, above 1.
         tp: Tensor-parallel processes; with ep, by default those of shards that fit the run.
         ep: Expert-parallel processes.
         cp: Context-parallel processes.
@@ -76,7 +77,8 @@ def verify(request: VerifyRequest, progress: Progress | None = None) -> VerifyRe
         progress: Shows how far the work is.
 
     Returns:
-        The same report on every process; its `passed` is the verdict.
+        The same report on every process; its `passed` is the verdict. A note of process 0 says
+            if it could not be written.
 
     Raises:
         TuckerizeError: The verification cannot be carried out; the message says why.
@@ -127,7 +129,17 @@ def verify(request: VerifyRequest, progress: Progress | None = None) -> VerifyRe
         notes += _how_to_verify(folder, others)
         report = replace(report, damaged=damaged, not_verified=others, notes=notes)
         if processes.is_leader:
-            write_json(folder.joinpath(*_names(mesh), REPORT), to_json(report))
+            report = _keep(report, folder.joinpath(*_names(mesh), REPORT))
+    return report
+
+
+def _keep(report: VerifyReport, path: Path) -> VerifyReport:
+    """Write a report; where that is not possible, the report says so."""
+    try:
+        write_json(path, to_json(report))
+    except OSError as error:
+        note = f"the report was not kept: {error.strerror} ({path})"
+        return replace(report, notes=(*report.notes, note))
     return report
 
 
