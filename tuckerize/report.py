@@ -372,7 +372,7 @@ class LayerVerdict:
         residual_difference: Largest |measured − recorded| relative residual of a stack; None
             without the source.
         failures: Faults found; empty if there are none.
-        warnings: Errors above 1 that `max_output_error` accepts.
+        warnings: Causes not to trust the layer that are no fault of its files.
     """
 
     layer: int
