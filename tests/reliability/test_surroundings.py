@@ -100,6 +100,7 @@ print(sorted(codes), done.returncode)
 """
 
 
+@pytest.mark.kill
 def test_memory_that_is_limited_is_enough_or_told_as_that(folder: Path, tmp_path: Path) -> None:
     """In a process of its own: where torch has threads, a fork of it may wait for them for ever."""
     command = ("--model", folder / "model", *SIZE, "--output", tmp_path / "out")
@@ -117,6 +118,7 @@ def test_memory_that_is_limited_is_enough_or_told_as_that(folder: Path, tmp_path
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
 
 
+@pytest.mark.kill
 @needs_root
 @pytest.mark.parametrize("name", ["model-00001-of-*", "config.json"])
 def test_file_that_may_not_be_read_is_named_with_the_cause(
@@ -146,6 +148,7 @@ def test_verify_of_a_folder_that_may_not_be_written_gives_its_report(folder: Pat
     assert "note: the report was not kept: Permission denied" in done.stderr
 
 
+@pytest.mark.kill
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="Linux has it")
 def test_text_that_cannot_be_read_is_named_with_the_fault(folder: Path, tmp_path: Path) -> None:
     """A file that opens, and gives an I/O error when it is read."""
@@ -158,6 +161,7 @@ def test_text_that_cannot_be_read_is_named_with_the_fault(folder: Path, tmp_path
     assert "text.txt" in done.stderr
 
 
+@pytest.mark.kill
 def test_locale_without_letters_prints_every_path(folder: Path, tmp_path: Path) -> None:
     model = shutil.copytree(folder / "model", tmp_path / "модель")
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
