@@ -90,6 +90,12 @@ OWN: dict[str, dict[str, Any]] = {
         "hc_mult": 2,
         "swiglu_limit": 0.5,
     },
+    "gpt_oss": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 8,
+        "swiglu_limit": 0.5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
     "beam": {"mlp_layer_types": ["dense", "sparse"]},
     "minimax_m3_vl": {
         "layer_types": ["full_attention", "minimax_m3_sparse"],
@@ -305,6 +311,8 @@ def make_family(folder: Path, model_type: str, *, seed: int = 0, **own: Any) -> 
                     tensor.uniform_(0.5, 1.5)
                 elif "bias" in name and "experts" not in name:
                     tensor.uniform_(-0.2, 0.2)
+                elif "bias" in name or "sinks" in name:
+                    tensor.uniform_(-0.05, 0.05)
                 elif name.endswith("tid2eid"):  # two experts of every token
                     first = torch.randint(7, (len(tensor),))
                     tensor.copy_(torch.stack([first, first + 1], 1))

@@ -5,6 +5,7 @@ A layer's factors are stored below the module of its routed experts, `model.laye
     <experts>.group_0.gate_proj.core      core of all experts of the group
     <experts>.group_0.down_proj.core.5    core rows of expert 5 of the group, where widths differ
     <experts>.group_0.down_proj.U_H       factor of a truncated mode
+    <experts>.group_0.down_proj.bias      bias of all experts, where they have one; also bias.5
     <experts>.group_0.gate_up_proj.U_I    U_I shared by gate_proj and up_proj
     <experts>.group_0.up_proj.core.weight_packed    codes of a quantised core; also core.5.weight_…
 
@@ -22,12 +23,13 @@ from tuckerize.domain import SHARED_U_I, Coupling, Mode, Projection, coupling_na
 
 
 class TensorKind(StrEnum):
-    """Role of a tensor in its stack: core, or factor of a mode."""
+    """Role of a tensor in its stack: core, factor of a mode, or bias of the outputs."""
 
     CORE = "core"
     U_E = "U_E"
     U_H = "U_H"
     U_I = "U_I"
+    BIAS = "bias"
 
 
 class CorePart(StrEnum):
@@ -62,8 +64,9 @@ class TensorName:
 
     Attributes:
         owner: The projection, or `gate_up_proj` for a U_I shared by gate and up.
-        kind: Core or factor.
-        expert: Index in the group of the expert whose core rows these are; None for all experts.
+        kind: Core, factor or bias.
+        expert: Index in the group of the expert whose rows these are, of the core or of the bias;
+            None for all experts.
         group: Index of the group in the layer; None in names relative to the group.
         experts: Module of the layer's routed experts; None in names relative to the layer.
         part: Codes or scales, of a quantised core.
@@ -87,7 +90,8 @@ class TensorName:
 
     def __post_init__(self) -> None:
         if (
-            ((self.expert, self.part) != (None, None) and self.kind != TensorKind.CORE)
+            (self.expert is not None and self.kind not in (TensorKind.CORE, TensorKind.BIAS))
+            or (self.part is not None and self.kind != TensorKind.CORE)
             or (self.owner == SHARED_U_I and self.kind != TensorKind.U_I)
             or (self.experts is not None and self.group is None)
         ):
@@ -97,6 +101,11 @@ class TensorName:
     def core(cls, projection: Projection, expert: int | None = None) -> TensorName:
         """Core of a projection, or the rows of one expert; relative to the group."""
         return cls(projection, TensorKind.CORE, expert)
+
+    @classmethod
+    def bias(cls, projection: Projection, expert: int | None = None) -> TensorName:
+        """Bias of a projection, or of one expert; relative to the group."""
+        return cls(projection, TensorKind.BIAS, expert)
 
     @classmethod
     def factor(
@@ -189,14 +198,18 @@ def in_group(text: str) -> bool:
     return _IN_GROUP.search(text) is not None
 
 
-def expert_rows(names: Iterable[TensorName]) -> list[TensorName]:
+def expert_rows(
+    names: Iterable[TensorName], kind: TensorKind = TensorKind.CORE
+) -> list[TensorName]:
     """Names of the experts' core rows of one projection, in the order of the experts.
 
     Args:
         names: Names of the projection's tensors.
+        kind: The same of biases.
 
     Returns:
-        One for each expert; none where the core is stored as a whole.
+        One for each expert; none where the tensor is stored as a whole.
     """
-    found = {name.expert: name for name in names if name.expert is not None}
+    own = (name for name in names if name.kind == kind)
+    found = {name.expert: name for name in own if name.expert is not None}
     return [found[expert] for expert in sorted(found)]

@@ -152,7 +152,14 @@ def _routed(
         return ExpertWeights(gate_HI, up_HI, down_HI.T)
 
     activation = activation_of(source.moe.glu(layer))
-    return dense_output(x_TI, experts_Tk, weights_Tk, expert_weights=read, activation=activation)
+    return dense_output(
+        x_TI,
+        experts_Tk,
+        weights_Tk,
+        expert_weights=read,
+        activation=activation,
+        biases=[list(bias) for bias in source.biases(layer).values()],
+    )
 
 
 @pytest.mark.parametrize("name", CALIBRATED)

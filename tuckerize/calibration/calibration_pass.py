@@ -188,7 +188,9 @@ class CalibrationPass:
             with located(f"layer {layer}, group {index}, {projection}"):
                 check_finite(stack)
             stacks[projection] = stack.to(self.model.device, torch.float32)
-        return DenseGroup(stacks, experts)
+        biases = self.source.biases(layer, experts, dtype=torch.float32)
+        own = {projection: bias.to(self.model.device) for projection, bias in biases.items()}
+        return DenseGroup(stacks, experts, own)
 
     def module(self, layer: int, groups: Sequence[Mapping[TensorName, Tensor]]) -> TuckerExperts:
         """The routed experts of a layer from the tensors of its groups."""

@@ -309,10 +309,13 @@ def _refitted_errors(
     own = tokens.of_expert(group.experts[place], least=group.shape.intermediate)
     gate_HI, up_HI, down_HI = (group.stacks[p][place] for p in Projection)
     weight_N1 = own.weights_N[:, None]
-    exact_NH = weight_N1 * activation(own.x_NI @ gate_HI.T, own.x_NI @ up_HI.T)
+    exact_NH = weight_N1 * activation(*group.gate_up(place, own.x_NI))
     low_NR = own.x_NI @ onto_IR
     gate_HR, up_HR = gate_HI @ basis_IR, up_HI @ basis_IR
     gate_NH, up_NH = torch.zeros_like(exact_NH), torch.zeros_like(exact_NH)
+    if group.biases:
+        gate_NH += group.biases[Projection.GATE][place]
+        up_NH += group.biases[Projection.UP][place]
     dense = float((down_HI * (moments.neurons_EHH[place] @ down_HI)).sum())
     errors = []
     for start, stop in itertools.pairwise([0, *sizes]):

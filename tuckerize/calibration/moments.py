@@ -63,8 +63,8 @@ def gather_moments(
     output_TI = tokens.x_TI.new_zeros(tokens.x_TI.shape)
     for place, expert in enumerate(group.experts):
         own = tokens.of_expert(expert, least=group.shape.intermediate)
-        gate_HI, up_HI, down_HI = (group.stacks[p][place] for p in Projection)
-        found = _neurons(own.x_NI, gate_HI, up_HI, activation)
+        down_HI = group.stacks[Projection.DOWN][place]
+        found = _neurons(*group.gate_up(place, own.x_NI), activation)
         weight_N1 = own.weights_N[:, None]
         weighted_NH = weight_N1 * found.h_NH
         squared_T.index_add_(0, own.places_N, own.weights_N.square())
@@ -105,7 +105,7 @@ def input_moments(group: DenseGroup, tokens: LayerTokens) -> Tensor:
 def refit_moments(
     group: DenseGroup,
     tokens: LayerTokens,
-    compressed: Callable[[int], tuple[Tensor, Tensor]],
+    compressed: Callable[[int, Tensor], tuple[Tensor, Tensor]],
     *,
     activation: Activation,
 ) -> tuple[Tensor, Tensor]:
@@ -114,7 +114,7 @@ def refit_moments(
     Args:
         group: The dense experts.
         tokens: Tokens of the layer.
-        compressed: Gives gate and up of one expert of the group as they are now, each (K, I).
+        compressed: Gate and up of tokens in one expert of the group as they are now, each (N, K).
         activation: From gate and up to neurons.
 
     Returns:
@@ -124,20 +124,18 @@ def refit_moments(
     for place, expert in enumerate(group.experts):
         own = tokens.of_expert(expert, least=group.shape.intermediate)
         weight_N1 = own.weights_N[:, None]
-        gate_HI, up_HI = (group.stacks[p][place] for p in (Projection.GATE, Projection.UP))
-        dense_NH = weight_N1 * (activation(own.x_NI @ gate_HI.T, own.x_NI @ up_HI.T))
-        gate_KI, up_KI = compressed(place)
-        now_NK = weight_N1 * (activation(own.x_NI @ gate_KI.T, own.x_NI @ up_KI.T))
+        dense_NH = weight_N1 * activation(*group.gate_up(place, own.x_NI))
+        now_NK = weight_N1 * activation(*compressed(place, own.x_NI))
         now.append(now_NK.T @ now_NK)
         cross.append(now_NK.T @ dense_NH)
     return torch.stack(now), torch.stack(cross)
 
 
-def _neurons(x_NI: Tensor, gate_HI: Tensor, up_HI: Tensor, activation: Activation) -> _Neurons:
+def _neurons(gate_NH: Tensor, up_NH: Tensor, activation: Activation) -> _Neurons:
     with torch.enable_grad():
         gate_NH, up_NH = (
-            (x_NI @ matrix_HI.T).detach().requires_grad_(True)  # noqa: FBT003
-            for matrix_HI in (gate_HI, up_HI)
+            value_NH.detach().requires_grad_(True)  # noqa: FBT003
+            for value_NH in (gate_NH, up_NH)
         )
         h_NH = activation(gate_NH, up_NH)
         by_gate_NH, by_up_NH = torch.autograd.grad(h_NH.sum(), (gate_NH, up_NH))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tuckerize.domain import Projection, StackShape
+from tuckerize.domain import GATE_UP, Projection, StackShape
 from tuckerize.names import TensorName
 
 HELD_OUT_BLOCK = 512
@@ -92,10 +92,12 @@ class DenseGroup:
     Attributes:
         stacks: gate_proj, up_proj and down_proj, each of shape (E, H, I).
         experts: Which experts of the layer they are.
+        biases: Their biases, shape (E, H), of down (E, I); empty if they have none.
     """
 
     stacks: Mapping[Projection, Tensor]
     experts: range
+    biases: Mapping[Projection, Tensor] = field(default_factory=dict)
 
     @property
     def shape(self) -> StackShape:
@@ -104,4 +106,20 @@ class DenseGroup:
 
     def as_tensors(self) -> dict[TensorName, Tensor]:
         """As the tensors of a group of which every mode is full."""
-        return {TensorName.core(projection): stack for projection, stack in self.stacks.items()}
+        cores = {TensorName.core(projection): stack for projection, stack in self.stacks.items()}
+        return cores | {
+            TensorName.bias(projection): bias for projection, bias in self.biases.items()
+        }
+
+    def gate_up(self, place: int, x_NI: Tensor) -> tuple[Tensor, Tensor]:
+        """Gate and up of tokens in one expert, before the activation, each (N, H).
+
+        Args:
+            place: Index of the expert in the group.
+            x_NI: Its tokens.
+        """
+        gate_NH, up_NH = (x_NI @ self.stacks[projection][place].T for projection in GATE_UP)
+        if not self.biases:
+            return gate_NH, up_NH
+        gate_H, up_H = (self.biases[projection][place] for projection in GATE_UP)
+        return gate_NH + gate_H, up_NH + up_H

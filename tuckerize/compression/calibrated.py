@@ -43,7 +43,7 @@ from tuckerize.domain import (
     StackShape,
     WeightType,
 )
-from tuckerize.format.tucker_checkpoint import factors_of
+from tuckerize.format.tucker_checkpoint import biases_of, factors_of
 from tuckerize.linalg.gram import leading_eigenvectors
 from tuckerize.linalg.selection import all_neurons, eliminate, refit_down
 from tuckerize.linalg.tucker import TuckerFactors, orthonormalised
@@ -145,7 +145,11 @@ def select_neurons(group: GroupFactors, moments: GroupMoments) -> GroupFactors:
     elimination = eliminate(moments.neurons_EHH, group.dense.stacks[Projection.DOWN])
     kept = elimination.kept(target.neurons, multiple=target.multiple, equal=target.equal_widths)
     slim = {p: TuckerFactors(kept.rows(stack)) for p, stack in group.dense.stacks.items()}
-    return replace(group, factors=slim, kept=kept)
+    biases = {
+        p: bias if p == Projection.DOWN else kept.rows(bias[..., None])[..., 0]
+        for p, bias in group.dense.biases.items()
+    }
+    return replace(group, factors=slim, kept=kept, biases=biases)
 
 
 def factor_gate_up(
@@ -196,10 +200,7 @@ def refit(
         neurons_EKK, cross_EKH = refit_moments(
             group.dense,
             tokens,
-            lambda place: (
-                group.factors[Projection.GATE].expand_slice(place),
-                group.factors[Projection.UP].expand_slice(place),
-            ),
+            group.gate_up,
             activation=activation,
         )
         down_EKI = refit_down(
@@ -294,7 +295,8 @@ def _with_down(group: GroupFactors, down: TuckerFactors) -> GroupFactors:
 
 
 def _with_tensors(group: GroupFactors, tensors: Mapping[TensorName, Tensor]) -> GroupFactors:
-    return replace(group, factors={p: factors_of(tensors, p) for p in group.factors})
+    factors = {projection: factors_of(tensors, projection) for projection in group.factors}
+    return replace(group, factors=factors, biases=biases_of(tensors))
 
 
 def _weighted_down(
@@ -311,8 +313,10 @@ def _weighted_down(
 
 
 def _output_moment(group: GroupFactors, tokens: LayerTokens, activation: Activation) -> Tensor:
-    """Second moment of a group's combined output, shape (I, I)."""
-    output_TI = group_output(group.tensors(), group.dense.experts, tokens, activation)
+    """Second moment of a group's combined output without biases, shape (I, I)."""
+    down = TensorName.bias(Projection.DOWN)  # it is not in the span of U_I
+    tensors = {name: tensor for name, tensor in group.tensors().items() if name != down}
+    output_TI = group_output(tensors, group.dense.experts, tokens, activation)
     return output_TI.T @ output_TI
 
 

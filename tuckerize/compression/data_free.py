@@ -70,7 +70,9 @@ def _dense(
         for coupling in target.couplings
         for projection in coupling
     }
-    group = GroupFactors.of(index, DenseGroup(stacks, experts), target)
+    biases = source.biases(piece.layer, experts)
+    own = {p: bias.to(device) for p, bias in biases.items() if p in stacks}
+    group = GroupFactors.of(index, DenseGroup(stacks, experts, own), target)
     return LayerFactors(piece.layer, (group,))
 
 

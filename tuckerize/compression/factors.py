@@ -14,14 +14,14 @@ from torch import Tensor
 from tuckerize.calibration.tokens import DenseGroup
 from tuckerize.checkpoint.reader import TORCH_DTYPES
 from tuckerize.compression.target import CompressionTarget
-from tuckerize.domain import MultilinearRank, Projection, WeightType, coupling_name
+from tuckerize.domain import GATE_UP, MultilinearRank, Projection, WeightType, coupling_name
 from tuckerize.errors import located
 from tuckerize.format.cores import core_tensors
 from tuckerize.linalg.quantise import QuantisedMatrices
 from tuckerize.linalg.selection import KeptNeurons
 from tuckerize.linalg.tucker import TuckerFactors, check_no_overflow
 from tuckerize.names import TensorKind, TensorName
-from tuckerize.runtime.experts import named_tensors
+from tuckerize.runtime.experts import named_biases, named_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,8 @@ class GroupFactors:
         sweeps: Sweeps of HOOI or weighted least squares by projection.
         quantised: Cores that are quantised, in the orientation of `format.cores`; their values are
             those of the Tucker tensors' cores.
+        biases: Biases of every projection, zero beyond the width of an expert; empty if the experts
+            have none.
     """
 
     index: int
@@ -46,12 +48,14 @@ class GroupFactors:
     kept: KeptNeurons | None
     sweeps: Mapping[Projection, int]
     quantised: Mapping[Projection, QuantisedMatrices] = field(default_factory=dict)
+    biases: Mapping[Projection, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, index: int, dense: DenseGroup, target: CompressionTarget) -> GroupFactors:
         """A group before the first step."""
         factors = {projection: TuckerFactors(stack) for projection, stack in dense.stacks.items()}
-        return cls(index, dense, target, factors, None, dict.fromkeys(factors, 0))
+        sweeps = dict.fromkeys(factors, 0)
+        return cls(index, dense, target, factors, None, sweeps, biases=dense.biases)
 
     @property
     def name(self) -> str:
@@ -67,7 +71,7 @@ class GroupFactors:
 
     def tensors(self) -> dict[TensorName, Tensor]:
         """Stored tensors by names relative to the group."""
-        return {
+        found = {
             part: stored
             for coupling in self.target.couplings
             for projection in coupling
@@ -76,6 +80,22 @@ class GroupFactors:
             )
             for part, stored in self._stored(name, tensor)
         }
+        for projection, bias in self.biases.items():
+            found |= named_biases(projection, bias, self.widths)
+        return found
+
+    def gate_up(self, place: int, x_NI: Tensor) -> tuple[Tensor, Tensor]:
+        """Gate and up of tokens in one expert, before the activation, each (N, K).
+
+        Args:
+            place: Index of the expert in the group.
+            x_NI: Its tokens.
+        """
+        gate_NK, up_NK = (x_NI @ self.factors[p].expand_slice(place).T for p in GATE_UP)
+        if not self.biases:
+            return gate_NK, up_NK
+        gate_K, up_K = (self.biases[projection][place] for projection in GATE_UP)
+        return gate_NK + gate_K, up_NK + up_K
 
     def _stored(self, name: TensorName, tensor: Tensor) -> Iterable[tuple[TensorName, Tensor]]:
         """A tensor, or codes and scales in place of a core that is quantised."""
@@ -165,6 +185,9 @@ def rounding(weights: WeightType) -> Step:
         cores = {projection: group.factors[projection].core for projection in group.quantised}
         group = group.with_factors(rounded)
         exact = {p: replace(group.factors[p], core=core) for p, core in cores.items()}
-        return replace(group, factors={**group.factors, **exact})
+        biases = {projection: bias.to(dtype) for projection, bias in group.biases.items()}
+        for bias in biases.values():
+            check_no_overflow(bias, weights.name)
+        return replace(group, factors={**group.factors, **exact}, biases=biases)
 
     return lambda layer: replace(layer, groups=tuple(map(treat, layer.groups)))

@@ -94,10 +94,7 @@ class QuantiseForTokens:
     def _neurons(self, group: GroupFactors) -> Inputs:
         def of_expert(place: int) -> Tensor:
             own = self.fit.of_expert(group.dense.experts[place], group.dense.shape.intermediate)
-            gate_NH, up_NH = (
-                own.x_NI @ group.factors[projection].expand_slice(place).T for projection in GATE_UP
-            )
-            return own.weights_N[:, None] * self.activation(gate_NH, up_NH)
+            return own.weights_N[:, None] * self.activation(*group.gate_up(place, own.x_NI))
 
         return of_expert
 

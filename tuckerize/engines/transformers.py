@@ -151,10 +151,13 @@ class TuckerQuantizer(HfQuantizer):
                 "use tp_size, which splits every expert, in place of expert parallelism"
             )
         config: Any = self.quantization_config
-        if config.tucker.core_types and (getattr(parallel, "tp_size", None) or 1) > 1:
+        core_types = config.tucker.core_types
+        whole = "quantised cores" if core_types else "experts with biases"
+        is_whole = core_types or config.tucker.biased
+        if is_whole and (getattr(parallel, "tp_size", None) or 1) > 1:
             raise ValueError(
-                "transformers cannot split quantised cores over processes: load the checkpoint in "
-                "every process without tp_size"
+                f"transformers cannot split {whole} over processes: load the checkpoint in every "
+                "process without tp_size"
             )
         described = model.config.to_dict()
         factored, known = {}, row_of(described) is not None
@@ -306,17 +309,23 @@ def _not_standard(experts: Any, *, known: bool) -> str | None:  # noqa: ANN401
     """
     if not getattr(experts, "has_gate", True):
         return "they have no gate"
-    if getattr(experts, "has_bias", False):
+    if getattr(experts, "has_bias", False) and not known:
         return "they have biases"
     if getattr(experts, "has_post_expert_norm", False):
         return "a norm follows them"
-    if not hasattr(experts, "hidden_dim"):
+    if _hidden_size(experts) is None:
         return f"{type(experts).__name__} is not of transformers' standard form"
     gate = getattr(type(experts), "_apply_gate", None)
     own_gate = gate is not None and gate.__module__ == type(experts).__module__
     if (own_gate or not hasattr(experts, "act_fn")) and not known:
         return "their gate is not an activation times up"
     return None
+
+
+def _hidden_size(experts: Any) -> int | None:  # noqa: ANN401
+    """Hidden size of a module of experts; None if it is not of transformers' standard form."""
+    found: int | None = getattr(experts, "hidden_dim", getattr(experts, "hidden_size", None))
+    return found
 
 
 def _path_in_model(model: Any, path: str) -> str:  # noqa: ANN401
@@ -345,7 +354,7 @@ def _factored(
     tensors = [
         {
             name: torch.empty(shape, dtype=part_dtype(name.part, like.dtype), device=like.device)
-            for name, shape in group.tensor_shapes(dense.hidden_dim).items()
+            for name, shape in group.tensor_shapes(_hidden_size(dense) or 0).items()
         }
         for group in groups
     ]

@@ -27,7 +27,7 @@ METHOD = "tuckerize"
 
 FORMAT_VERSION = 2
 QUANTISED_FORMAT_VERSION = 3
-"""Format version of a checkpoint with quantised cores."""
+"""Format version of a checkpoint with quantised cores or biases."""
 
 _KEY = "quantization_config"
 
@@ -41,12 +41,14 @@ class GroupShape:
         ranks: Core sizes of every projection.
         joint: Whether gate and up share one U_I.
         core_type: Encoding of the cores; None if they are of the same type as the factors.
+        biased: Whether the projections have biases.
     """
 
     widths: tuple[int, ...]
     ranks: Mapping[Projection, MultilinearRank]
     joint: bool
     core_type: CoreType | None = None
+    biased: bool = False
 
     @property
     def experts(self) -> int:
@@ -90,10 +92,22 @@ class GroupShape:
             for core, shape in cores.items():
                 if core.projection == projection:
                     shapes |= core_tensor_shapes(core, self.core_type, shape)
+            if self.biased:
+                shapes |= self._bias_shapes(projection, hidden)
             coupling = GATE_UP if self.joint and projection in GATE_UP else None
             for mode in rank.truncated_modes(stack):
                 shapes[TensorName.factor(mode, projection, coupling)] = (stack[mode], rank[mode])
         return shapes
+
+    def _bias_shapes(
+        self, projection: Projection, hidden: int
+    ) -> dict[TensorName, tuple[int, ...]]:
+        """Shapes of the biases of a projection; of down they have the hidden size."""
+        if projection == Projection.DOWN:
+            return {TensorName.bias(projection): (self.experts, hidden)}
+        if self.equal_widths:
+            return {TensorName.bias(projection): (self.experts, self.widths[0])}
+        return {TensorName.bias(projection, e): (width,) for e, width in enumerate(self.widths)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +119,14 @@ class TuckerQuantization:
         joint: Projections that share one U_I, if any.
         modules: Groups of every factored experts module, by the module's name in the checkpoint.
         rest: `quantization_config` of everything else, where the source was quantized.
+        biased: Whether the projections have biases.
     """
 
     group_size: int
     joint: Joint | None
     modules: Mapping[str, tuple[GroupShape, ...]]
     rest: Mapping[str, Any] | None = None
+    biased: bool = False
 
     @classmethod
     def of(
@@ -123,17 +139,21 @@ class TuckerQuantization:
             family: The model's family.
             rest: `quantization_config` of everything but the factored experts.
         """
-        joint = manifest.joint is not None
+        joint, biased = manifest.joint is not None, family.storage.biased
         modules = {
             family.experts_prefix(layer): tuple(
                 GroupShape(
-                    manifest.widths(layer, group), ranks, joint, cores_of(manifest.cores, layer)
+                    manifest.widths(layer, group),
+                    ranks,
+                    joint,
+                    cores_of(manifest.cores, layer),
+                    biased,
                 )
                 for group, ranks in enumerate(manifest.ranks(layer))
             )
             for layer in manifest.layers
         }
-        return cls(manifest.group_size, manifest.joint, modules, rest)
+        return cls(manifest.group_size, manifest.joint, modules, rest, biased)
 
     @property
     def core_types(self) -> dict[str, CoreType]:
@@ -171,17 +191,19 @@ class TuckerQuantization:
             )
             for module, groups in found.modules.items()
         }
-        return cls(found.group_size, found.joint, modules, found.rest)
+        return cls(found.group_size, found.joint, modules, found.rest, found.biases)
 
     def to_json(self) -> dict[str, Any]:
         """Contents of `quantization_config`."""
         core_types = self.core_types
+        later = core_types or self.biased
         return {
             "quant_method": METHOD,
-            "format_version": QUANTISED_FORMAT_VERSION if core_types else FORMAT_VERSION,
+            "format_version": QUANTISED_FORMAT_VERSION if later else FORMAT_VERSION,
             "group_size": self.group_size,
             "joint": self.joint,
             **({"cores": scheme_of(core_types, self.modules)} if core_types else {}),
+            **({"biases": True} if self.biased else {}),
             "modules": {
                 module: [
                     {
@@ -237,6 +259,7 @@ class _Contents(BaseModel):
     group_size: _Size
     joint: Joint | None
     cores: dict[str, Any] | None = None
+    biases: bool = False
     modules: dict[str, Annotated[tuple[_Group, ...], Field(min_length=1)]]
     rest: dict[str, Any] | None = None
 
@@ -262,7 +285,7 @@ class _Contents(BaseModel):
             )
         ranks = (group.gate_proj, group.up_proj, group.down_proj)
         named = {p: MultilinearRank(*rank) for p, rank in zip(Projection, ranks, strict=True)}
-        return GroupShape(widths, named, self.joint is not None, core_type)
+        return GroupShape(widths, named, self.joint is not None, core_type, self.biases)
 
 
 def _invalid(place: Sequence[str | int], message: str) -> ValueError:

@@ -320,9 +320,12 @@ def sealed(manifest: TuckerManifest | ShardManifest) -> dict[str, Any]:
     value = manifest.model_dump(mode="json")
     if value.get("cores", "") is None:
         del value["cores"]
-    layout = value.get("layout")
-    if isinstance(layout, dict) and layout["further"] is None:
-        del layout["further"], layout["depth"]
+    layout = value.get("layout")  # that of shards is a word
+    if isinstance(layout, dict):
+        if layout["further"] is None:
+            del layout["further"], layout["depth"]
+        if layout["storage"].get("biased") is False:
+            del layout["storage"]["biased"]
     return {**value, "checksum": checksum(value)}
 
 

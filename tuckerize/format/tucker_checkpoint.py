@@ -26,7 +26,7 @@ from tuckerize.moe.families import FAMILIES, LAYERS
 from tuckerize.moe.family import Family
 from tuckerize.moe.routing import Router, read_input_norm
 from tuckerize.moe.source import SourceModel
-from tuckerize.names import TensorName, expert_rows, group_module, in_group
+from tuckerize.names import TensorKind, TensorName, expert_rows, group_module, in_group
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +109,12 @@ class TuckerCheckpoint:
         tensors = dequantised(self.read_group(layer, group), shape.core_shapes())
         return {projection: factors_of(tensors, projection) for projection in ranks}
 
+    def read_biases(self, layer: int, group: int) -> dict[Projection, Tensor]:
+        """A group's biases, shape (E, K), of down (E, I); none if its experts have none."""
+        if not self.family.storage.biased:
+            return {}
+        return biases_of(self.read_group(layer, group))
+
     def router(self, layer: int) -> Router:
         """Router of a layer."""
         return Router.read(self.checkpoint, self.family, layer)
@@ -170,6 +176,19 @@ def open_source(model: str, tucker: TuckerCheckpoint) -> SourceModel:
             hint=f"the source was {record.model}" if record else "check its sizes in config.json",
         )
     return source
+
+
+def biases_of(group: Mapping[TensorName, Tensor]) -> dict[Projection, Tensor]:
+    """Biases of a group from its tensors; zero beyond the width of an expert."""
+    found = {}
+    for projection in Projection:
+        own = {name: tensor for name, tensor in group.items() if name.owner == projection}
+        bias = own.get(TensorName.bias(projection))
+        if rows := expert_rows(own, TensorKind.BIAS):
+            bias = pad_sequence([own[name] for name in rows], batch_first=True)
+        if bias is not None:
+            found[projection] = bias
+    return found
 
 
 def factors_of(group: Mapping[TensorName, Tensor], projection: Projection) -> TuckerFactors:

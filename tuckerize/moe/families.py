@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from tuckerize.moe.family import Config, FamilyRow, Glu, model_types, plain_glu, text_config
@@ -108,6 +109,15 @@ FAMILIES: Mapping[str, FamilyRow] = {
                 "mimo_v2_flash": "MiMo-V2-Flash",
                 "solar_open": "Solar Open",
             }.items()
+        ),
+        _row(
+            "gpt_oss",
+            _NORMALIZED,
+            storages=(replace(packed("mlp.experts"), interleaved=True, biased=True),),
+            router="router.weight",
+            router_bias="router.bias",
+            glu=openai_glu,
+            models="gpt-oss-20b, 120b",
         ),
         _row(
             "beam",
@@ -308,7 +318,6 @@ FAMILIES: Mapping[str, FamilyRow] = {
 UNSUPPORTED: Mapping[str, str] = {
     "dbrx": "all experts of a projection are one matrix, without a dimension of experts",
     "doge": "experts are rows of an embedding",
-    "gpt_oss": "experts have biases, and the gate is not an activation times up",
     "inkling2_text": "gate and up are bounded by soft caps",
     "jetmoe": "attention has experts as well, and gate and up are one matrix",
     "llama4_text": "routing weights scale the inputs of experts, not their outputs",
@@ -316,7 +325,7 @@ UNSUPPORTED: Mapping[str, str] = {
     "muse_spark_text": "a norm follows the experts",
     "nemotron_h": "experts have no gate_proj",
     "nllb-moe": "experts are those of an encoder and a decoder, without gate_proj",
-    "openai_privacy_filter": "experts have biases, and the gate is not an activation times up",
+    "openai_privacy_filter": "it classifies tokens, and is no language model",
     "switch_transformers": "experts are those of an encoder and a decoder, without gate_proj",
 }
 """MoE families that are refused, and why."""

@@ -162,6 +162,25 @@ class SourceModel:
         storage.read_into(stack_EHI, self.checkpoint, projection, experts)
         return stack_EHI
 
+    def biases(
+        self, layer: int, experts: range | None = None, *, dtype: torch.dtype | None = None
+    ) -> dict[Projection, Tensor]:
+        """Biases of consecutive experts, shape (E, H), of down (E, I); none if there are none.
+
+        Args:
+            layer: Index of the layer.
+            experts: The experts; all by default.
+            dtype: Type of the biases; that of the stacks by default.
+        """
+        storage = self.moe.family.stored(layer)
+        if not storage.biased:
+            return {}
+        own = slice(None) if experts is None else slice(experts.start, experts.stop)
+        return {
+            projection: storage.read_bias(self.checkpoint, projection)[own].to(dtype or self.dtype)
+            for projection in Projection
+        }
+
     def expert(self, layer: int, expert: int) -> tuple[Tensor, Tensor, Tensor]:
         """Gate, up and down of one expert, each (H, I)."""
         one = range(expert, expert + 1)

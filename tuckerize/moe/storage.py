@@ -27,6 +27,11 @@ class Storage(ABC):
     """
 
     @property
+    def biased(self) -> bool:
+        """Whether the projections have biases."""
+        return False
+
+    @property
     @abstractmethod
     def names(self) -> tuple[str, ...]:
         """Names of its tensors, with `{expert}` for the expert's index."""
@@ -76,6 +81,7 @@ class Storage(ABC):
         projections: Coupling,
         matrices: Iterable[tuple[Projection, int, Tensor]],
         dtype: torch.dtype,
+        biases: Mapping[Projection, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Tensors that hold projections of a layer, by name.
 
@@ -85,6 +91,7 @@ class Storage(ABC):
             matrices: Projection, expert and matrix (H, I) of all experts of these projections, in
                 any order; one is taken at a time.
             dtype: Type of the tensors.
+            biases: Biases of the projections, shape (E, H), of down (E, I).
         """
         import torch
 
@@ -94,7 +101,21 @@ class Storage(ABC):
         }
         for projection, expert, matrix_HI in matrices:
             self.matrix(tensors, projection, expert).copy_(matrix_HI)
+        for projection, bias in (biases or {}).items():
+            self.bias(tensors, projection).copy_(bias)
         return tensors
+
+    def bias(self, tensors: Mapping[str, Tensor], projection: Projection) -> Tensor:
+        """View of a projection's biases in the tensors of a layer, shape (E, H), of down (E, I)."""
+        raise NotImplementedError
+
+    def read_bias(self, checkpoint: Checkpoint, projection: Projection) -> Tensor:
+        """Biases of a projection of all experts.
+
+        Raises:
+            CheckpointError: A tensor is missing or cannot be read.
+        """
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,12 +210,14 @@ class Packed(Storage):
         interleaved: Whether rows of gate and up alternate, as in gpt-oss; all of gate come before
             all of up otherwise.
         transposed: Whether weights lie as (in, out).
+        biased: Whether there are biases, (E, 2H) and (E, I), by the same names and `_bias`.
     """
 
     gate_up: str
     down: str
     interleaved: bool = False
     transposed: bool = False
+    biased: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -230,10 +253,12 @@ class Packed(Storage):
         gate_up, down = (2 * rows, columns), (columns, rows)
         sizes = {self.gate_up: gate_up, self.down: down}
         names = dict.fromkeys(map(self._name, projections))
-        return {
+        found: dict[str, tuple[int, ...]] = {
             name: (experts, *(reversed(sizes[name]) if self.transposed else sizes[name]))
             for name in names
         }
+        biases = {f"{name}_bias": (experts, sizes[name][0]) for name in names if self.biased}
+        return found | biases
 
     def matrix(self, tensors: Mapping[str, Tensor], projection: Projection, expert: int) -> Tensor:
         """View of one expert's matrix (H, I) in the tensors of a layer."""
@@ -246,6 +271,16 @@ class Packed(Storage):
         for _, weights in checkpoint.read([self._name(projection)], rows=experts):
             stack_EHI.copy_(self._stack(weights, projection))
 
+    def bias(self, tensors: Mapping[str, Tensor], projection: Projection) -> Tensor:
+        """View of a projection's biases in the tensors of a layer, shape (E, H), of down (E, I)."""
+        biases = tensors[f"{self._name(projection)}_bias"]
+        return biases if projection == Projection.DOWN else self._part(biases, projection)
+
+    def read_bias(self, checkpoint: Checkpoint, projection: Projection) -> Tensor:
+        """Biases of a projection of all experts."""
+        name = f"{self._name(projection)}_bias"
+        return self.bias({name: checkpoint.read_one(name)}, projection)
+
     def _name(self, projection: Projection) -> str:
         return self.down if projection == Projection.DOWN else self.gate_up
 
@@ -254,5 +289,9 @@ class Packed(Storage):
         if projection == Projection.DOWN:
             return weights if self.transposed else weights.mT
         both = weights.mT if self.transposed else weights
+        return self._part(both, projection)
+
+    def _part(self, both: Tensor, projection: Projection) -> Tensor:
+        """View of gate or of up in a tensor of both."""
         place = GATE_UP.index(projection)
         return both[:, place::2] if self.interleaved else both.chunk(2, dim=1)[place]

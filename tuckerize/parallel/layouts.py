@@ -191,6 +191,9 @@ def split_dimensions(
     rank = ranks[name.projection]
     whole_core = name.kind == TensorKind.CORE and name.expert is None
     by_expert = name.kind == TensorKind.U_E or (whole_core and rank.expert == shape.experts)
+    # Biases of down are added where the tokens are, which may be of any expert.
+    of_neurons = name.kind == TensorKind.BIAS and name.projection != Projection.DOWN
+    by_expert |= of_neurons and name.expert is None
     over_tp, unit = _split_over_tp(layout, name, rank, shape), 1
     if core_type and over_tp is not None:
         over_tp, unit = _split_of_quantised(name, over_tp, core_type)
@@ -222,6 +225,9 @@ def _split_over_tp(
     """Dimension of a stored tensor that is split over tp; None if replicated."""
     if name.kind == TensorKind.U_H:
         return 0
+    if name.kind == TensorKind.BIAS:
+        on_neurons = 1 if name.expert is None else 0
+        return None if name.projection == Projection.DOWN else on_neurons
     on_hidden = layout == Layout.RANK and name.projection != Projection.DOWN
     if name.kind != TensorKind.CORE:
         return 1 if name.kind == TensorKind.U_I and on_hidden else None

@@ -16,6 +16,7 @@ from torch import Tensor
 from tuckerize.calibration.calibration_pass import experts_call
 from tuckerize.calibration.stream import ExpertsCall, StreamedModel
 from tuckerize.calibration.text import parse_source, read_windows
+from tuckerize.calibration.tokens import DenseGroup
 from tuckerize.checkpoint.hub import resolve_model
 from tuckerize.checkpoint.reader import Checkpoint, measure_size
 from tuckerize.domain import Device, Projection, Size
@@ -98,10 +99,9 @@ class Evaluated:
 
 def _as_group(source: SourceModel, layer: int) -> dict[TensorName, Tensor]:
     """Dense experts as the tensors of a group of which every mode is full."""
-    return {
-        TensorName.core(projection): source.stack(layer, projection, dtype=torch.float32)
-        for projection in Projection
-    }
+    stacks = {p: source.stack(layer, p, dtype=torch.float32) for p in Projection}
+    experts = range(source.moe.shape.experts)
+    return DenseGroup(stacks, experts, source.biases(layer, dtype=torch.float32)).as_tensors()
 
 
 def open_evaluated(folder: Path) -> Evaluated:

@@ -228,7 +228,30 @@ def _expand(
             for expert, matrix_HI in _expand_experts(tucker, layer, projection, width)
         ),
         TORCH_DTYPES[tucker.manifest.dtype],
+        _expand_biases(tucker, layer, projections, width),
     )
+
+
+def _expand_biases(
+    tucker: TuckerCheckpoint, layer: int, projections: Coupling, width: int
+) -> dict[Projection, Tensor]:
+    """The biases of projections of all experts of a layer."""
+    found: dict[Projection, list[Tensor]] = {}
+    for group in range(tucker.manifest.groups):
+        kept = tucker.kept(layer, group)
+        for projection, bias in tucker.read_biases(layer, group).items():
+            if projection not in projections:
+                continue
+            own = bias
+            if kept is not None and projection != Projection.DOWN:
+                own = bias.new_zeros(len(bias), width)
+                narrow = width < tucker.manifest.shape.intermediate
+                places_EK = (
+                    torch.arange(bias.shape[1]).expand_as(bias) if narrow else kept.places_EK
+                )
+                own.scatter_(1, places_EK, bias)
+            found.setdefault(projection, []).append(own)
+    return {projection: torch.cat(own) for projection, own in found.items()}
 
 
 def _expand_experts(

@@ -56,6 +56,12 @@ def choose_layout(tucker: TuckerCheckpoint, mesh: Parallelism, layout: Layout | 
                 f"{option} {size} is not a number of processes", hint=f"use {option} 1 or more"
             )
     _check_experts_divide(tucker, mesh.ep)
+    if tucker.family.storage.biased and tucker.manifest.groups > 1 and mesh.ep > 1:
+        raise UsageError(
+            f"--ep {mesh.ep} shares out the groups of a layer, and every process needs the biases "
+            "of all experts",
+            hint="use --ep 1, or decompose with one group per layer",
+        )
     if layout is None:
         costs = layout_costs(tucker, mesh)
         least = min(cost.bytes_per_process for cost in costs)

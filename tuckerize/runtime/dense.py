@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.nn.functional import linear
 
 from tuckerize.runtime.activations import Activation
 
@@ -25,6 +27,7 @@ def dense_output(
     *,
     expert_weights: Callable[[int], ExpertWeights],
     activation: Activation,
+    biases: Sequence[Sequence[Tensor]] = (),
 ) -> Tensor:
     """Routed output of tokens through dense experts, shape (T, I), in the tokens' dtype.
 
@@ -34,13 +37,15 @@ def dense_output(
         weights_Tk: Routing weights, shape (T, k).
         expert_weights: Reads the matrices of one expert; called once per expert with tokens.
         activation: From gate and up to neurons.
+        biases: Biases of gate, up and down of every expert; empty if they have none.
     """
     output_TI = x_TI.new_zeros(x_TI.shape)
     for expert in sorted(set(experts_Tk.flatten().tolist())):
         tokens, places = (experts_Tk == expert).nonzero(as_tuple=True)
-        gate_HI, up_HI, down_IH = (w.to(x_TI.dtype) for w in expert_weights(expert))
-        own_NI = x_TI[tokens]
-        neurons_NH = activation(own_NI @ gate_HI.T, own_NI @ up_HI.T)
+        matrices = [matrix.to(x_TI.dtype) for matrix in expert_weights(expert)]
+        own = [bias[expert].to(x_TI.dtype) for bias in biases] or [None] * 3
+        gate_NH, up_NH = map(partial(linear, x_TI[tokens]), matrices[:2], own[:2])
+        result_NI = linear(activation(gate_NH, up_NH), matrices[2], own[2])
         weights_N1 = weights_Tk[tokens, places].to(x_TI.dtype).unsqueeze(1)
-        output_TI.index_add_(0, tokens, weights_N1 * (neurons_NH @ down_IH.T))
+        output_TI.index_add_(0, tokens, weights_N1 * result_NI)
     return output_TI

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from tuckerize.domain import GATE_UP, SHARED_U_I, Coupling, Mode, Projection
 from tuckerize.errors import CheckpointError
@@ -59,6 +61,21 @@ def named_tensors(
             yield TensorName.factor(mode, projection, coupling), factor
 
 
+def named_biases(
+    projection: Projection, bias: Tensor, widths: Sequence[int] | None = None
+) -> dict[TensorName, Tensor]:
+    """Stored biases of one projection, by their names relative to the group.
+
+    Args:
+        projection: The projection.
+        bias: Its biases, shape (E, H), of down (E, I).
+        widths: Neurons of every expert; None if all.
+    """
+    if projection == Projection.DOWN or widths is None or len(set(widths)) == 1:
+        return {TensorName.bias(projection): bias}
+    return {TensorName.bias(projection, e): bias[e, :width] for e, width in enumerate(widths)}
+
+
 class TuckerStack(nn.Module):
     """Core and factors of one stack, whole or a process's slices; absent ones are None.
 
@@ -73,6 +90,7 @@ class TuckerStack(nn.Module):
     U_E: Tensor | None
     U_H: Tensor | None
     U_I: Tensor | None
+    bias: Tensor | nn.ParameterList | None
 
     def __init__(self, tensors: Mapping[TensorName, Tensor]) -> None:
         super().__init__()
@@ -89,6 +107,9 @@ class TuckerStack(nn.Module):
             self.core = QuantisedRows(quantised[name] for name in rows)
         elif quantised:
             (self.core,) = quantised.values()
+        if rows := expert_rows(plain, TensorKind.BIAS):
+            del self.bias
+            self.bias = nn.ParameterList(_parameter(tensors[name]) for name in rows)
 
     def multiply(self, rows_NX: Tensor, assigned: Assignments, *, transposed: bool) -> Tensor:
         """Multiply every row by the C_e of its expert, or by C_eᵀ.
@@ -112,6 +133,19 @@ class TuckerStack(nn.Module):
             return multiply(rows_NX, oriented(self.core), assigned)
         U_E = _own(self.U_E).to(rows_NX.dtype)
         return mix_and_multiply(rows_NX, U_E, oriented(self.core), assigned)
+
+    def with_bias(self, rows_NH: Tensor, assigned: Assignments) -> Tensor:
+        """Add to every row the bias of its expert, if there is one."""
+        if self.bias is None:
+            return rows_NH
+        bias_EH = (
+            self.bias
+            if isinstance(self.bias, Tensor)
+            else pad_sequence(list(self.bias), batch_first=True)
+        )
+        bias_EH = functional.pad(bias_EH, (0, rows_NH.shape[1] - bias_EH.shape[1]))
+        own_NH = bias_EH.to(rows_NH.dtype)[assigned.experts_N.clamp_max(len(bias_EH) - 1)]
+        return assigned.own_rows(rows_NH + own_NH)
 
 
 def _own(tensor: Tensor) -> Tensor:
@@ -200,7 +234,8 @@ class TuckerExperts(nn.Module):
         ]
         neurons = self._gate_up([tokens.vectors[place] for place in places], assigned)
         outputs = self._down(neurons, assigned, tokens.weights_Tk)
-        return self._complete(outputs, [*latent_combines, *hidden_combines])
+        output_TI = self._complete(outputs, [*latent_combines, *hidden_combines])
+        return self._with_down_bias(output_TI, experts_Tk, weights_Tk)
 
     def _low(self, x_TI: Tensor) -> tuple[list[Tensor], list[int]]:
         """Project tokens to latent space, once per distinct U_I of gate and up.
@@ -243,9 +278,17 @@ class TuckerExperts(nn.Module):
             middle if factor is None else middle @ factor.to(middle.dtype).T
             for middle, factor in zip(completed, factors, strict=True)
         ]
+        stacks = [
+            (group.stack(projection), rows)
+            for group, rows in zip(self.groups, assigned, strict=True)
+            for projection in GATE_UP
+        ]
+        biased = [
+            stack.with_bias(rows_NH, rows)
+            for rows_NH, (stack, rows) in zip(expanded, stacks, strict=True)
+        ]
         return [
-            self.activation(gate, up)
-            for gate, up in zip(expanded[0::2], expanded[1::2], strict=True)
+            self.activation(gate, up) for gate, up in zip(biased[0::2], biased[1::2], strict=True)
         ]
 
     def _down(
@@ -271,6 +314,20 @@ class TuckerExperts(nn.Module):
         for combine in combines:
             outputs = combine(outputs)
         return _expand(outputs, factors) if low else outputs[0]
+
+    def _with_down_bias(self, output_TI: Tensor, experts_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
+        """Add the weighted biases of down of each token's experts, where the token came from."""
+        biases = [group.stack(Projection.DOWN).bias for group in self.groups]
+        whole = [bias for bias in biases if isinstance(bias, Tensor)]
+        if not whole:
+            return output_TI
+        bias_EI = torch.cat(whole).to(output_TI.dtype)
+        count = len(bias_EI)
+        elsewhere_Tk = (experts_Tk < 0) | (experts_Tk >= count)
+        places_Tk = experts_Tk.long().masked_fill(elsewhere_Tk, count)
+        shares_TE = bias_EI.new_zeros(len(experts_Tk), count + 1)
+        shares_TE = shares_TE.scatter_add(1, places_Tk, weights_Tk.to(bias_EI.dtype))
+        return output_TI + shares_TE[:, :count] @ bias_EI
 
 
 def _expand(outputs: Sequence[Tensor], factors: list[Tensor | None]) -> Tensor:

@@ -205,7 +205,9 @@ def _axes_to_sum(
     cut = split_dimensions(layout, name, ranks, sizes.shape, sizes.core_type)
     # Outside of the exchange over tp, all of its processes compute the same tokens.
     outside = name.kind == TensorKind.U_I and not position.sequence_parallel
+    is_down_bias = name.kind == TensorKind.BIAS and name.projection == Projection.DOWN
     outside &= space.latent_output if name.projection == Projection.DOWN else space.latent_input
+    outside |= is_down_bias and not position.sequence_parallel
     split = experts_are_split(sizes, position.ep.size)
     parts = {
         "tp": cut.tp is None and not outside,

@@ -101,9 +101,9 @@ def test_refit_moments_of_the_dense_gate_and_up_are_the_neurons_own() -> None:
     moments = gather_moments(group, tokens, activation=SWIGLU)
     kept_K = torch.tensor([0, 3])
 
-    def dense(place: int) -> tuple[Tensor, Tensor]:
-        gate_HI, up_HI = (group.stacks[p][place] for p in (Projection.GATE, Projection.UP))
-        return gate_HI[kept_K], up_HI[kept_K]
+    def dense(place: int, x_NI: Tensor) -> tuple[Tensor, Tensor]:
+        gate_NH, up_NH = group.gate_up(place, x_NI)
+        return gate_NH[:, kept_K], up_NH[:, kept_K]
 
     now_EKK, cross_EKH = refit_moments(group, tokens, dense, activation=SWIGLU)
     assert_close(now_EKK, moments.neurons_EHH[:, kept_K][:, :, kept_K])

@@ -17,6 +17,7 @@ from tuckerize.runtime.activations import activation_of
 CLAMPED = {
     "deepseek_v4": "DeepseekV4Experts",
     "glm5_next_text": "Glm5NextTextExperts",
+    "gpt_oss": "GptOssExperts",
     "hy_v4": "HYV4Experts",
     "minimax_m3_vl_text": "MiniMaxM3VLExperts",
     "step3p5": "Step3p7Experts",

@@ -137,6 +137,11 @@ class TuckerConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not ins
             return UnquantizedLinearMethod()
         if not is_moe:
             return None
+        if groups is not None and groups[0].biased:
+            raise ValueError(
+                "the vLLM plugin does not serve experts with biases: run 'tuckerize reconstruct', "
+                "and serve its result"
+            )
         if groups is None:
             return dense_method(layer.moe_config, **ascend) if ascend else None
         method = getattr(layer, "quant_method", None)  # it has one where it is asked again

@@ -271,7 +271,12 @@ def _case(run: Verification, layer: int, tokens: int) -> _Case:
     x_TI *= model.input_norm(layer)
     x_TI = functional.pad(x_TI, (0, 0, 0, tokens - run.tokens)).to(run.torch_dtype).float()
     routes = route(x_TI, model.router(layer), tucker.family.routing(tucker.config))
-    groups = [tucker.read_factors(layer, group) for group in range(tucker.manifest.groups)]
+    places = range(tucker.manifest.groups)
+    groups = [tucker.read_factors(layer, group) for group in places]
+    biases: dict[Projection, list[Tensor]] = {}
+    for group in places:
+        for projection, bias in tucker.read_biases(layer, group).items():
+            biases.setdefault(projection, []).extend(bias)
 
     def expand_expert(expert: int) -> ExpertWeights:
         group, place = divmod(expert, tucker.manifest.group_size)
@@ -287,6 +292,7 @@ def _case(run: Verification, layer: int, tokens: int) -> _Case:
         routes.weights,
         expert_weights=expand_expert,
         activation=run.activation(layer),
+        biases=list(biases.values()),
     )
     return _Case(x_TI, routes, reference_TI)
 
@@ -310,6 +316,7 @@ def _against_source(run: Verification, layer: int, case: _Case) -> _AgainstSourc
         case.routes.weights,
         expert_weights=read_expert,
         activation=run.activation(layer),
+        biases=[list(bias) for bias in source.biases(layer).values()],
     )
     error = float((case.reference_TI - dense_TI).norm() / dense_TI.norm())
     return _AgainstSource(error, _residual_difference(run.tucker, source, layer))
