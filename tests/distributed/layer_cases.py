@@ -58,6 +58,7 @@ class Case:
     widths: tuple[int, ...] | None = None
     sequence_parallel: bool = False
     all_to_all: bool = True
+    biased: bool = False
 
     @property
     def sizes(self) -> LayerShape:
@@ -90,6 +91,10 @@ def cases(mesh: Parallelism) -> Iterator[Case]:
     if mesh.tp == 1:  # layouts are the same then
         table = [case for case in table if case.layout == Layout.INTERMEDIATE]
     yield from table
+    for case in (latent, tucker, widths):
+        yield replace(case, biased=True)
+        if mesh.tp > 1:
+            yield replace(case, biased=True, sequence_parallel=True)
     if mesh.tp > 1:
         yield from (replace(case, sequence_parallel=True) for case in table if case.joint)
     for case in (latent, tucker):
@@ -115,6 +120,13 @@ def make_group(case: Case, generator: torch.Generator) -> dict[TensorName, Tenso
         else:
             for expert, width in enumerate(case.widths):
                 tensors[TensorName.core(projection, expert)] = random(width, case.rank.hidden)
+        if case.biased and projection == Projection.DOWN:
+            tensors[TensorName.bias(projection)] = random(EXPERTS, case.shape.hidden)
+        elif case.biased and case.widths is None:
+            tensors[TensorName.bias(projection)] = random(EXPERTS, case.shape.intermediate)
+        elif case.biased and case.widths is not None:
+            for expert, width in enumerate(case.widths):
+                tensors[TensorName.bias(projection, expert)] = random(width)
         for mode in case.rank.truncated_modes(case.shape):
             coupling = GATE_UP if case.joint and projection != Projection.DOWN else None
             name = TensorName.factor(mode, projection, coupling)
@@ -143,7 +155,20 @@ def dense(
     """Output of the dense experts, each computed on every token."""
     gate, up, down = (torch.cat([expand(case, g, p) for g in groups]) for p in Projection)
     gate_TEH, up_TEH = (torch.einsum("ti,ehi->teh", x_TI, stack) for stack in (gate, up))
-    return torch.einsum("teh,ehi,te->ti", silu(gate_TEH) * up_TEH, down, shares_TE)
+    if not case.biased:
+        return torch.einsum("teh,ehi,te->ti", silu(gate_TEH) * up_TEH, down, shares_TE)
+    gate_EH, up_EH, down_EI = (own_biases(case, groups[0], p) for p in Projection)
+    neurons_TEH = silu(gate_TEH + gate_EH) * (up_TEH + up_EH)
+    return torch.einsum("teh,ehi,te->ti", neurons_TEH, down, shares_TE) + shares_TE @ down_EI
+
+
+def own_biases(case: Case, group: dict[TensorName, Tensor], projection: Projection) -> Tensor:
+    """Biases of a projection, zeros beyond the neurons of narrower experts."""
+    whole = group.get(TensorName.bias(projection))
+    if whole is not None:
+        return whole
+    own = [group[TensorName.bias(projection, expert)] for expert in range(EXPERTS)]
+    return torch.stack([pad(b_H, (0, max(case.widths or ()) - len(b_H))) for b_H in own])
 
 
 def own_slices(

@@ -321,7 +321,7 @@ NEVER_NARROW = {"aria", "aria_text", "hunyuan_v1_moe", "hy_v3", "jamba"}
     "name",
     [
         *sorted({*NEVER_NARROW, "glm_moe_dsa", "bailing_hybrid"}),
-        *("deepseek_v2", "ernie4_5_moe", "glm4_moe", "granitemoehybrid", "minimax_m2"),
+        *("deepseek_v2", "ernie4_5_moe", "glm4_moe", "gpt_oss", "granitemoehybrid", "minimax_m2"),
         *("mistral4", "mixtral", "qwen3_5_moe"),
     ],
 )

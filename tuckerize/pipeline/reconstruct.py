@@ -245,11 +245,10 @@ def _expand_biases(
             own = bias
             if kept is not None and projection != Projection.DOWN:
                 own = bias.new_zeros(len(bias), width)
-                narrow = width < tucker.manifest.shape.intermediate
-                places_EK = (
-                    torch.arange(bias.shape[1]).expand_as(bias) if narrow else kept.places_EK
-                )
-                own.scatter_(1, places_EK, bias)
+                if width < tucker.manifest.shape.intermediate:
+                    own[:, : bias.shape[1]] = bias
+                else:
+                    own.scatter_(1, kept.places_EK, bias)
             found.setdefault(projection, []).append(own)
     return {projection: torch.cat(own) for projection, own in found.items()}
 

@@ -101,6 +101,38 @@ def make_tokens(count: int, experts: int, top_k: int = 3) -> tuple[Tensor, Tenso
     return x, torch.stack(chosen) if chosen else empty, weights
 
 
+@pytest.mark.parametrize("ranks", RANKS, ids=str)
+def test_biases_are_those_of_linear_layers(ranks: tuple[int, ...]) -> None:
+    """Against a token by token sum in float64, and the dense experts."""
+    generator = torch.Generator().manual_seed(5)
+    layer = make_layer(ranks)
+    sizes = {Projection.GATE: H, Projection.UP: H, Projection.DOWN: I}
+    biases = {
+        p: torch.randn(E, size, generator=generator, dtype=torch.float64)
+        for p, size in sizes.items()
+    }
+    x, experts, weights = make_tokens(7, E)
+    named = {TensorName.bias(projection): bias for projection, bias in biases.items()}
+    module = TuckerExperts([layer.groups[0] | named], group_size=E, activation=SWIGLU)
+    expected = torch.zeros_like(x)
+    for token, (own, shares) in enumerate(zip(experts.tolist(), weights.double(), strict=True)):
+        for expert, share in zip(own, shares, strict=True):
+            gate, up, down = layer.dense[expert]
+            gate_b, up_b, down_b = (bias[expert] for bias in biases.values())
+            neurons = functional.silu(gate @ x[token] + gate_b) * (up @ x[token] + up_b)
+            expected[token] += share * (down.T @ neurons + down_b)
+    torch.testing.assert_close(module(x, experts, weights), expected, rtol=1e-12, atol=1e-12)
+    found = dense_output(
+        x,
+        experts,
+        weights,
+        expert_weights=layer.matrices,
+        activation=SWIGLU,
+        biases=[list(bias) for bias in biases.values()],
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 def check(layer: Layer, x: Tensor, experts: Tensor, weights: Tensor) -> None:
     module = TuckerExperts(layer.groups, group_size=E, activation=SWIGLU)
     expected = naive_output(layer, x, experts, weights)

@@ -1,0 +1,47 @@
+"""gpt-oss as it is released: experts in MXFP4, biases in bf16."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Mxfp4Config
+
+from tests.quantized_models import mxfp4_blocks
+from tests.tiny_families import make_family
+from tuckerize import DecomposeRequest, decompose, inspect
+from tuckerize.checkpoint.files import read_json_object, write_json
+from tuckerize.checkpoint.weight_set import CONFIG, SINGLE_FILE
+
+IDS = torch.arange(3, 43)[None]
+
+
+def as_released(folder: Path) -> Path:
+    """Quantize the experts of a float32 model, and round the rest to bf16."""
+    stored = {}
+    for name, tensor in load_file(folder / SINGLE_FILE).items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            blocks, _ = mxfp4_blocks(tensor)
+            stored |= {f"{name}{suffix}": part for suffix, part in blocks.items()}
+        else:
+            stored[name] = tensor.bfloat16()
+    save_file(stored, folder / SINGLE_FILE, {"format": "pt"})
+    config = read_json_object(folder / CONFIG) | {"dtype": "bfloat16"}
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"]
+    method = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
+    write_json(folder / CONFIG, config | {"quantization_config": method})
+    return folder
+
+
+def test_released_model_computes_what_transformers_dequantized_one_does(tmp_path: Path) -> None:
+    made = make_family(tmp_path / "model", "gpt_oss", intermediate_size=32)
+    model, out = as_released(made), tmp_path / "out"
+    assert inspect(model).coding == "MXFP4"
+    decompose(DecomposeRequest(model=model, rank="full,full,full", output=out))
+    config = Mxfp4Config(dequantize=True)
+    whole = AutoModelForCausalLM.from_pretrained(model, quantization_config=config)
+    factored = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    with torch.no_grad():
+        expected, found = (each(input_ids=IDS).logits for each in (whole.float(), factored))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
