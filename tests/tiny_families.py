@@ -194,15 +194,9 @@ EVERY_VERSION = ("olmoe", "qwen3_moe")
 """Families whose whole job `make test-transformers` does, besides DeepSeek-V2's."""
 
 NOT_STREAMED = {
-    "bailing_hybrid": "transformers merges weights of its attention when it loads them",
-    "deepseek_v4": "layers hand on several residual streams",
-    "glm5_next": "layers hand on several residual streams",
-    "hy_v4": "layers hand on several residual streams",
+    "deepseek_v4": "layers route by the tokens themselves",
     "glm_moe_dsa": "layers hand on the tokens that they attend to",
-    "minimax_m3_vl": "transformers merges weights of its shared experts when it loads them",
-    "step3p5": "transformers splits weights of its vision tower when it loads them",
-    "kimi_linear": "transformers merges weights of its attention when it loads them",
-    "qwen4_exp": "layers hand on several residual streams",
+    "qwen4_exp": "layers look up the tokens themselves",
 }
 """Families that cannot be run layer by layer, and so not calibrated."""
 

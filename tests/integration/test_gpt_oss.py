@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Mxfp4Config
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.utils.quantization_config import Mxfp4Config
 
 from tests.quantized_models import mxfp4_blocks
 from tests.tiny_families import make_family
@@ -19,7 +22,7 @@ IDS = torch.arange(3, 43)[None]
 
 def as_released(folder: Path) -> Path:
     """Quantize the experts of a float32 model, and round the rest to bf16."""
-    stored = {}
+    stored: dict[str, Tensor] = {}
     for name, tensor in load_file(folder / SINGLE_FILE).items():
         if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
             blocks, _ = mxfp4_blocks(tensor)
@@ -40,8 +43,8 @@ def test_released_model_computes_what_transformers_dequantized_one_does(tmp_path
     assert inspect(model).coding == "MXFP4"
     decompose(DecomposeRequest(model=model, rank="full,full,full", output=out))
     config = Mxfp4Config(dequantize=True)
-    whole = AutoModelForCausalLM.from_pretrained(model, quantization_config=config)
-    factored = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    whole: Any = AutoModelForCausalLM.from_pretrained(model, quantization_config=config)
+    factored: Any = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     with torch.no_grad():
-        expected, found = (each(input_ids=IDS).logits for each in (whole.float(), factored))
+        expected, found = (each.to(torch.float32)(IDS).logits for each in (whole, factored))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)

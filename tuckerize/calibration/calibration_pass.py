@@ -204,7 +204,9 @@ def relative_norms(hidden_SLI: Tensor) -> Tensor:
     Every reader of the residual stream normalises it (RMSNorm), so an absolute error matters
     inversely to the norm of the state, which is large at the first token of a window, say.
     """
-    norms_T1 = torch.linalg.vector_norm(hidden_SLI.flatten(0, 1).float(), dim=1, keepdim=True)
+    norms_T1 = torch.linalg.vector_norm(
+        hidden_SLI.flatten(2).flatten(0, 1).float(), dim=1, keepdim=True
+    )
     median = norms_T1.median().clamp_min(torch.finfo(torch.float32).tiny)
     relative_T1: Tensor = (norms_T1 / median).clamp_min(_LEAST_NORM)
     return relative_T1

@@ -12,9 +12,6 @@ k experts per token, V vocabulary.
 
 from __future__ import annotations
 
-import re
-import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +21,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tuckerize.calibration.skeleton import (
+    NamesOnDisk,
+    OnDisk,
+    build_empty,
+    check_tensors,
+    text_parts,
+)
 from tuckerize.checkpoint.reader import Checkpoint
 from tuckerize.errors import CheckpointError
 from tuckerize.moe.family import Family
@@ -68,7 +72,7 @@ class StreamedModel:
     _source: Checkpoint
     _model: Any
     _empty: dict[str, Tensor]
-    _on_disk: dict[str, str]
+    _on_disk: dict[str, OnDisk]
     _experts: dict[int, str]
     _calls: dict[torch.Size, list[_Call]] = field(default_factory=dict)
 
@@ -92,21 +96,22 @@ class StreamedModel:
         Raises:
             CheckpointError: transformers cannot build the model, or a tensor is missing.
         """
-        model = _build(source, device, dtype)
-        rename = _renaming(model)
-        on_disk = {rename(name): name for name in source.tensors if family.layer_of(name) is None}
-        for one, other in model.all_tied_weights_keys.items():
-            on_disk.setdefault(one, on_disk.get(other, other))
-            on_disk.setdefault(other, on_disk[one])
+        model = build_empty(source, device, dtype)
+        names = NamesOnDisk(model)
+        on_disk = names.of(n for n in source.tensors if family.layer_of(n) is None)
         modules = {name for name, _ in model.named_modules()}
         # Renamings look at what is below a module.
-        within = [rename(f"{family.experts_prefix(i)}.0") for i in range(len(_layers(model)))]
+        within = [names.rename(f"{family.experts_prefix(i)}.0") for i in range(len(_layers(model)))]
         paths = {layer: path.removesuffix(".0") for layer, path in enumerate(within)}
         experts = {layer: path for layer, path in paths.items() if path in modules}
         routed = tuple(f"{path}." for path in experts.values())
-        empty = {n: t for n, t in model.state_dict().items() if not n.startswith(routed)}
-        _check_fusions(model, [name for name in empty if on_disk.get(name) not in source.tensors])
-        _check_tensors(source, empty, on_disk)
+        text = text_parts(model)
+        empty = {
+            name: tensor
+            for name, tensor in model.state_dict().items()
+            if name.startswith(text) and not name.startswith(routed)
+        }
+        check_tensors(source, empty, on_disk, names)
         streamed = cls(device, model.dtype, source, model, empty, on_disk, experts)
         streamed._open_rest()
         return streamed
@@ -179,8 +184,9 @@ class StreamedModel:
             def stand(*_args: object, **_kwargs: object) -> Tensor:
                 return hidden_SLI
 
+            embedded_SLI = self._as_embedding(hidden_SLI)
             with self._layers_as(stand):
-                result: Tensor = self._model(inputs_embeds=hidden_SLI, use_cache=False).logits
+                result: Tensor = self._model(inputs_embeds=embedded_SLI, use_cache=False).logits
             return result
 
         names = self._below(self._model.get_output_embeddings())
@@ -202,9 +208,14 @@ class StreamedModel:
                 return hidden_states
 
             with self._layers_as(note):
-                self._run_decoder(inputs_embeds=hidden_SLI)
+                self._run_decoder(inputs_embeds=self._as_embedding(hidden_SLI))
             self._calls[shape] = calls
         return self._calls[shape]
+
+    def _as_embedding(self, hidden_SLI: Tensor) -> Tensor:
+        """Hidden states of the size of embeddings: the first residual stream, if there are more."""
+        size = self._model.config.get_text_config().hidden_size
+        return hidden_SLI.flatten(2)[..., :size]
 
     def _run_decoder(self, **inputs: Tensor) -> None:
         """Run the model around layers that do nothing."""
@@ -279,123 +290,18 @@ class StreamedModel:
         """Read tensors of the model, one at a time, to the device."""
         wanted: dict[str, list[str]] = {}
         for name in names:  # several where they are tied
-            wanted.setdefault(self._on_disk[name], []).append(name)
+            for place in self._on_disk[name].names:
+                wanted.setdefault(place, []).append(name)
         plan = self._model._get_dtype_plan(self.dtype)  # types that the family insists on
-        state = {}
+        found: dict[str, dict[str, Tensor]] = {}
         for place, tensor in self._source.read(wanted):
             for name in wanted[place]:
                 own = next((plan[key] for key in plan if key in name), self._empty[name].dtype)
-                state[name] = tensor.to(self.device, own)
+                found.setdefault(name, {})[place] = tensor.to(self.device, own)
+        state = {name: self._on_disk[name].joined(parts) for name, parts in found.items()}
         self._model.load_state_dict(state, strict=False, assign=True)
-
-
-def _build(source: Checkpoint, device: torch.device, dtype: torch.dtype | None) -> Any:  # noqa: ANN401
-    """The model without weights; buffers that no checkpoint has are computed."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-
-    try:
-        config = AutoConfig.from_pretrained(
-            source.folder, local_files_only=True, trust_remote_code=False
-        )
-        if dtype is None:
-            dtype = torch.float32 if device.type == "cpu" else config.dtype
-        with torch.device("meta"), warnings.catch_warnings():
-            # Of a model without shared experts, which has empty tensors in their place.
-            warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
-            auto: Any = AutoModelForCausalLM
-            if type(config) not in auto._model_mapping:  # a model of texts and images
-                auto = AutoModelForImageTextToText
-            model = auto.from_config(config, dtype=dtype, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        raise CheckpointError(
-            f"transformers cannot build the model of {source.folder}: {error}",
-            hint="repair config.json, or install the release of transformers that it names"
-            if sys.flags.optimize < 2
-            else "transformers needs its docstrings: unset PYTHONOPTIMIZE, or set it to 1",
-        ) from error
-    _compute_buffers(model, device)
-    return model.eval()
-
-
-@torch.no_grad()
-def _compute_buffers(model: Any, device: torch.device) -> None:  # noqa: ANN401
-    """Compute the buffers that are not in checkpoints, such as rotary frequencies.
-
-    transformers builds every model without memory and has each family's `_init_weights` compute
-    them; parameters are empty here, so it leaves them alone.
-    """
-    for path, module in model.named_modules():
-        names = sorted(module._non_persistent_buffers_set)
-        names = [name for name in names if module._buffers[name] is not None]
-        for name in names:
-            buffer = torch.empty_like(module._buffers[name], device="cpu")
-            module._buffers[name] = buffer
-            if buffer.is_floating_point():
-                buffer.fill_(torch.nan)  # to see below whether it has been computed
-        if names:
-            model._init_weights(module)
-        for name in names:
-            if module._buffers[name].isnan().any():
-                raise CheckpointError(
-                    f"transformers does not say how to compute the buffer {path}.{name}",
-                    hint="streaming does not support this family",
-                )
-            module._buffers[name] = module._buffers[name].to(device)
 
 
 def _layers(model: Any) -> nn.ModuleList:  # noqa: ANN401
     layers: nn.ModuleList = model.get_decoder().layers
     return layers
-
-
-def _renaming(model: Any) -> Callable[[str], str]:  # noqa: ANN401
-    """Map of names in checkpoints to names in the model, where transformers uses others."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
-
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    return lambda name: rename_source_key(name, renamings, [])[0]
-
-
-def _check_fusions(model: Any, missing: list[str]) -> None:  # noqa: ANN401
-    """Refuse tensors that transformers makes of several, other than of experts."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter
-
-    mapping = get_model_conversion_mapping(model)
-    fused = [
-        p for entry in mapping if isinstance(entry, WeightConverter) for p in entry.target_patterns
-    ]
-    made = [name for name in missing if any(re.search(pattern, name) for pattern in fused)]
-    if made:
-        raise CheckpointError(
-            f"transformers makes {made[0]} of several tensors, which streaming does not support",
-            hint="decompose without calibration",
-        )
-
-
-def _check_tensors(source: Checkpoint, wanted: dict[str, Tensor], on_disk: dict[str, str]) -> None:
-    """Check that a checkpoint has every tensor of the model, in its shape."""
-    missing = [name for name in wanted if on_disk.get(name) not in source.tensors]
-    architectures = source.config.get("architectures")
-    kind = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
-    if missing and kind and not kind.endswith(("ForCausalLM", "ForConditionalGeneration")):
-        raise CheckpointError(
-            f"{source.folder} holds a {kind}, which predicts no text: it lacks {missing[0]}",
-            hint="decompose it without --calibration",
-        )
-    if missing:
-        raise CheckpointError(
-            f"{source.folder} lacks {len(missing)} tensors of the model: {', '.join(missing[:5])}",
-            hint="the checkpoint is incomplete: fetch it again",
-        )
-    for name, tensor in wanted.items():
-        shape = source.tensors[on_disk[name]].shape
-        if shape != tuple(tensor.shape):
-            raise CheckpointError(
-                f"the tensor {on_disk[name]} has shape {list(shape)}, "
-                f"expected {list(tensor.shape)}",
-                hint="check the sizes in config.json",
-            )
