@@ -90,6 +90,14 @@ OWN: dict[str, dict[str, Any]] = {
         "hc_mult": 2,
         "swiglu_limit": 0.5,
     },
+    "llama4_text": {
+        "num_experts_per_tok": 1,
+        "intermediate_size_mlp": 12,
+        "moe_layers": [1],
+        "attention_chunk_size": 16,
+        "layer_types": ["chunked_attention", "full_attention"],
+        "no_rope_layers": [1, 0],
+    },
     "gpt_oss": {
         "layer_types": ["sliding_attention", "full_attention"],
         "sliding_window": 8,

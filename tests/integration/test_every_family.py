@@ -95,7 +95,7 @@ def experts_of(model: nn.Module) -> list[nn.Module]:
 
 
 def test_routes_are_those_of_the_family_in_transformers(model: Path) -> None:
-    if model.name in (*INFERRED, "gemma4", "gemma4_text"):
+    if model.name in (*INFERRED, "gemma4", "gemma4_text", "llama4_text"):
         pytest.skip("near enough to take tokens by")
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
 

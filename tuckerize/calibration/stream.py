@@ -49,13 +49,25 @@ class _Call(NamedTuple):
 class _Experts(nn.Module):
     """Stand-in for the routed experts of a layer."""
 
-    def __init__(self, experts: ExpertsCall) -> None:
+    def __init__(self, experts: ExpertsCall, count: int) -> None:
         super().__init__()
         self.experts = experts
+        self.count = count
 
-    def forward(self, x_TI: Tensor, experts_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
+    def forward(self, x_TI: Tensor, *routes: Tensor) -> Tensor:
         """Routed output, shape (T, I)."""
-        return self.experts(x_TI, experts_Tk, weights_Tk)
+        return self.experts(x_TI, *routes) if routes else self._of_scaled(x_TI)
+
+    def _of_scaled(self, x_NI: Tensor) -> Tensor:
+        """Output (E T, I) of all tokens for each expert, scaled by 0 but for one (Llama 4)."""
+        x_ETI = x_NI.view(self.count, -1, x_NI.shape[1])
+        experts_T = x_ETI.any(2).int().argmax(0)
+        tokens_T = torch.arange(len(experts_T), device=x_NI.device)
+        own_TI, experts_T1 = x_ETI[experts_T, tokens_T], experts_T[:, None]
+        output_ETI = torch.zeros_like(x_ETI)
+        ones_T1 = own_TI.new_ones(experts_T1.shape)
+        output_ETI[experts_T, tokens_T] = self.experts(own_TI, experts_T1, ones_T1)
+        return output_ETI.flatten(0, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,7 +271,7 @@ class StreamedModel:
         if experts is None:
             raise ValueError(f"layer {index} has routed experts: give what computes them")
         original = self._model.get_submodule(path)
-        self._model.set_submodule(path, _Experts(experts))
+        self._model.set_submodule(path, _Experts(experts, getattr(original, "num_experts", 0)))
         try:
             yield
         finally:

@@ -7,6 +7,7 @@ before weights are loaded; transformers does the rest. `import tuckerize` regist
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers import __version__ as transformers_version
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -68,6 +69,8 @@ _OF_THE_REST = (
 _CORE = rf"({GROUP_PATTERN.replace('?P<group>', '')}\..+\.weight(?:_packed|_scale)?)"
 # Mark of a parameter whose gradient is summed over processes.
 _SUMMED = "_tuckerize_summed"
+# Parameters of the forward of experts that get tokens alone: self and the tokens.
+_TOKENS_ALONE = 2
 # Index of a layer, or of a matrix of a core: a star in its plans.
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
@@ -322,6 +325,22 @@ def _not_standard(experts: Any, *, known: bool) -> str | None:  # noqa: ANN401
     return None
 
 
+class _Replicated(TuckerExperts):
+    """Experts that get all tokens once for each expert, scaled by routing weights (Llama 4)."""
+
+    def forward(self, x_NI: Tensor) -> Tensor:  # type: ignore[override]
+        """Outputs of tokens, shape (E T, I): those of the first expert come first."""
+        experts = self.group_size * len(self.groups)
+        experts_E = torch.arange(experts, device=x_NI.device)
+        experts_N1 = experts_E.repeat_interleave(len(x_NI) // experts)[:, None]
+        return super().forward(x_NI, experts_N1, x_NI.new_ones(experts_N1.shape))
+
+
+def _takes_routes(dense: nn.Module) -> bool:
+    """Whether a module of experts gets the routes of tokens, and not tokens that are routed."""
+    return len(inspect.signature(type(dense).forward).parameters) > _TOKENS_ALONE
+
+
 def _hidden_size(experts: Any) -> int | None:  # noqa: ANN401
     """Hidden size of a module of experts; None if it is not of transformers' standard form."""
     found: int | None = getattr(experts, "hidden_dim", getattr(experts, "hidden_size", None))
@@ -358,7 +377,8 @@ def _factored(
         }
         for group in groups
     ]
-    module = TuckerExperts(tensors, group_size=groups[0].experts, activation=activation)
+    kind = TuckerExperts if _takes_routes(dense) else _Replicated
+    module = kind(tensors, group_size=groups[0].experts, activation=activation)
     for parameter in module.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     return module

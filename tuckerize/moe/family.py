@@ -48,6 +48,7 @@ class Routing:
         top_groups: Expert groups per token.
         group_score: Score of a group: its best expert's, or the sum of its two best.
         jitter: Relative distance from the best logit within which `sparsemixer` keeps experts.
+        scales_inputs: Whether a weight scales the token before its expert, and not the output.
     """
 
     top_k: int
@@ -58,6 +59,7 @@ class Routing:
     top_groups: int = 1
     group_score: Literal["best", "two_best"] = "best"
     jitter: float = 0.0
+    scales_inputs: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,6 +79,17 @@ def _checked(routing: Routing, experts: int) -> Routing:
     return routing
 
 
+def llama4_routing(config: Config) -> Routing:
+    """Routing of Llama 4, to one expert, whose input its weight scales."""
+    routing = router("sigmoid", normalize=False)(config)
+    if routing.top_k != 1:
+        raise CheckpointError(
+            f"config.json has num_experts_per_tok = {routing.top_k}, expected 1 in a Llama 4",
+            hint="every expert of a token would see another input, which is not supported",
+        )
+    return replace(routing, scales_inputs=True)
+
+
 def clamped_glu(config: Config, layer: int) -> Glu:
     """SwiGLU of bounded gate and up (DeepSeek-V4's)."""
     return replace(plain_glu(config, layer), limit=float(config.get("swiglu_limit", 10.0)))

@@ -284,6 +284,8 @@ class TuckerMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             [group] = self.experts.groups
             ends: Any = [group.hidden_factor(end) for end in (Projection.GATE, Projection.DOWN)]
             return self.kernel.apply(layer, x, (topk_weights, topk_ids), ends)
+        if layer.apply_router_weight_on_input:  # of the one expert of every token
+            x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
         output: Tensor = self.experts(x, topk_ids, topk_weights)
         return output
 

@@ -271,6 +271,9 @@ def _case(run: Verification, layer: int, tokens: int) -> _Case:
     x_TI *= model.input_norm(layer)
     x_TI = functional.pad(x_TI, (0, 0, 0, tokens - run.tokens)).to(run.torch_dtype).float()
     routes = route(x_TI, model.router(layer), tucker.family.routing(tucker.config))
+    if tucker.family.routing(tucker.config).scales_inputs:
+        x_TI = (x_TI * routes.weights).to(run.torch_dtype).float()
+        routes = routes._replace(weights=torch.ones_like(routes.weights))
     places = range(tucker.manifest.groups)
     groups = [tucker.read_factors(layer, group) for group in places]
     biases: dict[Projection, list[Tensor]] = {}
