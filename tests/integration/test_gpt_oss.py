@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -13,9 +14,21 @@ from transformers.utils.quantization_config import Mxfp4Config
 
 from tests.quantized_models import mxfp4_blocks
 from tests.tiny_families import make_family
-from tuckerize import DecomposeRequest, decompose, inspect
+from tests.tiny_models import add_tokenizer, write_text
+from tuckerize import (
+    DecomposeRequest,
+    QuantizeRequest,
+    ReconstructRequest,
+    ShardRequest,
+    decompose,
+    inspect,
+    quantize,
+    reconstruct,
+    shard,
+)
 from tuckerize.checkpoint.files import read_json_object, write_json
 from tuckerize.checkpoint.weight_set import CONFIG, SINGLE_FILE
+from tuckerize.errors import UsageError
 
 IDS = torch.arange(3, 43)[None]
 
@@ -48,3 +61,33 @@ def test_released_model_computes_what_transformers_dequantized_one_does(tmp_path
     with torch.no_grad():
         expected, found = (each.to(torch.float32)(IDS).logits for each in (whole, factored))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def logits(folder: Path) -> Tensor:
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        found: Tensor = model(IDS).logits
+    return found
+
+
+def test_biases_outlast_groups_narrow_experts_and_quantised_cores(tmp_path: Path) -> None:
+    model = add_tokenizer(make_family(tmp_path / "model", "gpt_oss"))
+    out, quantised, dense = (tmp_path / name for name in ("out", "quantised", "dense"))
+    text = write_text(tmp_path / "text.txt", 3000)
+    calibration = {"texts": [str(text)], "tokens": 512, "window": 64, "refine": 0}
+    decompose(DecomposeRequest(model=model, keep=0.6, calibration=calibration, output=out))
+    biases = [name for name in load_file(out / "layer-00000.safetensors") if ".bias" in name]
+    assert any(name.endswith("gate_proj.bias.7") for name in biases)  # widths differ
+    reconstruct(ReconstructRequest(folder=out, output=dense))
+    torch.testing.assert_close(logits(dense), logits(out), rtol=1e-4, atol=1e-5)
+    quantize(QuantizeRequest(folder=out, output=quantised, cores="w8"))
+    torch.testing.assert_close(logits(quantised), logits(out), rtol=0, atol=0.05)
+
+
+def test_groups_of_experts_with_biases_are_not_shared_out(tmp_path: Path) -> None:
+    model, out = make_family(tmp_path / "model", "gpt_oss"), tmp_path / "out"
+    request = DecomposeRequest(model=model, rank="full,full,full", group_size=4, output=out)
+    decompose(request)
+    torch.testing.assert_close(logits(out), logits(model), rtol=1e-4, atol=1e-5)
+    with pytest.raises(UsageError, match="every process needs the biases"):
+        shard(ShardRequest(folder=out, tp=1, ep=2))

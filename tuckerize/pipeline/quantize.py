@@ -213,5 +213,6 @@ def _parts(
             {projection: factors[projection] for projection in projections},
             tucker.kept(piece.layer, index),
             sweeps,
+            biases={p: b for p, b in tucker.read_biases(piece.layer, index).items() if p in stacks},
         )
         yield LayerFactors(piece.layer, (group,))
