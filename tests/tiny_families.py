@@ -84,6 +84,7 @@ OWN: dict[str, dict[str, Any]] = {
         "swiglu_limit": 0.5,
     },
     "hy_v4": {
+        "indexer_types": ["full", "full"],
         "index_topk": 4,
         "index_n_heads": 2,
         "index_head_dim": 16,
@@ -203,7 +204,6 @@ EVERY_VERSION = ("olmoe", "qwen3_moe")
 
 NOT_STREAMED = {
     "deepseek_v4": "layers route by the tokens themselves",
-    "glm_moe_dsa": "layers hand on the tokens that they attend to",
     "qwen4_exp": "layers look up the tokens themselves",
 }
 """Families that cannot be run layer by layer, and so not calibrated."""

@@ -125,6 +125,8 @@ class StreamedModel:
         }
         check_tensors(source, empty, on_disk, names)
         streamed = cls(device, model.dtype, source, model, empty, on_disk, experts)
+        if "shared" in (streamed._indexers or ()):
+            raise streamed._no_streaming("layers hand on the tokens that they attend to")
         streamed._open_rest()
         return streamed
 
@@ -151,9 +153,9 @@ class StreamedModel:
         def embed(tokens_SL: Tensor) -> Tensor:
             seen: list[Tensor] = []
 
-            def look(_: int, hidden_states: Tensor, *_args: object, **_kwargs: object) -> Tensor:
+            def look(_: int, hidden_states: Tensor, *_args: object, **_kwargs: object) -> Any:  # noqa: ANN401
                 seen.append(hidden_states)
-                return hidden_states
+                return self._as_output(hidden_states)
 
             with self._layers_as(look):
                 self._run_decoder(input_ids=tokens_SL)
@@ -180,6 +182,8 @@ class StreamedModel:
             args, kwargs = self._calls_of(hidden_SLI)[index]
             with self._explained():
                 output = layer(hidden_SLI, *args, **kwargs)
+            if self._indexers:
+                output = output[0]
             if not isinstance(output, Tensor):
                 raise self._no_streaming("its layers return more than their hidden states")
             return output
@@ -193,8 +197,8 @@ class StreamedModel:
 
         @torch.no_grad()
         def logits(hidden_SLI: Tensor) -> Tensor:
-            def stand(*_args: object, **_kwargs: object) -> Tensor:
-                return hidden_SLI
+            def stand(*_args: object, **_kwargs: object) -> Any:  # noqa: ANN401
+                return self._as_output(hidden_SLI)
 
             embedded_SLI = self._as_embedding(hidden_SLI)
             with self._layers_as(stand):
@@ -215,14 +219,26 @@ class StreamedModel:
         if shape not in self._calls:
             calls: list[_Call] = []
 
-            def note(_: int, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+            def note(_: int, hidden_states: Tensor, *args: object, **kwargs: object) -> Any:  # noqa: ANN401
                 calls.append(_Call(args, kwargs))
-                return hidden_states
+                return self._as_output(hidden_states)
 
             with self._layers_as(note):
                 self._run_decoder(inputs_embeds=self._as_embedding(hidden_SLI))
             self._calls[shape] = calls
         return self._calls[shape]
+
+    @property
+    def _indexers(self) -> list[str] | None:
+        """How layers find the tokens that they attend to; None if they do not hand these on."""
+        found: list[str] | None = getattr(
+            self._model.config.get_text_config(), "indexer_types", None
+        )
+        return found
+
+    def _as_output(self, hidden_SLI: Tensor) -> Any:  # noqa: ANN401
+        """Hidden states as a layer returns them."""
+        return (hidden_SLI, None) if self._indexers else hidden_SLI
 
     def _as_embedding(self, hidden_SLI: Tensor) -> Tensor:
         """Hidden states of the size of embeddings: the first residual stream, if there are more."""
