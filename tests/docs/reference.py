@@ -272,7 +272,8 @@ Each line is a test (`tests/unit/checkpoint/test_weight_set.py`, `tests/integrat
 ## Without calibration
 
 These cannot be run layer by layer; decompose them without `--calibration`. Nor can GLM-5, GLM-5.3-Flash and Hy4 where
-`indexer_types` in config.json has `shared`: such layers attend to the tokens that an earlier one has found.
+`indexer_types` in config.json has `shared`: such layers attend to the tokens that an earlier one has found; nor Qwen4 with
+`ple_layer_ids`: such layers look up the tokens themselves.
 
 {not_streamed}"""
 

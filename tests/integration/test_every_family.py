@@ -128,6 +128,12 @@ def test_streamed_model_is_the_model(model: Path) -> None:
         torch.testing.assert_close(streamed_logits(model), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_layers_that_share_the_tokens_they_attend_to_are_not_streamed(tmp_path: Path) -> None:
+    model = make_family(tmp_path / "model", "hy_v4", indexer_types=["full", "shared"])
+    with pytest.raises(CheckpointError, match="layers attend to the tokens that an earlier one"):
+        streamed_logits(model)
+
+
 def streamed_logits(folder: Path) -> Tensor:
     """Logits of a model that is run layer by layer, as calibration does it."""
     source = SourceModel.open(folder)

@@ -125,8 +125,8 @@ class StreamedModel:
         }
         check_tensors(source, empty, on_disk, names)
         streamed = cls(device, model.dtype, source, model, empty, on_disk, experts)
-        if "shared" in (streamed._indexers or ()):
-            raise streamed._no_streaming("layers hand on the tokens that they attend to")
+        if why := _not_alone(model.config.get_text_config()):
+            raise streamed._no_streaming(why)
         streamed._open_rest()
         return streamed
 
@@ -328,6 +328,17 @@ class StreamedModel:
                 found.setdefault(name, {})[place] = tensor.to(self.device, own)
         state = {name: self._on_disk[name].joined(parts) for name, parts in found.items()}
         self._model.load_state_dict(state, strict=False, assign=True)
+
+
+def _not_alone(config: Any) -> str | None:  # noqa: ANN401
+    """Reason why a layer needs more than the hidden states before it, if it does."""
+    if "shared" in (getattr(config, "indexer_types", None) or ()):
+        return "layers attend to the tokens that an earlier one has found"
+    if "hash_moe" in (getattr(config, "mlp_layer_types", None) or ()):
+        return "the identity of a token, not its hidden state, routes it in some layers"
+    if getattr(config, "ple_layer_ids", None):
+        return "some layers look up the tokens themselves"
+    return None
 
 
 def _layers(model: Any) -> nn.ModuleList:  # noqa: ANN401
