@@ -70,9 +70,15 @@ def _compute_buffers(model: Any, device: torch.device) -> None:  # noqa: ANN401
             module._buffers[name] = module._buffers[name].to(device)
 
 
+def decoder_of(model: Any) -> Any:  # noqa: ANN401
+    """The part of a model that has the decoder layers."""
+    found = model.get_decoder()
+    return found if hasattr(found, "layers") else found.model  # Llama 4 says that it is all of it
+
+
 def text_parts(model: Any) -> tuple[str, ...]:  # noqa: ANN401
     """Beginnings of the names of tensors that texts need: not those of images, say."""
-    parts = (model.get_decoder(), model.get_output_embeddings())
+    parts = (decoder_of(model), model.get_output_embeddings())
     return tuple(f"{name}." for name, found in model.named_modules() if found in parts)
 
 

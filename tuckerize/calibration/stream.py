@@ -26,6 +26,7 @@ from tuckerize.calibration.skeleton import (
     OnDisk,
     build_empty,
     check_tensors,
+    decoder_of,
     text_parts,
 )
 from tuckerize.checkpoint.reader import Checkpoint
@@ -248,7 +249,7 @@ class StreamedModel:
     def _run_decoder(self, **inputs: Tensor) -> None:
         """Run the model around layers that do nothing."""
         with self._explained():
-            self._model.get_decoder()(**inputs, use_cache=False)
+            decoder_of(self._model)(**inputs, use_cache=False)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -342,5 +343,5 @@ def _not_alone(config: Any) -> str | None:  # noqa: ANN401
 
 
 def _layers(model: Any) -> nn.ModuleList:  # noqa: ANN401
-    layers: nn.ModuleList = model.get_decoder().layers
+    layers: nn.ModuleList = decoder_of(model).layers
     return layers
