@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tuckerize.calibration.tokens import DenseGroup, ExpertTokens, LayerTokens
-from tuckerize.domain import CoreType, Projection
+from tuckerize.domain import GATE_UP, CoreType, Projection
 from tuckerize.linalg.quantise import quantise
 from tuckerize.runtime.activations import Activation
 
@@ -42,13 +42,22 @@ def rounding_errors(
         expert, least = group.experts[place], group.shape.intermediate
         seen, new = fit.of_expert(expert, least), held_out.of_expert(expert, least)
         gate_HI, up_HI, down_HI = dense
-        exact_NI = _neurons(new, gate_HI, up_HI, activation) @ down_HI
+        own = _after_biases(group, place, activation)
+        exact_NI = _neurons(new, gate_HI, up_HI, own) @ down_HI
         energy += float(exact_NI.square().sum())
         for index, core_type in enumerate(CoreType):
-            rounded = _rounded(dense, seen, core_type, activation)
-            output_NI = _neurons(new, rounded[0], rounded[1], activation) @ rounded[2]
+            rounded = _rounded(dense, seen, core_type, own)
+            output_NI = _neurons(new, rounded[0], rounded[1], own) @ rounded[2]
             missed[index] += float((output_NI - exact_NI).square().sum())
     return missed / max(energy, torch.finfo(torch.float32).tiny)
+
+
+def _after_biases(group: DenseGroup, place: int, activation: Activation) -> Activation:
+    """Activation of an expert, with the biases of its gate and up."""
+    if not group.biases:
+        return activation
+    gate_H, up_H = (group.biases[projection][place] for projection in GATE_UP)
+    return lambda gate_NH, up_NH: activation(gate_NH + gate_H, up_NH + up_H)
 
 
 def _rounded(
