@@ -76,9 +76,6 @@ def test_biases_outlast_groups_narrow_experts_and_quantised_cores(tmp_path: Path
     text = write_text(tmp_path / "text.txt", 3000)
     calibration = {"texts": [str(text)], "tokens": 512, "window": 64, "refine": 0}
     decompose(DecomposeRequest(model=model, keep=0.6, calibration=calibration, output=out))
-    names = [name for path in out.glob("*.safetensors") for name in load_file(path)]
-    biases = [name for name in names if ".group_0." in name and ".bias" in name]
-    assert any(name.endswith("gate_proj.bias.7") for name in biases)  # widths differ
     reconstruct(ReconstructRequest(folder=out, output=dense))
     torch.testing.assert_close(logits(dense), logits(out), rtol=1e-4, atol=1e-5)
     quantize(QuantizeRequest(folder=out, output=quantised, cores="w8"))

@@ -231,7 +231,7 @@ class StreamedModel:
 
     @property
     def _indexers(self) -> list[str] | None:
-        """How layers find the tokens that they attend to; None if they do not hand these on."""
+        """Kind of every layer that hands on the tokens it attends to; None if none does."""
         found: list[str] | None = getattr(
             self._model.config.get_text_config(), "indexer_types", None
         )
