@@ -196,7 +196,15 @@ INFERRED = (
 )
 """Families that are not in the table, and whose tensors tell everything."""
 
-CALIBRATED = ("deepseek_v3", "glm4_moe", "lfm2_moe", "minimax_m2", "qwen3_next", "qwen3_vl_moe")
+CALIBRATED = (
+    "deepseek_v3",
+    "glm4_moe",
+    "gpt_oss",
+    "lfm2_moe",
+    "minimax_m2",
+    "qwen3_next",
+    "qwen3_vl_moe",
+)
 """Families that are calibrated, sharded, verified and evaluated; one of each kind."""
 
 EVERY_VERSION = ("olmoe", "qwen3_moe")

@@ -107,7 +107,7 @@ def openai_glu(config: Config, layer: int) -> Glu:  # noqa: ARG001
 def step_glu(config: Config, layer: int) -> Glu:
     """SwiGLU whose bounds the layers have of their own; 0 or null is none."""
     limits = config.get("swiglu_limits")
-    limit = float(limits[layer] or 0) if limits else 0
+    limit = float(limits[layer] or 0) if limits and layer < len(limits) else 0
     plain = plain_glu(config, layer)
     return replace(plain, limit=limit, limits_activated=True) if limit else plain
 
