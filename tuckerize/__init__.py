@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tuckerize.pipeline.doctor import doctor
     from tuckerize.pipeline.evaluate import EvaluateRequest, evaluate
     from tuckerize.pipeline.generate import GenerateRequest, generate
+    from tuckerize.pipeline.heal import HealRequest, heal
     from tuckerize.pipeline.inspect import inspect
     from tuckerize.pipeline.plan import PlanRequest, plan
     from tuckerize.pipeline.quantize import QuantizeRequest, quantize
@@ -36,6 +37,7 @@ __all__ = [
     "DecomposeRequest",
     "EvaluateRequest",
     "GenerateRequest",
+    "HealRequest",
     "PlanRequest",
     "QuantizeRequest",
     "ReconstructRequest",
@@ -47,6 +49,7 @@ __all__ = [
     "doctor",
     "evaluate",
     "generate",
+    "heal",
     "inspect",
     "plan",
     "preview",

@@ -101,6 +101,20 @@ class CoreType(Choice):
         return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
 
 
+class Part(Choice):
+    """Part of a model that can be trained.
+
+    `cores` and `factors` are those of the routed experts, `scales` those of quantised cores,
+    `routers` the routers' weights and biases, `norms` all other norms.
+    """
+
+    CORES = "cores"
+    FACTORS = "factors"
+    SCALES = "scales"
+    ROUTERS = "routers"
+    NORMS = "norms"
+
+
 class Engine(Choice):
     """Implementation of HOOI: our own, or TensorLy's as the slow reference."""
 

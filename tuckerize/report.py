@@ -11,6 +11,7 @@ from tuckerize.domain import (
     Cores,
     CoreType,
     MultilinearRank,
+    Part,
     Size,
     StackResult,
     StackShape,
@@ -60,8 +61,8 @@ class TuckerFacts:
         source: The model it was made from; None where that is not known.
         layers: Indices of the decomposed layers.
         before: Size of the source.
-        largest_residual: Largest relative residual of a stack; None where transformers has saved
-            the checkpoint again.
+        largest_residual: Largest relative residual of a stack; None where the weights may have been
+            trained since.
         shardings: Folders of its shards: `tp4`, `tp2-ep2`.
         cores: Encoding of the cores, or by layer; None if they are not quantised.
         carries_loader: Whether transformers may load it with `trust_remote_code=True` as well as
@@ -304,7 +305,8 @@ class QuantizeReport:
         dense: Size of the dense model.
         before: Size of the checkpoint that was quantised.
         after: Size of the result.
-        largest_residual_before: Largest relative residual of a stack before (unitless).
+        largest_residual_before: Largest relative residual of a stack before (unitless); None if the
+            weights were trained after the decomposition.
         largest_residual: The same after.
     """
 
@@ -313,8 +315,39 @@ class QuantizeReport:
     dense: Size
     before: Size
     after: Size
-    largest_residual_before: float
+    largest_residual_before: float | None
     largest_residual: float
+
+
+@dataclass(frozen=True, slots=True)
+class HealReport:
+    """Result of training a Tucker checkpoint.
+
+    Attributes:
+        output: The new checkpoint.
+        trained: Parts of the model that were trained.
+        parameters: Number of trained parameters.
+        steps: Steps that were made.
+        best_step: Steps before the state that was kept; 0 if none was better than the first.
+        tokens: Tokens that were predicted in these.
+        seconds: Time of the run; of the part after an interruption.
+        nats_before: Negative log-likelihood on the validation set before, nats per token.
+        nats_after: The same of the result.
+        curve: The same after some numbers of steps.
+        notes: Remarks for the user.
+    """
+
+    output: str
+    trained: tuple[Part, ...]
+    parameters: int
+    steps: int
+    best_step: int
+    tokens: int
+    seconds: float
+    nats_before: float
+    nats_after: float
+    curve: tuple[tuple[int, float], ...]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,9 +401,9 @@ class LayerVerdict:
         output_error: Relative output error of the Tucker layer against the dense one on the tokens;
             None without the source.
         residual_recorded: Largest relative residual that decompose recorded for a stack; None where
-            transformers has saved the checkpoint again.
+            the weights may have been trained since.
         residual_difference: Largest |measured − recorded| relative residual of a stack; None
-            without the source.
+            without the source, or without a recorded one.
         failures: Faults found; empty if there are none.
         warnings: Causes not to trust the layer that are no fault of its files.
     """

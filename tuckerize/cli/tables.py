@@ -30,6 +30,7 @@ from tuckerize.report import (
     DoctorReport,
     Estimate,
     EvaluateReport,
+    HealReport,
     InspectReport,
     PlanReport,
     QuantizeReport,
@@ -49,6 +50,7 @@ Report = (
     | CheckReport
     | VerifyReport
     | QuantizeReport
+    | HealReport
     | ReconstructReport
     | RecipesReport
     | EvaluateReport
@@ -84,6 +86,8 @@ def show(report: Report, *, as_json: bool) -> None:  # noqa: C901, PLR0912 one c
             _show_verify(report)
         case QuantizeReport():
             _show_quantize(report)
+        case HealReport():
+            _show_heal(report)
         case ReconstructReport():
             _show_reconstruct(report)
         case EvaluateReport():
@@ -334,12 +338,30 @@ def _show_quantize(report: QuantizeReport) -> None:
         ("all bytes", size_text(before.total_bytes), size_text(after.total_bytes)),
         (
             "largest residual",
-            f"{report.largest_residual_before:.4f}",
+            "-" if (old := report.largest_residual_before) is None else f"{old:.4f}",
             f"{report.largest_residual:.4f}",
         ),
     ]
     print_all(make_table(("", "before", "after"), rows))
     print_all(f"wrote {report.output}, cores {report.cores}, rounded to nearest")
+
+
+def _show_heal(report: HealReport) -> None:
+    rows = [
+        (
+            str(step),
+            f"{nats:.4f}",
+            f"{math.exp(nats):.3f}",
+            "kept" if step == report.best_step else "",
+        )
+        for step, nats in report.curve
+    ]
+    print_all(make_table(("steps", "nats per token", "perplexity", ""), rows))
+    print_all(
+        f"wrote {report.output}: {count_text(report.parameters)} parameters trained "
+        f"({', '.join(report.trained)}) on {report.tokens:,} tokens; the text that decides was not "
+        "trained on"
+    )
 
 
 def _show_reconstruct(report: ReconstructReport) -> None:

@@ -134,6 +134,11 @@ def _card(source_card: str, manifest: TuckerManifest) -> str:
     model = manifest.source.model if manifest.source else ""
     before, after = manifest.before, manifest.after
     name = Path(model).name
+    how = "Data-free: no text was used."
+    if manifest.calibrated:
+        how = "A calibration text decided what to keep."
+    if manifest.healed is not None:
+        how += f" Trained on {manifest.healed.tokens:,} tokens of text after that."
     text = _TEXT.format(
         name=name,
         install=INSTALL,
@@ -144,9 +149,7 @@ def _card(source_card: str, manifest: TuckerManifest) -> str:
         before=before.routed_parameters,
         bytes_after=after.total_bytes,
         bytes_before=before.total_bytes,
-        how="A calibration text decided what to keep."
-        if manifest.calibrated
-        else "Data-free: no text was used.",
+        how=how,
     )
     text += "".join(f"\n> **Warning:** {warning}\n" for warning in warnings_of(manifest))
     own: dict[str, Any] = {"library_name": "transformers"}

@@ -18,7 +18,9 @@ from tuckerize.domain import CoreType, Projection
 from tuckerize.linalg.quantise import QuantisedMatrices, pack, unpack
 from tuckerize.names import CorePart, TensorName
 
-_CODES = {CoreType.W8: CorePart.CODES, CoreType.W4: CorePart.PACKED_CODES}
+CODES = {CoreType.W8: CorePart.CODES, CoreType.W4: CorePart.PACKED_CODES}
+"""Name of the codes in each encoding."""
+
 _FORMATS = {CoreType.W8: "int-quantized", CoreType.W4: "pack-quantized"}
 
 
@@ -97,7 +99,7 @@ def _scheme(core_type: CoreType, targets: list[str]) -> dict[str, Any]:
 def core_tensors(core: TensorName, found: QuantisedMatrices) -> Iterator[tuple[TensorName, Tensor]]:
     """Codes and scales of a core, or of one expert's matrix, by their names."""
     codes = found.codes if found.core_type.word_codes == 1 else pack(found.codes, found.core_type)
-    yield replace(core, part=_CODES[found.core_type]), codes
+    yield replace(core, part=CODES[found.core_type]), codes
     yield replace(core, part=CorePart.SCALES), found.scales
 
 
@@ -118,7 +120,7 @@ def core_tensor_shapes(
         outputs, inputs = inputs, outputs
     groups = -(-inputs // (core_type.group_size or inputs))
     return {
-        replace(core, part=_CODES[core_type]): (
+        replace(core, part=CODES[core_type]): (
             *experts,
             outputs,
             -(-inputs // core_type.word_codes),

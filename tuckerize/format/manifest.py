@@ -6,6 +6,7 @@ Both are JSON with an integer `schema_version`, written last: docs/reference/for
 from __future__ import annotations
 
 import base64
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ from tuckerize.domain import (
     Joint,
     Layout,
     MultilinearRank,
+    Part,
     Projection,
     Size,
     StackResult,
@@ -115,6 +117,37 @@ class LayoutRecord(Record):
         )
 
 
+class HealRecord(Record):
+    """Training of a Tucker checkpoint after its decomposition.
+
+    Attributes:
+        checkpoint: The checkpoint before, as the user gave it.
+        tucker_manifest_sha256: Hash of its manifest.
+        trained: Parts of the model that were trained.
+        texts: Sources of the text.
+        teacher: The model whose predictions were learned, as the user gave it; None for the text
+            alone.
+        parameters: Number of trained parameters.
+        steps: Steps that were made.
+        best_step: Steps before the state that was kept; 0 if none was better than the first.
+        tokens: Tokens that were predicted in these.
+        nats_before: Negative log-likelihood on the validation set before, nats per token.
+        nats_after: The same of the result.
+    """
+
+    checkpoint: str
+    tucker_manifest_sha256: Sha256
+    trained: tuple[Part, ...]
+    texts: tuple[str, ...]
+    teacher: str | None
+    parameters: Count
+    steps: Count
+    best_step: Count
+    tokens: Count
+    nats_before: float
+    nats_after: float
+
+
 class TuckerManifest(Record):
     """Contents and origin of a Tucker checkpoint.
 
@@ -134,6 +167,8 @@ class TuckerManifest(Record):
         joint: Projections that share one U_I, if any.
         stacks: Every decomposed stack, ordered by layer, group and projection.
         calibrated: Result of calibration for every layer; empty if data-free.
+        healed: Training after the decomposition, if any, left out of the file if not; residuals
+            are then not known.
         before: Size of the source.
         after: Size of this checkpoint.
         files: Its weight files.
@@ -155,6 +190,7 @@ class TuckerManifest(Record):
     joint: Joint | None
     stacks: Annotated[tuple[StackResult, ...], Field(min_length=1)]
     calibrated: tuple[LayerRecord, ...] = ()
+    healed: HealRecord | None = None
     before: Size
     after: Size
     files: tuple[FileRecord, ...]
@@ -192,6 +228,12 @@ class TuckerManifest(Record):
     def layers(self) -> tuple[int, ...]:
         """Indices of the decomposed layers."""
         return tuple(sorted({stack.layer for stack in self.stacks}))
+
+    @property
+    def largest_residual(self) -> float | None:
+        """Largest relative residual of a stack; None if the weights were trained since."""
+        largest = max(stack.relative_residual for stack in self.stacks)
+        return None if math.isnan(largest) else largest
 
     @property
     def groups(self) -> int:
@@ -318,14 +360,18 @@ def unpack_neurons(text: str, shape: StackShape) -> Mask:
 def sealed(manifest: TuckerManifest | ShardManifest) -> dict[str, Any]:
     """JSON values of a manifest, with their checksum."""
     value = manifest.model_dump(mode="json")
-    if value.get("cores", "") is None:
-        del value["cores"]
+    for key in ("cores", "healed"):
+        if value.get(key, "") is None:
+            del value[key]
     layout = value.get("layout")  # that of shards is a word
     if isinstance(layout, dict):
         if layout["further"] is None:
             del layout["further"], layout["depth"]
         if layout["storage"].get("biased") is False:
             del layout["storage"]["biased"]
+    for stack in value.get("stacks", ()):  # JSON has no NaN
+        if math.isnan(stack["relative_residual"]):
+            stack["relative_residual"] = "nan"
     return {**value, "checksum": checksum(value)}
 
 

@@ -14,7 +14,8 @@ def warnings_of(manifest: TuckerManifest) -> tuple[str, ...]:
     """Warnings for the user, one sentence each; none for a result as it should be."""
     calibrated = manifest.calibrated
     found = []
-    if calibrated and all(record.output_error is None for record in calibrated):
+    measured = manifest.healed is None
+    if measured and calibrated and all(record.output_error is None for record in calibrated):
         found.append(
             "no error was measured and nothing predicted: the calibration had too few tokens for "
             "a validation set"

@@ -131,9 +131,7 @@ def _describe_tucker(tucker: TuckerCheckpoint) -> InspectReport:
             source=manifest.source.model if manifest.source else None,
             layers=manifest.layers,
             before=manifest.before,
-            largest_residual=max(stack.relative_residual for stack in manifest.stacks)
-            if manifest.source
-            else None,
+            largest_residual=manifest.largest_residual,
             shardings=tuple(available_shardings(tucker.folder)),
             carries_loader=carries_loader(tucker),
             warnings=warnings_of(manifest),

@@ -112,7 +112,7 @@ def quantize(request: QuantizeRequest, progress: Progress | None = None) -> Quan
         dense=old.before,
         before=old.after,
         after=new.after,
-        largest_residual_before=max(stack.relative_residual for stack in old.stacks),
+        largest_residual_before=old.largest_residual,
         largest_residual=max(stack.relative_residual for stack in new.stacks),
     )
 

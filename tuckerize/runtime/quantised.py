@@ -124,4 +124,9 @@ def multiply_quantised(
     matrices = _Expanding(core, rows_NX.dtype, rows_NX.shape[1])
     if rows_NX.device.type == "cpu":
         return multiply_one_by_one(rows_NX, matrices, assigned, width=matrices.outputs)
-    return multiply(rows_NX, zero_padded(matrices), assigned)
+    whole = (
+        core.matrices(rows_NX.dtype)[:, : rows_NX.shape[1]]
+        if isinstance(core, QuantisedCore)
+        else zero_padded(matrices)
+    )
+    return multiply(rows_NX, whole, assigned)

@@ -153,6 +153,7 @@ def test_every_command_as_json_prints_one_report_and_nothing_else(
     text = write_text(tmp_path / "text.txt", 4500)
     out, dense = tmp_path / "out", tmp_path / "dense"
     few = ("--calibration-tokens", "8192")
+    short = ("--tokens", "512", "--window", "16")
     # A key of the report, and the arguments, in an order in which each finds what it needs.
     calls: dict[str, tuple[str, tuple[str | Path, ...]]] = {
         "doctor": ("versions", ()),
@@ -162,6 +163,7 @@ def test_every_command_as_json_prints_one_report_and_nothing_else(
         "check": ("faults", (out,)),
         "verify": ("passed", (out, "--tokens", "4")),
         "quantize": ("largest_residual_before", (out, "--output", tmp_path / "out4")),
+        "heal": ("curve", (out, "--data", text, "--output", tmp_path / "healed", *short)),
         "reconstruct": ("layers", (out, "--output", dense)),
         "inspect": ("largest_residual", (out,)),
         "evaluate": ("perplexity", (out, "--text", text, "--tokens", "1024")),

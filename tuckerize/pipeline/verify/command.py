@@ -193,6 +193,11 @@ def _open(
     for layer in layers:
         activation_of(tucker.family.glu(tucker.config, layer))
     source, notes = _source(request, tucker)
+    if tucker.manifest.healed is not None:
+        notes += (
+            "the weights were trained after the decomposition (tuckerize heal): no residual was "
+            "recorded to compare with",
+        )
     run = Verification(
         tucker,
         None if mesh is None else Sharding.of(tucker, mesh),

@@ -334,7 +334,7 @@ def _residual_difference(tucker: TuckerCheckpoint, source: SourceModel, layer: i
         for recorded in tucker.manifest.stacks:
             if (recorded.layer, recorded.group) != (layer, group):
                 continue
-            if math.isnan(recorded.relative_residual):  # transformers has saved it again
+            if math.isnan(recorded.relative_residual):  # it was trained since
                 continue
             stack_EHI = source.stack(layer, recorded.projection, experts)
             measured = relative_residual(
@@ -376,8 +376,10 @@ def _verdict(
         layer=layer,
         sharding_error=sharding_error,
         output_error=against.output_error if against else None,
-        residual_recorded=max(recorded) if run.tucker.manifest.source else None,
-        residual_difference=against.residual_difference if against else None,
+        residual_recorded=None if math.isnan(max(recorded)) else max(recorded),
+        residual_difference=against.residual_difference
+        if against and not math.isnan(max(recorded))
+        else None,
         failures=tuple(failures),
         warnings=tuple(warnings),
     )

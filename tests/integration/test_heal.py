@@ -1,0 +1,243 @@
+"""Recovery training: what is kept is better, is what was measured, and does not depend on kills."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+from tests.running import files_of, succeed
+from tests.tiny_models import write_text
+from tuckerize import (
+    DecomposeRequest,
+    HealRequest,
+    VerifyRequest,
+    check,
+    decompose,
+    heal,
+    inspect,
+    verify,
+)
+from tuckerize.calibration.text import TextSource, read_windows
+from tuckerize.checkpoint.output import MANIFEST
+from tuckerize.checkpoint.reader import Checkpoint
+from tuckerize.domain import Part
+from tuckerize.errors import OutputError, TuckerizeError
+from tuckerize.format.cores import quantised_matrices
+from tuckerize.healing.result import LOG
+from tuckerize.names import CorePart, TensorKind, TensorName
+from tuckerize.progress import SilentProgress
+
+SIZES: dict[str, Any] = {"tokens": 3072, "window": 32, "batch": 8, "learning_rate": 1e-1}
+STEPS = 12
+HOW: dict[str, dict[str, Any]] = {
+    "truncated": {"rank": "4,20,50%", "group_size": 4, "joint": "gate_up"},
+    "w4": {"keep": 0.6, "quantize": "w4", "calibration": {"tokens": 4096, "refine": 0}},
+}
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of 4,000 tokens."""
+    return write_text(tmp_path_factory.mktemp("words") / "words.txt", 4000)
+
+
+@pytest.fixture(scope="module", params=HOW)
+def healed(
+    request: pytest.FixtureRequest,
+    model: Path,
+    words: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, Path]:
+    """A Tucker checkpoint before and after."""
+    work, how = tmp_path_factory.mktemp("heal"), dict(HOW[request.param])
+    if "calibration" in how:
+        how["calibration"] = {**how["calibration"], "texts": [str(words)]}
+    decompose(DecomposeRequest(model=model, output=work / "out", **how))
+    heal(HealRequest(folder=work / "out", data=words, output=work / "healed", **SIZES))
+    return work / "out", work / "healed"
+
+
+def stored(folder: Path) -> dict[str, Tensor]:
+    checkpoint = Checkpoint.open(folder)
+    return dict(checkpoint.read(checkpoint.tensors))
+
+
+@torch.no_grad()
+def nats(folder: Path, tokens_SL: Tensor) -> float:
+    """The oracle: transformers, on what was written."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    logits = model(tokens_SL).logits[:, :-1]
+    return float(cross_entropy(logits.flatten(0, 1), tokens_SL[:, 1:].flatten()))
+
+
+def validation_set(folder: Path, words: Path) -> Tensor:
+    windows = read_windows([TextSource(str(words))], folder, tokens=3072, window=32, seed=0)
+    return windows.tokens_SL[8::16]
+
+
+def test_result_predicts_text_that_it_was_not_trained_on_as_well_as_it_says(
+    healed: tuple[Path, Path], words: Path
+) -> None:
+    out, new = healed
+    record = json.loads((new / MANIFEST).read_text())["healed"]
+    held_out_SL = validation_set(out, words)
+    assert record["nats_before"] == pytest.approx(nats(out, held_out_SL), abs=2e-5)
+    assert record["nats_after"] == pytest.approx(nats(new, held_out_SL), abs=2e-5)
+    assert record["nats_after"] < record["nats_before"] - 0.1
+    lines = [json.loads(line) for line in (new / LOG).read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [*range(STEPS)]
+
+
+def test_all_parts_are_trained_and_nothing_else(healed: tuple[Path, Path]) -> None:
+    before, after = (stored(folder) for folder in healed)
+    assert before.keys() == after.keys()
+    for name, tensor in after.items():
+        assert tensor.dtype == before[name].dtype
+        changed = not torch.equal(tensor, before[name])
+        in_layers = name.startswith("model.layers.") or name == "model.norm.weight"
+        trained = TensorName.find(name) is not None or name.endswith("mlp.gate.weight")
+        assert changed == (trained or (in_layers and "norm" in name)), name
+
+
+def test_factors_are_orthonormal_and_codes_in_range(healed: tuple[Path, Path]) -> None:
+    parts: dict[TensorName, dict[CorePart, Tensor]] = {}
+    for text, tensor in stored(healed[1]).items():
+        name = TensorName.find(text)
+        if name is not None and name.kind != TensorKind.CORE:
+            torch.testing.assert_close(
+                tensor.mT @ tensor, torch.eye(tensor.shape[1]), rtol=0, atol=1e-4
+            )
+        elif name is not None and name.part is not None:
+            parts.setdefault(name.core_name, {})[name.part] = tensor
+    for own in parts.values():
+        assert quantised_matrices(own).codes.abs().max() > 0
+
+
+def test_every_command_takes_the_result(healed: tuple[Path, Path], tmp_path: Path) -> None:
+    _, new = healed
+    assert check(new).passed
+    report = verify(VerifyRequest(folder=new))
+    assert report.passed
+    assert {layer.residual_difference for layer in report.layers} == {None}
+    assert any("trained after the decomposition" in note for note in report.notes)
+    facts = inspect(new).tucker
+    assert facts is not None
+    assert facts.largest_residual is None
+    assert facts.warnings == ()
+    succeed("shard", new, "--tp", "1")
+    succeed("reconstruct", new, "--output", tmp_path / "dense")
+    assert not (tmp_path / "dense" / LOG).exists()
+    ids = torch.arange(3, 43)[None]
+    assert nats(tmp_path / "dense", ids) == pytest.approx(nats(new, ids), rel=1e-4)
+
+
+class Stop(SilentProgress):
+    """Interrupts the run after some steps."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def advance(self, amount: float, note: str) -> None:
+        del amount
+        self.left -= note.startswith("loss")
+        if self.left < 0:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def out(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("heal") / "out"
+    decompose(DecomposeRequest(model=model, output=folder, rank="full,full,50%", quantize="w4"))
+    return folder
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+    return [(line["step"], line.get("loss", line.get("validation_loss"))) for line in lines]
+
+
+def test_interrupted_runs_end_with_the_same_bits(
+    out: Path, words: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tuckerize.healing.training._VALIDATIONS", 4)  # every third step
+    how = {"folder": out, "data": words, "teacher": model, **SIZES}
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    heal(HealRequest(output=whole, **how))
+    for steps in (1, 4, 5):
+        with pytest.raises(KeyboardInterrupt):
+            heal(HealRequest(output=resumed, **how), Stop(steps))
+    heal(HealRequest(output=resumed, **how))
+    assert losses(resumed) == losses(whole)
+    found, expected = files_of(resumed), files_of(whole)
+    for files in (found, expected):  # which hold the seconds
+        del files[LOG], files[MANIFEST]
+    assert found == expected
+    with pytest.raises(OutputError, match="already holds a finished result"):
+        heal(HealRequest(output=resumed, **how))
+
+
+def test_parts_are_chosen(out: Path, words: Path, tmp_path: Path) -> None:
+    before = stored(out)
+    for part in (Part.SCALES, Part.CORES, Part.ROUTERS):
+        new = tmp_path / part
+        report = heal(HealRequest(folder=out, data=words, output=new, train=part, **SIZES))
+        assert report.trained == (part,)
+        assert report.nats_after < report.nats_before
+        changed = {name for name, own in stored(new).items() if not torch.equal(own, before[name])}
+        ends = {
+            Part.SCALES: ".weight_scale",
+            Part.CORES: ".weight_packed",
+            Part.ROUTERS: "mlp.gate.weight",
+        }
+        assert changed
+        assert all(name.endswith(ends[part]) for name in changed)
+
+
+def test_teacher_is_learned(out: Path, words: Path, model: Path, tmp_path: Path) -> None:
+    how = {"folder": out, "data": words, "train": "cores,scales", **SIZES}
+    held_out_SL = validation_set(out, words)
+    heal(HealRequest(output=tmp_path / "kl", teacher=model, teacher_share=1.0, **how))
+
+    def divergence(folder: Path) -> float:
+        with torch.no_grad():
+            own, known = (
+                AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32)(held_out_SL)
+                .logits.double()
+                .log_softmax(-1)
+                for f in (folder, model)
+            )
+        return float((known.exp() * (known - own)).sum(-1).mean())
+
+    assert divergence(tmp_path / "kl") < 0.9 * divergence(out)
+
+
+def test_wrong_requests_are_refused(out: Path, words: Path, model: Path, tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    decompose(DecomposeRequest(model=model, output=plain, rank="full,full,50%", layers="2"))
+    cases = (
+        ({"train": "factor"}, "'factor' is not one of"),
+        ({"folder": plain, "train": "scales"}, "has no scales to train"),
+        ({"tp": 2}, "1 processes are not a multiple of --tp 2"),
+        ({"fsdp": True}, "--fsdp splits the model over replicas"),
+        ({"teacher": out, "teacher_share": 0.0}, "is not in (0, 1]"),
+        ({"tokens": 128}, "one of 16 decides"),
+        ({"output": out / "below"}, "lie in one another"),
+    )
+    for given, message in cases:
+        how = {"folder": out, "data": words, "output": tmp_path / "new", **SIZES, **given}
+        with pytest.raises(TuckerizeError) as error:
+            heal(HealRequest(**how))
+        assert message in error.value.message
+    with pytest.raises(TuckerizeError, match="the loss is"):
+        heal(
+            HealRequest(
+                folder=out, data=words, output=tmp_path / "wild", **{**SIZES, "learning_rate": 1e30}
+            )
+        )

@@ -1,0 +1,1 @@
+"""Recovery training: what is trained, the loop, and its state."""

@@ -1,0 +1,326 @@
+"""The `heal` command: train a Tucker checkpoint to make up for what compression has lost."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tuckerize.calibration.text import fingerprint, parse_source, read_windows
+from tuckerize.checkpoint.files import sha256_of
+from tuckerize.checkpoint.hub import resolve_model
+from tuckerize.checkpoint.output import OutputFolder, refuse_overlap
+from tuckerize.checkpoint.sealed import json_sha256
+from tuckerize.checkpoint.space import require_space
+from tuckerize.checkpoint.weight_set import CONFIG
+from tuckerize.domain import Device, Part
+from tuckerize.engines.trainable import Model
+from tuckerize.errors import CheckpointError, ParallelError, UsageError
+from tuckerize.format.manifest import read_tucker_manifest
+from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
+from tuckerize.healing.result import LOG, write_result
+from tuckerize.healing.setup import Spread, check_parts, make_ready
+from tuckerize.healing.training import Schedule, Training
+from tuckerize.parallel.backends import choose_device
+from tuckerize.parallel.mesh import make_mesh
+from tuckerize.parallel.processes import Processes, process_group
+from tuckerize.progress import Progress, SilentProgress
+from tuckerize.recipe_files import Texts, list_of_texts
+from tuckerize.report import HealReport
+from tuckerize.version import __version__
+
+# Every so many windows of the text decide, and are not trained on.
+_VALIDATION_EVERY = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HealRequest:
+    """A Tucker checkpoint to train.
+
+    Attributes:
+        folder: The Tucker checkpoint.
+        data: Text or JSONL file, PATH or PATH:WEIGHT, or several.
+        output: The new folder.
+        train: What is trained, of cores, factors, scales, routers and norms; all that there is by
+            default.
+        teacher: Dense model whose predictions are learned too: folder, Hugging Face id or short
+            name. It is loaded whole.
+        teacher_share: Share of the KL divergence to its predictions in the loss, in (0, 1].
+        tokens: Tokens to train on; a shorter text is read several times.
+        window: Tokens per window; all but its first are predicted.
+        batch: Windows per step, of all processes.
+        at_once: Windows per forward of one process; the gradients of a step are accumulated.
+        learning_rate: Largest step of a value, relative to the root mean square of its tensor.
+        recompute: Compute activations again in the backward, to save memory.
+        seed: Of the windows and their order.
+        tp: Tensor-parallel processes, for which the checkpoint has shards; the others are replicas.
+        fsdp: Split all parameters over the replicas (FSDP).
+        chat_template: Render conversations by the tokenizer's chat template, if it has one.
+        device: Where to compute: auto, npu, cuda or cpu.
+        collective_timeout: Seconds that a process waits for the others; by default 7200 on npu,
+            otherwise 86400.
+        overwrite: Begin anew: replace an earlier result, finished or not.
+    """
+
+    folder: str | Path
+    data: Texts
+    output: str | Path
+    train: str | None = None
+    teacher: str | Path | None = None
+    teacher_share: float = 0.5
+    tokens: int = 1048576
+    window: int = 512
+    batch: int = 16
+    at_once: int = 4
+    learning_rate: float = 1e-3
+    recompute: bool = False
+    seed: int = 0
+    tp: int = 1
+    fsdp: bool = False
+    chat_template: bool = True
+    device: str = Device.AUTO
+    collective_timeout: float | None = None
+    overwrite: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """What all processes agree on before the model is loaded."""
+
+    tucker: TuckerCheckpoint
+    parts: dict[str, Part]
+    teacher: Path | None
+    training_SL: Tensor
+    validation_SL: Tensor
+    schedule: Schedule
+    plan: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+
+def heal(request: HealRequest, progress: Progress | None = None) -> HealReport:
+    """Train a Tucker checkpoint on a text, to make up for what compression has lost.
+
+    The whole model is loaded; under torchrun its processes are replicas, split it (FSDP), or share
+    each expert (`tp`). A part of the text decides which state is kept. An interrupted run continues
+    when it is started again, on the CPU with the same bits.
+
+    Args:
+        request: The checkpoint and the training.
+        progress: Shows how far the work is.
+
+    Returns:
+        The same report on every process.
+
+    Raises:
+        TuckerizeError: The request cannot be carried out, or the loss is not finite.
+
+    Example:
+        >>> heal(HealRequest(folder="OUT", data="text.txt", output="HEALED"))  # doctest: +SKIP
+    """
+    progress = progress or SilentProgress()
+    device, seconds = Device.parse(request.device), request.collective_timeout
+    folder = OutputFolder(Path(request.output))
+    with (
+        process_group(
+            lambda local: choose_device(device, local_rank=local),
+            None if seconds is None else timedelta(seconds=seconds),
+        ) as (processes, own_device),
+        ExitStack() as held,
+    ):
+
+        def prepare() -> _Prepared:
+            found = _prepare(request, processes)
+            if processes.is_leader:
+                claim = folder.claim(found.plan, overwrite=request.overwrite, read=progress.advance)
+                held.enter_context(claim)
+                require_space(folder.folder, _bytes_to_write(found))
+            else:
+                folder.join(found.plan)
+            return found
+
+        found = processes.leader_first(prepare)
+        if folder.is_finished:  # by a run that was killed at its very end
+            if processes.is_leader:
+                folder.tidy()
+            return _report(folder.folder, 0.0)
+        return _train(request, found, folder, processes, own_device, progress)
+
+
+def _prepare(request: HealRequest, processes: Processes) -> _Prepared:
+    """Check the request, and read the text."""
+    tucker = TuckerCheckpoint.open(Path(request.folder))
+    refuse_overlap(Path(request.output), tucker.folder)
+    names = request.train.split(",") if request.train is not None else None
+    wanted = None if names is None else [Part.parse(name.strip()) for name in names]
+    parts = check_parts(tucker, wanted)
+    replicas = _replicas(request, processes.size)
+    if not 0 < request.teacher_share <= 1:
+        raise UsageError(f"--teacher-share {request.teacher_share:g} is not in (0, 1]")
+    if request.batch % replicas:
+        raise UsageError(
+            f"--batch {request.batch} windows cannot be shared evenly by {replicas} replicas",
+            hint=f"use --batch {-(-request.batch // replicas) * replicas}",
+        )
+    teacher = None if request.teacher is None else resolve_model(str(request.teacher))
+    windows = read_windows(
+        [parse_source(text) for text in list_of_texts(request.data)],
+        tucker.folder,
+        tokens=request.tokens,
+        window=request.window,
+        seed=request.seed,
+        vocabulary=tucker.config.get("vocab_size"),
+        chat_template=request.chat_template,
+    ).tokens_SL
+    places = torch.arange(len(windows))
+    decides = places % _VALIDATION_EVERY == _VALIDATION_EVERY // 2
+    if not decides.any():
+        raise UsageError(
+            f"the text has {len(windows)} windows, and one of {_VALIDATION_EVERY} decides which "
+            "state is kept",
+            hint="use a longer text, or a smaller --window",
+        )
+    training_SL = windows[~decides]
+    per_step = request.batch * windows.shape[1]
+    steps = max(1, round(request.tokens / per_step))
+    turns = steps * request.batch / len(training_SL)
+    notes = (f"every window of the text is read {turns:.1f} times",) if turns > 1.5 else ()
+    schedule = Schedule(steps, request.batch, request.at_once, request.learning_rate, request.seed)
+    plan = {
+        "tuckerize_version": __version__,
+        "tucker_manifest_sha256": tucker.manifest_sha256,
+        "text_sha256": fingerprint(windows),
+        "train": sorted({*parts.values()}),
+        "teacher_sha256": teacher and sha256_of(teacher / CONFIG),
+        "teacher_share": teacher and request.teacher_share,
+        "tokens": request.tokens,
+        "batch": request.batch,
+        "at_once": request.at_once,
+        "learning_rate": request.learning_rate,
+        "seed": request.seed,
+    }
+    return _Prepared(tucker, parts, teacher, training_SL, windows[decides], schedule, plan, notes)
+
+
+def _replicas(request: HealRequest, processes: int) -> int:
+    """Number of processes with tokens of their own."""
+    if request.tp < 1 or processes % request.tp:
+        raise ParallelError(
+            f"{processes} processes are not a multiple of --tp {request.tp}",
+            hint=f"start: torchrun --nproc-per-node {max(1, request.tp)} -m tuckerize heal ...",
+        )
+    if request.fsdp and (request.tp > 1 or processes == 1):
+        raise ParallelError(
+            f"--fsdp splits the model over replicas, of which there are {processes // request.tp} "
+            f"with --tp {request.tp}",
+            hint="use --fsdp under torchrun with several processes and without --tp",
+        )
+    return processes // request.tp
+
+
+def _bytes_to_write(found: _Prepared) -> int:
+    """Bytes of the result, the state of the run and the best state."""
+    trained = sum(found.tucker.checkpoint.tensors[name].parameters for name in found.parts)
+    return found.tucker.manifest.after.total_bytes + 4 * 4 * trained
+
+
+def _train(
+    request: HealRequest,
+    found: _Prepared,
+    folder: OutputFolder,
+    processes: Processes,
+    device: torch.device,
+    progress: Progress,
+) -> HealReport:
+    """Train, and write the best state."""
+    started = time.monotonic()
+    spread = Spread()
+    if processes.size > 1:
+        replicas = processes.size // request.tp
+        mesh = make_mesh(device.type, tp=request.tp, cp=replicas, timeout=processes.timeout)
+        spread = Spread(mesh, is_sharded=request.fsdp)
+    progress.stage("load the model")
+    ready = make_ready(found.tucker, found.parts, device, spread)
+    if request.recompute:
+        ready.model.recompute()
+    teacher = None
+    if found.teacher is not None:
+        teacher = Model(found.teacher, "auto" if device.type != "cpu" else torch.float32)
+        if teacher.vocabulary != ready.model.vocabulary:
+            raise CheckpointError(
+                f"{found.teacher} has {teacher.vocabulary} embeddings, {found.tucker.folder} "
+                f"{ready.model.vocabulary}",
+                hint="take the model that was compressed as the teacher",
+            )
+        teacher.module.to(device)
+    training = Training(
+        model=ready.model,
+        teacher=teacher,
+        share=request.teacher_share,
+        tensors=ready.tensors,
+        schedule=found.schedule,
+        data_SL=found.training_SL,
+        validation_SL=found.validation_SL,
+        replicas=spread.replicas,
+        reduced=spread.is_sharded,
+        finish_backward=ready.sum_gradients,
+        device=device,
+        folder=folder.work_file(""),
+        log_file=folder.folder / LOG,
+        label=json_sha256(dict(found.plan)),
+        is_leader=processes.is_leader,
+        progress=progress,
+    )
+    history = training.run()
+    if processes.is_leader:
+        best = training.best()
+        write_result(
+            found.tucker,
+            folder,
+            best,
+            healed={
+                "checkpoint": str(request.folder),
+                "tucker_manifest_sha256": found.tucker.manifest_sha256,
+                "trained": sorted({*found.parts.values()}),
+                "texts": list_of_texts(request.data),
+                "teacher": None if request.teacher is None else str(request.teacher),
+                "parameters": sum(tensor.numel() for tensor in best.values()),
+                "steps": history.step,
+                "best_step": history.best_step,
+                "tokens": history.best_step * found.schedule.tokens(found.training_SL),
+                "nats_before": history.first_nats,
+                "nats_after": history.best_nats,
+            },
+        )
+    processes.barrier()
+    return _report(folder.folder, time.monotonic() - started, found.notes)
+
+
+def _report(output: Path, seconds: float, notes: tuple[str, ...] = ()) -> HealReport:
+    """Report of a finished result."""
+    record = read_tucker_manifest(output).healed
+    if record is None:
+        raise CheckpointError(f"{output} was not healed", hint="add --overwrite to begin anew")
+    lines = [json.loads(line) for line in (output / LOG).read_text(encoding="utf-8").splitlines()]
+    return HealReport(
+        output=str(output),
+        trained=record.trained,
+        parameters=record.parameters,
+        steps=record.steps,
+        best_step=record.best_step,
+        tokens=record.tokens,
+        seconds=seconds,
+        nats_before=record.nats_before,
+        nats_after=record.nats_after,
+        curve=tuple(
+            (line["step"], line["validation_nats"]) for line in lines if "validation_nats" in line
+        ),
+        notes=notes,
+    )
