@@ -92,7 +92,7 @@ class Schedule:
 
 @dataclass(slots=True)
 class History:
-    """What is known of a run after some steps.
+    """State of a run after some steps.
 
     Attributes:
         step: Steps that were made.

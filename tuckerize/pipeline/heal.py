@@ -93,7 +93,7 @@ class HealRequest:
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """What all processes agree on before the model is loaded."""
+    """Agreement of all processes before the model is loaded."""
 
     tucker: TuckerCheckpoint
     parts: dict[str, Part]
