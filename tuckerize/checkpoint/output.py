@@ -147,8 +147,15 @@ class OutputFolder:
         return self._manifest.exists()
 
     def claimed(self, key: str) -> Any:  # noqa: ANN401
-        """A value of the plan that the folder is claimed for."""
-        return (self._plan() or {})[key]
+        """A value of the plan that the folder is claimed for.
+
+        Raises:
+            CheckpointError: The plan cannot be read any more.
+        """
+        plan = self._plan()
+        if not plan:
+            raise _lost(self._work / _PLAN)
+        return plan[key]
 
     def work_file(self, name: str) -> Path:
         """Path of a file of the run, removed when the folder is finished."""
@@ -158,6 +165,17 @@ class OutputFolder:
         """The record of a finished piece of work; None if there is none, or it is damaged."""
         found = read_sealed_json(self._record_file(piece))
         return None if found is None else found["value"]
+
+    def finished_record(self, piece: str) -> Any:  # noqa: ANN401
+        """The record of a piece that this run has finished.
+
+        Raises:
+            CheckpointError: It cannot be read any more.
+        """
+        found = self.record(piece)
+        if found is None:
+            raise _lost(self._record_file(piece))
+        return found
 
     def write_record(self, piece: str, value: object, files: Iterable[FileRecord]) -> None:
         """Record that a piece of work is finished.
@@ -333,3 +351,10 @@ def _difference(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str
             name += f" ({old})"
         parts.append(name)
     return f"it was started with another {' and another '.join(parts)}" if parts else ""
+
+
+def _lost(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} was written by this run and cannot be read any more",
+        hint="start the same command again: it continues",
+    )

@@ -168,7 +168,7 @@ def _write_all(
     write_index(output, [WeightFile.open(path) for path in written])
     small = sorted(name for name in {*others, CONFIG, INDEX, CARD} if (output / name).exists())
     return {
-        "files": [folder.record(path.stem) for path in written],
+        "files": [folder.finished_record(path.stem) for path in written],
         "other_files": [describe_file(output / name, name=name).model_dump() for name in small],
     }
 

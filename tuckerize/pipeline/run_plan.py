@@ -103,7 +103,7 @@ def compress_model(
         return None
     notes += plan.source.notes
     for piece in plan.layer_pieces:
-        notes += (folder.record(piece.name) or {}).get("notes", ())
+        notes += folder.finished_record(piece.name).get("notes", ())
     manifest = _finish(plan, folder, model)
     return _report(plan, manifest, output, started, resumed=done_before, notes=notes)
 
@@ -294,7 +294,7 @@ def _write(
 
 def _finish(plan: Plan, folder: OutputFolder, model: str) -> TuckerManifest:
     """Write everything but the weights: other files, config, index, manifest, in this order."""
-    records = [folder.record(piece.name) or {} for piece in plan.pieces]
+    records = [folder.finished_record(piece.name) for piece in plan.pieces]
     auto_map = plan.source.checkpoint.config.get("auto_map")
     files = [FileRecord(**record["file"]) for record in records if record["file"]]
     read = TypeAdapter(list[StackResult]).validate_python
