@@ -13,7 +13,7 @@ import pytest
 
 from tuckerize.checkpoint.files import describe_file
 from tuckerize.checkpoint.output import MANIFEST, OutputFolder, _difference
-from tuckerize.errors import OutputError
+from tuckerize.errors import CheckpointError, OutputError
 
 PLAN = {"model": "a", "sizes": [1, 2]}
 OTHER = {"model": "b", "sizes": [1, 2]}
@@ -237,6 +237,21 @@ def test_piece_that_was_damaged_between_runs_is_made_again(tmp_path: Path, damag
         )
     claim(output, PLAN, overwrite=False)
     assert output.record("piece") is None
+
+
+def test_record_or_plan_that_is_lost_during_a_run_ends_it(tmp_path: Path) -> None:
+    """Its place is named, no value is made up: the result would hold null or miss a piece."""
+    output = OutputFolder(tmp_path / "out")
+    with output.claim(PLAN, overwrite=False):
+        assert output.claimed("model") == "a"
+        output.write_record("piece", {"n": 1}, [])
+        assert output.finished_record("piece") == {"n": 1}
+        for file in output.work_file("").rglob("*.json"):
+            file.write_text("{")
+        with pytest.raises(CheckpointError, match="piece.*cannot be read any more"):
+            output.finished_record("piece")
+        with pytest.raises(CheckpointError, match="cannot be read any more"):
+            output.claimed("model")
 
 
 def test_run_that_was_killed_after_its_manifest_is_known_as_finished(tmp_path: Path) -> None:
