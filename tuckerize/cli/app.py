@@ -228,7 +228,8 @@ def verify(
     max_output_error: Annotated[
         float | None,
         typer.Option(
-            metavar="ERROR", help="Fail above this relative output error; needs the source."
+            metavar="ERROR",
+            help="Fail above this relative output error (1 by default).",
         ),
     ] = None,
     tp: options.MeshTp = None,
