@@ -248,7 +248,7 @@ def test_record_or_plan_that_is_lost_during_a_run_ends_it(tmp_path: Path) -> Non
         assert output.finished_record("piece") == {"n": 1}
         for file in output.work_file("").rglob("*.json"):
             file.write_text("{")
-        with pytest.raises(CheckpointError, match="piece.*cannot be read any more"):
+        with pytest.raises(CheckpointError, match=r"piece.*cannot be read any more"):
             output.finished_record("piece")
         with pytest.raises(CheckpointError, match="cannot be read any more"):
             output.claimed("model")
