@@ -17,16 +17,20 @@ from tests.tiny_families import make_family
 from tests.tiny_models import add_tokenizer, write_text
 from tuckerize import (
     DecomposeRequest,
+    HealRequest,
     QuantizeRequest,
     ReconstructRequest,
     ShardRequest,
+    check,
     decompose,
+    heal,
     inspect,
     quantize,
     reconstruct,
     shard,
 )
 from tuckerize.checkpoint.files import read_json_object, write_json
+from tuckerize.checkpoint.reader import Checkpoint
 from tuckerize.checkpoint.weight_set import CONFIG, SINGLE_FILE
 from tuckerize.errors import UsageError
 
@@ -80,6 +84,23 @@ def test_biases_outlast_groups_narrow_experts_and_quantised_cores(tmp_path: Path
     torch.testing.assert_close(logits(dense), logits(out), rtol=1e-4, atol=1e-5)
     quantize(QuantizeRequest(folder=out, output=quantised, cores="w8"))
     torch.testing.assert_close(logits(quantised), logits(out), rtol=0, atol=0.05)
+
+
+def test_checkpoint_with_biases_is_healed_and_keeps_them(tmp_path: Path) -> None:
+    model = add_tokenizer(make_family(tmp_path / "model", "gpt_oss"))
+    out, healed = tmp_path / "out", tmp_path / "healed"
+    text = write_text(tmp_path / "text.txt", 4000)
+    decompose(DecomposeRequest(model=model, keep=0.6, output=out))
+    sizes: dict[str, Any] = {"tokens": 1024, "window": 32, "batch": 8, "learning_rate": 1e-1}
+    heal(HealRequest(folder=out, data=text, output=healed, **sizes))
+    assert check(healed).passed
+    before, after = (Checkpoint.open(folder) for folder in (out, healed))
+    biases = [name for name in before.tensors if name.endswith("bias") and ".experts." in name]
+    assert biases
+    kept = dict(after.read(biases))
+    for name, bias in before.read(biases):
+        assert torch.equal(bias, kept[name])
+    assert not torch.equal(logits(healed), logits(out))
 
 
 def test_groups_of_experts_with_biases_are_not_shared_out(tmp_path: Path) -> None:
