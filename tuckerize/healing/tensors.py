@@ -111,6 +111,8 @@ def parts_of(
 def _part_of(name: str, family: Family, routers: Collection[str]) -> Part | None:
     factored = TensorName.find(name)
     if factored is not None:
+        if factored.kind == TensorKind.BIAS:
+            return None
         if factored.kind != TensorKind.CORE:
             return Part.FACTORS
         return Part.SCALES if factored.part == CorePart.SCALES else Part.CORES
