@@ -7,7 +7,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -161,8 +161,8 @@ def make_work(folder: Path) -> Path:
     (folder / OUT / "verify.json").write_text('{"passed": true}')
     reconstruct(ReconstructRequest(folder=folder / OUT, output=folder / DENSE))
     cache = ProfileCache(folder / CACHE, "key", str)
-    curve = np.linspace(1.0, 0.0, 9)
-    cache.save(LayerProfile(1, 2.0, *[curve] * 2, curve[::4], np.ones((3, 9)), *[curve] * 6))  # type: ignore[call-arg]
+    names = {field.name for field in fields(LayerProfile)} - {"layer", "sensitivity"}
+    cache.save(LayerProfile(layer=1, sensitivity=2.0, **dict.fromkeys(names, np.linspace(1, 0, 9))))
     cache.save_states(1, {"dense": torch.ones(4, 8)})
     unfinished = OutputFolder(folder / UNFINISHED)
     with unfinished.claim(PLAN, overwrite=False):

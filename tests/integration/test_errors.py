@@ -54,7 +54,7 @@ OK = ("--keep", "0.7")
         ((*OK, "--engine", "tensorly", "--joint", "gate_up"), "tensorly cannot share one U_I", ""),
         ((*OK, "--device", "cuda"), "device 'cuda' is not available", "--device cpu"),
         ((*OK, "--device", "npu"), "needs the package torch_npu", "tuckerize[npu]"),
-        (("--recipe", "nowhere.yaml"), "there is no recipe file nowhere.yaml", "deepseek-v2-lite"),
+        (("--recipe", "nowhere.yaml"), "there is no recipe file nowhere.yaml", "recipes list"),
     ],
 )
 def test_decompose_bad_option_says_what_to_change_and_writes_nothing(
