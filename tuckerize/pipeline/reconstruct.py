@@ -110,12 +110,16 @@ def expand(
     folder = output_folder(output)
     width = _width(tucker)
     with folder.claim(provenance(tucker), overwrite=overwrite, read=progress.advance):
-        if folder.is_finished:  # by a run that was killed at its very end
+        finished = folder.is_finished  # by a run that was killed at its very end
+        if not finished:
+            record = provenance(tucker) | _write_all(tucker, folder, width, progress)
+        # Before the end: the same command still continues where this cannot be read.
+        tensors = Checkpoint.open(output).tensors
+        if finished:
             folder.tidy()
         else:
-            record = provenance(tucker) | _write_all(tucker, folder, width, progress)
             folder.finish(record | {"checksum": checksum(record)})
-    size = measure_size(Checkpoint.open(output).tensors, is_routed=tucker.family.is_routed)
+    size = measure_size(tensors, is_routed=tucker.family.is_routed)
     return ReconstructReport(str(output), size, tucker.manifest.layers, width)
 
 
