@@ -228,8 +228,7 @@ def verify(
     max_output_error: Annotated[
         float | None,
         typer.Option(
-            metavar="ERROR",
-            help="Fail above this relative output error (1 by default).",
+            metavar="ERROR", help="Fail above this relative output error; needs the source."
         ),
     ] = None,
     tp: options.MeshTp = None,

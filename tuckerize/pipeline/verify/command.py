@@ -38,8 +38,7 @@ class VerifyRequest:
         model: The source model; by default the one that decompose was given.
         tokens: Tokens per layer.
         layers: Layers like "1-3,7"; all by default.
-        max_output_error: Bound on the relative output error against the source. By default a layer
-            fails where zeros would be better: an output error, or a recorded error, above 1.
+        max_output_error: Bound on the relative output error against the source, if any.
         tp: Tensor-parallel processes; with ep, by default those of shards that fit the run.
         ep: Expert-parallel processes.
         cp: Context-parallel processes.

@@ -131,8 +131,7 @@ def verify_layers(
         run: The verification.
         layers: Indices of the layers.
         damaged: Faults of the files of shards, by layer; such a layer is not computed.
-        max_output_error: Bound on the relative output error against the dense layer. Without one, a
-            layer that is worse than zeros fails.
+        max_output_error: Bound on the relative output error against the dense layer, if any.
         progress: Shows how far the work is.
     """
     place = _place(run)
@@ -367,12 +366,11 @@ def _verdict(
         )
     if against and max_output_error is not None and not against.output_error <= max_output_error:
         failures.append(f"output error {against.output_error:.3g} is above {max_output_error:g}")
-    doubts = worse_than_nothing(run.tucker.manifest, layer)
+    warnings = worse_than_nothing(run.tucker.manifest, layer)
     if against and not against.output_error <= 1:
-        doubts.append(
+        warnings.append(
             f"the output error on random tokens is {against.output_error:.3g}: zeros would have 1"
         )
-    is_accepted = max_output_error is not None
     recorded = [s.relative_residual for s in run.tucker.manifest.stacks if s.layer == layer]
     return LayerVerdict(
         layer=layer,
@@ -382,8 +380,8 @@ def _verdict(
         residual_difference=against.residual_difference
         if against and not math.isnan(max(recorded))
         else None,
-        failures=tuple(failures if is_accepted else failures + doubts),
-        warnings=tuple(doubts if is_accepted else ()),
+        failures=tuple(failures),
+        warnings=tuple(warnings),
     )
 
 
