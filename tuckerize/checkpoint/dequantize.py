@@ -137,6 +137,10 @@ def _in_form(
     if weight.coding in (Coding.GPTQ, Coding.AWQ):
         codes, zeros = _unpacked(weight, codes, parts[Role.ZERO_POINT])
         codes, scale = codes if order is None else codes[:, order], scale.T
+    if Role.GROUP_INDEX in parts and order is None:
+        # A scale for every column: compressed-tensors 0.20 ignores the index, 0.17 did not.
+        columns = parts[Role.GROUP_INDEX].long()
+        scale, zeros = scale[:, columns], None if zeros is None else zeros[:, columns]
     shape = weight.header.shape[-2:]
     scale = _as_floats(scale)
     layout, scale = _layout(weight, shape, scale)
@@ -149,8 +153,6 @@ def _in_form(
     state = {"weight_scale": scale}
     if zeros is not None:
         state["weight_zero_point"] = zeros
-    if Role.GROUP_INDEX in parts and order is None:
-        state["weight_g_idx"] = parts[Role.GROUP_INDEX]
     if weight.coding != Coding.PACKED_INT:
         missing = layout.get("group_size", 0) * scale.shape[-1] - codes.shape[1]
         if missing > 0:  # columns of the last block
