@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, one_hot
 from tqdm import tqdm
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, PreTrainedTokenizerFast
 
@@ -162,8 +162,9 @@ class RouterWatch:
         losses, loads = [], []
         for logits, index in self.seen:
             experts = logits.shape[-1]
-            load = torch.bincount(index.reshape(-1), minlength=experts) / index.numel()
-            losses.append(experts * (load * logits.softmax(-1).mean(0)).sum())
+            # No bincount: an accelerator's host would wait for it.
+            load = one_hot(index.reshape(-1), experts).float().mean(0)
+            losses.append(experts * (load * logits.float().softmax(-1).mean(0)).sum())
             loads.append(load)
         self.seen.clear()
         return torch.stack(losses).mean(), torch.stack(loads)
@@ -192,7 +193,7 @@ def evaluate(
     """Gives the loss per token on a stream and the experts' load, in windows of 512 tokens."""
     total, loads, windows = 0.0, [], stream.unfold(0, 513, 512)
     for rows in torch.split(windows, 8):
-        logits = model(input_ids=rows[:, :-1], use_cache=False).logits
+        logits = model(input_ids=rows[:, :-1], use_cache=False).logits.float()
         total += cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).item() * len(rows)
         loads.append(watch.take()[1])
     return total / len(windows), torch.stack(loads).mean(0)

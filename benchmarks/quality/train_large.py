@@ -32,12 +32,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.functional import cross_entropy
 from transformers import DeepseekV2ForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.accelerator import device_name
 from benchmarks.quality.train import ENGLISH_SHARE, Streams, read_english, split
-from examples.train_tiny_moe import batches, build_model, encode, read_corpus, train_tokenizer
+from examples.train_tiny_moe import (
+    RouterWatch,
+    batches,
+    build_model,
+    encode,
+    evaluate,
+    read_corpus,
+    train_tokenizer,
+)
 
 SIZES = {
     "hidden_size": 160,
@@ -183,27 +191,6 @@ def read_tokens(corpus: Path) -> Streams:
     }
 
 
-class Balance:
-    """The routers' balance loss of one forward pass, without a wait for the device."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.seen: list[tuple[Tensor, Tensor]] = []
-        for module in model.modules():
-            if type(module).__name__ == "DeepseekV2TopkRouter":
-                module.register_forward_hook(lambda _m, _i, out: self.seen.append((out[0], out[2])))
-
-    def take(self) -> tuple[Tensor, Tensor]:
-        """The balance loss (1 when even) and every layer's share of choices by expert."""
-        losses, loads = [], []
-        for logits, index in self.seen:
-            experts = logits.shape[-1]
-            load = one_hot(index.reshape(-1), experts).float().mean(0)
-            losses.append(experts * (load * logits.float().softmax(-1).mean(0)).sum())
-            loads.append(load)
-        self.seen.clear()
-        return torch.stack(losses).mean(), torch.stack(loads)
-
-
 class MasterWeights:
     """AdamW on float32 copies of a bfloat16 model's weights."""
 
@@ -229,17 +216,6 @@ class MasterWeights:
         self.optimizer.step()
         for master, weight in zip(self.masters, self.weights, strict=True):
             weight.copy_(master)
-
-
-@torch.no_grad()
-def test_loss(model: nn.Module, stream: Tensor, balance: Balance) -> float:
-    """Loss per token on a stream in windows of 512 tokens that do not overlap."""
-    total, windows = 0.0, stream.unfold(0, LENGTH + 1, LENGTH)
-    for rows in torch.split(windows, 64):
-        logits = model(input_ids=rows[:, :-1], use_cache=False).logits.float()
-        total += cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).item() * len(rows)
-        balance.take()
-    return total / len(windows)
 
 
 def feed(streams: Streams, args: argparse.Namespace, device: torch.device) -> Iterator[Tensor]:
@@ -273,7 +249,7 @@ def train(args: argparse.Namespace) -> dict[str, object]:
     model.to(device, torch.bfloat16)
     if device.type == "cuda":
         model.set_experts_implementation("grouped_mm")
-    balance, optimizer = Balance(model), MasterWeights(model, args.lr)
+    watch, optimizer = RouterWatch(model), MasterWeights(model, args.lr)
     print(f"{sum(w.numel() for w in model.parameters())} parameters, {args.tokens} tokens a step")
     print(f"ready after {time.monotonic() - begun:.0f} s", flush=True)
     start, done, kept = time.monotonic(), 0, 0
@@ -283,7 +259,7 @@ def train(args: argparse.Namespace) -> dict[str, object]:
             break
         logits = model(input_ids=rows[:, :-1].int(), use_cache=False).logits
         loss = cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten().long())
-        even, loads = balance.take()
+        even, loads = watch.take()
         (loss + args.balance * even).backward()
         progress = max(minutes / args.minutes, done / args.steps)
         cosine = 0.03 + 0.485 * (1 + math.cos(math.pi * progress))
@@ -304,7 +280,7 @@ def train(args: argparse.Namespace) -> dict[str, object]:
         "tokens": done * args.tokens,
         "minutes": round((time.monotonic() - start) / 60, 2),
         "held_out_perplexity_bfloat16": {
-            domain: round(math.exp(test_loss(model.eval(), stream, balance)), 3)
+            domain: round(math.exp(evaluate(model.eval(), watch, stream)[0]), 3)
             for domain, stream in tests.items()
         },
         "device": device_name(device),

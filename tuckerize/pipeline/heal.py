@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from tuckerize.calibration.text import fingerprint, parse_source, read_windows
-from tuckerize.checkpoint.files import sha256_of
 from tuckerize.checkpoint.hub import resolve_model
+from tuckerize.checkpoint.identity import identities
 from tuckerize.checkpoint.output import OutputFolder, refuse_overlap
+from tuckerize.checkpoint.reader import Checkpoint
 from tuckerize.checkpoint.sealed import json_sha256
 from tuckerize.checkpoint.space import require_space
-from tuckerize.checkpoint.weight_set import CONFIG
 from tuckerize.domain import Device, Part
 from tuckerize.engines.trainable import Model
 from tuckerize.errors import CheckpointError, ParallelError, UsageError
@@ -163,7 +163,10 @@ def _prepare(request: HealRequest, processes: Processes) -> _Prepared:
     parts = check_parts(tucker, wanted)
     replicas = _replicas(request, processes.size)
     if not 0 < request.teacher_share <= 1:
-        raise UsageError(f"--teacher-share {request.teacher_share:g} is not in (0, 1]")
+        raise UsageError(
+            f"--teacher-share {request.teacher_share:g} is not in (0, 1]",
+            hint="leave out --teacher to learn the text alone",
+        )
     if request.batch % replicas:
         raise UsageError(
             f"--batch {request.batch} windows cannot be shared evenly by {replicas} replicas",
@@ -198,7 +201,7 @@ def _prepare(request: HealRequest, processes: Processes) -> _Prepared:
         "tucker_manifest_sha256": tucker.manifest_sha256,
         "text_sha256": fingerprint(windows),
         "train": sorted({*parts.values()}),
-        "teacher_sha256": teacher and sha256_of(teacher / CONFIG),
+        "teacher": teacher and _identities(teacher),
         "teacher_share": teacher and request.teacher_share,
         "tokens": request.tokens,
         "batch": request.batch,
@@ -207,6 +210,11 @@ def _prepare(request: HealRequest, processes: Processes) -> _Prepared:
         "seed": request.seed,
     }
     return _Prepared(tucker, parts, teacher, training_SL, windows[decides], schedule, plan, notes)
+
+
+def _identities(folder: Path) -> dict[str, str]:
+    files = Checkpoint.open(folder).files
+    return identities({name: file.path for name, file in files.items()})
 
 
 def _replicas(request: HealRequest, processes: int) -> int:
