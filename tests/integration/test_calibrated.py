@@ -680,7 +680,9 @@ def test_few_tokens_of_an_expert_are_named(model: Path, text: Path, tmp_path: Pa
     assert "saw fewer than 24 tokens" in notes
     assert any(note.startswith("layer 1: experts") for note in report.notes)
     assert all(np.isfinite(s["relative_residual"]) for s in manifest_of(out)["stacks"])
-    assert verify(out).passed
+    found = verify(out)
+    assert not found.damaged
+    assert all("zeros would have 1" in fault for layer in found.layers for fault in layer.failures)
     with pytest.raises(TuckerizeError, match="64 tokens in windows of 512"):
         tuckerize.preview(request_of(model, text, None, {"tokens": 64}, {"keep": 0.5}))
 

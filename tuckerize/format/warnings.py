@@ -48,6 +48,20 @@ def worse_than_nothing(manifest: TuckerManifest, layer: int) -> list[str]:
     return found
 
 
+def is_certainly_worse(manifest: TuckerManifest, layer: int) -> bool:
+    """Whether a layer has such an error, and nothing speaks for it.
+
+    The output error on the validation set decides, if it was measured. A residual above 1 decides
+    where no such error was measured or predicted: a calibrated layer that has one may be good.
+    """
+    for record in manifest.calibrated:
+        if record.layer == layer and record.output_error is not None:
+            return record.output_error > 1
+        if record.layer == layer and record.predicted_error is not None:
+            return False
+    return any(s.relative_residual > 1 for s in manifest.stacks if s.layer == layer)
+
+
 def _is_missed(record: LayerRecord) -> bool:
     measured, predicted = record.output_error, record.predicted_error
     if measured is None or predicted is None:

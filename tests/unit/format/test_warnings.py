@@ -7,7 +7,7 @@ import pytest
 
 from tuckerize.format.card import CARD, write_hub_files
 from tuckerize.format.manifest import TuckerManifest, read_tucker_manifest
-from tuckerize.format.warnings import warnings_of
+from tuckerize.format.warnings import is_certainly_worse, warnings_of
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "v0.1" / "calibrated"
 
@@ -55,3 +55,21 @@ def test_result_that_is_not_to_be_trusted_says_why_on_its_card_too(
     assert message in warning
     write_hub_files(GOLDEN, tmp_path, manifest, {})
     assert f"> **Warning:** {warning}" in (tmp_path / CARD).read_text()
+
+
+@pytest.mark.parametrize(
+    ("errors", "is_worse"),
+    [
+        ({"measured": 1.1}, True),
+        ({"measured": 1.1, "residual": 3.2}, True),
+        ({"measured": 0.9, "residual": 3.2}, False),  # it is good on text
+        ({"measured": None, "residual": 3.2}, False),  # quantised since; it was measured
+        ({"measured": None, "predicted": None, "residual": 3.2}, True),
+        ({"measured": None, "predicted": None, "residual": 0.9}, False),
+    ],
+)
+def test_measured_error_decides_then_the_residual(
+    errors: dict[str, float | None], is_worse: bool
+) -> None:
+    assert is_certainly_worse(changed(**errors), 1) == is_worse
+    assert not is_certainly_worse(changed(**errors), 2)
