@@ -15,7 +15,7 @@ VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install -
 TRANSFORMERS ?= 5.14.1 5.16.1 5.19.0 $(shell sed -n 's/^transformers==//p' constraints.txt)
 TRANSFORMERS_VENVS := $(TRANSFORMERS:%=$(VENV)-transformers-%)
 
-.PHONY: demo test check format fuzz full-width accelerator test-install test-kill test-lowest test-npu \
+.PHONY: demo docs test check format fuzz full-width accelerator test-install test-kill test-lowest test-npu \
 	test-transformers test-vllm test-lm-eval clean help
 .DEFAULT_GOAL := help
 
@@ -57,6 +57,9 @@ full-width: $(VENV)/.installed  ## Time and memory at DeepSeek-V2-Lite's width (
 
 accelerator: $(VENV)/.installed  ## Everything that an accelerator changes, in minutes and without network
 	$(BIN)/python -m benchmarks.accelerator --write
+
+docs: $(VENV)/.installed-dev  ## The documentation as a site, in build/site
+	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 FUZZ_SECONDS ?= 60
 fuzz: $(VENV)/.installed-dev  ## Search for damaged files that are not refused (FUZZ_SECONDS for each reader)
