@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import resource
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from tests.running import files_of, succeed
 from tests.running import run_here as run
 from tuckerize.checkpoint.space import require_space
 from tuckerize.errors import OutputError
+from tuckerize.parallel.memory import available_bytes
 
 Mount = Callable[[int], Path]
 SIZE = ("--rank", "full,20,24")
@@ -82,3 +84,24 @@ def test_limit_on_file_sizes_ends_a_run_that_continues_without_it(
     for output in (tmp_path / "out", tmp_path / "undisturbed"):
         succeed(*command, output)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "undisturbed")
+
+
+def test_memory_that_does_not_suffice_is_told_before_the_work(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit of a control group, as in a container."""
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemAvailable: 8000000 kB\n")
+    (tmp_path / "proc/self/cgroup").write_text("0::/\n")
+    (group / "memory.current").write_text("0\n")
+    command = importlib.import_module("tuckerize.pipeline.decompose")
+    monkeypatch.setattr(command, "available_bytes", lambda: available_bytes(tmp_path))
+    out = tmp_path / "out"
+    for limit, code in ((1000, 2), (2**30, 0)):
+        (group / "memory.max").write_text(f"{limit}\n")
+        done = run("decompose", "--model", model, "--rank", "full,full,50%", "--output", out)
+        assert done.returncode == code, done.stderr
+        assert (code == 0) == (out / "tuckerize.json").exists()
+        assert code == 0 or "GiB of memory are free for it" in " ".join(done.stderr.split())

@@ -28,8 +28,7 @@ def start(*arguments: str | Path) -> subprocess.Popen[bytes]:
     options = ("--standalone", "--nproc-per-node", str(PROCESSES), "-m", "tuckerize")
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", *options, *map(str, arguments)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,  # errors are shown by pytest where a test fails
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
 

@@ -20,9 +20,11 @@ from tuckerize.domain import Device
 from tuckerize.errors import UsageError
 from tuckerize.moe.source import SourceModel
 from tuckerize.parallel.backends import choose_device
+from tuckerize.parallel.memory import available_bytes
 from tuckerize.parallel.processes import Processes, process_group
 from tuckerize.pipeline.inspect import bytes_to_write, describe_plan
 from tuckerize.pipeline.run_plan import compress_model
+from tuckerize.planning.estimate import threads_that_fit
 from tuckerize.planning.plan import Plan, make_plan, output_fingerprint, profiles_for
 from tuckerize.progress import Progress, SilentProgress
 from tuckerize.recipe import Recipe, recipe_of_options
@@ -149,6 +151,7 @@ def decompose(
         raise UsageError("--output is missing", hint="name a new folder, or add --dry-run")
     output = Path(request.output)
     with _processes_of(request, recipe) as (processes, device), ExitStack() as held:
+        held.callback(torch.set_num_threads, torch.get_num_threads())
 
         def prepare() -> tuple[Plan, CalibrationPass | None]:
             source, calibration = _open(request, recipe, device)
@@ -162,6 +165,7 @@ def decompose(
             else:
                 folder.join(contents)
             plan = _plan(source, recipe, calibration, progress)
+            _fit_memory(plan, processes, device)
             if processes.is_leader:
                 require_space(output, bytes_to_write(plan, calibration))
             return plan, calibration
@@ -239,6 +243,13 @@ def _open(
 
         check_experts(source.checkpoint.folder, source.moe.family, source.moe.layers)
     return source, CalibrationPass.open(source, recipe, device) if recipe.calibration else None
+
+
+def _fit_memory(plan: Plan, processes: Processes, device: torch.device) -> None:
+    """Use as many threads as memory allows; refuse what does not fit with one."""
+    available = available_bytes() if device.type == "cpu" else None
+    if available is not None:
+        torch.set_num_threads(threads_that_fit(plan, available // processes.local_size))
 
 
 def _plan(

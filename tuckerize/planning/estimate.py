@@ -18,6 +18,7 @@ from tuckerize.domain import (
     WeightType,
     stored_bytes,
 )
+from tuckerize.errors import UsageError
 from tuckerize.planning.plan import CopyPiece, Piece, Plan
 from tuckerize.recipe import CalibrationSettings
 
@@ -85,8 +86,13 @@ def _calibrated_work(plan: Plan, piece: LayerPiece, settings: CalibrationSetting
     return total + steps * batch * plan.source.moe.routing.top_k * 3 * layer
 
 
-def peak_bytes(plan: Plan) -> int:
-    """Estimated peak memory of one process, host and device together."""
+def peak_bytes(plan: Plan, threads: int | None = None) -> int:
+    """Estimated peak memory of one process, host and device together.
+
+    Args:
+        plan: The plan.
+        threads: Threads that work side by side; those of torch by default.
+    """
     shape = plan.group_shape
     source = WEIGHT_TYPES[plan.source.moe.dtype]
     pieces = [
@@ -95,7 +101,30 @@ def peak_bytes(plan: Plan) -> int:
         else calibrated_bytes(plan.source.moe.shape, tokens=piece.calibration.tokens)
         for piece in plan.layer_pieces
     ]
-    return process_bytes(shape, torch.get_num_threads()) + max(pieces, default=0)
+    threads = threads or torch.get_num_threads()
+    return process_bytes(shape, threads) + max(pieces, default=0)
+
+
+def threads_that_fit(plan: Plan, available: int) -> int:
+    """Most threads, up to those of torch, with which a plan's estimated peak fits in memory.
+
+    Args:
+        plan: The plan.
+        available: Bytes that this process may still take.
+
+    Raises:
+        UsageError: One thread does not fit either.
+    """
+    for threads in range(torch.get_num_threads(), 0, -1):
+        needed = peak_bytes(plan, threads) - _BASE_BYTES  # which is taken already
+        if needed <= available:
+            return threads
+    raise UsageError(
+        f"a process needs about {needed / 2**30:.1f} GiB more, and {available / 2**30:.1f} GiB of "
+        "memory are free for it, of the host or of its control group",
+        hint="raise the limit, or start fewer processes; less is needed by smaller core sizes, by "
+        "--group-size, and by a calibration of fewer tokens (--calibration-tokens)",
+    )
 
 
 def process_bytes(shape: StackShape, threads: int) -> int:

@@ -22,6 +22,7 @@ from tuckerize.domain import (
     Projection,
     StackShape,
 )
+from tuckerize.errors import UsageError
 from tuckerize.moe.source import SourceModel
 from tuckerize.planning.budget import Budget
 from tuckerize.planning.estimate import (
@@ -30,6 +31,7 @@ from tuckerize.planning.estimate import (
     peak_bytes,
     process_bytes,
     seconds,
+    threads_that_fit,
     work,
 )
 from tuckerize.planning.plan import Plan, make_plan
@@ -143,3 +145,21 @@ def test_time_is_work_over_the_rate_of_products_and_that_of_copies(
     plan = plan_of(tiny_model, "full,full,16")
     products = sum(work(plan, piece) for piece in plan.layer_pieces) / 1e6
     assert seconds(plan) == pytest.approx(products + plan.source.checkpoint.bytes / 3e8)
+
+
+def test_threads_are_as_many_as_memory_allows(tiny_model: Path) -> None:
+    plan = plan_of(tiny_model, "full,full,50%")
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        libraries = process_bytes(plan.group_shape, 0)
+        for threads in (1, 2, 4):
+            least = peak_bytes(plan, threads) - libraries
+            assert threads_that_fit(plan, least) == threads
+            if threads > 1:
+                assert threads_that_fit(plan, least - 1) == threads - 1
+        with pytest.raises(UsageError, match="a process needs about") as caught:
+            threads_that_fit(plan, 0)
+        assert "0.0 GiB of memory are free" in caught.value.message
+    finally:
+        torch.set_num_threads(before)

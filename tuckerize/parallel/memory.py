@@ -1,0 +1,56 @@
+"""Memory that this process may still take: of the host, and of the control groups it runs in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+_ROOT = Path("/")
+# By version: where a group says its limit, its use, and how much of that are files that can go.
+_V2 = ("memory.max", "memory.current", "inactive_file")
+_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+def available_bytes(root: Path = _ROOT) -> int | None:
+    """Bytes of host memory that can be had; None where the system does not say.
+
+    Args:
+        root: Where `proc` and `sys` lie.
+    """
+    found = [value * 1024 for value in _fields(root / "proc/meminfo", "MemAvailable:")]
+    if not found:
+        return None
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            found += _free_in(root / "sys/fs/cgroup", path, *_V2)
+        elif "memory" in controllers.split(","):
+            found += _free_in(root / "sys/fs/cgroup/memory", path, *_V1)
+    return max(0, min(found))
+
+
+def _free_in(base: Path, path: str, most: str, used: str, files: str) -> Iterator[int]:
+    """Free bytes of a group and of those above it; in a container only the last may be there."""
+    inner = base / path.lstrip("/")
+    for folder in (inner, *inner.parents):
+        try:
+            free = int((folder / most).read_text()) - int((folder / used).read_text())
+        except (OSError, ValueError):  # "max", or another controller's group
+            pass
+        else:
+            yield free + sum(_fields(folder / "memory.stat", files))
+        if folder == base:
+            break
+
+
+def _fields(path: Path, name: str) -> list[int]:
+    """The value of a line `name value` of a file; none if it is not there."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return []
+    return [int(words[1]) for words in map(str.split, lines) if name in words[:1]]
