@@ -36,7 +36,7 @@ def test_limit_of_any_group_above_the_process_counts(
         names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
         base, line = "sys/fs/cgroup/memory/", "5:cpu:/x\n4:memory:/job/inner\n0::/"
     limit, used, inactive = names
-    files = {
+    files: dict[str, object] = {
         "proc/self/cgroup": line,
         f"{base}job/{limit}": "max" if version == 2 else 2**63 - 4096,
         f"{base}job/{used}": GIB,
@@ -48,7 +48,7 @@ def test_limit_of_any_group_above_the_process_counts(
 
 
 def test_group_that_is_over_its_limit_has_none(tmp_path: Path) -> None:
-    files = {
+    files: dict[str, object] = {
         "proc/self/cgroup": "0::/",
         "sys/fs/cgroup/memory.max": GIB,
         "sys/fs/cgroup/memory.current": 2 * GIB,
