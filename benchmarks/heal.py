@@ -18,6 +18,9 @@ from typing import Any
 
 from tuckerize import DecomposeRequest, EvaluateRequest, HealRequest, decompose, evaluate, heal
 from tuckerize.checkpoint.output import MANIFEST
+from tuckerize.domain import Part
+from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
+from tuckerize.healing.setup import parts_of_all
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "heal"
@@ -37,18 +40,19 @@ HELD_OUT = {
     "in domain": TEXTS / "python_held_out.txt",
     "out of domain": TEXTS / "english_held_out.txt",
 }
-# What is trained, the share of the KL divergence in the loss, and the learning rate.
-CHOICES: tuple[tuple[str, float, float], ...] = (
-    ("all", 1.0, 3e-3),
-    ("scales", 1.0, 3e-3),
-    ("routers,norms", 1.0, 3e-3),
-    ("cores", 1.0, 3e-3),
-    ("factors", 1.0, 3e-3),
-    ("all", 0.0, 3e-3),
-    ("all", 0.5, 3e-3),
-    ("routers,norms", 0.0, 3e-3),
-    ("all", 1.0, 1e-3),
-    ("all", 1.0, 1e-2),
+RATE = 1e-3
+# What is trained and the share of the KL divergence in the loss; the best known come first.
+CHOICES = (
+    ("cores,factors,scales", 1.0),
+    ("cores,factors,scales", 0.0),
+    ("all", 1.0),
+    ("routers,norms", 1.0),
+    ("all", 0.0),
+    ("all", 0.5),
+    ("cores", 1.0),
+    ("scales", 1.0),
+    ("factors", 1.0),
+    ("routers,norms", 0.0),
 )
 
 
@@ -62,7 +66,7 @@ def perplexities(folder: Path, tokens: int) -> dict[str, float]:
 
 
 def rows_of(
-    model: str, size: str, work: Path, tokens: int, known: list[dict[str, Any]]
+    model: str, size: str, work: Path, tokens: int, choices: int, known: list[dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
     """The dense, the compressed, and every healed checkpoint, but for what is known.
 
@@ -71,6 +75,7 @@ def rows_of(
         size: Name of the size.
         work: Where checkpoints are written.
         tokens: To train on.
+        choices: How many of the choices are measured.
         known: Rows that were found before.
     """
     dense = MODELS[model]
@@ -82,35 +87,36 @@ def rows_of(
         decompose(DecomposeRequest(model=dense, output=out, calibration=calibration, **SIZES[size]))
     if len(known) < 2:
         yield {"what": "compressed", **perplexities(out, 32768)}
-    done = {(row["what"], row.get("kl_share"), row.get("learning_rate")) for row in known}
-    cores = "quantize" in SIZES[size]
-    for parts, share, rate in CHOICES:
-        if parts == ("factors" if SIZES[size]["keep"] == 1 else "scales" if not cores else None):
-            continue  # there are none
-        if (parts, share, rate) in done:
+    done = {(row["what"], row.get("kl_share")) for row in known}
+    there = {*parts_of_all(TuckerCheckpoint.open(out)).values()}
+    for parts, share in CHOICES[:choices]:
+        names = tuple(Part) if parts == "all" else tuple(map(Part.parse, parts.split(",")))
+        trained = [part for part in names if part in there]
+        if not trained or (parts, share) in done:
             continue
-        healed = work / "healed"
+        healed = work / f"{out.name}-healed"
         started = time.monotonic()
         report = heal(
             HealRequest(
                 folder=out,
                 data=DATA,
                 output=healed,
-                train=None if parts == "all" else parts,
+                train=",".join(trained),
                 teacher=dense if share else None,
                 teacher_share=share or 0.5,
                 tokens=tokens,
-                batch=8,
-                at_once=8,
-                learning_rate=rate,
+                window=256,
+                batch=4,
+                learning_rate=RATE,
                 overwrite=True,
             )
         )
         yield {
             "what": parts,
             "kl_share": share,
-            "learning_rate": rate,
+            "learning_rate": RATE,
             "parameters": report.parameters,
+            "steps": report.steps,
             "tokens": report.tokens,
             "seconds": round(time.monotonic() - started, 1),
             **perplexities(healed, 32768),
@@ -141,7 +147,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=MODELS)
     parser.add_argument("--size", choices=SIZES, default="w4")
-    parser.add_argument("--tokens", type=int, default=204800, help="to train on")
+    parser.add_argument("--tokens", type=int, default=40960, help="to train on")
+    parser.add_argument("--choices", type=int, default=len(CHOICES), help="the first so many")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "heal", help="checkpoints")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -154,7 +161,9 @@ def main() -> None:
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     known = [json.loads(line) for line in lines]
     with path.open("a", encoding="utf-8") as file:
-        for row in rows_of(options.model, options.size, options.work, options.tokens, known):
+        for row in rows_of(
+            options.model, options.size, options.work, options.tokens, options.choices, known
+        ):
             line = json.dumps({"model": options.model, "size": options.size, **row})
             file.write(line + "\n")
             file.flush()

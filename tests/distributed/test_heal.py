@@ -46,6 +46,41 @@ def losses(folder: Path) -> list[float]:
     return [line.get("loss", line.get("validation_loss")) for line in lines]
 
 
+INTERRUPTED = """
+import sys
+from tuckerize import HealRequest, heal
+from tuckerize.progress import SilentProgress
+
+
+class Stop(SilentProgress):
+    left = 25
+
+    def advance(self, amount, note):
+        self.left -= note.startswith("loss")
+        if not self.left:
+            raise SystemExit(9)
+
+
+folder, text, output = sys.argv[1:]
+sizes = {"tokens": 3200, "window": 16, "batch": 4, "learning_rate": 0.01}
+heal(HealRequest(folder=folder, data=text, output=output, tp=2, **sizes), Stop())
+"""
+
+
+def test_interrupted_mesh_is_continued_by_one_process(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "interrupted.py").write_text(INTERRUPTED)
+    text, new = folder / "text.txt", tmp_path / "new"
+    result = torchrun(2, tmp_path / "interrupted.py", folder / "out", text, new)
+    assert "exitcode  : 9" in result.stderr
+    before = losses(new)
+    assert STEPS > len(before) > STEPS // 4
+    succeed("heal", folder / "out", "--data", text, "--output", new, *SIZES)
+    found, expected = losses(new), losses(folder / "one")
+    assert found[:20] == before[:20]
+    assert len(found) == len(expected)
+    assert all(math.isclose(a, b, rel_tol=2e-5) for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("name", MESHES)
 def test_training_equals_that_of_one_process(folder: Path, name: str, tmp_path: Path) -> None:
     processes, options = MESHES[name]

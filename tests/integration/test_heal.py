@@ -60,7 +60,8 @@ def healed(
     if "calibration" in how:
         how["calibration"] = {**how["calibration"], "texts": [str(words)]}
     decompose(DecomposeRequest(model=model, output=work / "out", **how))
-    heal(HealRequest(folder=work / "out", data=words, output=work / "healed", **SIZES))
+    parts = "cores,factors,routers,norms" + ",scales" * ("quantize" in how)
+    heal(HealRequest(folder=work / "out", data=words, output=work / "healed", train=parts, **SIZES))
     return work / "out", work / "healed"
 
 
@@ -198,6 +199,32 @@ def test_parts_are_chosen(out: Path, words: Path, tmp_path: Path) -> None:
         }
         assert changed
         assert all(name.endswith(ends[part]) for name in changed)
+
+
+def test_default_trains_what_compression_wrote_codes_as_well(
+    out: Path, words: Path, model: Path, tmp_path: Path
+) -> None:
+    how = {**SIZES, "learning_rate": 1e-3}
+    report = heal(
+        HealRequest(folder=out, data=words, output=tmp_path / "new", teacher=model, **how)
+    )
+    assert set(report.trained) == {Part.CORES, Part.FACTORS, Part.SCALES}
+    before, after = stored(out), stored(tmp_path / "new")
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert all(TensorName.find(name) for name in changed)
+    assert any(name.endswith(".weight_packed") for name in changed)
+
+
+def test_run_ends_after_half_of_its_validations_without_a_better_state(
+    out: Path, words: Path, tmp_path: Path
+) -> None:
+    how = {**SIZES, "tokens": 32 * 8 * 40, "learning_rate": 30.0}
+    report = heal(
+        HealRequest(folder=out, data=words, output=tmp_path / "new", train="norms", **how)
+    )
+    assert (report.best_step, report.steps) == (0, 20)
+    before, after = stored(out), stored(tmp_path / "new")
+    assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_teacher_is_learned(out: Path, words: Path, model: Path, tmp_path: Path) -> None:

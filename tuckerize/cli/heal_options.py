@@ -23,7 +23,7 @@ Train = Annotated[
     str | None,
     typer.Option(
         metavar="PARTS",
-        help=f"Of {','.join(Part)}; all that there are by default.",
+        help=f"Of {','.join(Part)}; cores, factors and scales by default.",
         rich_help_panel=TRAINING,
     ),
 ]

@@ -25,6 +25,8 @@ from tuckerize.runtime.experts import TuckerExperts
 from tuckerize.runtime.sharded import ShardedExperts
 from tuckerize.runtime.trained import train_rounded
 
+_WRITTEN = (Part.CORES, Part.FACTORS, Part.SCALES)
+
 
 @dataclass(frozen=True, slots=True)
 class Spread:
@@ -74,14 +76,14 @@ def check_parts(tucker: TuckerCheckpoint, wanted: Collection[Part] | None) -> di
 
     Args:
         tucker: The checkpoint.
-        wanted: The parts; None for all that it has.
+        wanted: The parts; None for those that compression wrote, as far as it has them.
 
     Raises:
         UsageError: It lacks one of them.
         CheckpointError: A tensor is quantized and no core: its values cannot be trained.
     """
     layers = tucker.family.moe_layers(tucker.config, tucker.checkpoint.tensors)
-    found = parts_of(tucker.checkpoint.tensors, tucker.family, layers, wanted or tuple(Part))
+    found = parts_of(tucker.checkpoint.tensors, tucker.family, layers, wanted or _WRITTEN)
     if missing := [part for part in wanted or () if part not in found.values()]:
         raise UsageError(
             f"{tucker.folder} has no {missing[0]} to train",

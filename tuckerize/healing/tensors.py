@@ -45,6 +45,12 @@ class TrainedTensor:
         return self.part == Part.FACTORS
 
     @property
+    def is_codes(self) -> bool:
+        """Whether it holds the codes of a quantised core."""
+        name = TensorName.find(self.name)
+        return name is not None and name.part in (CorePart.CODES, CorePart.PACKED_CODES)
+
+    @property
     def gradient(self) -> Tensor:
         """This process's part of the gradient; zeros where no token had a part in it."""
         if self.parameter.grad is None:

@@ -30,9 +30,13 @@ from tuckerize.healing.tensors import (
 from tuckerize.parallel.mesh import Axis
 from tuckerize.progress import Progress
 
-# Validations of a run, and those without a better state after which it stops.
+# Validations of a run, and those without a better state after which it stops: half of the run, as
+# the state improves again when the learning rate falls.
 _VALIDATIONS = 20
-_PATIENCE = 5
+_PATIENCE = 10
+# Way of a quantised core's code over a run whose gradients all have one sign, in codes. Codes begin
+# in the middle of what rounds to them: below one half they never change, and above one noise does.
+_CODE_WAY = 0.75
 _WARM_UP = 0.05
 _LARGEST_NORM = 1.0
 _BETAS = (0.9, 0.95)
@@ -157,7 +161,7 @@ class Training:
 
     def __post_init__(self) -> None:
         groups = [
-            {"params": [tensor.parameter], "size": _root_mean_square(tensor)}
+            {"params": [tensor.parameter], "largest": self._largest_rate(tensor)}
             for tensor in self.tensors
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=_BETAS, weight_decay=0.0)
@@ -226,13 +230,24 @@ class Training:
                 f"step {step}: the loss is {loss}, the norm of its gradient {norm}",
                 hint="use a smaller --learning-rate, with --overwrite to begin anew",
             )
-        rate = schedule.learning_rate * schedule.rate(step)
+        rate = schedule.rate(step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["size"]
+            group["lr"] = rate * group["largest"]
         self.optimizer.step()
         self.optimizer.zero_grad()
         orthonormalise(self.tensors)
-        return {"step": step, "loss": loss, "gradient_norm": norm, "learning_rate": rate}
+        return {
+            "step": step,
+            "loss": loss,
+            "gradient_norm": norm,
+            "learning_rate": rate * schedule.learning_rate,
+        }
+
+    def _largest_rate(self, tensor: TrainedTensor) -> float:
+        """Largest learning rate of a tensor."""
+        if tensor.is_codes:
+            return _CODE_WAY / sum(map(self.schedule.rate, range(self.schedule.steps)))
+        return self.schedule.learning_rate * _root_mean_square(tensor)
 
     @torch.no_grad()
     def _validate(self) -> None:

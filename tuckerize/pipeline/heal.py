@@ -49,8 +49,8 @@ class HealRequest:
         folder: The Tucker checkpoint.
         data: Text or JSONL file, PATH or PATH:WEIGHT, or several.
         output: The new folder.
-        train: What is trained, of cores, factors, scales, routers and norms; all that there is by
-            default.
+        train: What is trained, of cores, factors, scales, routers and norms; by default what
+            compression wrote: cores, factors and scales.
         teacher: Dense model whose predictions are learned too: folder, Hugging Face id or short
             name. It is loaded whole.
         teacher_share: Share of the KL divergence to its predictions in the loss, in (0, 1].

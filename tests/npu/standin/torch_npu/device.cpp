@@ -87,11 +87,14 @@ at::Tensor host(const at::Tensor& tensor) {
   if (tensor.device().is_cpu()) {
     return tensor;
   }
-  return at::for_blob(tensor.data_ptr(), tensor.sizes())
-      .strides(tensor.strides())
-      .deleter([tensor](void*) {})
-      .options(tensor.options().device(at::kCPU))
-      .make_tensor();
+  auto found = at::for_blob(tensor.data_ptr(), tensor.sizes())
+                   .strides(tensor.strides())
+                   .deleter([tensor](void*) {})
+                   .options(tensor.options().device(at::kCPU))
+                   .make_tensor();
+  found._set_conj(tensor.is_conj());
+  found._set_neg(tensor.is_neg());
+  return found;
 }
 
 // --- memory and devices ---------------------------------------------------------------------
@@ -340,6 +343,14 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("set_.source_Storage_storage_offset", at::native::set_storage_cpu_);
   // torch would make a loop of it, which an NPU does not run either.
   m.impl("_grouped_mm", torch::CppFunction::makeFromBoxedFunction<&fallback>());
+}
+
+// A copy resolves conjugate and negative views itself; torch's fallbacks would copy without end.
+TORCH_LIBRARY_IMPL(aten, Conjugate, m) {
+  m.impl("_copy_from", torch::CppFunction::makeFallthrough());
+}
+TORCH_LIBRARY_IMPL(aten, Negative, m) {
+  m.impl("_copy_from", torch::CppFunction::makeFallthrough());
 }
 
 // Autocast of the real device computes in 16 bits; here every type stays as it is.
