@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from tuckerize.pipeline.plan import PlanRequest, plan
     from tuckerize.pipeline.quantize import QuantizeRequest, quantize
     from tuckerize.pipeline.reconstruct import ReconstructRequest, reconstruct
+    from tuckerize.pipeline.report import ReportRequest, write_report
     from tuckerize.pipeline.shard import ShardRequest, shard
     from tuckerize.pipeline.verify import VerifyRequest, verify
 
@@ -41,6 +42,7 @@ __all__ = [
     "PlanRequest",
     "QuantizeRequest",
     "ReconstructRequest",
+    "ReportRequest",
     "ShardRequest",
     "VerifyRequest",
     "__version__",
@@ -57,6 +59,7 @@ __all__ = [
     "reconstruct",
     "shard",
     "verify",
+    "write_report",
 ]
 
 
@@ -64,7 +67,8 @@ def __getattr__(name: str) -> object:
     """Import a command, or its request, from its module in `pipeline` when it is first used."""
     if name not in __all__:
         raise AttributeError(f"module 'tuckerize' has no attribute '{name}'")
-    command = "decompose" if name == "preview" else name.removesuffix("Request").lower()
+    others = {"preview": "decompose", "write_report": "report"}
+    command = others.get(name, name.removesuffix("Request").lower())
     return getattr(import_module(f"tuckerize.pipeline.{command}"), name)
 
 

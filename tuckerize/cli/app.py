@@ -13,6 +13,7 @@ from tuckerize.cli import heal_options, options
 from tuckerize.cli.boundary import NO, boundary
 from tuckerize.cli.printing import write_out
 from tuckerize.cli.recipes import recipes
+from tuckerize.cli.report import write_report
 from tuckerize.domain import CoreType, Device, Dtype, Target
 from tuckerize.errors import UsageError
 from tuckerize.version import __version__
@@ -25,6 +26,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.add_typer(recipes, name="recipes")
+app.command(name="report")(write_report)
 
 
 def _version(wanted: bool) -> None:  # noqa: FBT001

@@ -1,0 +1,69 @@
+"""The page of `report`: what it says is what the manifest and the files say."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from tests.running import ROOT, run_here, succeed
+
+pytest.importorskip("matplotlib")
+
+MODEL = ROOT / "examples" / "tiny-moe"
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report") / "out"
+    succeed("decompose", "--model", MODEL, "--keep", "0.5", "--max-sweeps", "0", "--output", folder)
+    succeed("shard", folder, "--tp", "2")
+    return folder
+
+
+def test_page_has_the_sizes_of_the_files_and_loads_nothing(out: Path, tmp_path: Path) -> None:
+    file = tmp_path / "page.html"
+    succeed("report", out, "--html", file)
+    text = file.read_text(encoding="utf-8")
+    shards = list((out / "tp2").glob("*rank-00000*.safetensors"))
+    assert f"{sum(p.stat().st_size for p in shards):,}" in text
+    assert "not verified" in text
+    assert "keep: 0.5" in text
+    charts = re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
+    assert len(charts) == 2
+    for svg in charts:
+        ET.fromstring(svg)
+    assert not re.search(r'(?:src|href)="https?:', re.sub(r'xmlns(:\w+)?="[^"]*"', "", text))
+    assert "#0103" not in text
+
+
+def test_page_against_itself_shows_both_and_no_other_file_is_replaced(
+    out: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(out, tmp_path / "other"))
+    file = tmp_path / "page.html"
+    succeed("report", out, "--against", other, "--html", file)
+    succeed("report", out, "--against", other, "--html", file)  # our own is replaced
+    assert file.read_text(encoding="utf-8").count("<h2>Reproduce of ") == 2
+    file.write_text("a diary", encoding="utf-8")
+    refused = run_here("report", out, "--html", file)
+    assert refused.returncode == 2
+    assert "no report of tuckerize" in refused.stderr
+    assert file.read_text(encoding="utf-8") == "a diary"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+def test_page_is_drawn_by_a_browser(out: Path, tmp_path: Path) -> None:
+    file = tmp_path / "page.html"
+    succeed("report", out, "--html", file)
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    done = subprocess.run(
+        [*command, f"--user-data-dir={tmp_path}/profile", file.as_uri()],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert done.stdout.count("</svg>") == 2
