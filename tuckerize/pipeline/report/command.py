@@ -1,4 +1,4 @@
-"""What a Tucker checkpoint records of itself, as one HTML page."""
+"""One HTML page of what a Tucker checkpoint records of itself."""
 
 from __future__ import annotations
 
