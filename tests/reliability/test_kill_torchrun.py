@@ -83,7 +83,8 @@ def test_decompose_continues_to_identical_bytes(model: Path, tmp_path: Path) -> 
         if was_ended:
             ended += 1
             assert not (out / "tuckerize.json").exists() or files_of(out) == files_of(whole)
-            assert start(*command).wait(SECONDS) == 0
+            if files_of(out) != files_of(whole):  # else it was killed when all was done
+                assert start(*command).wait(SECONDS) == 0
         if not whole.exists():
             shutil.copytree(out, whole)
         assert files_of(out) == files_of(whole)
