@@ -198,6 +198,7 @@ INFERRED = (
 
 CALIBRATED = (
     "deepseek_v3",
+    "deepseek_v4",
     "glm4_moe",
     "gpt_oss",
     "lfm2_moe",
@@ -209,11 +210,6 @@ CALIBRATED = (
 
 EVERY_VERSION = ("olmoe", "qwen3_moe")
 """Families whose whole job `make test-transformers` does, besides DeepSeek-V2's."""
-
-NOT_STREAMED = {
-    "deepseek_v4": "the identity of a token, not its hidden state, routes it in some layers",
-}
-"""Families that cannot be run layer by layer, and so not calibrated."""
 
 NOT_TESTED = (
     "deepseek_ocr2",

@@ -18,7 +18,7 @@ from typer.models import ArgumentInfo
 
 import tuckerize
 from tests.docs.pages import ROOT
-from tests.tiny_families import CALIBRATED, EVERY_VERSION, FAMILY_NAMES, INFERRED, NOT_STREAMED
+from tests.tiny_families import CALIBRATED, EVERY_VERSION, FAMILY_NAMES, INFERRED
 from tuckerize.cli.app import app
 from tuckerize.moe.families import FAMILIES, UNSUPPORTED
 from tuckerize.moe.family import FamilyRow
@@ -230,7 +230,8 @@ packed, also transposed. What is outside of the experts may be anything: vision 
 Each family but `kimi_k2`, which is a `deepseek_v3` by another name and not known to transformers, is tested on a random
 model that transformers makes: at full core sizes the checkpoint that transformers
 loads gives the same logits, `reconstruct` the source's bytes, routing is that of transformers' router, and the model
-runs layer by layer as a whole one does, which calibration needs.
+runs layer by layer as a whole one does, which calibration needs, also where layers look at the tokens themselves
+(DeepSeek-V4, Qwen4) or attend to those that an earlier layer has found (GLM-5, GLM-5.3-Flash, Hy4).
 
 A calibrated job is: profile, budget, compression, shards, `verify` and `evaluate` on a random model.
 
@@ -268,14 +269,7 @@ Each line is a test (`tests/unit/checkpoint/test_weight_set.py`, `tests/integrat
 
 ## Not supported
 
-{unsupported}
-## Without calibration
-
-These cannot be run layer by layer; decompose them without `--calibration`. Nor can GLM-5, GLM-5.3-Flash and Hy4 where
-`indexer_types` in config.json has `shared`: such layers attend to the tokens that an earlier one has found; nor Qwen4 with
-`ple_layer_ids`: such layers look up the tokens themselves.
-
-{not_streamed}"""
+{unsupported}"""
 
 
 def models_page() -> str:
@@ -298,7 +292,6 @@ def models_page() -> str:
         ),
         inferred=", ".join(f"`{name}`" for name in INFERRED),
         unsupported=_reasons(UNSUPPORTED),
-        not_streamed=_reasons(NOT_STREAMED),
     )
 
 

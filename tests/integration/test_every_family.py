@@ -16,7 +16,6 @@ from tests.tiny_families import (
     CALIBRATED,
     FAMILY_NAMES,
     INFERRED,
-    NOT_STREAMED,
     auto_class,
     make_family,
 )
@@ -39,7 +38,6 @@ from tuckerize.calibration.stream import StreamedModel
 from tuckerize.checkpoint.files import read_json_object, write_json
 from tuckerize.checkpoint.weight_set import CONFIG, SINGLE_FILE
 from tuckerize.domain import Projection
-from tuckerize.errors import CheckpointError
 from tuckerize.moe.routing import Router, route
 from tuckerize.moe.source import SourceModel
 from tuckerize.names import TensorName
@@ -120,18 +118,45 @@ def test_routes_are_those_of_the_family_in_transformers(model: Path) -> None:
 
 
 def test_streamed_model_is_the_model(model: Path) -> None:
-    if model.name in NOT_STREAMED:
-        with pytest.raises(CheckpointError):
-            streamed_logits(model)
-    else:
-        expected = logits(load(model))
-        torch.testing.assert_close(streamed_logits(model), expected, rtol=1e-4, atol=1e-5)
+    expected = logits(load(model))
+    torch.testing.assert_close(streamed_logits(model), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_layers_that_share_the_tokens_they_attend_to_are_not_streamed(tmp_path: Path) -> None:
-    model = make_family(tmp_path / "model", "hy_v4", indexer_types=["full", "shared"])
-    with pytest.raises(CheckpointError, match="layers attend to the tokens that an earlier one"):
-        streamed_logits(model)
+@pytest.mark.parametrize("name", ["glm5_next", "glm_moe_dsa", "hy_v4"])
+def test_layers_that_share_the_tokens_they_attend_to_are_streamed(
+    name: str, tmp_path: Path
+) -> None:
+    own: dict[str, Any] = {"indexer_types": ["full", "shared", "full"], "num_hidden_layers": 3}
+    if name == "glm5_next":
+        own |= {"layer_types": ["indexed_attention"] * 3}
+        own |= {"mlp_layer_types": ["dense", "sparse", "sparse"]}
+    model = make_family(tmp_path / "model", name, **own)
+    expected = logits(load(model))
+    torch.testing.assert_close(streamed_logits(model), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_look_up_the_tokens_are_streamed(tmp_path: Path) -> None:
+    ngrams: dict[str, Any] = {"heads_per_ngram": 2, "ngram_vocab_size_base": 40}
+    ngrams |= {"make_ngram_vocab_size_divisible_by": 4, "split_ngram_parts": 1}
+    ngrams |= {"layer_types": ["linear_attention"] * 2, "ple_layer_ids": [1]}
+    model = make_family(tmp_path, "qwen4_exp", **ngrams)
+    expected = logits(load(model))
+    torch.testing.assert_close(streamed_logits(model), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_files_that_hold_the_decoder_alone_are_the_model(tmp_path: Path) -> None:
+    """DeepSeek-V4 is released so: `layers.0.ffn`, where transformers saves `model.layers.0.ffn`."""
+    model, out = make_family(tmp_path / "model", "deepseek_v4"), tmp_path / "out"
+    expected = logits(load(model))
+    released = {"embed_tokens": "embed", "hc_head.hc": "hc_head"}
+    tensors = {name.removeprefix("model."): tensor for name, tensor in weights(model).items()}
+    for own, other in released.items():
+        tensors = {name.replace(own, other): tensor for name, tensor in tensors.items()}
+    save_file(tensors, model / SINGLE_FILE, metadata={"format": "pt"})
+    assert torch.equal(logits(load(model)), expected)
+    torch.testing.assert_close(streamed_logits(model), expected, rtol=1e-4, atol=1e-5)
+    decompose(DecomposeRequest(model=model, rank=FULL, output=out))
+    torch.testing.assert_close(logits(load(out)), expected, rtol=1e-4, atol=1e-5)
 
 
 def streamed_logits(folder: Path) -> Tensor:
@@ -139,13 +164,13 @@ def streamed_logits(folder: Path) -> Tensor:
     source = SourceModel.open(folder)
     decoder = StreamedModel.open(source.checkpoint, source.moe.family, device=torch.device("cpu"))
     with decoder.embedding() as embed:
-        hidden_SLI = embed(IDS)
+        states = embed(IDS)
     for layer in range(decoder.layers):
         experts = partial(_routed, source, layer)
         with decoder.layer(layer, experts) as step:
-            hidden_SLI = step(hidden_SLI)
+            states = step(states)
     with decoder.head() as head:
-        return head(hidden_SLI)
+        return head(states)
 
 
 def _routed(
@@ -340,10 +365,6 @@ def test_any_engine_reconstructs_to_a_stock_checkpoint_of_narrow_experts(
     calibration = {"texts": [str(text)], "tokens": 512, "window": 64, "refine": 0}
     calibration |= {"target": "any-engine", "multiple": 2}
     request = DecomposeRequest(model=model, keep=0.7, calibration=calibration, output=out)
-    if name in NOT_STREAMED:
-        with pytest.raises(CheckpointError, match=r"layer by layer|several tensors"):
-            decompose(request)
-        return
     decompose(request)
     report = reconstruct(ReconstructRequest(folder=out, output=stock))
     source, result = SourceModel.open(model), SourceModel.open(stock)

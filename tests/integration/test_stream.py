@@ -27,6 +27,7 @@ from transformers import (
 
 from tests.expert_cases import SWIGLU
 from tests.tiny_models import make_tiny_model
+from tuckerize.calibration.states import States
 from tuckerize.calibration.stream import ExpertsCall, StreamedModel
 from tuckerize.calibration.text import TextSource, read_windows
 from tuckerize.checkpoint.reader import Checkpoint
@@ -72,14 +73,14 @@ def stream(
     source = Checkpoint.open(folder)
     model = StreamedModel.open(source, family, device=CPU, dtype=dtype)
     with model.embedding() as embed:
-        hidden_SLI = embed(tokens_SL)
-    yield hidden_SLI
+        states = embed(tokens_SL)
+    yield states.hidden_SLI
     for index in range(model.layers):
         with model.layer(index, dense_experts(source, family, index, names)) as layer:
-            hidden_SLI = layer(hidden_SLI)
-        yield hidden_SLI
+            states = layer(states)
+        yield states.hidden_SLI
     with model.head() as head:
-        yield head(hidden_SLI)
+        yield head(states)
 
 
 @torch.no_grad()
@@ -131,12 +132,14 @@ def test_streaming_itself_does_not_round(tiny_sharded_model: Path, dtype: torch.
     source = Checkpoint.open(tiny_sharded_model)
     model = StreamedModel.open(source, DEEPSEEK, device=CPU, dtype=dtype)
     with model.embedding() as embed:
-        found = [embed(TOKENS)]
+        states = embed(TOKENS)
+    found = [states.hidden_SLI]
     for index, own in enumerate(reference.model.layers):
         with model.layer(index, getattr(own.mlp, "experts", None)) as layer:
-            found.append(layer(found[-1]))
+            states = layer(states)
+        found.append(states.hidden_SLI)
     with model.head() as head:
-        found.append(head(found[-1]))
+        found.append(head(states))
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
 
@@ -153,7 +156,7 @@ def test_windows_of_several_shapes_in_one_open_layer_are_right(tiny_sharded_mode
     with model.embedding() as embed:
         hidden = [embed(tokens) for tokens in shapes]
     with model.layer(0) as layer:
-        after = [layer(h) for h in hidden]
+        after = [layer(own).hidden_SLI for own in hidden]
     assert_close(after[1], after[0][:1])
     assert_close(after[2], after[0][:, :5])  # no token sees a later one
 
@@ -190,16 +193,16 @@ def test_only_the_open_part_is_in_memory(tiny_model: Path) -> None:
 
 def test_part_is_empty_again_after_an_error(tiny_model: Path) -> None:
     model = StreamedModel.open(Checkpoint.open(tiny_model), DEEPSEEK, device=CPU)
-    hidden_SLI = torch.zeros(1, 4, 32)
+    states = States(torch.zeros(1, 4, 32), TOKENS[:1, :4])
 
     def fail(*_: Tensor) -> Tensor:
         raise ArithmeticError
 
     with pytest.raises(ArithmeticError), model.layer(1, fail) as layer:
-        layer(hidden_SLI)
+        layer(states)
     assert all(p.is_meta for p in model._model.model.layers.parameters())
     with model.layer(1, lambda x, *_: torch.zeros_like(x)) as layer:
-        assert layer(hidden_SLI).isfinite().all()
+        assert layer(states).hidden_SLI.isfinite().all()
 
 
 def test_experts_get_the_tokens_and_the_routing(tiny_model: Path) -> None:
@@ -212,7 +215,7 @@ def test_experts_get_the_tokens_and_the_routing(tiny_model: Path) -> None:
 
     assert model.moe_layers == (1, 2)
     with model.layer(2, look) as layer:
-        layer(torch.randn(2, 5, 32))
+        layer(States(torch.randn(2, 5, 32), TOKENS[:2, :5]))
     assert shapes == [(10, 32), (10, 2), (10, 2)]
 
 

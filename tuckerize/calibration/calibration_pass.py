@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tuckerize.calibration.states import States
 from tuckerize.calibration.stream import ExpertsCall, StreamedModel
 from tuckerize.calibration.text import parse_source, read_windows
 from tuckerize.calibration.tokens import DenseGroup, LayerTokens, fewest_tokens
@@ -27,7 +28,7 @@ from tuckerize.runtime.experts import TuckerExperts
 
 _WINDOWS_AT_ONCE = 8
 _SEED = 0
-_STATES = "hidden states"
+_STATES = "states"
 # Lower bound on relative norms: tokens with small hidden states must not dominate.
 _LEAST_NORM = 0.1
 
@@ -38,12 +39,12 @@ class Captured(NamedTuple):
     Attributes:
         tokens: Tokens before them, in float32.
         output_TI: Their combined output, in float32, with the tokens' relative weights.
-        after_SLI: Hidden states after the layer, shape (S, L, I).
+        after: States after the layer.
     """
 
     tokens: LayerTokens
     output_TI: Tensor
-    after_SLI: Tensor
+    after: States
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,29 +129,28 @@ class CalibrationPass:
         """The activation of the experts of a layer."""
         return activation_of(self.source.moe.glu(layer))
 
-    def embed(self) -> Tensor:
-        """Hidden states before the first layer, shape (S, L, I)."""
+    def embed(self) -> States:
+        """States before the first layer."""
         with self.model.embedding() as embed:
             parts = torch.split(self.windows_SL.to(self.model.device), _WINDOWS_AT_ONCE)
-            return torch.cat([embed(part) for part in parts])
+            return States.joined([embed(part) for part in parts])
 
-    def run_layer(self, layer: int, hidden_SLI: Tensor, experts: ExpertsCall | None) -> Tensor:
-        """Hidden states after a layer, shape (S, L, I).
+    def run_layer(self, layer: int, states: States, experts: ExpertsCall | None) -> States:
+        """States after a layer.
 
         Raises:
             NonFiniteError: They hold NaN or infinity.
         """
         with self.model.layer(layer, experts) as run:
-            parts = [run(part) for part in torch.split(hidden_SLI, _WINDOWS_AT_ONCE)]
-        after_SLI = torch.cat(parts)
-        if not math.isfinite(largest_magnitude(after_SLI)):
+            after = States.joined([run(part) for part in states.split(_WINDOWS_AT_ONCE)])
+        if not math.isfinite(largest_magnitude(after.hidden_SLI)):
             raise NonFiniteError(
                 f"the hidden states after layer {layer} hold NaN or infinity",
                 hint="repair or replace the source checkpoint",
             )
-        return after_SLI
+        return after
 
-    def capture(self, layer: int, hidden_SLI: Tensor, experts: TuckerExperts) -> Captured:
+    def capture(self, layer: int, states: States, experts: TuckerExperts) -> Captured:
         """Run a layer and capture the input and the output of its routed experts.
 
         Routing weights, and with them all outputs, errors and moments that are computed from these
@@ -165,11 +165,11 @@ class CalibrationPass:
             outputs.append(experts(*seen[-1]))
             return outputs[-1].to(x_TI.dtype)
 
-        after_SLI = self.run_layer(layer, hidden_SLI, noted)
+        after = self.run_layer(layer, states, noted)
         tokens = LayerTokens(*(torch.cat(parts) for parts in zip(*seen, strict=True)))
-        norms_T1 = relative_norms(after_SLI)
+        norms_T1 = relative_norms(after.hidden_SLI)
         tokens = tokens._replace(weights_Tk=tokens.weights_Tk / norms_T1)
-        return Captured(tokens, torch.cat(outputs) / norms_T1, after_SLI)
+        return Captured(tokens, torch.cat(outputs) / norms_T1, after)
 
     def groups(self, layer: int) -> list[DenseGroup]:
         """The dense experts of a layer, in float32 on the device.
@@ -224,7 +224,7 @@ def experts_call(module: TuckerExperts) -> ExpertsCall:
 
 @dataclass(frozen=True, slots=True)
 class SavedStates:
-    """Hidden states on disk, so that an interrupted pass continues after the last layer.
+    """States on disk, so that an interrupted pass continues after the last layer.
 
     Attributes:
         path: The file; it holds the states of the last finished layer only.
@@ -233,7 +233,7 @@ class SavedStates:
     path: Path
 
     def load(self, device: torch.device) -> tuple[int, dict[str, Tensor]]:
-        """The next layer, and the hidden states before it by name; (0, {}) at the start.
+        """The next layer, and the tensors of the states before it; (0, {}) at the start.
 
         A damaged file is that of no pass.
         """

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+from collections import ChainMap
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch import Tensor
 from tuckerize.calibration.calibration_pass import CalibrationPass, SavedStates, experts_call
 from tuckerize.calibration.layer_profile import LayerProfile, profile_layer, spread
 from tuckerize.calibration.moments import GroupMoments, gather_moments
+from tuckerize.calibration.states import States
 from tuckerize.calibration.text import fingerprint
 from tuckerize.calibration.tokens import DenseGroup
 from tuckerize.checkpoint.output import remove_temporaries
@@ -41,7 +43,8 @@ _PRUNED_SHARE = 0.25
 # Version of the contents of profiles.
 _PROFILE_VERSION = 9
 _STATES = "hidden.safetensors"
-# Names of hidden states that are carried along.
+# Names of states that are carried along.
+_HIDDEN = "hidden"
 _CLEAN = "clean"
 _ERROR = "error "
 
@@ -87,13 +90,13 @@ class ProfileCache:
         return cache
 
     def load_states(self, device: torch.device) -> tuple[int, dict[str, Tensor]]:
-        """The next layer of an interrupted pass, and hidden states; (0, {}) at the start."""
+        """The next layer of an interrupted pass, and tensors; (0, {}) at the start."""
         if self.folder is None:
             return 0, {}
         return SavedStates(self.folder / _STATES).load(device)
 
     def save_states(self, next_layer: int, states: dict[str, Tensor]) -> None:
-        """Keep the hidden states before a layer, for an interrupted pass."""
+        """Keep what is known before a layer, for an interrupted pass."""
         self._write(lambda folder: SavedStates(folder / _STATES).save(next_layer, states))
 
     def finish(self) -> None:
@@ -166,25 +169,27 @@ def profile_model(run: CalibrationPass, progress: Progress) -> list[LayerProfile
         cache.finish()
         return known
     progress.start(run.model.layers)
-    start, states = cache.load_states(run.model.device)
+    start, saved = cache.load_states(run.model.device)
     if any(cache.load(layer) is None for layer in layers if layer < start):
-        start, states = 0, {}
-    hidden_SLI = states.pop("hidden") if states else run.embed()
-    errors = {name: states.pop(name) for name in list(states) if name.startswith(_ERROR)}
-    probes = states or {
-        _CLEAN: hidden_SLI[spread(run.text_windows, _num_probe_windows(len(layers)))]
-    }
+        start, saved = 0, {}
+    errors = {name: tensor for name, tensor in saved.items() if name.startswith(_ERROR)}
+    probes = States.of(saved)
+    hidden = probes.pop(_HIDDEN) if probes else run.embed()
+    if not probes:
+        probes[_CLEAN] = hidden[spread(run.text_windows, _num_probe_windows(len(layers)))]
     progress.advance(start, "continued")
     for layer in range(start, run.model.layers):
         if layer in layers:
-            hidden_SLI, errors[f"{_ERROR}{layer}"] = _profile_layer(
-                run, layer, hidden_SLI, probes, cache, LayerProgress(progress, layer, 10)
+            hidden, errors[f"{_ERROR}{layer}"] = _profile_layer(
+                run, layer, hidden, probes, cache, LayerProgress(progress, layer, 10)
             )
         else:
             probes.update({k: run.run_layer(layer, v, None) for k, v in probes.items()})
-            hidden_SLI = run.run_layer(layer, hidden_SLI, None)
+            hidden = run.run_layer(layer, hidden, None)
             progress.advance(1, f"layer {layer}")
-        cache.save_states(layer + 1, {"hidden": hidden_SLI, **probes, **errors})
+        named = {_HIDDEN: hidden, **probes}
+        tensors = [own.named(name) for name, own in named.items()]
+        cache.save_states(layer + 1, dict(ChainMap(errors, *tensors)))
     divergences = _divergences(run, probes)
     profiles = []
     for layer in layers:
@@ -203,33 +208,33 @@ def profile_model(run: CalibrationPass, progress: Progress) -> list[LayerProfile
 def _profile_layer(
     run: CalibrationPass,
     layer: int,
-    hidden_SLI: Tensor,
-    probes: dict[str, Tensor],
+    hidden: States,
+    probes: dict[str, States],
     cache: ProfileCache,
     stages: LayerProgress,
-) -> tuple[Tensor, Tensor]:
-    """Profile a layer and carry all hidden states through it.
+) -> tuple[States, Tensor]:
+    """Profile a layer and carry all states through it.
 
-    Returns the hidden states of the calibration set after it, and the relative squared output
+    Returns the states of the calibration set after it, and the relative squared output
     error of the pruned layer. The sensitivity stays open until the end of the pass.
     """
     stages.stage("tokens")
     groups = run.groups(layer)
     dense = run.module(layer, [group.as_tensors() for group in groups])
-    seen = run.capture(layer, hidden_SLI, dense)
+    seen = run.capture(layer, hidden, dense)
     stages.stage("moments", 1)
     activation = run.activation(layer)
     moments = [gather_moments(group, seen.tokens, activation=activation) for group in groups]
     pruned = run.module(
         layer, [_pruned(group, own) for group, own in zip(groups, moments, strict=True)]
     )
-    clean_SLI = probes.pop(_CLEAN)
+    clean = probes.pop(_CLEAN)
     for number, (name, states) in enumerate(probes.items()):
         stages.stage(f"probe {number + 1} of {len(probes) + 2}", 0 if number else 2)
         probes[name] = run.run_layer(layer, states, experts_call(dense))
-    exact = run.capture(layer, clean_SLI, dense)
-    probes[_CLEAN] = exact.after_SLI
-    probes[str(layer)] = run.run_layer(layer, clean_SLI, experts_call(pruned))
+    exact = run.capture(layer, clean, dense)
+    probes[_CLEAN] = exact.after
+    probes[str(layer)] = run.run_layer(layer, clean, experts_call(pruned))
     missed = (pruned(*exact.tokens) - exact.output_TI).square().sum()
     profile = profile_layer(
         layer,
@@ -243,7 +248,7 @@ def _profile_layer(
     )
     stages.finish(f"profile of layer {layer}")
     cache.save(profile)
-    return seen.after_SLI, missed / exact.output_TI.square().sum()
+    return seen.after, missed / exact.output_TI.square().sum()
 
 
 def _num_probe_windows(layers: int) -> int:
@@ -265,7 +270,7 @@ def _pruned(group: DenseGroup, moments: GroupMoments) -> dict[TensorName, Tensor
     }
 
 
-def _divergences(run: CalibrationPass, probes: dict[str, Tensor]) -> dict[int, float]:
+def _divergences(run: CalibrationPass, probes: dict[str, States]) -> dict[int, float]:
     """Mean Kullback-Leibler divergence (nats per token) from the clean prediction, by layer."""
     totals = dict.fromkeys(run.source.moe.layers, 0.0)
     count = 0

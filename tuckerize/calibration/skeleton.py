@@ -111,6 +111,9 @@ class NamesOnDisk:
         from transformers.core_model_loading import Concatenate, WeightConverter, WeightRenaming
 
         mapping = get_model_conversion_mapping(model)
+        self._base = model.base_model_prefix
+        self._tensors = model.state_dict()
+        self._modules = {name for name, _ in model.named_modules()}
         self._tied = model.all_tied_weights_keys
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -121,11 +124,21 @@ class NamesOnDisk:
         ]
         self._others = [entry for entry in converters if entry not in self._joining]
 
-    def rename(self, name: str) -> str:
-        """Name in the model of a tensor or module that is not joined with others."""
+    def module(self, path: str) -> str:
+        """Path in the model of a module of experts."""
+        inside = ".0"  # renamings look at what is below a module
+        found = self._rename(f"{path}{inside}", [])[0].removesuffix(inside)
+        within = f"{self._base}.{found}"  # files may hold the decoder alone
+        return within if within in self._modules else found
+
+    def _rename(self, name: str, converters: list[Any]) -> tuple[str, str | None]:
+        """Name in the model, and the pattern of the converter that makes it, as on loading."""
         from transformers.core_model_loading import rename_source_key
 
-        found: str = rename_source_key(name, self._renamings, [])[0]
+        where = (self._base, self._tensors)
+        found: tuple[str, str | None] = rename_source_key(name, self._renamings, converters, *where)
+        if found[0] not in self._tensors and name in self._tensors:  # it has its name already
+            found = rename_source_key(name, [], [], *where)
         return found
 
     def of(self, stored: Iterable[str]) -> dict[str, OnDisk]:
@@ -134,12 +147,10 @@ class NamesOnDisk:
         Args:
             stored: Names of the tensors of the checkpoint.
         """
-        from transformers.core_model_loading import rename_source_key
-
         found: dict[str, OnDisk] = {}
         parts: dict[str, list[tuple[int, str, int]]] = {}
         for name in stored:
-            own, pattern = rename_source_key(name, self._renamings, self._joining)
+            own, pattern = self._rename(name, self._joining)
             if pattern is None:
                 found[own] = OnDisk((name,))
                 continue

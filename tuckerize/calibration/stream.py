@@ -3,8 +3,9 @@
 The layers are transformers' own, so every family it knows runs as it should. The model is built
 without weights; `embedding`, `layer` and `head` load their part from the checkpoint and release it
 again. The arguments of a layer (positions, masks) are captured from the model's own forward with
-layers that do nothing; they must depend on the shape of the windows only, not on their tokens.
-Routed experts are never read here: the caller computes them.
+layers that do nothing; they depend on the shape of the windows only, or are the tokens themselves
+or what the layer before has handed on. Routed experts are never read here: the caller computes
+them.
 
 Letters at the end of tensor names: S windows, L tokens of a window, T = S L tokens, I hidden size,
 k experts per token, V vocabulary.
@@ -29,6 +30,7 @@ from tuckerize.calibration.skeleton import (
     decoder_of,
     text_parts,
 )
+from tuckerize.calibration.states import States
 from tuckerize.checkpoint.reader import Checkpoint
 from tuckerize.errors import CheckpointError
 from tuckerize.moe.family import Family
@@ -36,8 +38,12 @@ from tuckerize.moe.family import Family
 ExpertsCall = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Routed output y_TI of tokens x_TI, from their experts_Tk and weights_Tk."""
 
-Step = Callable[[Tensor], Tensor]
-"""A part of the model, on its device."""
+Step = Callable[[States], States]
+"""A layer, on its device."""
+
+# Stand-ins for arguments of a layer that are of its windows.
+_TOKENS = object()
+_ATTENDED = object()
 
 
 class _Call(NamedTuple):
@@ -45,6 +51,16 @@ class _Call(NamedTuple):
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    def of(self, states: States) -> _Call:
+        """The arguments for some windows."""
+
+        def own(value: Any) -> Any:  # noqa: ANN401
+            if value is _ATTENDED:
+                return states.attended_SLN
+            return states.tokens_SL if value is _TOKENS else value
+
+        return _Call(tuple(map(own, self.args)), {k: own(v) for k, v in self.kwargs.items()})
 
 
 class _Experts(nn.Module):
@@ -113,10 +129,8 @@ class StreamedModel:
         names = NamesOnDisk(model)
         on_disk = names.of(n for n in source.tensors if family.layer_of(n) is None)
         modules = {name for name, _ in model.named_modules()}
-        # Renamings look at what is below a module.
-        within = [names.rename(f"{family.experts_prefix(i)}.0") for i in range(len(_layers(model)))]
-        paths = {layer: path.removesuffix(".0") for layer, path in enumerate(within)}
-        experts = {layer: path for layer, path in paths.items() if path in modules}
+        paths = [names.module(family.experts_prefix(i)) for i in range(len(_layers(model)))]
+        experts = {layer: path for layer, path in enumerate(paths) if path in modules}
         routed = tuple(f"{path}." for path in experts.values())
         text = text_parts(model)
         empty = {
@@ -126,8 +140,6 @@ class StreamedModel:
         }
         check_tensors(source, empty, on_disk, names)
         streamed = cls(device, model.dtype, source, model, empty, on_disk, experts)
-        if why := _not_alone(model.config.get_text_config()):
-            raise streamed._no_streaming(why)
         streamed._open_rest()
         return streamed
 
@@ -147,11 +159,11 @@ class StreamedModel:
         return tuple(self._experts)
 
     @contextmanager
-    def embedding(self) -> Iterator[Step]:
-        """Step from tokens_SL to the hidden states_SLI before the first layer."""
+    def embedding(self) -> Iterator[Callable[[Tensor], States]]:
+        """Step from tokens_SL to the states before the first layer."""
 
         @torch.no_grad()
-        def embed(tokens_SL: Tensor) -> Tensor:
+        def embed(tokens_SL: Tensor) -> States:
             seen: list[Tensor] = []
 
             def look(_: int, hidden_states: Tensor, *_args: object, **_kwargs: object) -> Any:  # noqa: ANN401
@@ -159,15 +171,15 @@ class StreamedModel:
                 return self._as_output(hidden_states)
 
             with self._layers_as(look):
-                self._run_decoder(input_ids=tokens_SL)
-            return seen[0]
+                self._run_decoder(tokens_SL)
+            return States(seen[0], tokens_SL)
 
         with self._filled(self._below(self._model.get_input_embeddings())):
             yield embed
 
     @contextmanager
     def layer(self, index: int, experts: ExpertsCall | None = None) -> Iterator[Step]:
-        """Step from the hidden states_SLI before a layer to those after it.
+        """Step from the states before a layer to those after it.
 
         Args:
             index: Index of the layer.
@@ -179,53 +191,55 @@ class StreamedModel:
         layer = _layers(self._model)[index]
 
         @torch.no_grad()
-        def run(hidden_SLI: Tensor) -> Tensor:
-            args, kwargs = self._calls_of(hidden_SLI)[index]
+        def run(states: States) -> States:
+            args, kwargs = self._calls_of(states)[index].of(states)
             with self._explained():
-                output = layer(hidden_SLI, *args, **kwargs)
+                output = layer(states.hidden_SLI, *args, **kwargs)
+            attended = None
             if self._indexers:
-                output = output[0]
+                output, attended = output
+                if self._indexers[index + 1 : index + 2] != ["shared"]:
+                    attended = None
             if not isinstance(output, Tensor):
                 raise self._no_streaming("its layers return more than their hidden states")
-            return output
+            return States(output, states.tokens_SL, attended)
 
         with self._experts_as(index, experts), self._filled(self._below(layer)):
             yield run
 
     @contextmanager
-    def head(self) -> Iterator[Step]:
-        """Step from the hidden states_SLI after the last layer to logits_SLV."""
+    def head(self) -> Iterator[Callable[[States], Tensor]]:
+        """Step from the states after the last layer to logits_SLV."""
 
         @torch.no_grad()
-        def logits(hidden_SLI: Tensor) -> Tensor:
+        def logits(states: States) -> Tensor:
             def stand(*_args: object, **_kwargs: object) -> Any:  # noqa: ANN401
-                return self._as_output(hidden_SLI)
+                return self._as_output(states.hidden_SLI)
 
-            embedded_SLI = self._as_embedding(hidden_SLI)
-            with self._layers_as(stand):
-                result: Tensor = self._model(inputs_embeds=embedded_SLI, use_cache=False).logits
+            with self._layers_as(stand), self._embedded_as(states.hidden_SLI):
+                result: Tensor = self._model(input_ids=states.tokens_SL, use_cache=False).logits
             return result
 
-        names = self._below(self._model.get_output_embeddings())
-        if self._model.config is not self._model.config.get_text_config():
-            # Models of images look for the embeddings of their placeholders.
-            names += self._below(self._model.get_input_embeddings())
-        with self._filled(names):
+        with self._filled(self._below(self._model.get_output_embeddings())):
             yield logits
 
     @torch.no_grad()
-    def _calls_of(self, hidden_SLI: Tensor) -> list[_Call]:
+    def _calls_of(self, states: States) -> list[_Call]:
         """Arguments of every layer for windows of this shape."""
-        shape = hidden_SLI.shape
+        shape = states.hidden_SLI.shape
         if shape not in self._calls:
             calls: list[_Call] = []
 
-            def note(_: int, hidden_states: Tensor, *args: object, **kwargs: object) -> Any:  # noqa: ANN401
-                calls.append(_Call(args, kwargs))
-                return self._as_output(hidden_states)
+            def noted(value: object) -> object:
+                return _TOKENS if value is states.tokens_SL else value
 
-            with self._layers_as(note):
-                self._run_decoder(inputs_embeds=self._as_embedding(hidden_SLI))
+            def note(_: int, hidden_states: Tensor, *args: object, **kwargs: object) -> Any:  # noqa: ANN401
+                named = {name: noted(value) for name, value in kwargs.items()}
+                calls.append(_Call(tuple(map(noted, args)), named))
+                return self._as_output(hidden_states, _ATTENDED)
+
+            with self._layers_as(note), self._embedded_as(states.hidden_SLI):
+                self._run_decoder(states.tokens_SL)
             self._calls[shape] = calls
         return self._calls[shape]
 
@@ -237,19 +251,14 @@ class StreamedModel:
         )
         return found
 
-    def _as_output(self, hidden_SLI: Tensor) -> Any:  # noqa: ANN401
+    def _as_output(self, hidden_SLI: Tensor, attended: object = None) -> Any:  # noqa: ANN401
         """Hidden states as a layer returns them."""
-        return (hidden_SLI, None) if self._indexers else hidden_SLI
+        return (hidden_SLI, attended) if self._indexers else hidden_SLI
 
-    def _as_embedding(self, hidden_SLI: Tensor) -> Tensor:
-        """Hidden states of the size of embeddings: the first residual stream, if there are more."""
-        size = self._model.config.get_text_config().hidden_size
-        return hidden_SLI.flatten(2)[..., :size]
-
-    def _run_decoder(self, **inputs: Tensor) -> None:
+    def _run_decoder(self, tokens_SL: Tensor) -> None:
         """Run the model around layers that do nothing."""
         with self._explained():
-            decoder_of(self._model)(**inputs, use_cache=False)
+            decoder_of(self._model)(input_ids=tokens_SL, use_cache=False)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -265,6 +274,17 @@ class StreamedModel:
             f"layer: {why}",
             hint="decompose without calibration",
         )
+
+    @contextmanager
+    def _embedded_as(self, hidden_SLI: Tensor) -> Iterator[None]:
+        """Let hidden states, of which the first residual stream counts, stand for embeddings."""
+        embedding = self._model.get_input_embeddings()
+        size = self._model.config.get_text_config().hidden_size
+        embedding.forward = lambda _: hidden_SLI.flatten(2)[..., :size]
+        try:
+            yield
+        finally:
+            del embedding.forward
 
     @contextmanager
     def _layers_as(self, forward: Callable[..., Tensor]) -> Iterator[None]:
@@ -329,17 +349,6 @@ class StreamedModel:
                 found.setdefault(name, {})[place] = tensor.to(self.device, own)
         state = {name: self._on_disk[name].joined(parts) for name, parts in found.items()}
         self._model.load_state_dict(state, strict=False, assign=True)
-
-
-def _not_alone(config: Any) -> str | None:  # noqa: ANN401
-    """Reason why a layer needs more than the hidden states before it, if it does."""
-    if "shared" in (getattr(config, "indexer_types", None) or ()):
-        return "layers attend to the tokens that an earlier one has found"
-    if "hash_moe" in (getattr(config, "mlp_layer_types", None) or ()):
-        return "the identity of a token, not its hidden state, routes it in some layers"
-    if getattr(config, "ple_layer_ids", None):
-        return "some layers look up the tokens themselves"
-    return None
 
 
 def _layers(model: Any) -> nn.ModuleList:  # noqa: ANN401

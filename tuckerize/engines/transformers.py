@@ -352,7 +352,9 @@ def _path_in_model(model: Any, path: str) -> str:  # noqa: ANN401
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     inside = ".group_0"  # renamings look at what is below a module
-    return rename_source_key(f"{path}{inside}", renamings, [])[0].removesuffix(inside)
+    found = rename_source_key(f"{path}{inside}", renamings, [])[0].removesuffix(inside)
+    within = f"{model.base_model_prefix}.{found}"  # files may hold the decoder alone
+    return within if any(name == within for name, _ in model.named_modules()) else found
 
 
 def _factored(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tuckerize.calibration.calibration_pass import experts_call
+from tuckerize.calibration.states import States
 from tuckerize.calibration.stream import ExpertsCall, StreamedModel
 from tuckerize.calibration.text import parse_source, read_windows
 from tuckerize.calibration.tokens import DenseGroup
@@ -241,12 +242,12 @@ class _Pass:
     """Results of the layers of a model on all windows.
 
     Attributes:
-        states: Hidden states after the last layer, a few windows at a time.
+        states: States after the last layer, a few windows at a time.
         choices: Experts of every token by layer, on the host.
         seconds: Wall time.
     """
 
-    states: list[Tensor]
+    states: list[States]
     choices: dict[int, Tensor]
     seconds: float
 
@@ -268,7 +269,7 @@ def _run_layers(
             experts = _noting(experts_call(own.module(layer, model.device)), seen)
         with model.layer(layer, experts) as run:
             states = [run(part) for part in states]
-        if not all(bool(part.isfinite().all()) for part in states):
+        if not all(bool(part.hidden_SLI.isfinite().all()) for part in states):
             raise _not_finite(name, f"the hidden states after layer {layer}")
         if seen:
             choices[layer] = torch.cat(seen).view(*tokens_SL.shape, -1)
@@ -294,11 +295,9 @@ def _predict(
     sums = PredictionSums()
     with ExitStack() as stack:
         heads = [stack.enter_context(model.head()) for model in models]
-        states = zip(*(chain.from_iterable(own.states) for own in passes), strict=True)
-        for tokens_L, hidden in zip(tokens_SL, states, strict=True):
-            logits = [
-                head(hidden_LI[None])[0] for head, hidden_LI in zip(heads, hidden, strict=True)
-            ]
+        windows = [chain.from_iterable(s.split(1) for s in own.states) for own in passes]
+        for tokens_L, *states in zip(tokens_SL, *windows, strict=True):
+            logits = [head(own)[0] for head, own in zip(heads, states, strict=True)]
             sums.add(tokens_L, logits)
     return sums
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter
-from torch import Tensor
 
 from tuckerize.calibration.calibration_pass import CalibrationPass, SavedStates, experts_call
+from tuckerize.calibration.states import States
 from tuckerize.checkpoint.files import FileRecord, describe_file, sha256_of
 from tuckerize.checkpoint.identity import identities
 from tuckerize.checkpoint.output import OutputFolder
@@ -40,6 +40,8 @@ from tuckerize.planning.plan import CopyPiece, Piece, Plan
 from tuckerize.progress import Progress
 from tuckerize.report import DecomposeReport, LayerOutcome
 from tuckerize.version import __version__
+
+_HIDDEN = "hidden"
 
 
 def compress_model(
@@ -172,17 +174,15 @@ def _compress_calibrated(
         start, saved = 0, {}  # a layer has to be made again, and all states depend on it
     progress.start(len(pieces))
     progress.advance(sum(layer < start for layer in pieces), "continued")
-    hidden_SLI = saved["hidden"] if saved else calibration.embed()
+    hidden = States.of(saved)[_HIDDEN] if saved else calibration.embed()
     for layer in range(start, max(pieces, default=-1) + 1):
         piece = pieces.get(layer)
         progress.stage(f"layer {layer}: tokens")
-        hidden_SLI, record = _pass_layer(
-            plan, calibration, layer, piece, hidden_SLI, output, progress
-        )
+        hidden, record = _pass_layer(plan, calibration, layer, piece, hidden, output, progress)
         # The record first: a layer is done again where only its states are missing.
         if record is not None:
             _record(plan, pieces[layer], folder, record)
-        states.save(layer + 1, {"hidden": hidden_SLI})
+        states.save(layer + 1, hidden.named(_HIDDEN))
     progress.close()
     return list(calibration.notes)
 
@@ -192,21 +192,21 @@ def _pass_layer(
     calibration: CalibrationPass,
     layer: int,
     piece: LayerPiece | None,
-    hidden_SLI: Tensor,
+    hidden: States,
     output: Path,
     progress: Progress,
-) -> tuple[Tensor, dict[str, Any] | None]:
-    """Hidden states after a layer, shape (S, L, I), and the record of its piece, if it has one.
+) -> tuple[States, dict[str, Any] | None]:
+    """States after a layer, and the record of its piece, if it has one.
 
     Nothing else of the layer outlives the call: the next one needs the memory.
     """
     if layer not in plan.source.moe.layers:
-        return calibration.run_layer(layer, hidden_SLI, None), None
+        return calibration.run_layer(layer, hidden, None), None
     groups = calibration.groups(layer)
     dense = calibration.module(layer, [group.as_tensors() for group in groups])
-    tokens, _, after_SLI = calibration.capture(layer, hidden_SLI, dense)
+    tokens, _, after = calibration.capture(layer, hidden, dense)
     if piece is None:
-        return after_SLI, None
+        return after, None
     compressed = compress_layer(
         calibration,
         piece,
@@ -220,8 +220,8 @@ def _pass_layer(
     record = _write(plan, piece, [compressed], output)
     if calibration.settings.sequential:
         module = calibration.module(layer, [group.tensors() for group in compressed.groups]).float()
-        after_SLI = calibration.run_layer(layer, hidden_SLI, experts_call(module))
-    return after_SLI, record
+        after = calibration.run_layer(layer, hidden, experts_call(module))
+    return after, record
 
 
 def _carry_out(plan: Plan, piece: Piece, output: Path, device: torch.device) -> dict[str, Any]:

@@ -1,0 +1,63 @@
+"""What windows carry from one decoder layer to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class States:
+    """Windows between two layers.
+
+    Attributes:
+        hidden_SLI: Hidden states, shape (S, L, I), with a further dimension in families that have
+            several residual streams.
+        tokens_SL: The tokens: some layers look at them (DeepSeek-V4, Qwen4).
+        attended_SLN: Tokens that each attends to, found by an earlier layer, where the next layer
+            does not find its own (GLM-5); None elsewhere.
+    """
+
+    hidden_SLI: Tensor
+    tokens_SL: Tensor
+    attended_SLN: Tensor | None = None
+
+    def __len__(self) -> int:
+        """Number of windows."""
+        return len(self.tokens_SL)
+
+    def __getitem__(self, windows: slice | Sequence[int]) -> States:
+        """The same of some windows."""
+        attended = None if self.attended_SLN is None else self.attended_SLN[windows]
+        return States(self.hidden_SLI[windows], self.tokens_SL[windows], attended)
+
+    def split(self, windows: int) -> list[States]:
+        """The states of so many windows at a time."""
+        return [self[start : start + windows] for start in range(0, len(self), windows)]
+
+    @classmethod
+    def joined(cls, parts: Sequence[States]) -> States:
+        """The states of all windows from those of some."""
+        attended = [part.attended_SLN for part in parts if part.attended_SLN is not None]
+        return cls(
+            torch.cat([part.hidden_SLI for part in parts]),
+            torch.cat([part.tokens_SL for part in parts]),
+            torch.cat(attended) if attended else None,
+        )
+
+    def named(self, name: str) -> dict[str, Tensor]:
+        """The tensors by a name of theirs, for a file."""
+        found = {own.name: getattr(self, own.name) for own in fields(self)}
+        return {f"{name}.{own}": tensor for own, tensor in found.items() if tensor is not None}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> dict[str, States]:
+        """All states of a file by name; tensors that are none are left out."""
+        names = {name.rpartition(".")[0] for name in tensors if "." in name}
+        return {
+            name: cls(*(tensors.get(f"{name}.{own.name}") for own in fields(cls)))  # type: ignore[arg-type]
+            for name in sorted(names)
+        }
