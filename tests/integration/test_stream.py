@@ -24,6 +24,7 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2RotaryEmbedding
 
 from tests.expert_cases import SWIGLU
 from tests.tiny_models import make_tiny_model
@@ -333,3 +334,16 @@ def test_other_families_stream_too(
     family = replace(DEEPSEEK, row=replace(ROW, experts=experts))
     found = list(stream(tmp_path, TOKENS, dtype, family, names))
     assert_equal(found, whole(tmp_path, TOKENS, dtype))
+
+
+def test_layers_that_read_states_of_several_before_them_are_refused(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their arguments would be captured from a pass whose hidden states mean nothing."""
+    monkeypatch.setattr(DeepseekV2RotaryEmbedding, "forward", lambda _, states, **_kwargs: states)
+    model = StreamedModel.open(Checkpoint.open(tiny_model), DEEPSEEK, device=CPU)
+    with (
+        model.layer(0) as layer,
+        pytest.raises(CheckpointError, match="read the hidden states of several before them"),
+    ):
+        layer(States(torch.zeros(1, 4, 32), TOKENS[:1, :4]))

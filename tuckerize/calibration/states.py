@@ -1,4 +1,4 @@
-"""What windows carry from one decoder layer to the next."""
+"""States of windows between two decoder layers: all that one hands to the next."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class States:
-    """Windows between two layers.
+    """All that a layer gets of windows.
 
     Attributes:
         hidden_SLI: Hidden states, shape (S, L, I), with a further dimension in families that have

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from tuckerize.calibration.skeleton import (
     NamesOnDisk,
@@ -238,8 +239,12 @@ class StreamedModel:
                 calls.append(_Call(tuple(map(noted, args)), named))
                 return self._as_output(hidden_states, _ATTENDED)
 
-            with self._layers_as(note), self._embedded_as(states.hidden_SLI):
+            unknown_SLI = torch.full_like(states.hidden_SLI, torch.nan)
+            with self._layers_as(note), self._embedded_as(unknown_SLI):
                 self._run_decoder(states.tokens_SL)
+            found = [leaf for leaf in tree_leaves(calls) if isinstance(leaf, Tensor)]
+            if any(bool(tensor.isnan().any()) for tensor in found):
+                raise self._no_streaming("its layers read the hidden states of several before them")
             self._calls[shape] = calls
         return self._calls[shape]
 
