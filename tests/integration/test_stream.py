@@ -340,7 +340,9 @@ def test_layers_that_read_states_of_several_before_them_are_refused(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Their arguments would be captured from a pass whose hidden states mean nothing."""
-    monkeypatch.setattr(DeepseekV2RotaryEmbedding, "forward", lambda _, states, **_kwargs: states)
+    monkeypatch.setattr(
+        DeepseekV2RotaryEmbedding, "forward", lambda _, states, *_args, **_kwargs: states
+    )
     model = StreamedModel.open(Checkpoint.open(tiny_model), DEEPSEEK, device=CPU)
     with (
         model.layer(0) as layer,
