@@ -171,7 +171,8 @@ class CalibrationSettings(_Schema):
         a large part of a mode.
         """
         small = 32 if self.target == Target.FUSED_KERNELS else 8
-        if size >= _FULL_GROUPS_FROM and cores is not None:
+        full = size >= _FULL_GROUPS_FROM or self.target == Target.ANY_ENGINE
+        if full and cores is not None:
             small = max(small, cores.group_size or 1)
         return self.multiple or (128 if size >= 1024 else small)
 

@@ -493,16 +493,21 @@ class ReconstructReport:
     """Result of a reconstruction.
 
     Attributes:
-        output: The dense checkpoint.
+        output: The ordinary checkpoint.
         size: Its size.
         layers: Indices of the expanded layers.
         intermediate_size: Width of every routed expert.
+        cores: Encoding of the experts; None for the type of the factors.
+        dequantised_because: Why quantised cores were written in that type; None if they were not,
+            or if it was asked for.
     """
 
     output: str
     size: Size
     layers: tuple[int, ...]
     intermediate_size: int
+    cores: CoreType | None = None
+    dequantised_because: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

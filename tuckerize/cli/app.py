@@ -398,12 +398,16 @@ def heal(
 def reconstruct(
     folder: options.TuckerFolder,
     output: options.DenseOutput,
+    dequantize: Annotated[
+        bool,
+        typer.Option("--dequantize", help="Write quantised experts in the type of the factors."),
+    ] = False,
     overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Expand a Tucker checkpoint to a dense one.
+    """Make an ordinary checkpoint of a Tucker checkpoint.
 
-    The result is an ordinary checkpoint, which any engine loads.
+    Any engine loads the result. Quantised experts stay so if nothing but their width is truncated.
 
     Example: tuckerize reconstruct OUT --output DENSE
     """
@@ -412,7 +416,9 @@ def reconstruct(
     from tuckerize.pipeline.reconstruct import ReconstructRequest
     from tuckerize.pipeline.reconstruct import reconstruct as run
 
-    request = ReconstructRequest(folder=folder, output=output, overwrite=overwrite)
+    request = ReconstructRequest(
+        folder=folder, output=output, dequantize=dequantize, overwrite=overwrite
+    )
     with TerminalProgress() as progress:
         report = run(request, progress)
     show(report, as_json=as_json)

@@ -367,6 +367,10 @@ def _show_heal(report: HealReport) -> None:
 def _show_reconstruct(report: ReconstructReport) -> None:
     size = amount_text(report.size.total_parameters, report.size.total_bytes)
     print_all(f"wrote {report.output}: {size}")
+    if report.cores is not None:
+        print_all(f"experts stay {report.cores}, as compressed-tensors stores them")
+    if report.dequantised_because is not None:
+        print_all(f"experts were dequantised: {report.dequantised_because}")
 
 
 def _show_evaluate(report: EvaluateReport) -> None:

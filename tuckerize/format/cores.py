@@ -7,6 +7,7 @@ is stored as (r_E, r_I, r_H), those of gate_proj and up_proj as (r_E, r_H, r_I).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -26,6 +27,7 @@ _FORMATS = {CoreType.W8: "int-quantized", CoreType.W4: "pack-quantized"}
 
 _MIXED = "mixed-precision"
 _ALL = "core"
+_EXPERTS = r"re:.*\.experts\.\d+\..*"
 
 
 def scheme_of(core_types: Mapping[str, CoreType], modules: Collection[str]) -> dict[str, Any]:
@@ -46,6 +48,26 @@ def scheme_of(core_types: Mapping[str, CoreType], modules: Collection[str]) -> d
         for kind in kinds
     ]
     return _description(_MIXED, groups)
+
+
+def stock_scheme(core_type: CoreType, dense: Sequence[str] = ()) -> dict[str, Any]:
+    """compressed-tensors' description of an ordinary checkpoint whose experts are quantised.
+
+    Codes of 8 bits are for kernels that round the inputs too, token by token.
+
+    Args:
+        core_type: Encoding of the experts.
+        dense: Modules of experts that are not quantised.
+    """
+    group = _scheme(core_type, [_EXPERTS])
+    if core_type == CoreType.W8:
+        inputs = {"strategy": "token", "group_size": None, "dynamic": True}
+        group["input_activations"] = {**group["weights"], **inputs}
+    return {
+        **_description(_FORMATS[core_type], [group]),
+        "quantization_status": "compressed",
+        "ignore": [f"re:{re.escape(module)}\\..*" for module in dense],
+    }
 
 
 def core_types_of(scheme: Mapping[str, Any], modules: Collection[str]) -> dict[str, CoreType]:

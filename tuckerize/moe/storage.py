@@ -158,7 +158,7 @@ class PerExpert(Storage):
     ) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that holds the projections of a layer."""
         wide, tall = (shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate)
-        stacked = (shape.experts,) if self._is_stacked else ()
+        stacked = (shape.experts,) if self.is_stacked else ()
         return {
             self._name(projection, expert): (
                 *stacked,
@@ -171,14 +171,14 @@ class PerExpert(Storage):
     def matrix(self, tensors: Mapping[str, Tensor], projection: Projection, expert: int) -> Tensor:
         """View of one expert's matrix (H, I) in the tensors of a layer."""
         weight = tensors[self._name(projection, expert)]
-        own = weight[expert] if self._is_stacked else weight
+        own = weight[expert] if self.is_stacked else weight
         return own.T if projection == Projection.DOWN else own
 
     def read_into(
         self, stack_EHI: Tensor, checkpoint: Checkpoint, projection: Projection, experts: range
     ) -> None:
         """Fill a stack with consecutive experts; the others are not loaded."""
-        if self._is_stacked:
+        if self.is_stacked:
             for _, weights in checkpoint.read([self._name(projection, 0)], rows=experts):
                 stack_EHI.copy_(weights.mT if projection == Projection.DOWN else weights)
             return
@@ -189,7 +189,8 @@ class PerExpert(Storage):
             stack_EHI[place] = self.matrix({name: weight}, projection, expert)
 
     @property
-    def _is_stacked(self) -> bool:
+    def is_stacked(self) -> bool:
+        """Whether a tensor holds all experts."""
         return "{expert}" not in self.gate
 
     def _name(self, projection: Projection, expert: int) -> str:

@@ -1,4 +1,4 @@
-"""Expand a Tucker checkpoint to an ordinary dense one, for engines without Tucker support."""
+"""Make an ordinary checkpoint of a Tucker checkpoint, for engines without Tucker support."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from tuckerize.checkpoint.files import describe_file, write_json
 from tuckerize.checkpoint.other_files import copy_other_files
 from tuckerize.checkpoint.output import RECONSTRUCTED, OutputFolder, refuse_overlap
+from tuckerize.checkpoint.quantization_config import QuantizationDescription
 from tuckerize.checkpoint.reader import TORCH_DTYPES, Checkpoint, WeightFile, measure_size
 from tuckerize.checkpoint.space import require_space
 from tuckerize.checkpoint.weight_set import CONFIG, INDEX
@@ -23,6 +24,7 @@ from tuckerize.domain import Coupling, Projection, coupling_name, group_experts
 from tuckerize.format.card import CARD, restore_card
 from tuckerize.format.config import without_quantization
 from tuckerize.format.manifest import checksum
+from tuckerize.format.stock import StockExperts
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 from tuckerize.linalg.tucker import with_zero_rows
 from tuckerize.moe.narrow import (
@@ -45,31 +47,40 @@ def output_folder(output: Path) -> OutputFolder:
     return OutputFolder(output, RECONSTRUCTED)
 
 
-def provenance(tucker: TuckerCheckpoint) -> dict[str, Any]:
+def provenance(tucker: TuckerCheckpoint, *, dequantize: bool) -> dict[str, Any]:
     """JSON values that determine every byte of a reconstruction."""
     return {
         "tuckerize_version": __version__,
         "tucker_manifest_sha256": tucker.manifest_sha256,
+        **({"dequantize": True} if dequantize else {}),
     }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReconstructRequest:
-    """A dense checkpoint to write.
+    """An ordinary checkpoint to write.
 
     Attributes:
         folder: The Tucker checkpoint.
         output: The new folder.
+        dequantize: Write experts in the type of the factors, even where an ordinary checkpoint can
+            have the quantised ones.
         overwrite: Begin anew: replace an earlier reconstruction, finished or not.
     """
 
     folder: str | Path
     output: str | Path
+    dequantize: bool = False
     overwrite: bool = False
 
 
 def reconstruct(request: ReconstructRequest, progress: Progress | None = None) -> ReconstructReport:
-    """Expand a Tucker checkpoint to an ordinary dense one, which any engine loads.
+    """Make an ordinary checkpoint of a Tucker checkpoint, which any engine loads.
+
+    Expert weights are expanded in float32 and rounded to the type of the factors; stacks without a
+    truncated mode come out bit for bit. All experts are as wide as the widest one: others get zero
+    neurons, in the places of those that were not kept if nothing became narrower. Experts whose
+    cores are quantised stay so where they have no factor and one width.
 
     Args:
         request: The reconstruction.
@@ -83,48 +94,41 @@ def reconstruct(request: ReconstructRequest, progress: Progress | None = None) -
         >>> reconstruct(ReconstructRequest(folder="OUT", output="DENSE"))  # doctest: +SKIP
     """
     tucker, output = TuckerCheckpoint.open(Path(request.folder)), Path(request.output)
+    progress = progress or SilentProgress()
     refuse_overlap(output, tucker.folder)
-    return expand(
-        tucker, output, overwrite=request.overwrite, progress=progress or SilentProgress()
-    )
-
-
-def expand(
-    tucker: TuckerCheckpoint, output: Path, *, overwrite: bool, progress: Progress
-) -> ReconstructReport:
-    """Write the dense checkpoint that a Tucker checkpoint stands for.
-
-    Expert weights are expanded in float32 and rounded to the type of the factors; stacks without a
-    truncated mode come out bit for bit. All experts are as wide as the widest one: others get zero
-    neurons, in the places of those that were not kept if nothing became narrower.
-
-    Args:
-        tucker: The Tucker checkpoint.
-        output: The new folder.
-        overwrite: Begin anew: replace an earlier reconstruction, finished or not.
-        progress: Shows how far the work is.
-
-    Raises:
-        OutputError: The folder holds something else.
-    """
-    folder = output_folder(output)
-    width = _width(tucker)
-    with folder.claim(provenance(tucker), overwrite=overwrite, read=progress.advance):
+    folder, width = output_folder(output), _width(tucker)
+    stock: StockExperts | str | None = None
+    if tucker.manifest.cores is not None and not request.dequantize:
+        stock = StockExperts.of(tucker, width)
+    made_of = provenance(tucker, dequantize=request.dequantize)
+    with folder.claim(made_of, overwrite=request.overwrite, read=progress.advance):
         finished = folder.is_finished  # by a run that was killed at its very end
         if not finished:
-            record = provenance(tucker) | _write_all(tucker, folder, width, progress)
+            quantised = stock if isinstance(stock, StockExperts) else None
+            record = made_of | _write_all(tucker, folder, width, quantised, progress)
         # Before the end: the same command still continues where this cannot be read.
-        tensors = Checkpoint.open(output).tensors
+        written = Checkpoint.open(output)
+        tensors = written.dense(QuantizationDescription.of(written.config)).tensors
         if finished:
             folder.tidy()
         else:
             folder.finish(record | {"checksum": checksum(record)})
-    size = measure_size(tensors, is_routed=tucker.family.is_routed)
-    return ReconstructReport(str(output), size, tucker.manifest.layers, width)
+    return ReconstructReport(
+        str(output),
+        measure_size(tensors, is_routed=tucker.family.is_routed),
+        tucker.manifest.layers,
+        width,
+        cores=stock.core_type if isinstance(stock, StockExperts) else None,
+        dequantised_because=stock if isinstance(stock, str) else None,
+    )
 
 
 def _write_all(
-    tucker: TuckerCheckpoint, folder: OutputFolder, width: int, progress: Progress
+    tucker: TuckerCheckpoint,
+    folder: OutputFolder,
+    width: int,
+    quantised: StockExperts | None,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Write all but the record, and return its files; weight files that are there stay."""
     output = folder.folder
@@ -152,7 +156,10 @@ def _write_all(
         progress.advance(1, name)
     for path, (layer, projections) in zip(written[len(copies) :], places, strict=True):
         if folder.record(path.stem) is None:
-            tensors = _expand(tucker, layer, projections, width)
+            if quantised:
+                tensors = quantised.tensors(layer, projections)
+            else:
+                tensors = _expand(tucker, layer, projections, width)
             for projection in projections:
                 tensors |= _widen(tucker, shared.get((layer, projection), []), projection, width)
             expanded = write_tensors(path, tensors)
@@ -168,8 +175,12 @@ def _write_all(
     source = tucker.manifest.source
     if source is not None and source.auto_map is not None:
         config["auto_map"] = source.auto_map
+    weights = [WeightFile.open(path) for path in written]
+    if quantised:
+        names = (name for file in weights for name in file.tensors)
+        config["quantization_config"] = quantised.description(names)
     write_json(output / CONFIG, config)
-    write_index(output, [WeightFile.open(path) for path in written])
+    write_index(output, weights)
     small = sorted(name for name in {*others, CONFIG, INDEX, CARD} if (output / name).exists())
     return {
         "files": [folder.finished_record(path.stem) for path in written],
