@@ -195,6 +195,10 @@ def test_bits_are_spent_on_encodings_by_layer(outputs: dict[str, Path], text: Pa
         assert own.tucker is not None
         assert own.size.bits_per_weight(own.tucker.before) <= WAYS[name]["bits"]
     shard(ShardRequest(folder=outputs["mixed"], tp=2))
+    result = torchrun(2, "-m", "tuckerize", "verify", outputs["mixed"])
+    assert result.returncode == 0, result.stderr
+    with pytest.raises(UsageError, match="quantised already, as w4 and w8"):
+        quantize(QuantizeRequest(folder=outputs["mixed"], output=outputs["mixed"] / "again"))
     again = evaluate(EvaluateRequest(model=outputs["mixed"], text=str(text), tokens=1024))
     assert again.results[0].size == found.size
 

@@ -7,7 +7,6 @@ is stored as (r_E, r_I, r_H), those of gate_proj and up_proj as (r_E, r_H, r_I).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -50,24 +49,20 @@ def scheme_of(core_types: Mapping[str, CoreType], modules: Collection[str]) -> d
     return _description(_MIXED, groups)
 
 
-def stock_scheme(core_type: CoreType, dense: Sequence[str] = ()) -> dict[str, Any]:
+def stock_scheme(core_type: CoreType) -> dict[str, Any]:
     """compressed-tensors' description of an ordinary checkpoint whose experts are quantised.
 
     Codes of 8 bits are for kernels that round the inputs too, token by token.
 
     Args:
         core_type: Encoding of the experts.
-        dense: Modules of experts that are not quantised.
     """
     group = _scheme(core_type, [_EXPERTS])
     if core_type == CoreType.W8:
         inputs = {"strategy": "token", "group_size": None, "dynamic": True}
         group["input_activations"] = {**group["weights"], **inputs}
-    return {
-        **_description(_FORMATS[core_type], [group]),
-        "quantization_status": "compressed",
-        "ignore": [f"re:{re.escape(module)}\\..*" for module in dense],
-    }
+    status = {"quantization_status": "compressed", "ignore": []}
+    return {**_description(_FORMATS[core_type], [group]), **status}
 
 
 def core_types_of(scheme: Mapping[str, Any], modules: Collection[str]) -> dict[str, CoreType]:

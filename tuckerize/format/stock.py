@@ -6,7 +6,6 @@ the experts' matrices, and engines that read compressed-tensors have kernels for
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,26 +43,17 @@ class StockExperts:
             tucker: A Tucker checkpoint with quantised cores.
             width: Neurons of every expert of the ordinary checkpoint.
         """
-        manifest, family = tucker.manifest, tucker.family
-        shape = manifest.shape._replace(intermediate=width)
-        storage = family.storage
-        if not isinstance(storage, PerExpert) or storage.is_stacked:
-            return "the model's experts are not stored one by one"
+        manifest, storage = tucker.manifest, tucker.family.storage
         core_type, *others = {cores_of(manifest.cores, layer) for layer in manifest.layers}
         if core_type is None or others:
             return "the encoding of the cores differs between layers"
-        for layer in manifest.layers:
-            for group in range(manifest.groups):
-                names = tucker.group_headers(layer, group)
-                factors = [str(name) for name in names if name.kind != TensorKind.CORE]
-                if factors:
-                    return f"layer {layer} has the factor {factors[0]}"
-                if {*manifest.widths(layer, group)} != {width}:
-                    return f"some experts of layer {layer} are not {width} wide"
+        if not isinstance(storage, PerExpert) or storage.is_stacked:
+            return "the model's experts are not stored one by one"
+        shape = manifest.shape._replace(intermediate=width)
         for size in (shape.intermediate, shape.hidden):
             if size % (core_type.group_size or 1):
                 return f"{size} is not a multiple of {core_type.group_size}, the inputs of a scale"
-        return cls(tucker, core_type, shape)
+        return _misfit(tucker, width) or cls(tucker, core_type, shape)
 
     def tensors(self, layer: int, projections: Coupling) -> dict[str, Tensor]:
         """Codes, scales and shapes of projections of all experts of a layer, by name."""
@@ -84,13 +74,25 @@ class StockExperts:
                     found[f"{name}_shape"] = torch.tensor(shape)
         return found
 
-    def description(self, tensors: Iterable[str]) -> dict[str, Any]:
-        """`quantization_config` of the ordinary checkpoint.
+    @property
+    def description(self) -> dict[str, Any]:
+        """`quantization_config` of the ordinary checkpoint."""
+        return stock_scheme(self.core_type)
 
-        Args:
-            tensors: Names of all its tensors.
-        """
-        family = self.tucker.family
-        layers = {family.layer_of(name) for name in tensors} - {None, *self.tucker.manifest.layers}
-        dense = {family.experts_prefix(layer) for layer in layers if layer is not None}
-        return stock_scheme(self.core_type, dense=sorted(dense))
+
+def _misfit(tucker: TuckerCheckpoint, width: int) -> str | None:
+    """Reason why cores are not those of narrow experts of an ordinary checkpoint, or None."""
+    manifest = tucker.manifest
+    for name in tucker.checkpoint.tensors:
+        dense = tucker.family.layer_of(name)
+        if dense is not None and dense not in manifest.layers:
+            return f"layer {dense} is not compressed"
+    for layer in manifest.layers:
+        for group in range(manifest.groups):
+            names = tucker.group_headers(layer, group)
+            factors = [str(name) for name in names if name.kind != TensorKind.CORE]
+            if factors:
+                return f"layer {layer} has the factor {factors[0]}"
+            if {*manifest.widths(layer, group)} != {width}:
+                return f"some experts of layer {layer} are not {width} wide"
+    return None

@@ -26,6 +26,7 @@ from tuckerize.domain import (
     CoreType,
     Projection,
     StackResult,
+    cores_of,
     group_experts,
 )
 from tuckerize.errors import CheckpointError, UsageError
@@ -81,8 +82,9 @@ def quantize(request: QuantizeRequest, progress: Progress | None = None) -> Quan
     tucker, output = TuckerCheckpoint.open(Path(request.folder)), Path(request.output)
     old = tucker.manifest
     if old.cores is not None:
+        kinds = {kind for layer in old.layers if (kind := cores_of(old.cores, layer))}
         raise UsageError(
-            f"the cores of {tucker.folder} are quantised already, as {old.cores}",
+            f"the cores of {tucker.folder} are quantised already, as {' and '.join(sorted(kinds))}",
             hint="quantise the checkpoint that it was made from",
         )
     if old.source is None:

@@ -175,12 +175,10 @@ def _write_all(
     source = tucker.manifest.source
     if source is not None and source.auto_map is not None:
         config["auto_map"] = source.auto_map
-    weights = [WeightFile.open(path) for path in written]
     if quantised:
-        names = (name for file in weights for name in file.tensors)
-        config["quantization_config"] = quantised.description(names)
+        config["quantization_config"] = quantised.description
     write_json(output / CONFIG, config)
-    write_index(output, weights)
+    write_index(output, [WeightFile.open(path) for path in written])
     small = sorted(name for name in {*others, CONFIG, INDEX, CARD} if (output / name).exists())
     return {
         "files": [folder.finished_record(path.stem) for path in written],
