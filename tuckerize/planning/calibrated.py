@@ -28,24 +28,26 @@ class CalibratedModel:
         shape: Sizes (E, H, I) of one group's stack.
         groups: Groups in a layer.
         weights: Type of the stored factors.
+        quantize: Encoding that the cores get in the end, whose groups sizes fit.
     """
 
     settings: CalibrationSettings
     shape: StackShape
     groups: int
     weights: WeightType
+    quantize: CoreType | None = None
 
     def space(self, cores: CoreType | None) -> SearchSpace:
         """Sizes of the layers, with cores of an encoding."""
-        multiples = (
-            self.settings.multiple_for(self.shape.intermediate, cores),
-            self.settings.multiple_for(self.shape.hidden, cores),
+        intermediate, hidden = (
+            self.settings.multiple_for(size, cores or self.quantize)
+            for size in (self.shape.intermediate, self.shape.hidden)
         )
         return SearchSpace(
             self.shape,
             self.groups,
             replace(self.weights, cores=cores),
-            multiples=multiples,
+            multiples=(intermediate, hidden),
             truncation=self.settings.shape,
             equal_widths=self.settings.equal_widths,
         )
@@ -89,7 +91,8 @@ class RuleBudget:
             quantize: Encoding that the recipe asks for.
         """
         if rule.keep is not None:
-            return cls(model, Budget(rule.keep), (None,), quantize)
+            aligned = replace(model, quantize=quantize)
+            return cls(aligned, Budget(rule.keep), (None,), quantize)
         if rule.bits is None:
             return None
         budget = Budget.of_bits(rule.bits, dense_bits=model.weights.bits)
