@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from tests.running import files_of, succeed
-from tests.tiny_models import write_text
+from tests.tiny_models import make_tiny_model, write_text
 from tuckerize import (
     DecomposeRequest,
     HealRequest,
@@ -182,6 +183,20 @@ def test_interrupted_runs_end_with_the_same_bits(
     assert found == expected
     with pytest.raises(OutputError, match="already holds a finished result"):
         heal(HealRequest(output=resumed, **how))
+
+
+def test_run_is_not_continued_with_another_teacher(
+    out: Path, words: Path, model: Path, tmp_path: Path
+) -> None:
+    """Even one of the same shapes, under the same name."""
+    teacher, output = tmp_path / "teacher", tmp_path / "healed"
+    shutil.copytree(model, teacher)
+    how = {"folder": out, "data": words, "output": output, "teacher": teacher, **SIZES}
+    with pytest.raises(KeyboardInterrupt):
+        heal(HealRequest(**how), Stop(2))
+    make_tiny_model(teacher, seed=1)
+    with pytest.raises(OutputError, match="teacher"):
+        heal(HealRequest(**how))
 
 
 def test_parts_are_chosen(out: Path, words: Path, tmp_path: Path) -> None:

@@ -21,11 +21,15 @@ import pytest
 
 from tests.reliability.killing import in_child
 from tests.running import files_of
+from tuckerize.checkpoint.output import MANIFEST
 from tuckerize.cli.boundary import USER_ERROR
+from tuckerize.healing.result import LOG
 
 # Imported once by the parent, rather than by each of its children.
 for module in (
     "tuckerize.pipeline.decompose",
+    "tuckerize.pipeline.heal",
+    "tuckerize.pipeline.quantize",
     "tuckerize.pipeline.reconstruct",
     "tuckerize.pipeline.shard",
     "transformers.models.auto.modeling_auto",
@@ -37,7 +41,7 @@ for module in (
 POINTS = int(os.environ.get("RELIABILITY_POINTS", "200"))
 RANDOM = 12
 FAULTS = (errno.ENOSPC, errno.EIO, errno.EACCES)
-COMMANDS = ["data-free", "calibrated", "overwrite", "shard", "reconstruct"]
+COMMANDS = ["data-free", "calibrated", "overwrite", "shard", "reconstruct", "quantize", "heal"]
 
 
 def command_of(name: str, root: Path) -> Callable[[], object]:
@@ -53,7 +57,16 @@ def command_of(name: str, root: Path) -> Callable[[], object]:
         run(DecomposeRequest(model=root / "model", output=root / "out", **options))
 
     def act() -> None:
-        from tuckerize import ReconstructRequest, ShardRequest, reconstruct, shard
+        from tuckerize import (
+            HealRequest,
+            QuantizeRequest,
+            ReconstructRequest,
+            ShardRequest,
+            heal,
+            quantize,
+            reconstruct,
+            shard,
+        )
 
         if name in {"data-free", "tucker"}:
             decompose(rank="full,full,50%", layers="1")
@@ -64,6 +77,12 @@ def command_of(name: str, root: Path) -> Callable[[], object]:
             decompose(rank="full,full,25%", overwrite=True)
         elif name == "shard":
             shard(ShardRequest(folder=root / "out", tp=2))
+        elif name == "quantize":
+            quantize(QuantizeRequest(folder=root / "out", output=root / "w4", cores="w4"))
+        elif name == "heal":
+            sizes = {"tokens": 768, "window": 32, "batch": 8}
+            data, output = root / "text.txt", root / "healed"
+            heal(HealRequest(folder=root / "out", data=data, output=output, **sizes))
         else:
             reconstruct(ReconstructRequest(folder=root / "out", output=root / "dense"))
 
@@ -98,7 +117,7 @@ class Campaign:
         code, self.boundaries = in_child(command_of(name, root), root)
         assert code == 0
         self.seconds = time.monotonic() - started
-        self.whole = files_of(root)
+        self.whole = self._files(root)
         self.reads = in_child(command_of(name, self._fresh()), root, reads=True)[1]
 
     def _fresh(self) -> Path:
@@ -107,6 +126,11 @@ class Campaign:
         shutil.rmtree(root, ignore_errors=True)
         shutil.copytree(self.state, root)
         return root
+
+    def _files(self, root: Path) -> dict[str, bytes]:
+        """All files; without the log of training, whose lines have seconds, and the hash of it."""
+        timed = {f"healed/{LOG}", f"healed/{MANIFEST}"}
+        return {name: file for name, file in files_of(root).items() if name not in timed}
 
     def kill(self, **how: Any) -> None:  # noqa: ANN401
         """Kill the command, start it again, and compare every file."""
@@ -117,7 +141,7 @@ class Campaign:
             assert code in (0, USER_ERROR), how  # told, or done without
         if code != 0:
             assert in_child(command_of(self.name, root), root)[0] == 0, how
-        found, whole = files_of(root), self.whole
+        found, whole = self._files(root), self.whole
         if "error" in how:  # a cache that cannot be written or read is done without
             found, whole = (
                 {n: f for n, f in files.items() if not n.startswith("cache")}
