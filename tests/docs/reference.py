@@ -98,8 +98,7 @@ Sizes are planned from the published configuration, which lies beside the recipe
 compares them with the shapes of transformers' model of that configuration, and its parameters with the published number.
 
 {shipped}
-Left out: DeepSeek-V4, which [cannot be calibrated](models.md#without-calibration); gpt-oss, Step-3.5 and MiniMax-M3, for which
-no recipe has been made; Nemotron-3, Kimi-K3 and LongCat; openPangu 2.0, Ling 2.6, GLM-5.3-Flash and Qwen3.5-122B, of which
+Left out: DeepSeek-V4, gpt-oss, Step-3.5 and MiniMax-M3, for which no recipe has been made; Nemotron-3, Kimi-K3 and LongCat; openPangu 2.0, Ling 2.6, GLM-5.3-Flash and Qwen3.5-122B, of which
 no published configuration was found.
 """
 
