@@ -156,7 +156,7 @@ def test_quantised_cores_load_beside_a_quantized_rest(
     out = tmp_path / "out"
     quantize_model(plain[torch.float32], tmp_path / "q", kind)
     decompose(DecomposeRequest(model=tmp_path / "q", output=out, rank=FULL, quantize=cores))
-    reconstruct(ReconstructRequest(folder=out, output=tmp_path / "dense"))
+    reconstruct(ReconstructRequest(folder=out, output=tmp_path / "dense", dequantize=True))
     expected, logits = logits_of(tmp_path / "dense"), logits_of(out)
     bound = 0.15 if kind in WITH_ACTIVATIONS and ROUNDS_ACTIVATIONS else 1e-5
     assert float((logits - expected).norm()) < bound * float(expected.norm())

@@ -80,7 +80,7 @@ def command_of(name: str, root: Path) -> Callable[[], object]:
         elif name == "quantize":
             quantize(QuantizeRequest(folder=root / "out", output=root / "w4", cores="w4"))
         elif name == "heal":
-            sizes = {"tokens": 768, "window": 32, "batch": 8}
+            sizes: dict[str, Any] = {"tokens": 768, "window": 32, "batch": 8}
             data, output = root / "text.txt", root / "healed"
             heal(HealRequest(folder=root / "out", data=data, output=output, **sizes))
         else:

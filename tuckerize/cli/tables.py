@@ -20,7 +20,7 @@ from tuckerize.cli.printing import (
     write_out,
 )
 from tuckerize.cli.recipe_table import show_recipes
-from tuckerize.domain import StackShape
+from tuckerize.domain import CoreType, StackShape
 from tuckerize.format.check import FileFault
 from tuckerize.report import (
     CheckReport,
@@ -369,6 +369,8 @@ def _show_reconstruct(report: ReconstructReport) -> None:
     print_all(f"wrote {report.output}: {size}")
     if report.cores is not None:
         print_all(f"experts stay {report.cores}, as compressed-tensors stores them")
+    if report.cores == CoreType.W8:
+        print_all("transformers reads no int8 experts: for it, run the command with --dequantize")
     if report.dequantised_because is not None:
         print_all(f"experts were dequantised: {report.dequantised_because}")
 

@@ -16,7 +16,9 @@ import tuckerize
 from tests.tiny_models import add_tokenizer, make_tiny_model, write_text
 from tuckerize.cli.app import app
 
-COMMANDS = tuple(str(info.callback.__name__) for info in app.registered_commands if info.callback)
+COMMANDS = tuple(
+    info.name or str(info.callback.__name__) for info in app.registered_commands if info.callback
+)
 ROOT = Path(__file__).parents[3]
 
 
