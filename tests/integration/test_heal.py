@@ -18,12 +18,14 @@ from tests.tiny_models import make_tiny_model, write_text
 from tuckerize import (
     DecomposeRequest,
     HealRequest,
+    ReportRequest,
     VerifyRequest,
     check,
     decompose,
     heal,
     inspect,
     verify,
+    write_report,
 )
 from tuckerize.calibration.text import TextSource, read_windows
 from tuckerize.checkpoint.output import MANIFEST
@@ -134,6 +136,8 @@ def test_every_command_takes_the_result(healed: tuple[Path, Path], tmp_path: Pat
     assert facts.largest_residual is None
     assert facts.warnings == ()
     succeed("shard", new, "--tp", "1")
+    page = write_report(ReportRequest(folder=new, html=tmp_path / "new.html")).read_text()
+    assert page.partition("Recovery training")[2].count("<svg") == 1
     succeed("reconstruct", new, "--output", tmp_path / "dense")
     assert not (tmp_path / "dense" / LOG).exists()
     ids = torch.arange(3, 43)[None]

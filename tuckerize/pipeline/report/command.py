@@ -67,7 +67,11 @@ def write_report(request: ReportRequest) -> Path:
             f"{file} exists and is no report of tuckerize", hint="give another name with --html"
         )
     names = [request.folder, *([request.against] if request.against is not None else [])]
-    opened = {str(name): TuckerCheckpoint.open(Path(name)) for name in names}
+    short = [Path(name).resolve().name for name in names]
+    labels = short if len({*short}) == len(names) else [str(name) for name in names]
+    opened = {
+        label: TuckerCheckpoint.open(Path(name)) for label, name in zip(labels, names, strict=True)
+    }
     file.write_text(_page(opened), encoding="utf-8")
     return file
 
