@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
 
@@ -31,7 +30,7 @@ def write_result(
     tucker: TuckerCheckpoint,
     folder: OutputFolder,
     trained: Mapping[str, Tensor],
-    healed: Mapping[str, Any],
+    healed: HealRecord,
 ) -> None:
     """Write the healed checkpoint.
 
@@ -39,7 +38,7 @@ def write_result(
         tucker: The checkpoint before.
         folder: The new folder, with the log.
         trained: Whole tensors in float32, by their names; those of codes before rounding.
-        healed: Values of the record in the manifest.
+        healed: Its record in the manifest.
     """
     output, old = folder.folder, tucker.manifest
     files = tuple(
@@ -55,7 +54,7 @@ def write_result(
             "calibrated": tuple(
                 r.model_copy(update={"output_error": None}) for r in old.calibrated
             ),
-            "healed": HealRecord.model_validate(healed),
+            "healed": healed,
             "files": files,
         }
     )

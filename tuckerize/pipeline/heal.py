@@ -24,7 +24,7 @@ from tuckerize.checkpoint.space import require_space
 from tuckerize.domain import Device, Part
 from tuckerize.engines.trainable import Model
 from tuckerize.errors import CheckpointError, ParallelError, UsageError
-from tuckerize.format.manifest import read_tucker_manifest
+from tuckerize.format.manifest import HealRecord, read_tucker_manifest
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 from tuckerize.healing.result import LOG, write_result
 from tuckerize.healing.setup import Spread, check_parts, make_ready
@@ -148,9 +148,11 @@ def heal(request: HealRequest, progress: Progress | None = None) -> HealReport:
 
         found = processes.leader_first(prepare)
         if folder.is_finished:  # by a run that was killed at its very end
+            report = _read_report(folder.folder)
+            processes.barrier()
             if processes.is_leader:
                 folder.tidy()
-            return _report(folder.folder, 0.0)
+            return report
         return _train(request, found, folder, processes, own_device, progress)
 
 
@@ -287,35 +289,41 @@ def _train(
         progress=progress,
     )
     history = training.run()
+    output, notes = folder.folder, found.notes
+    report = None
     if processes.is_leader:
         best = training.best()
-        write_result(
-            found.tucker,
-            folder,
-            best,
-            healed={
-                "checkpoint": str(request.folder),
-                "tucker_manifest_sha256": found.tucker.manifest_sha256,
-                "trained": sorted({*found.parts.values()}),
-                "texts": list_of_texts(request.data),
-                "teacher": None if request.teacher is None else str(request.teacher),
-                "parameters": sum(tensor.numel() for tensor in best.values()),
-                "steps": history.step,
-                "best_step": history.best_step,
-                "tokens": history.best_step * found.schedule.tokens(found.training_SL),
-                "nats_before": history.first_nats,
-                "nats_after": history.best_nats,
-            },
+        record = HealRecord(
+            checkpoint=str(request.folder),
+            tucker_manifest_sha256=found.tucker.manifest_sha256,
+            trained=tuple(sorted({*found.parts.values()})),
+            texts=tuple(list_of_texts(request.data)),
+            teacher=None if request.teacher is None else str(request.teacher),
+            parameters=sum(tensor.numel() for tensor in best.values()),
+            steps=history.step,
+            best_step=history.best_step,
+            tokens=history.best_step * found.schedule.tokens(found.training_SL),
+            nats_before=history.first_nats,
+            nats_after=history.best_nats,
         )
+        # Before the end: the same command still continues where the log cannot be read.
+        report = _report(output, record, time.monotonic() - started, notes)
+        write_result(found.tucker, folder, best, record)
     processes.barrier()
-    return _report(folder.folder, time.monotonic() - started, found.notes)
+    return report or _read_report(output)
 
 
-def _report(output: Path, seconds: float, notes: tuple[str, ...] = ()) -> HealReport:
+def _read_report(output: Path) -> HealReport:
     """Report of a finished result."""
     record = read_tucker_manifest(output).healed
     if record is None:
         raise CheckpointError(f"{output} was not healed", hint="add --overwrite to begin anew")
+    return _report(output, record)
+
+
+def _report(
+    output: Path, record: HealRecord, seconds: float = 0.0, notes: tuple[str, ...] = ()
+) -> HealReport:
     lines = [json.loads(line) for line in (output / LOG).read_text(encoding="utf-8").splitlines()]
     return HealReport(
         output=str(output),

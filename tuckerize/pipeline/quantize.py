@@ -30,7 +30,7 @@ from tuckerize.domain import (
     group_experts,
 )
 from tuckerize.errors import CheckpointError, UsageError
-from tuckerize.format.manifest import read_tucker_manifest
+from tuckerize.format.manifest import TuckerManifest, read_tucker_manifest
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint, open_source
 from tuckerize.moe.source import SourceModel
 from tuckerize.names import TensorName
@@ -104,10 +104,10 @@ def quantize(request: QuantizeRequest, progress: Progress | None = None) -> Quan
     }
     with folder.claim(provenance, overwrite=request.overwrite, read=progress.advance):
         if folder.is_finished:  # by a run that was killed at its very end
+            new = read_tucker_manifest(output)
             folder.tidy()
         else:
-            _write_all(tucker, source, folder, cores, progress)
-    new = read_tucker_manifest(output)
+            new = _write_all(tucker, source, folder, cores, progress)
     return QuantizeReport(
         output=str(output),
         cores=cores,
@@ -125,8 +125,8 @@ def _write_all(
     folder: OutputFolder,
     cores: CoreType,
     progress: Progress,
-) -> None:
-    """Write the new checkpoint; weight files that are there stay."""
+) -> TuckerManifest:
+    """Write the new checkpoint and return its manifest; weight files that are there stay."""
     old, output = tucker.manifest, folder.folder
     require_space(output, old.after.total_bytes)
     progress.start(len(old.files))
@@ -155,7 +155,7 @@ def _write_all(
         "files": files,
     }
     rest = None if dense else source.rest(old.layers)
-    finish_checkpoint(folder, source, old.model_copy(update=update), rest)
+    return finish_checkpoint(folder, source, old.model_copy(update=update), rest)
 
 
 def _write_file(
