@@ -11,6 +11,7 @@ import gzip
 import json
 import lzma
 import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -245,7 +246,13 @@ def _parquet_rows(path: Path, column: str | None, rows: int) -> Iterator[tuple[s
 
 def _unpacked(content: bytes, path: Path) -> bytes:
     """The content of a file that may be compressed."""
-    damaged: tuple[type[Exception], ...] = (OSError, EOFError, ValueError, lzma.LZMAError)
+    damaged: tuple[type[Exception], ...] = (
+        OSError,
+        EOFError,
+        ValueError,
+        lzma.LZMAError,
+        zlib.error,
+    )
     unpack = next((own for magic, own in _PACKED.items() if content.startswith(magic)), None)
     if content.startswith(_ZSTD):
         try:

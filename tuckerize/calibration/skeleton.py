@@ -14,6 +14,9 @@ from torch import Tensor
 from tuckerize.checkpoint.reader import Checkpoint
 from tuckerize.errors import CheckpointError
 
+# What transformers raises for values of config.json that it does not expect.
+_INVALID = (OSError, LookupError, ValueError, TypeError, AttributeError)
+
 
 def build_empty(source: Checkpoint, device: torch.device, dtype: torch.dtype | None) -> Any:  # noqa: ANN401
     """The model without weights; buffers that no checkpoint has are computed."""
@@ -33,7 +36,7 @@ def build_empty(source: Checkpoint, device: torch.device, dtype: torch.dtype | N
             if type(config) not in auto._model_mapping:  # a model of texts and images
                 auto = AutoModelForImageTextToText
             model = auto.from_config(config, dtype=dtype, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+    except (*_INVALID, StrictDataclassError) as error:
         raise CheckpointError(
             f"transformers cannot build the model of {source.folder}: {error}",
             hint="repair config.json, or install the release of transformers that it names"

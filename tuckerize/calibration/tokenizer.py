@@ -23,6 +23,7 @@ def load_tokenizer(folder: Path) -> Any:  # noqa: ANN401
         tokenizer: Any = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
+        tokenizer("a")  # settings that are of a wrong type are used here first
     except Exception as error:  # the libraries raise what they like, Exception itself included
         text = " ".join(str(error).split())
         newer = "untagged enum" in text or "unknown variant" in text

@@ -178,6 +178,10 @@ def _gather(rows: Tensor, axis: Axis) -> Tensor:
 def _scatter(rows: Tensor, axis: Axis) -> Tensor:
     _count(Collective.REDUCE_SCATTER, rows.nbytes * (axis.size - 1) / axis.size)
     own = rows.new_empty((len(rows) // axis.size, *rows.shape[1:]))
+    if dist.get_backend(axis.group) == "gloo":  # that of torch 2.7 has no reduce-scatter
+        parts = torch.empty_like(rows)
+        dist.all_to_all_single(parts, rows, group=axis.group)
+        return parts.view(axis.size, *own.shape).sum(0)
     dist.reduce_scatter(own, _shares(rows, axis), group=axis.group)
     return own
 

@@ -20,6 +20,10 @@ from tuckerize.errors import CheckpointError, UsageError
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 from tuckerize.parallel.backends import choose_device
 
+# What transformers raises for values of config.json that it does not expect, or that the weights
+# do not fit.
+_INVALID = (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateRequest:
@@ -67,7 +71,7 @@ def _continue(folder: Path, prompt: str, *, tokens: int, device: torch.device) -
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", local_files_only=True
         )
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+    except (*_INVALID, StrictDataclassError) as error:
         raise CheckpointError(
             f"transformers cannot load {folder}: {error}",
             hint="check it with: tuckerize verify",
