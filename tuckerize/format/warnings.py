@@ -49,17 +49,12 @@ def worse_than_nothing(manifest: TuckerManifest, layer: int) -> list[str]:
 
 
 def is_certainly_worse(manifest: TuckerManifest, layer: int) -> bool:
-    """Whether a layer has such an error, and nothing speaks for it.
+    """Whether a layer has such an error on the validation set.
 
-    The output error on the validation set decides, if it was measured. A residual above 1 decides
-    where no such error was measured or predicted: a calibrated layer that has one may be good.
+    A residual above 1 is a warning: a calibrated layer that has one may be good.
     """
-    for record in manifest.calibrated:
-        if record.layer == layer and record.output_error is not None:
-            return record.output_error > 1
-        if record.layer == layer and record.predicted_error is not None:
-            return False
-    return any(s.relative_residual > 1 for s in manifest.stacks if s.layer == layer)
+    errors = [record.output_error for record in manifest.calibrated if record.layer == layer]
+    return any(error is not None and error > 1 for error in errors)
 
 
 def _is_missed(record: LayerRecord) -> bool:
