@@ -68,8 +68,6 @@ def test_result_that_is_not_to_be_trusted_says_why_on_its_card_too(
         ({"measured": None, "predicted": None, "residual": 0.9}, False),
     ],
 )
-def test_measured_error_decides(
-    errors: dict[str, float | None], is_worse: bool
-) -> None:
+def test_measured_error_decides(errors: dict[str, float | None], is_worse: bool) -> None:
     assert is_certainly_worse(changed(**errors), 1) == is_worse
     assert not is_certainly_worse(changed(**errors), 2)
