@@ -167,8 +167,8 @@ class CalibrationSettings(_Schema):
     def multiple_for(self, size: int, cores: CoreType | None = None) -> int:
         """Multiple of the truncated sizes of a mode, with cores of an encoding.
 
-        Groups of inputs that share a scale are full, except in models so small that they would be
-        a large part of a mode.
+        Groups of inputs that share a scale are full; except, where no other engine needs it, in
+        models so small that they would be a large part of a mode.
         """
         small = 32 if self.target == Target.FUSED_KERNELS else 8
         full = size >= _FULL_GROUPS_FROM or self.target == Target.ANY_ENGINE

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
+from tests.running import files_of
 from tests.tiny_models import add_tokenizer, make_tiny_family
 from tuckerize import (
     DecomposeRequest,
@@ -26,6 +26,7 @@ from tuckerize import (
 )
 from tuckerize.domain import CoreType
 from tuckerize.errors import OutputError
+from tuckerize.progress import SilentProgress
 from tuckerize.report import ReconstructReport
 
 IDS = torch.arange(3, 43)[None]
@@ -37,12 +38,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Profiles of this module's tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture(scope="module")
@@ -153,13 +149,24 @@ def test_w8_is_for_kernels_that_round_the_inputs(made: dict[str, ReconstructRepo
     assert group["input_activations"]["dynamic"] is True
 
 
-def test_resume_with_the_other_choice_is_refused(
+class Stop(SilentProgress):
+    """Interrupts a run after its first piece."""
+
+    def advance(self, amount: float, note: str) -> None:
+        del amount, note
+        raise KeyboardInterrupt
+
+
+def test_run_is_not_continued_with_the_other_choice(
     made: dict[str, ReconstructReport], tmp_path: Path
 ) -> None:
-    stock = Path(made["groups"].output)
-    request = ReconstructRequest(folder=stock.parent / "out", output=stock, dequantize=True)
-    with pytest.raises(OutputError):
-        reconstruct(request)
+    tucker, output = Path(made["groups"].output).parent / "out", tmp_path / "stock"
+    with pytest.raises(KeyboardInterrupt):
+        reconstruct(ReconstructRequest(folder=tucker, output=output), Stop())
+    with pytest.raises(OutputError, match="dequantize"):
+        reconstruct(ReconstructRequest(folder=tucker, output=output, dequantize=True))
+    reconstruct(ReconstructRequest(folder=tucker, output=output))
+    assert files_of(output) == files_of(Path(made["groups"].output))
 
 
 @pytest.mark.parametrize(

@@ -339,8 +339,8 @@ def _difference(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str
     if before is None:
         return "its plan cannot be read"
     parts = []
-    for key in before:
-        old, new = before[key], now.get(key)
+    for key in {**before, **now} if before else ():
+        old, new = before.get(key), now.get(key)
         if old == new:
             continue
         name = key.replace("_sha256", "").replace("_", " ")

@@ -48,8 +48,8 @@ def worse_than_nothing(manifest: TuckerManifest, layer: int) -> list[str]:
     return found
 
 
-def is_certainly_worse(manifest: TuckerManifest, layer: int) -> bool:
-    """Whether a layer has such an error on the validation set.
+def is_worse_on_text(manifest: TuckerManifest, layer: int) -> bool:
+    """Whether the error of a layer on the validation set is above 1.
 
     A residual above 1 is a warning: a calibrated layer that has one may be good.
     """

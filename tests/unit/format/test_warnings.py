@@ -7,7 +7,7 @@ import pytest
 
 from tuckerize.format.card import CARD, write_hub_files
 from tuckerize.format.manifest import TuckerManifest, read_tucker_manifest
-from tuckerize.format.warnings import is_certainly_worse, warnings_of
+from tuckerize.format.warnings import is_worse_on_text, warnings_of
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "v0.1" / "calibrated"
 
@@ -69,5 +69,5 @@ def test_result_that_is_not_to_be_trusted_says_why_on_its_card_too(
     ],
 )
 def test_measured_error_decides(errors: dict[str, float | None], is_worse: bool) -> None:
-    assert is_certainly_worse(changed(**errors), 1) == is_worse
-    assert not is_certainly_worse(changed(**errors), 2)
+    assert is_worse_on_text(changed(**errors), 1) == is_worse
+    assert not is_worse_on_text(changed(**errors), 2)

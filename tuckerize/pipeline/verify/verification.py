@@ -21,7 +21,7 @@ from torch.nn import functional
 from tuckerize.domain import Dtype, Layout, Projection, group_experts
 from tuckerize.format.shards import Sharding
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
-from tuckerize.format.warnings import is_certainly_worse, worse_than_nothing
+from tuckerize.format.warnings import is_worse_on_text, worse_than_nothing
 from tuckerize.linalg.tucker import relative_residual
 from tuckerize.moe.routing import Routes, route
 from tuckerize.moe.source import SourceModel
@@ -367,7 +367,7 @@ def _verdict(
     if against and max_output_error is not None and not against.output_error <= max_output_error:
         failures.append(f"output error {against.output_error:.3g} is above {max_output_error:g}")
     warnings = worse_than_nothing(run.tucker.manifest, layer)
-    if is_certainly_worse(run.tucker.manifest, layer):
+    if is_worse_on_text(run.tucker.manifest, layer):
         failures += [f"{cause}; calibrate with more text" for cause in warnings]
         warnings = []
     if against and not against.output_error <= 1:
