@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tuckerize.cli.boundary import USER_ERROR
 from tuckerize.errors import TuckerizeError
 
@@ -119,6 +121,8 @@ def in_child(
     if not child:
         os.close(reading)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        # A forked torch makes its thread pool anew at first use, and not safely from two threads.
+        torch.set_num_threads(torch.get_num_threads())
         boundaries = Boundaries(folder, at, error, reads=reads)
         code = 1
         try:
