@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tuckerize.pipeline.decompose import DecomposeRequest, decompose, preview
     from tuckerize.pipeline.doctor import doctor
     from tuckerize.pipeline.evaluate import EvaluateRequest, evaluate
+    from tuckerize.pipeline.fit import FitRequest, fit
     from tuckerize.pipeline.generate import GenerateRequest, generate
     from tuckerize.pipeline.heal import HealRequest, heal
     from tuckerize.pipeline.inspect import inspect
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DecomposeRequest",
     "EvaluateRequest",
+    "FitRequest",
     "GenerateRequest",
     "HealRequest",
     "PlanRequest",
@@ -50,6 +52,7 @@ __all__ = [
     "decompose",
     "doctor",
     "evaluate",
+    "fit",
     "generate",
     "heal",
     "inspect",

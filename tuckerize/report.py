@@ -248,6 +248,62 @@ class CurveReport:
 
 
 @dataclass(frozen=True, slots=True)
+class FitChoice:
+    """The largest experts of one encoding that fit onto devices.
+
+    Attributes:
+        target: Engines that the result would be made for.
+        cores: Encoding; None for the type of the source.
+        kept: Share of the routed parameters.
+        bits: Bits per routed weight of the dense model.
+        device_bytes: Bytes of the experts on the device that has the most.
+        total_bytes: Bytes of the whole checkpoint.
+    """
+
+    target: Target
+    cores: CoreType | None
+    kept: float
+    bits: float
+    device_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class FitReport:
+    """Sizes that fit onto devices that serve a model with tensor parallelism.
+
+    Attributes:
+        model: The folder.
+        devices: Number of devices.
+        device_bytes: Memory of each.
+        reserved_bytes: Part of it that engines leave alone, or need for activations.
+        rest_bytes: Bytes of everything but the routed experts on a device.
+        cache_bytes: Bytes of the key-value cache on a device, in 16 bits.
+        context: Tokens of a sequence.
+        sequences: Sequences that are served at the same time.
+        source_bits: Bits per routed weight of the source.
+        bits: The most bits per routed weight that fit.
+        choices: The largest experts of every encoding and target that fit.
+        curve: Predicted cost of this size; None without a calibration text.
+        notes: Remarks for the user.
+    """
+
+    model: str
+    devices: int
+    device_bytes: int
+    reserved_bytes: int
+    rest_bytes: int
+    cache_bytes: int
+    context: int
+    sequences: int
+    source_bits: float
+    bits: float
+    choices: tuple[FitChoice, ...]
+    curve: CurveReport | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class LayerOutcome:
     """Outcome of the calibration of one layer.
 

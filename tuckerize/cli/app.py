@@ -5,17 +5,18 @@ They import what they need when they run, so that `--help` is quick.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from tuckerize.cli import heal_options, options
 from tuckerize.cli.boundary import NO, boundary
+from tuckerize.cli.plan import plan
 from tuckerize.cli.printing import write_out
 from tuckerize.cli.recipes import recipes
 from tuckerize.cli.report import write_report
-from tuckerize.domain import CoreType, Device, Dtype, Target
-from tuckerize.errors import UsageError
+from tuckerize.cli.settings import calibration_of
+from tuckerize.domain import CoreType, Device, Dtype
 from tuckerize.version import __version__
 
 app = typer.Typer(
@@ -60,50 +61,7 @@ def inspect(model: options.ModelArgument, as_json: options.AsJson = False) -> No
     show(run(model), as_json=as_json)
 
 
-@app.command()
-@boundary
-def plan(
-    model: options.Model,
-    calibration: options.RequiredCalibration,
-    calibration_tokens: options.CalibrationTokens = None,
-    random_share: options.RandomShare = None,
-    no_chat_template: options.NoChatTemplate = False,
-    multiple: options.Multiple = None,
-    target: options.PlanTarget = None,
-    bits: options.PlanBits = None,
-    group_size: options.GroupSize = None,
-    device: options.DeviceOption = Device.AUTO,
-    as_json: options.AsJson = False,
-) -> None:
-    """Predict what every size costs, for every encoding of the cores.
-
-    Decomposes nothing. One pass over the text, whose result is kept in the cache for decompose.
-
-    Example: tuckerize plan --model DeepSeek-V2-Lite --calibration text.txt
-    """
-    settings = {
-        "tokens": calibration_tokens,
-        "random_share": random_share,
-        "chat_template": False if no_chat_template else None,
-        "multiple": multiple,
-        "target": None if target == "all" else target,
-    }
-    from tuckerize.cli.progress import TerminalProgress
-    from tuckerize.cli.tables import show
-    from tuckerize.pipeline.plan import PlanRequest
-    from tuckerize.pipeline.plan import plan as run
-
-    request = PlanRequest(
-        model=model,
-        calibration=_calibration(calibration, settings) or {},
-        targets=tuple(Target) if target == "all" else (),
-        bits=bits,
-        group_size=group_size,
-        device=device,
-    )
-    with TerminalProgress() as progress:
-        report = run(request, progress)
-    show(report, as_json=as_json)
+app.command()(plan)
 
 
 @app.command()
@@ -155,7 +113,7 @@ def decompose(
         "target": target,
         "refine": refine,
     }
-    text = _calibration(calibration, settings)
+    text = calibration_of(calibration, settings)
 
     from tuckerize.cli.progress import TerminalProgress
     from tuckerize.cli.tables import show
@@ -507,18 +465,3 @@ def doctor(as_json: options.AsJson = False) -> None:
     show(report, as_json=as_json)
     if not report.passed:
         raise SystemExit(NO)
-
-
-def _calibration(texts: list[str] | None, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The calibration part of a recipe from options; None without a text."""
-    given = {name: value for name, value in settings.items() if value is not None}
-    if texts:
-        return {"texts": texts, **given}
-    if given:
-        first = next(iter(given))
-        option = "calibration-tokens" if first == "tokens" else first.replace("_", "-")
-        raise UsageError(
-            f"--{option} belongs to --calibration, which is not given",
-            hint="add --calibration FILE with a text like those the model is used for",
-        )
-    return None

@@ -13,6 +13,7 @@ from tuckerize.domain import CoreType, Device, Dtype, Engine, Joint, Layout, Mtp
 SIZE = "Size: exactly one"
 STACKS = "What is decomposed"
 CALIBRATION = "Calibration"
+FIT = "What fits"
 WHERE = "Where it runs"
 OUTPUT = "Output"
 MESH = "Mesh of the shards"
@@ -179,7 +180,6 @@ _TEXTS = typer.Option(
     rich_help_panel=CALIBRATION,
 )
 Calibration = Annotated[list[str] | None, _TEXTS]
-RequiredCalibration = Annotated[list[str], _TEXTS]
 CalibrationTokens = Annotated[
     int | None,
     typer.Option(
@@ -257,6 +257,32 @@ Text = Annotated[
         metavar="FILE",
         help="Text or JSONL file, or data set in the cache. Repeat for a mixture; FILE:WEIGHT sets "
         "its share.",
+    ),
+]
+
+# Fit
+Fit = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DEVICES",
+        help="Devices that shall serve it, as 4x32GiB: the most bits that fit, from headers alone. "
+        "Replaces --bits.",
+        rich_help_panel=FIT,
+    ),
+]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="Tokens of a sequence; 8192 by default.", rich_help_panel=FIT
+    ),
+]
+Sequences = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Sequences that are served at the same time; 8 by default.",
+        rich_help_panel=FIT,
     ),
 ]
 

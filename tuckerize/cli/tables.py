@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from tuckerize.cli.curve_table import show_curve
+from tuckerize.cli.fit_table import show_fit
 from tuckerize.cli.printing import (
     amount_text,
     cores_text,
@@ -30,6 +31,7 @@ from tuckerize.report import (
     DoctorReport,
     Estimate,
     EvaluateReport,
+    FitReport,
     HealReport,
     InspectReport,
     PlanReport,
@@ -44,6 +46,7 @@ from tuckerize.report import (
 Report = (
     InspectReport
     | CurveReport
+    | FitReport
     | PlanReport
     | DecomposeReport
     | ShardReport
@@ -74,6 +77,8 @@ def show(report: Report, *, as_json: bool) -> None:  # noqa: C901, PLR0912 one c
             _show_inspect(report)
         case CurveReport():
             show_curve(report)
+        case FitReport():
+            show_fit(report)
         case PlanReport():
             _show_plan(report)
         case DecomposeReport():
