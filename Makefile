@@ -62,8 +62,11 @@ docs: $(VENV)/.installed-dev  ## The documentation as a site, in build/site
 	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 FUZZ_SECONDS ?= 60
-fuzz: $(VENV)/.installed-dev  ## Search for damaged files that are not refused (FUZZ_SECONDS for each reader)
-	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest tests/fuzz -m fuzz -rA --timeout 0 -q
+FUZZ_ENGINE ?= hypothesis
+fuzz: $(VENV)/.installed-dev  ## Search for damaged files that are not refused (FUZZ_SECONDS, FUZZ_ENGINE=atheris)
+	$(if $(filter atheris,$(FUZZ_ENGINE)),$(PIP) atheris==3.0.0)
+	FUZZ_SECONDS=$(FUZZ_SECONDS) FUZZ_ENGINE=$(FUZZ_ENGINE) \
+		$(BIN)/python -m pytest tests/fuzz -m fuzz -rA --timeout 0 -q
 
 test-kill: $(VENV)/.installed-dev  ## Kills and faults at every change of the file system, and under torchrun
 	$(BIN)/python -m pytest tests/reliability -m kill -s

@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-# Written by the program, and scripts of processes that have vLLM.
-collect_ignore_glob = ["golden/*", "vllm/[!t]*"]
+# Written by the program, and scripts of processes that have vLLM or atheris.
+collect_ignore_glob = ["golden/*", "vllm/[!t]*", "fuzz/guided.py"]
 
 # The tensors of tests are small. With several threads each product waits for all of them, for a
 # whole time slice of the scheduler where another process holds a core. So it is for the processes

@@ -5,45 +5,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import resource
+import subprocess
+import sys
 import time
-import warnings
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from tests.fuzz.mutations import mutated
 from tests.fuzz.readers import READERS, make_work, read_changed
-from tuckerize.errors import TuckerizeError
+from tests.fuzz.search import CASES, Search, read_or_refuse
+from tests.running import ROOT
 
-CASES = Path(__file__).parent / "cases"
-MOST_SECONDS = 20.0
-MOST_BYTES = 2**30
+SECONDS = float(os.environ.get("FUZZ_SECONDS", "60"))
+IS_GUIDED = os.environ.get("FUZZ_ENGINE") == "atheris"
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_work(tmp_path_factory.mktemp("fuzz"))
-
-
-def read_or_refuse(work: Path, name: str, content: bytes) -> None:
-    before, started = _peak_bytes(), time.monotonic()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of libraries, on what they are given
-            read_changed(work, READERS[name], content)
-    except TuckerizeError:
-        pass
-    assert time.monotonic() - started < MOST_SECONDS
-    assert _peak_bytes() - before < MOST_BYTES
-
-
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -58,11 +39,11 @@ def test_case_that_was_found_stays_mended(work: Path, case: Path) -> None:
 
 @pytest.mark.fuzz
 @pytest.mark.timeout(0)
+@pytest.mark.skipif(IS_GUIDED, reason="atheris searches")
 @pytest.mark.parametrize("name", READERS)
 def test_damaged_file_is_read_or_refused(work: Path, name: str) -> None:
-    content = READERS[name].path(work).read_bytes()
-    end = time.monotonic() + float(os.environ.get("FUZZ_SECONDS", "60"))
-    count = 0
+    one = Search(work, name)
+    end = time.monotonic() + SECONDS
 
     @settings(
         max_examples=200,  # a call that is past its end must end soon
@@ -71,30 +52,22 @@ def test_damaged_file_is_read_or_refused(work: Path, name: str) -> None:
         print_blob=False,
         suppress_health_check=list(HealthCheck),
     )
-    @given(
-        mutated(content) if READERS[name].file != "recipe.yaml" else mutated(content) | st.binary()
-    )
+    @given(one.inputs)
     def search(damaged: bytes) -> None:
-        nonlocal count
-        if time.monotonic() > end:
-            return
-        count += 1
-        try:
-            read_or_refuse(work, name, damaged)
-        except BaseException:
-            CASES.mkdir(exist_ok=True)
-            last.clear()
-            last.append(damaged)
-            raise
+        if time.monotonic() < end:
+            one.try_one(damaged)
 
-    last: list[bytes] = []
     while time.monotonic() < end:
-        try:
-            search()
-        except Exception:
-            if not last:  # a fault of the search itself
-                raise
-            digest = hashlib.sha256(last[0]).hexdigest()[:8]
-            (CASES / f"{name}-{digest}").write_bytes(last[0])
-            raise
-    print(f"{name}: {count} inputs")  # noqa: T201
+        search()
+    print(one.told)  # noqa: T201
+
+
+@pytest.mark.fuzz
+@pytest.mark.timeout(0)
+@pytest.mark.skipif(not IS_GUIDED, reason="FUZZ_ENGINE=atheris")
+@pytest.mark.parametrize("name", READERS)
+def test_file_that_reaches_new_lines_is_read_or_refused(name: str) -> None:
+    command = [sys.executable, "-m", "tests.fuzz.guided", name, str(SECONDS)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-2000:]}"
+    print(done.stdout)  # noqa: T201

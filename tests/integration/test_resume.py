@@ -14,9 +14,11 @@ from tests.running import files_of, run_here
 from tests.tiny_models import add_tokenizer, make_tiny_model
 from tuckerize import (
     DecomposeRequest,
+    QuantizeRequest,
     ReconstructRequest,
     ShardRequest,
     decompose,
+    quantize,
     reconstruct,
     shard,
 )
@@ -179,6 +181,61 @@ def test_shards_and_reconstructions_that_were_damaged_are_made_again(
         path.write_bytes(bytes(path.stat().st_size))
         command(**request)
         assert files_of(folder) == whole
+
+
+@pytest.mark.parametrize("command", ["shard", "reconstruct", "quantize"])
+def test_run_is_not_continued_with_another_checkpoint(
+    command: str, models: dict[str, Path], text: Path, tmp_path: Path
+) -> None:
+    """One of the same shapes and names, in the same folder; `--overwrite` begins anew with it."""
+    tucker, other, new = (tmp_path / name for name in ("tucker", "other", "new"))
+    options = of_kind("data-free", models, text)
+    decomposed(model=models["base"], output=tucker, **options)
+    decomposed(model=models["chat"], output=other, **options)
+    run, output = following(command, tucker, new)
+    stopped(run, 1)
+    before = files_of(output)
+    for path in other.iterdir():
+        shutil.copy(path, tucker)
+    with pytest.raises(OutputError, match="it was started with another tucker manifest"):
+        run()
+    assert files_of(output) == before
+    run(overwrite=True)
+    whole = files_of(output)
+    run, output = following(command, other, tmp_path / "undisturbed")
+    run()
+    assert files_of(output) == whole
+
+
+def following(command: str, tucker: Path, output: Path) -> tuple[Command, Path]:
+    """A command on a Tucker checkpoint, and where it writes."""
+    if command == "shard":
+        return lambda **more: shard(ShardRequest(folder=tucker, tp=2, **more)), tucker / "tp2"
+    if command == "quantize":
+        return lambda **more: quantize(
+            QuantizeRequest(folder=tucker, output=output, **more)
+        ), output
+    return lambda **more: reconstruct(
+        ReconstructRequest(folder=tucker, output=output, **more)
+    ), output
+
+
+def test_source_of_other_weights_is_not_quantised_against(
+    models: dict[str, Path], text: Path, tmp_path: Path
+) -> None:
+    """Files of the same names and sizes; nothing is written, and a run that began stays."""
+    tucker, out = tmp_path / "tucker", tmp_path / "out"
+    decomposed(model=models["base"], output=tucker, **of_kind("data-free", models, text))
+    run, _ = following("quantize", tucker, out)
+    for begun in (False, True):
+        if begun:
+            stopped(run, 1)
+            before = files_of(out)
+        with pytest.raises(CheckpointError, match="is not the model that") as caught:
+            run(model=models["chat"])
+        assert "was changed: its SHA-256 is not the manifest's" in caught.value.message
+        assert (files_of(out) == before) if begun else not out.exists()
+    run()
 
 
 def test_two_runs_in_one_folder_are_refused(

@@ -93,6 +93,11 @@ class _Halved:
         return getattr(self._file, name)
 
 
+def make_thread_pool() -> None:
+    """Make torch's thread pool in a forked process: its first use by two threads at once fails."""
+    torch.set_num_threads(torch.get_num_threads())
+
+
 def in_child(
     command: Callable[[], object],
     folder: Path,
@@ -121,8 +126,7 @@ def in_child(
     if not child:
         os.close(reading)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        # A forked torch makes its thread pool anew at first use, and not safely from two threads.
-        torch.set_num_threads(torch.get_num_threads())
+        make_thread_pool()
         boundaries = Boundaries(folder, at, error, reads=reads)
         code = 1
         try:

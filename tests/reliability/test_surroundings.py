@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.reliability.killing import make_thread_pool
 from tests.running import ROOT, files_of, run_here
 from tests.tiny_models import add_tokenizer, make_tiny_model
 from tuckerize import DecomposeRequest, decompose
@@ -32,6 +33,7 @@ def run_where(
         os.close(reading)
         answer = ""
         try:
+            make_thread_pool()
             prepare()
             ran = run_here(*arguments)
             answer = json.dumps([ran.returncode, ran.stdout, ran.stderr])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from tuckerize.checkpoint.quantization_config import QuantizationDescription
 from tuckerize.checkpoint.reader import Checkpoint
 from tuckerize.domain import GATE_UP, Mode, Projection, TensorHeader
 from tuckerize.errors import CheckpointError
+from tuckerize.format.check import Inventory
 from tuckerize.format.config import GroupShape, find_quantization, without_quantization
 from tuckerize.format.cores import dequantised
 from tuckerize.format.manifest import TuckerManifest
@@ -176,6 +177,30 @@ def open_source(model: str, tucker: TuckerCheckpoint) -> SourceModel:
             hint=f"the source was {record.model}" if record else "check its sizes in config.json",
         )
     return source
+
+
+def check_source_weights(
+    source: SourceModel, tucker: TuckerCheckpoint, read: Callable[[int, str], object]
+) -> None:
+    """Check by the hashes of its weight files that a model is the source; reads all of them.
+
+    Args:
+        source: The model, as `open_source` has opened it.
+        tucker: The Tucker checkpoint.
+        read: Called with a number of bytes and the name of the file that they are of.
+
+    Raises:
+        CheckpointError: Its weights are others.
+    """
+    folder = source.checkpoint.folder
+    files = () if tucker.manifest.source is None else tucker.manifest.source.files
+    changed = Inventory(folder, files, {}, (), ()).hash(files, read)
+    if changed:
+        raise CheckpointError(
+            f"{folder} is not the model that {tucker.folder} was made from: "
+            f"{'; '.join(map(str, changed[:3]))}{'; ...' if len(changed) > 3 else ''}",
+            hint="name the source itself with --model",
+        )
 
 
 def biases_of(group: Mapping[TensorName, Tensor]) -> dict[Projection, Tensor]:

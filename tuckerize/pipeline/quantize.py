@@ -31,7 +31,7 @@ from tuckerize.domain import (
 )
 from tuckerize.errors import CheckpointError, UsageError
 from tuckerize.format.manifest import TuckerManifest, read_tucker_manifest
-from tuckerize.format.tucker_checkpoint import TuckerCheckpoint, open_source
+from tuckerize.format.tucker_checkpoint import TuckerCheckpoint, check_source_weights, open_source
 from tuckerize.moe.source import SourceModel
 from tuckerize.names import TensorName
 from tuckerize.pipeline.finish import finish_checkpoint, size_of_files
@@ -71,7 +71,7 @@ def quantize(request: QuantizeRequest, progress: Progress | None = None) -> Quan
 
     Raises:
         UsageError: The cores are quantised already.
-        CheckpointError: The checkpoint is unfinished, or its source is not at hand.
+        CheckpointError: The checkpoint is unfinished, or its source is not at hand or another.
         OutputError: The output folder holds something else.
 
     Example:
@@ -96,6 +96,10 @@ def quantize(request: QuantizeRequest, progress: Progress | None = None) -> Quan
     source = open_source(str(request.model or old.source.model), tucker)
     refuse_overlap(output, tucker.folder)
     refuse_overlap(output, source.checkpoint.folder)
+    progress.start(sum(file.bytes for file in old.source.files))
+    progress.stage("source: hashes")
+    check_source_weights(source, tucker, progress.advance)
+    progress.close()
     folder = OutputFolder(output)
     provenance = {
         "tuckerize_version": __version__,
