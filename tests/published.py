@@ -8,18 +8,22 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Mistral4ForCausalLM
+from transformers.models.glm5_next.modeling_glm5_next import Glm5NextTextModel
+from transformers.models.step3p7.modeling_step3p7 import Step3p7TextModel
 
 from tuckerize.checkpoint.quantization_config import QuantizationDescription
 from tuckerize.checkpoint.reader import Checkpoint
-from tuckerize.domain import Joint, TensorHeader
+from tuckerize.domain import Joint, StackShape, TensorHeader
 from tuckerize.moe.describe import describe_moe
-from tuckerize.moe.families import FAMILIES
+from tuckerize.moe.families import row_of
 from tuckerize.moe.source import SourceModel
+from tuckerize.moe.storage import Packed
 from tuckerize.pipeline.inspect import describe_plan
 from tuckerize.planning.plan import make_plan
 from tuckerize.recipe import Recipe, read_recipe
@@ -30,6 +34,12 @@ FILE = "model.safetensors"
 _EXPERTS = re.compile(r"(?:\w+\.)*layers\.(\d+)\.(?:\w+\.)?experts\.(gate_up_proj|down_proj)")
 # transformers' name of a family that it does not know by its own.
 _ALIASES = {"kimi_k2": "deepseek_v3"}
+# Models that transformers maps to parts of models with images only, some without a head.
+_PARTS = {
+    "mistral4": Mistral4ForCausalLM,
+    "step3p5": Step3p7TextModel,
+    "glm5_next_text": Glm5NextTextModel,
+}
 
 
 def published(name: str) -> dict[str, Any]:
@@ -48,32 +58,51 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     own = {key: value for key, value in config.items() if key != "quantization_config"}
     kind = own.pop("model_type")
     shape: Any = AutoConfig.for_model(_ALIASES.get(kind, kind), **own)
-    make: Any = AutoModelForCausalLM.from_config
-    if kind == "mistral4":  # transformers maps it to a model inside of Mistral 3 only
-        make = Mistral4ForCausalLM
+    make: Any = _PARTS.get(kind, AutoModelForCausalLM.from_config)
     with torch.device("meta"):
         model = make(shape)
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    found = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if kind in _PARTS:
+        found["lm_head.weight"] = (shape.vocab_size, shape.hidden_size)
+    return found
 
 
 def planned_source(config: dict[str, Any]) -> SourceModel:
-    """The model of a configuration, as if its checkpoint were there; experts are packed."""
-    row = FAMILIES[config["model_type"]]
-    gate_up, down = row.storages[-1].names
+    """The model of a configuration, as if its checkpoint were there; experts lie together."""
+    row = row_of(config)
+    assert row is not None
     headers: dict[str, TensorHeader] = {}
+    experts: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in shapes(config).items():
         match = _EXPERTS.fullmatch(name)
         if match:
-            below = gate_up if match[2] == "gate_up_proj" else down
-            headers |= _stored(f"{LAYERS}.{match[1]}.{below}", shape, config)
+            experts.setdefault(f"{LAYERS}.{match[1]}", {})[match[2]] = shape
         elif name.endswith("_proj.weight") and ".layers." in name and len(shape) == 2:
             headers |= _stored(name, shape, config)
         else:
             headers[name] = _header("BF16", shape)
+    for layer, own in experts.items():
+        stack, transposed = _stack_shape(own["gate_up_proj"], own["down_proj"])
+        storage = row.storages[-1].within(layer)
+        if isinstance(storage, Packed):
+            storage = replace(storage, transposed=transposed)
+        for name, shape in storage.tensors(stack).items():
+            headers |= _stored(name, shape, config)
     file_of = dict.fromkeys(headers, FILE)
     stored = Checkpoint(Path("published"), config, {}, headers, file_of)
     dense = stored.dense(QuantizationDescription.of(config))
     return SourceModel(dense, describe_moe(config, dense.tensors))
+
+
+def _stack_shape(
+    gate_up: tuple[int, ...], down: tuple[int, ...]
+) -> tuple[StackShape, bool]:
+    """Sizes of a layer's stacks, and whether its weights lie as (in, out)."""
+    experts, first, second = down
+    transposed = gate_up == (experts, second, 2 * first)
+    assert transposed or gate_up == (experts, 2 * second, first)
+    hidden, intermediate = (second, first) if transposed else (first, second)
+    return StackShape(experts, intermediate, hidden), transposed
 
 
 def _header(kind: str, shape: tuple[int, ...]) -> TensorHeader:
@@ -83,12 +112,25 @@ def _header(kind: str, shape: tuple[int, ...]) -> TensorHeader:
 
 def _stored(name: str, shape: tuple[int, ...], config: dict[str, Any]) -> dict[str, TensorHeader]:
     """Headers of a linear layer, or of those of all experts, in the format of the release."""
-    method = config.get("quantization_config", {}).get("quant_method")
+    described = config.get("quantization_config", {})
+    method, routed = described.get("quant_method"), ".experts." in name
     *lead, rows, columns = shape
+    if method == "mxfp4" and routed and not name.endswith("_bias"):  # transposed, as gpt-oss is
+        return {
+            f"{name}_blocks": _header("U8", (*lead, columns, rows // 32, 16)),
+            f"{name}_scales": _header("U8", (*lead, columns, rows // 32)),
+        }
+    if method == "fp8" and described.get("scale_fmt") == "ue8m0":  # DeepSeek-V4: experts in MXFP4
+        if routed:
+            scales = _header("F8_E8M0", (*lead, rows, columns // 32))
+            return {name: _header("I8", (*lead, rows, columns // 2)), f"{name}_scale": scales}
+        blocks = (*lead, -(-rows // 128), -(-columns // 128))
+        scales = _header("F8_E8M0", blocks)
+        return {name: _header("F8_E4M3", shape), f"{name}_scale_inv": scales}
     if method == "fp8":
         blocks = (*lead, -(-rows // 128), -(-columns // 128))
         return {name: _header("F8_E4M3", shape), f"{name}_scale_inv": _header("F32", blocks)}
-    if method == "compressed-tensors" and ".experts." in name:
+    if method == "compressed-tensors" and routed:
         groups = _header("BF16", (*lead, rows, columns // 32))
         return {
             f"{name}_packed": _header("I32", (*lead, rows, columns // 8)),

@@ -87,19 +87,24 @@ A file may hold several recipes, one for each `target`, separated by `---`: the 
 tuckerize decompose --model Qwen3-30B-A3B --recipe qwen3-30b-a3b --calibration text.txt --output OUT
 ```
 
-Each keeps three quarters of the routed parameters. For `fused-kernels` (the default) and `free`, cores have 4 bits:
-3.4 to 3.6 bits per routed weight. Above about 4 bits int4 alone is the better choice, below 3 the loss grows; see
-[the sizes](../how-to/size.md). For `any-engine` the result is a stock checkpoint in 16 bits, which the engine's own
-quantizer brings to the same size; there is none for releases in 8 or 4 bits, which it would exceed. No layer with routed
+Each keeps three quarters of the routed parameters, with cores of 4 bits: 3.4 to 3.6 bits per routed weight. Above about
+4 bits int4 alone is the better choice, below 3 the loss grows; see [the sizes](../how-to/size.md). No layer with routed
 experts is left dense: the budget gives each what it needs. Models with many experts for each token's few
 calibrate with 131072 tokens, so that an expert sees 2048 or more on average.
+
+There is none for `fused-kernels`, the default, where the plugin has no use for one: experts with biases (gpt-oss) or with
+clamped activations (DeepSeek-V4, MiniMax-M3, Step-3.5, GLM-5.3-Flash). For `any-engine` the result is a stock checkpoint: with
+experts of 4 bits, [as compressed-tensors stores them](../how-to/quantise-cores.md#for-engines-without-tuckerize), where
+the release has them one by one and transformers reads such a checkpoint; otherwise in 16 bits, which the engine's own
+quantizer brings to the same size. There is none for releases in 8 or 4 bits: one in 16 bits would exceed them, and a
+stock checkpoint has one format for experts and attention.
 
 Sizes are planned from the published configuration, which lies beside the recipe with its source; a test
 compares them with the shapes of transformers' model of that configuration, and its parameters with the published number.
 
 {shipped}
-Left out: DeepSeek-V4, gpt-oss, Step-3.5 and MiniMax-M3, for which no recipe has been made; Nemotron-3, Kimi-K3 and LongCat; openPangu 2.0, Ling 2.6, GLM-5.3-Flash and Qwen3.5-122B, of which
-no published configuration was found.
+Left out: Nemotron-3, LongCat and Kimi-K3, which are [not supported](models.md#not-supported) or not known to transformers; openPangu 2.0,
+DeepSeek-V4-Pro, Qwen3.8 and Ling 2.6, of which no published configuration was found.
 """
 
 
