@@ -94,9 +94,7 @@ def planned_source(config: dict[str, Any]) -> SourceModel:
     return SourceModel(dense, describe_moe(config, dense.tensors))
 
 
-def _stack_shape(
-    gate_up: tuple[int, ...], down: tuple[int, ...]
-) -> tuple[StackShape, bool]:
+def _stack_shape(gate_up: tuple[int, ...], down: tuple[int, ...]) -> tuple[StackShape, bool]:
     """Sizes of a layer's stacks, and whether its weights lie as (in, out)."""
     experts, first, second = down
     transposed = gate_up == (experts, second, 2 * first)
