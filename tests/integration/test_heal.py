@@ -246,26 +246,47 @@ def test_run_ends_after_half_of_its_validations_without_a_better_state(
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
-def test_teacher_is_learned(out: Path, words: Path, model: Path, tmp_path: Path) -> None:
-    how = {"folder": out, "data": words, "train": "cores,scales", **SIZES}
+def divergence(folder: Path, teacher: Path, tokens_SL: Tensor) -> float:
+    """The oracle: both models whole in transformers, all of the vocabulary."""
+    with torch.no_grad():
+        own, known = (
+            AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32)(tokens_SL)
+            .logits[:, :-1]
+            .double()
+            .log_softmax(-1)
+            for f in (folder, teacher)
+        )
+    return float((known.exp() * (known - own)).sum(-1).mean())
+
+
+def test_teacher_is_learned(
+    out: Path, words: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how = {"folder": out, "data": words, "train": "cores,scales", "teacher": model, **SIZES}
     held_out_SL = validation_set(out, words)
-    heal(HealRequest(output=tmp_path / "kl", teacher=model, teacher_share=1.0, **how))
+    before = divergence(out, model, held_out_SL)
+    heal(HealRequest(output=tmp_path / "kl", teacher_share=1.0, **how))
+    assert losses(tmp_path / "kl")[0] == (0, pytest.approx(before, rel=1e-4))
+    assert divergence(tmp_path / "kl", model, held_out_SL) < 0.9 * before
+    monkeypatch.setattr("tuckerize.pipeline.teacher._KEPT", 8)
+    heal(HealRequest(output=tmp_path / "less", teacher_share=1.0, **how))
+    assert losses(tmp_path / "less")[0][1] < 0.99 * before
+    assert divergence(tmp_path / "less", model, held_out_SL) < 0.95 * before
 
-    def divergence(folder: Path) -> float:
-        with torch.no_grad():
-            own, known = (
-                AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32)(held_out_SL)
-                .logits.double()
-                .log_softmax(-1)
-                for f in (folder, model)
-            )
-        return float((known.exp() * (known - own)).sum(-1).mean())
 
-    assert divergence(tmp_path / "kl") < 0.9 * divergence(out)
+def test_predictions_of_the_teacher_are_found_once(
+    out: Path, words: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how = {"folder": out, "data": words, "output": tmp_path / "new", "teacher": model, **SIZES}
+    with pytest.raises(KeyboardInterrupt):
+        heal(HealRequest(**how), Stop(1))
+    monkeypatch.delattr("tuckerize.pipeline.teacher.StreamedModel")
+    heal(HealRequest(**how))
 
 
 def test_wrong_requests_are_refused(out: Path, words: Path, model: Path, tmp_path: Path) -> None:
-    plain = tmp_path / "plain"
+    plain, other = tmp_path / "plain", tmp_path / "other"
+    make_tiny_model(other, vocab_size=72)
     decompose(DecomposeRequest(model=model, output=plain, rank="full,full,50%", layers="2"))
     cases = (
         ({"train": "factor"}, "'factor' is not one of"),
@@ -273,6 +294,7 @@ def test_wrong_requests_are_refused(out: Path, words: Path, model: Path, tmp_pat
         ({"tp": 2}, "1 processes are not a multiple of --tp 2"),
         ({"fsdp": True}, "--fsdp splits the model over replicas"),
         ({"teacher": out, "teacher_share": 0.0}, "is not in (0, 1]"),
+        ({"teacher": other}, "has a vocabulary of 72 tokens"),
         ({"tokens": 128}, "one of 16 decides"),
         ({"output": out / "below"}, "lie in one another"),
     )

@@ -31,7 +31,7 @@ Teacher = Annotated[
     str | None,
     typer.Option(
         metavar="MODEL",
-        help="Dense model whose predictions are learned too; it is loaded whole.",
+        help="Dense model whose predictions are learned too; it is read layer by layer.",
         rich_help_panel=TRAINING,
     ),
 ]

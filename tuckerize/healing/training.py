@@ -19,7 +19,7 @@ from tuckerize.checkpoint.files import write_text
 from tuckerize.checkpoint.sealed_tensors import read_sealed, write_sealed
 from tuckerize.engines.trainable import Model
 from tuckerize.errors import TuckerizeError
-from tuckerize.healing.objective import losses
+from tuckerize.healing.objective import Windows, losses
 from tuckerize.healing.tensors import (
     TrainedTensor,
     clip,
@@ -71,9 +71,9 @@ class Schedule:
         """Numbers of steps after which the state is measured, and the run saved."""
         return {*range(0, self.steps, max(1, self.steps // _VALIDATIONS)), self.steps}
 
-    def tokens(self, data_SL: Tensor) -> int:
-        """Tokens that are predicted in a step, for windows of some size."""
-        return self.batch * (data_SL.shape[1] - 1)
+    def tokens(self, data: Windows) -> int:
+        """Tokens that are predicted in a step."""
+        return self.batch * data.predicted
 
     def rate(self, step: int) -> float:
         """Learning rate of a step, relative to the largest: warm-up, then half a cosine."""
@@ -123,12 +123,11 @@ class Training:
 
     Attributes:
         model: The model.
-        teacher: The model whose predictions it learns, if any.
         share: Share of the KL divergence to the teacher in the objective.
         tensors: What is trained.
         schedule: The steps.
-        data_SL: Windows to train on.
-        validation_SL: Windows that decide.
+        data: Windows to train on.
+        validation: Windows that decide.
         replicas: The processes that share the windows of a step.
         reduced: Whether gradients of replicas are averaged in the backward (FSDP).
         finish_backward: Sums gradients over tensor-parallel processes.
@@ -141,12 +140,11 @@ class Training:
     """
 
     model: Model
-    teacher: Model | None
     share: float
     tensors: Sequence[TrainedTensor]
     schedule: Schedule
-    data_SL: Tensor
-    validation_SL: Tensor
+    data: Windows
+    validation: Windows
     replicas: Axis
     reduced: bool
     finish_backward: Callable[[], None]
@@ -184,7 +182,7 @@ class Training:
             step = self.history.step
             line = self._step(step)
             seconds = (time.monotonic() - started) / (step + 1 - first)
-            tokens = schedule.tokens(self.data_SL)
+            tokens = schedule.tokens(self.data)
             line |= {
                 "tokens_per_second": round(tokens / seconds, 1),
                 "seconds_left": round(seconds * (schedule.steps - step - 1), 1),
@@ -210,13 +208,13 @@ class Training:
     def _step(self, step: int) -> dict[str, Any]:
         """One step of the optimizer; returns a line of the log."""
         schedule = self.schedule
-        rows = schedule.windows(step, len(self.data_SL))
-        own_SL = self.data_SL[rows[self.replicas.rank :: self.replicas.size]]
-        scale = 1 / schedule.tokens(self.data_SL)
+        rows = schedule.windows(step, len(self.data))
+        own = rows[self.replicas.rank :: self.replicas.size]
+        scale = 1 / schedule.tokens(self.data)
         total = torch.zeros((), device=self.device)
-        for part_SL in torch.split(own_SL, schedule.at_once):
+        for part in torch.split(own, schedule.at_once):
             with self._autocast():
-                found = losses(self.model, self.teacher, self.share, part_SL.to(self.device))
+                found = losses(self.model, self.data[part].to(self.device), self.share)
             factor = scale * (self.replicas.size if self.reduced else 1)
             (found.objective * factor).backward()  # type: ignore[no-untyped-call]
             total += found.objective.detach() * scale
@@ -274,22 +272,22 @@ class Training:
 
     def _mean_losses(self) -> tuple[float, float]:
         """Objective and negative log-likelihood of the validation set, nats per token."""
-        count, size = len(self.validation_SL), self.replicas.size
+        count, size = len(self.validation), self.replicas.size
         # Every process makes equally many forwards: FSDP gathers weights in each.
         places = torch.arange(self.replicas.rank, -(-count // size) * size, size)
         sums = torch.zeros(2, device=self.device)
         for part in torch.split(places, self.schedule.at_once):
-            tokens_SL = self.validation_SL[part % count].to(self.device)
+            windows = self.validation[part % count].to(self.device)
             known = int((part < count).sum())
             with self._autocast():
-                found = losses(self.model, self.teacher, self.share, tokens_SL)
+                found = losses(self.model, windows, self.share)
                 if known < len(part):  # the last windows are there once more
-                    extra = losses(self.model, self.teacher, self.share, tokens_SL[known:])
+                    extra = losses(self.model, windows[known:], self.share)
                     found = type(found)(*(a - b for a, b in zip(found, extra, strict=True)))
             sums += torch.stack([found.objective, found.nats])
         if size > 1:
             dist.all_reduce(sums, group=self.replicas.group)
-        objective, nats = (sums / (count * (self.validation_SL.shape[1] - 1))).tolist()
+        objective, nats = (sums / (count * self.validation.predicted)).tolist()
         return objective, nats
 
     def _summed(self, value: Tensor) -> float:

@@ -217,7 +217,7 @@ def measure_perplexity(
     tokens_SL = windows.tokens_SL.to(device)
     progress.start(sum(model.layers for model in models) + 1)
     passes = [
-        _run_layers(own, model, tokens_SL, progress)
+        run_layers(own, model, tokens_SL, progress)
         for own, model in zip(opened, models, strict=True)
     ]
     sums = _predict(models, passes, tokens_SL)
@@ -238,7 +238,7 @@ def measure_perplexity(
 
 
 @dataclass(frozen=True, slots=True)
-class _Pass:
+class Pass:
     """Results of the layers of a model on all windows.
 
     Attributes:
@@ -253,9 +253,18 @@ class _Pass:
 
 
 @torch.no_grad()
-def _run_layers(
-    own: Evaluated, model: StreamedModel, tokens_SL: Tensor, progress: Progress
-) -> _Pass:
+def run_layers(own: Evaluated, model: StreamedModel, tokens_SL: Tensor, progress: Progress) -> Pass:
+    """Run all layers of a model on windows, with one of them in memory.
+
+    Args:
+        own: The checkpoint.
+        model: Its model.
+        tokens_SL: The windows, on the model's device.
+        progress: Advances by one per layer.
+
+    Raises:
+        CheckpointError: Hidden states are not finite, or a layer cannot be read.
+    """
     started = time.monotonic()
     name = str(own.checkpoint.folder)
     parts = torch.split(tokens_SL, _WINDOWS_AT_ONCE)
@@ -274,7 +283,7 @@ def _run_layers(
         if seen:
             choices[layer] = torch.cat(seen).view(*tokens_SL.shape, -1)
         progress.advance(1, f"{name}, layer {layer}")
-    return _Pass(states, choices, time.monotonic() - started)
+    return Pass(states, choices, time.monotonic() - started)
 
 
 def _noting(experts: ExpertsCall, seen: list[Tensor]) -> ExpertsCall:
@@ -289,7 +298,7 @@ def _noting(experts: ExpertsCall, seen: list[Tensor]) -> ExpertsCall:
 
 @torch.no_grad()
 def _predict(
-    models: Sequence[StreamedModel], passes: Sequence[_Pass], tokens_SL: Tensor
+    models: Sequence[StreamedModel], passes: Sequence[Pass], tokens_SL: Tensor
 ) -> PredictionSums:
     """Predictions of all models, window by window: the heads alone are in memory."""
     sums = PredictionSums()
@@ -303,7 +312,7 @@ def _predict(
 
 
 def _divergence(
-    opened: Sequence[Evaluated], passes: Sequence[_Pass], sums: PredictionSums
+    opened: Sequence[Evaluated], passes: Sequence[Pass], sums: PredictionSums
 ) -> Divergence:
     changed = None
     if len({own.num_experts for own in opened}) == 1:
@@ -311,7 +320,7 @@ def _divergence(
     return sums.divergence(changed)
 
 
-def _evaluation(own: Evaluated, done: _Pass, nats: list[Tensor]) -> Evaluation:
+def _evaluation(own: Evaluated, done: Pass, nats: list[Tensor]) -> Evaluation:
     folder = str(own.checkpoint.folder)
     mean = estimate(torch.stack(nats))
     if not math.isfinite(mean.value):

@@ -22,16 +22,18 @@ from tuckerize.checkpoint.reader import Checkpoint
 from tuckerize.checkpoint.sealed import json_sha256
 from tuckerize.checkpoint.space import require_space
 from tuckerize.domain import Device, Part
-from tuckerize.engines.trainable import Model
 from tuckerize.errors import CheckpointError, ParallelError, UsageError
 from tuckerize.format.manifest import HealRecord, read_tucker_manifest
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
+from tuckerize.healing.objective import Windows
 from tuckerize.healing.result import LOG, write_result
 from tuckerize.healing.setup import Spread, check_parts, make_ready
 from tuckerize.healing.training import Schedule, Training
 from tuckerize.parallel.backends import choose_device
 from tuckerize.parallel.mesh import make_mesh
 from tuckerize.parallel.processes import Processes, process_group
+from tuckerize.pipeline.evaluate import Evaluated, open_evaluated
+from tuckerize.pipeline.teacher import bytes_of_predictions, predictions
 from tuckerize.progress import Progress, SilentProgress
 from tuckerize.recipe_files import Texts, list_of_texts
 from tuckerize.report import HealReport
@@ -52,7 +54,7 @@ class HealRequest:
         train: What is trained, of cores, factors, scales, routers and norms; by default what
             compression wrote: cores, factors and scales.
         teacher: Dense model whose predictions are learned too: folder, Hugging Face id or short
-            name. It is loaded whole.
+            name. Its predictions are found before training, layer by layer.
         teacher_share: Share of the KL divergence to its predictions in the loss, in (0, 1].
         tokens: Tokens to train on; a shorter text is read several times.
         window: Tokens per window; all but its first are predicted.
@@ -97,7 +99,7 @@ class _Prepared:
 
     tucker: TuckerCheckpoint
     parts: dict[str, Part]
-    teacher: Path | None
+    teacher: Evaluated | None
     training_SL: Tensor
     validation_SL: Tensor
     schedule: Schedule
@@ -174,7 +176,7 @@ def _prepare(request: HealRequest, processes: Processes) -> _Prepared:
             f"--batch {request.batch} windows cannot be shared evenly by {replicas} replicas",
             hint=f"use --batch {-(-request.batch // replicas) * replicas}",
         )
-    teacher = None if request.teacher is None else resolve_model(str(request.teacher))
+    teacher = None if request.teacher is None else _open_teacher(request.teacher, tucker)
     windows = read_windows(
         [parse_source(text) for text in list_of_texts(request.data)],
         tucker.folder,
@@ -203,7 +205,7 @@ def _prepare(request: HealRequest, processes: Processes) -> _Prepared:
         "tucker_manifest_sha256": tucker.manifest_sha256,
         "text_sha256": fingerprint(windows),
         "train": sorted({*parts.values()}),
-        "teacher": teacher and _identities(teacher),
+        "teacher": teacher and _identities(teacher.checkpoint),
         "teacher_share": teacher and request.teacher_share,
         "tokens": request.tokens,
         "batch": request.batch,
@@ -214,9 +216,19 @@ def _prepare(request: HealRequest, processes: Processes) -> _Prepared:
     return _Prepared(tucker, parts, teacher, training_SL, windows[decides], schedule, plan, notes)
 
 
-def _identities(folder: Path) -> dict[str, str]:
-    files = Checkpoint.open(folder).files
-    return identities({name: file.path for name, file in files.items()})
+def _open_teacher(name: str | Path, tucker: TuckerCheckpoint) -> Evaluated:
+    teacher = open_evaluated(resolve_model(str(name)))
+    sizes = [own.config.get("vocab_size") for own in (teacher.checkpoint, tucker.checkpoint)]
+    if sizes[0] != sizes[1]:
+        raise CheckpointError(
+            f"{name} has a vocabulary of {sizes[0]} tokens, {tucker.folder} one of {sizes[1]}",
+            hint="take the model that was compressed as the teacher",
+        )
+    return teacher
+
+
+def _identities(checkpoint: Checkpoint) -> dict[str, str]:
+    return identities({name: file.path for name, file in checkpoint.files.items()})
 
 
 def _replicas(request: HealRequest, processes: int) -> int:
@@ -236,9 +248,11 @@ def _replicas(request: HealRequest, processes: int) -> int:
 
 
 def _bytes_to_write(found: _Prepared) -> int:
-    """Bytes of the result, the state of the run and the best state."""
+    """Bytes of the result, the state of the run, the best state and the teacher's predictions."""
     trained = sum(found.tucker.checkpoint.tensors[name].parameters for name in found.parts)
-    return found.tucker.manifest.after.total_bytes + 4 * 4 * trained
+    tokens = found.training_SL.numel() + found.validation_SL.numel()
+    taught = 0 if found.teacher is None else bytes_of_predictions(tokens)
+    return found.tucker.manifest.after.total_bytes + 4 * 4 * trained + taught
 
 
 def _train(
@@ -256,28 +270,23 @@ def _train(
         replicas = processes.size // request.tp
         mesh = make_mesh(device.type, tp=request.tp, cp=replicas, timeout=processes.timeout)
         spread = Spread(mesh, is_sharded=request.fsdp)
+    windows = [Windows(found.training_SL), Windows(found.validation_SL)]
+    if found.teacher is not None:
+        tokens_SL = torch.cat([own.tokens_SL for own in windows])
+        taught = predictions(found.teacher, tokens_SL, folder, processes, device, progress)
+        both = Windows(tokens_SL, taught)
+        windows = [both[: len(windows[0])], both[len(windows[0]) :]]
     progress.stage("load the model")
     ready = make_ready(found.tucker, found.parts, device, spread)
     if request.recompute:
         ready.model.recompute()
-    teacher = None
-    if found.teacher is not None:
-        teacher = Model(found.teacher, "auto" if device.type != "cpu" else torch.float32)
-        if teacher.vocabulary != ready.model.vocabulary:
-            raise CheckpointError(
-                f"{found.teacher} has {teacher.vocabulary} embeddings, {found.tucker.folder} "
-                f"{ready.model.vocabulary}",
-                hint="take the model that was compressed as the teacher",
-            )
-        teacher.module.to(device)
     training = Training(
         model=ready.model,
-        teacher=teacher,
         share=request.teacher_share,
         tensors=ready.tensors,
         schedule=found.schedule,
-        data_SL=found.training_SL,
-        validation_SL=found.validation_SL,
+        data=windows[0],
+        validation=windows[1],
         replicas=spread.replicas,
         reduced=spread.is_sharded,
         finish_backward=ready.sum_gradients,
@@ -302,7 +311,7 @@ def _train(
             parameters=sum(tensor.numel() for tensor in best.values()),
             steps=history.step,
             best_step=history.best_step,
-            tokens=history.best_step * found.schedule.tokens(found.training_SL),
+            tokens=history.best_step * found.schedule.tokens(windows[0]),
             nats_before=history.first_nats,
             nats_after=history.best_nats,
         )
