@@ -53,9 +53,7 @@ def divergence(own: Tensor, known: Tensor, kept: int) -> float:
     return total
 
 
-@given(
-    st.integers(0, 2**20), st.integers(1, VOCABULARY + 3), st.floats(0, 1), st.floats(0.1, 5)
-)
+@given(st.integers(0, 2**20), st.integers(1, VOCABULARY + 3), st.floats(0, 1), st.floats(0.1, 5))
 def test_loss_mixes_likelihood_and_divergence(
     seed: int, kept: int, share: float, size: float
 ) -> None:

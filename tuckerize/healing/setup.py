@@ -50,6 +50,16 @@ class Spread:
         """The processes with tokens of their own."""
         return Axis() if self.mesh is None else axis_of(self.mesh, "cp")
 
+    @property
+    def parts(self) -> Axis:
+        """The processes that share tensors."""
+        return self.replicas if self.is_sharded else self.tp
+
+    @property
+    def is_first(self) -> bool:
+        """Whether no process before this one has the same parts of tensors."""
+        return self.is_sharded or self.replicas.rank == 0
+
 
 class Ready(NamedTuple):
     """A model that can be trained.

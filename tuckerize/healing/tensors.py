@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn import functional
 
 from tuckerize.domain import Part
 from tuckerize.moe.family import Family
@@ -57,39 +56,19 @@ class TrainedTensor:
             self.parameter.grad = torch.zeros_like(self.parameter)
         return local(self.parameter.grad)
 
-    def whole(self, own: Tensor) -> Tensor:
-        """The whole of a tensor of which every process has a part; all processes call it.
-
-        Args:
-            own: This process's part of the tensor, of its gradient or its moments.
-        """
-        own = local(own).detach()
-        if self.dimension is None:
-            return own
-        lengths = self._lengths(own)
-        room = max(lengths) - own.shape[self.dimension]
-        padding = [0, 0] * (own.dim() - self.dimension - 1) + [0, room]
-        padded = functional.pad(own, padding).contiguous()
-        parts = [torch.empty_like(padded) for _ in lengths]
-        dist.all_gather(parts, padded, group=self.axis.group)
-        kept = [p.narrow(self.dimension, 0, n) for p, n in zip(parts, lengths, strict=True)]
-        return torch.cat(kept, self.dimension)
-
     def set(self, target: Tensor, whole: Tensor) -> None:
-        """Set a tensor, of which this process has a part, from the whole of it."""
+        """Set a tensor, of which this process has a part, from the whole of it.
+
+        All processes of the axis call it.
+        """
         own = local(target).detach()
         if self.dimension is not None:
-            lengths = self._lengths(own)
-            start = sum(lengths[: self.axis.rank])
-            whole = whole.narrow(self.dimension, start, lengths[self.axis.rank])
+            length = torch.tensor([own.shape[self.dimension]], device=own.device)
+            lengths = [torch.empty_like(length) for _ in range(self.axis.size)]
+            dist.all_gather(lengths, length, group=self.axis.group)
+            start = sum(map(int, lengths[: self.axis.rank]))
+            whole = whole.narrow(self.dimension, start, int(length))
         own.copy_(whole)
-
-    def _lengths(self, own: Tensor) -> list[int]:
-        """Indices of the split dimension that each process has."""
-        length = torch.tensor([own.shape[self.dimension or 0]], device=own.device)
-        found = [torch.empty_like(length) for _ in range(self.axis.size)]
-        dist.all_gather(found, length, group=self.axis.group)
-        return [int(one) for one in found]
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tuckerize.checkpoint.files import write_text
-from tuckerize.checkpoint.sealed_tensors import read_sealed, write_sealed
 from tuckerize.engines.trainable import Model
 from tuckerize.errors import TuckerizeError
 from tuckerize.healing.objective import Windows, losses
+from tuckerize.healing.state import SavedRun, SavedTensors
 from tuckerize.healing.tensors import (
     TrainedTensor,
     clip,
@@ -43,9 +43,6 @@ _BETAS = (0.9, 0.95)
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 # Smallest size of a tensor's values that a step is relative to.
 _SMALLEST = 1e-6
-_STATE = "state.safetensors"
-_BEST = "best.safetensors"
-_HISTORY = "history"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,10 +129,8 @@ class Training:
         reduced: Whether gradients of replicas are averaged in the backward (FSDP).
         finish_backward: Sums gradients over tensor-parallel processes.
         device: This process's device.
-        folder: Where the state is kept.
+        saved: Where the state is kept.
         log_file: A line of JSON for every step and validation.
-        label: Name of the run: a state of another is not resumed.
-        is_leader: Whether this process writes.
         progress: Shows how far the work is.
     """
 
@@ -149,10 +144,8 @@ class Training:
     reduced: bool
     finish_backward: Callable[[], None]
     device: torch.device
-    folder: Path
+    saved: SavedRun
     log_file: Path
-    label: str
-    is_leader: bool
     progress: Progress
     history: History = field(default_factory=History)
     optimizer: torch.optim.AdamW = field(init=False)
@@ -196,14 +189,9 @@ class Training:
         self.progress.close()
         return self.history
 
-    def best(self) -> dict[str, Tensor]:
-        """The best state, whole, as it is stored."""
-        found = read_sealed(self.folder / _BEST, self.label)
-        if found is None:
-            raise TuckerizeError(
-                f"{self.folder / _BEST} is damaged", hint="run it again with --overwrite"
-            )
-        return found
+    def best(self) -> SavedTensors:
+        """The weights of the best state, whole."""
+        return self.saved.tensors(self.history.best_step)
 
     def _step(self, step: int) -> dict[str, Any]:
         """One step of the optimizer; returns a line of the log."""
@@ -250,7 +238,6 @@ class Training:
     @torch.no_grad()
     def _validate(self) -> None:
         """Measure the state as it would be stored; keep it if it is the best; save the run."""
-        whole = {tensor.name: tensor.whole(tensor.parameter) for tensor in self.tensors}
         kept = [local(tensor.parameter).clone() for tensor in self.tensors]
         for tensor in self.tensors:
             own = local(tensor.parameter)
@@ -266,9 +253,7 @@ class Training:
         if objective < history.best:
             history.best, history.best_nats = objective, nats
             history.best_step, history.bad = history.step, 0
-            if self.is_leader:
-                write_sealed(self.folder / _BEST, self.label, _on_host(whole))
-        self._save(whole)
+        self._save()
 
     def _mean_losses(self) -> tuple[float, float]:
         """Objective and negative log-likelihood of the validation set, nats per token."""
@@ -304,47 +289,45 @@ class Training:
 
     def _log(self, line: Mapping[str, Any]) -> None:
         self.history.log.append(dict(line))
-        if self.is_leader:
+        if self.saved.processes.is_leader:
             with self.log_file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
-    def _save(self, whole: Mapping[str, Tensor]) -> None:
-        """Save all that the next step depends on; whole tensors, so that any mesh can go on."""
-        state = {f"{name}/weights": tensor for name, tensor in whole.items()}
-        for tensor in self.tensors:
-            moments = self.optimizer.state.get(tensor.parameter, {})
-            for key in _MOMENTS:
-                if key in moments:
-                    state[f"{tensor.name}/{key}"] = tensor.whole(moments[key])
-        if self.is_leader:
-            text = json.dumps(asdict(self.history)).encode()
-            history = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-            state = {**_on_host(state), _HISTORY: history}
-            write_sealed(self.folder / _STATE, self.label, state)
+    def _save(self) -> None:
+        """Save all that the next step depends on."""
+        kinds = {"weights": {own.name: local(own.parameter) for own in self.tensors}}
+        for key in _MOMENTS if self.optimizer.state else ():
+            kinds[key] = {
+                own.name: local(self.optimizer.state[own.parameter][key]) for own in self.tensors
+            }
+        dimensions = {tensor.name: tensor.dimension for tensor in self.tensors}
+        history = self.history
+        self.saved.save(history.step, history.best_step, kinds, dimensions, asdict(history))
 
     def _resume(self) -> bool:
         """Take up a saved state; whether there is one."""
-        state = read_sealed(self.folder / _STATE, self.label)
-        if state is not None:
-            text = state[_HISTORY].numpy().tobytes()
-            self.history = History(**json.loads(text))
-            for tensor in self.tensors:
-                parameter = tensor.parameter
-                tensor.set(parameter, state[f"{tensor.name}/weights"])
-                if self.history.step:
-                    moments = {key: torch.zeros_like(parameter) for key in _MOMENTS}
-                    for key, own in moments.items():
-                        tensor.set(own, state[f"{tensor.name}/{key}"])
-                    steps = torch.tensor(float(self.history.step))
-                    self.optimizer.state[parameter] = {"step": steps, **moments}
-        if self.is_leader:
+        found = self.saved.history()
+        if found is not None:
+            self.history = History(**found)
+            self._take_up(self.history.step)
+        if self.saved.processes.is_leader:
             lines = [json.dumps(line) + "\n" for line in self.history.log]
             write_text(self.log_file, "".join(lines))
-        return state is not None
+        return found is not None
 
-
-def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.cpu() for name, tensor in tensors.items()}
+    def _take_up(self, step: int) -> None:
+        """Set weights and moments to those after some steps."""
+        weights = self.saved.tensors(step)
+        moments = {key: self.saved.tensors(step, key) for key in _MOMENTS if step}
+        for tensor in self.tensors:
+            parameter = tensor.parameter
+            tensor.set(parameter, weights[tensor.name])
+            if step:
+                own = {key: torch.zeros_like(parameter) for key in moments}
+                for key, target in own.items():
+                    tensor.set(target, moments[key][tensor.name])
+                steps = torch.tensor(float(step))
+                self.optimizer.state[parameter] = {"step": steps, **own}
 
 
 def _root_mean_square(tensor: TrainedTensor) -> float:

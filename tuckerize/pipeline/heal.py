@@ -19,16 +19,17 @@ from tuckerize.checkpoint.hub import resolve_model
 from tuckerize.checkpoint.identity import identities
 from tuckerize.checkpoint.output import OutputFolder, refuse_overlap
 from tuckerize.checkpoint.reader import Checkpoint
-from tuckerize.checkpoint.sealed import json_sha256
 from tuckerize.checkpoint.space import require_space
-from tuckerize.domain import Device, Part
+from tuckerize.domain import CoreType, Device, Part
 from tuckerize.errors import CheckpointError, ParallelError, UsageError
 from tuckerize.format.manifest import HealRecord, read_tucker_manifest
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 from tuckerize.healing.objective import Windows
 from tuckerize.healing.result import LOG, write_result
 from tuckerize.healing.setup import Spread, check_parts, make_ready
+from tuckerize.healing.state import SavedRun
 from tuckerize.healing.training import Schedule, Training
+from tuckerize.names import CorePart, TensorName
 from tuckerize.parallel.backends import choose_device
 from tuckerize.parallel.mesh import make_mesh
 from tuckerize.parallel.processes import Processes, process_group
@@ -41,6 +42,8 @@ from tuckerize.version import __version__
 
 # Every so many windows of the text decide, and are not trained on.
 _VALIDATION_EVERY = 16
+# Values on disk per trained one: weights and two moments, before and after a save, and the best.
+_SAVED = 7
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -248,11 +251,18 @@ def _replicas(request: HealRequest, processes: int) -> int:
 
 
 def _bytes_to_write(found: _Prepared) -> int:
-    """Bytes of the result, the state of the run, the best state and the teacher's predictions."""
-    trained = sum(found.tucker.checkpoint.tensors[name].parameters for name in found.parts)
+    """Bytes of the result, of the states of the run, and of the teacher's predictions."""
+    tucker = found.tucker
+    values = 0
+    for name in found.parts:
+        factored = TensorName.find(name)
+        is_packed = factored is not None and factored.part == CorePart.PACKED_CODES
+        values += tucker.checkpoint.tensors[name].parameters * (
+            CoreType.W4.word_codes if is_packed else 1
+        )
     tokens = found.training_SL.numel() + found.validation_SL.numel()
     taught = 0 if found.teacher is None else bytes_of_predictions(tokens)
-    return found.tucker.manifest.after.total_bytes + 4 * 4 * trained + taught
+    return tucker.manifest.after.total_bytes + 4 * _SAVED * values + taught
 
 
 def _train(
@@ -291,10 +301,8 @@ def _train(
         reduced=spread.is_sharded,
         finish_backward=ready.sum_gradients,
         device=device,
-        folder=folder.work_file(""),
+        saved=SavedRun(folder, processes, spread.parts, spread.is_first),
         log_file=folder.folder / LOG,
-        label=json_sha256(dict(found.plan)),
-        is_leader=processes.is_leader,
         progress=progress,
     )
     history = training.run()
@@ -308,7 +316,7 @@ def _train(
             trained=tuple(sorted({*found.parts.values()})),
             texts=tuple(list_of_texts(request.data)),
             teacher=None if request.teacher is None else str(request.teacher),
-            parameters=sum(tensor.numel() for tensor in best.values()),
+            parameters=best.parameters,
             steps=history.step,
             best_step=history.best_step,
             tokens=history.best_step * found.schedule.tokens(windows[0]),
