@@ -81,15 +81,17 @@ class Losses(NamedTuple):
     nats: Tensor
 
 
-def losses(model: Model, windows: Windows, share: float) -> Losses:
+def losses(model: Model, windows: Windows, share: float, counted: int | None = None) -> Losses:
     """Losses of windows of tokens.
 
     Args:
         model: The model that is trained.
         windows: The windows; without a teacher's predictions the text alone is learned.
         share: Share of the KL divergence to the teacher in the objective.
+        counted: How many of the windows count, the first ones; all by default.
     """
-    logits_SLV = model.logits(windows.tokens_SL)[:, :-1].float()
+    logits_SLV = model.logits(windows.tokens_SL)[:counted, :-1].float()
+    windows = windows[:counted]
     expected_SL = windows.tokens_SL[:, 1:]
     nats = cross_entropy(logits_SLV.flatten(0, 1), expected_SL.flatten(), reduction="sum")
     if windows.taught is None:

@@ -258,17 +258,15 @@ class Training:
     def _mean_losses(self) -> tuple[float, float]:
         """Objective and negative log-likelihood of the validation set, nats per token."""
         count, size = len(self.validation), self.replicas.size
-        # Every process makes equally many forwards: FSDP gathers weights in each.
+        # Every process makes equally many forwards, as FSDP gathers weights in each: the last
+        # windows may be there once more, and do not count.
         places = torch.arange(self.replicas.rank, -(-count // size) * size, size)
         sums = torch.zeros(2, device=self.device)
         for part in torch.split(places, self.schedule.at_once):
             windows = self.validation[part % count].to(self.device)
             known = int((part < count).sum())
             with self._autocast():
-                found = losses(self.model, windows, self.share)
-                if known < len(part):  # the last windows are there once more
-                    extra = losses(self.model, windows[known:], self.share)
-                    found = type(found)(*(a - b for a, b in zip(found, extra, strict=True)))
+                found = losses(self.model, windows, self.share, known)
             sums += torch.stack([found.objective, found.nats])
         if size > 1:
             dist.all_reduce(sums, group=self.replicas.group)
