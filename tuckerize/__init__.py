@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tuckerize.pipeline.heal import HealRequest, heal
     from tuckerize.pipeline.inspect import inspect
     from tuckerize.pipeline.plan import PlanRequest, plan
+    from tuckerize.pipeline.push import PushRequest, push
     from tuckerize.pipeline.quantize import QuantizeRequest, quantize
     from tuckerize.pipeline.reconstruct import ReconstructRequest, reconstruct
     from tuckerize.pipeline.report import ReportRequest, write_report
@@ -42,6 +43,7 @@ __all__ = [
     "GenerateRequest",
     "HealRequest",
     "PlanRequest",
+    "PushRequest",
     "QuantizeRequest",
     "ReconstructRequest",
     "ReportRequest",
@@ -58,6 +60,7 @@ __all__ = [
     "inspect",
     "plan",
     "preview",
+    "push",
     "quantize",
     "reconstruct",
     "shard",

@@ -640,6 +640,29 @@ class EvaluateReport:
 
 
 @dataclass(frozen=True, slots=True)
+class PushReport:
+    """Files that were uploaded to the Hugging Face Hub, or would be.
+
+    Attributes:
+        folder: The result.
+        repository: Id of the repository.
+        files: Names of the files.
+        bytes: Bytes of all of them.
+        card: The model card as uploaded.
+        url: Address of the repository; None of a dry run.
+        notes: Remarks for the user on the card.
+    """
+
+    folder: str
+    repository: str
+    files: tuple[str, ...]
+    bytes: int
+    card: str
+    url: str | None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Problem:
     """Fault of a machine or its environment.
 

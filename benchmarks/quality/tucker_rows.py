@@ -28,7 +28,7 @@ def decomposed(
                 model=folder, output=small, keep=keep, quantize=quantize, calibration=settings
             )
         )
-        reconstruct(ReconstructRequest(folder=small, output=dense))
+        reconstruct(ReconstructRequest(folder=small, output=dense, dequantize=True))
         manifest = read_tucker_manifest(small)
         return MoeModel(dense), manifest.after.bits_per_weight(manifest.before), manifest
 

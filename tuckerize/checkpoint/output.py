@@ -37,6 +37,9 @@ RECONSTRUCTED = "tuckerize-reconstruct.json"
 REPORT = "verify.json"
 """Name of the report of `verify`, in the verified folder."""
 
+EVALUATION = "tuckerize-evaluation.json"
+"""Name of the comparison with the source that `evaluate` keeps in a Tucker checkpoint."""
+
 _WORK = ".tuckerize"
 _DONE = f"{_WORK}-done-"
 _LOCK = "lock"
@@ -44,7 +47,7 @@ _PLAN = "plan.json"
 _REPLACED = "replaced.json"  # the manifest of the result that a run begins to remove
 _CLAIM = (_PLAN, _LOCK, _REPLACED)
 # Files that describe the weights, and must be removed with them.
-_RESULTS = (INDEX, REPORT)
+_RESULTS = (INDEX, REPORT, EVALUATION)
 
 Read = Callable[[int, str], object]
 

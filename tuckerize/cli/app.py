@@ -5,6 +5,7 @@ They import what they need when they run, so that `--help` is quick.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -68,6 +69,7 @@ app.command()(plan)
 @boundary
 def decompose(
     model: options.Model,
+    download: options.Download = False,
     keep: options.Keep = None,
     bits: options.Bits = None,
     rank: options.Rank = None,
@@ -114,6 +116,10 @@ def decompose(
         "refine": refine,
     }
     text = calibration_of(calibration, settings)
+    if download:
+        from tuckerize.checkpoint.hub import download_model
+
+        download_model(model)
 
     from tuckerize.cli.progress import TerminalProgress
     from tuckerize.cli.tables import show
@@ -349,6 +355,49 @@ def heal(
         report = run(request, progress)
     if is_leader():
         show(report, as_json=as_json)
+
+
+@app.command()
+@boundary
+def push(
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="FOLDER", help="Tucker checkpoint, or what reconstruct wrote."),
+    ],
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="Its id: owner/name.")],
+    base_model: Annotated[
+        str | None, typer.Option(metavar="ID", help="The source's id on the Hub, for the card.")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a new repository private.")
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Show files and card; needs no network."),
+    ] = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Publish a result on the Hugging Face Hub.
+
+    Hashes all files first. The model card gets what evaluate --against measured. Shards stay here.
+
+    Example: tuckerize push OUT me/DeepSeek-V2-Lite-small --dry-run
+    """
+    from tuckerize.cli.progress import TerminalProgress
+    from tuckerize.cli.tables import show
+    from tuckerize.pipeline.push import PushRequest
+    from tuckerize.pipeline.push import push as run
+
+    request = PushRequest(
+        folder=folder,
+        repository=repository,
+        base_model=base_model,
+        private=private,
+        dry_run=dry_run,
+    )
+    with TerminalProgress() as progress:
+        report = run(request, progress)
+    show(report, as_json=as_json)
 
 
 @app.command()

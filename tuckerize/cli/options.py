@@ -25,6 +25,10 @@ ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help=f"{_MODEL} Also a Tucker checkpoint.")
 ]
 Model = Annotated[str, typer.Option(metavar="MODEL", help=_MODEL)]
+Download = Annotated[
+    bool,
+    typer.Option("--download", help="Fetch MODEL from the Hugging Face Hub if it is not here."),
+]
 TuckerFolder = Annotated[
     Path, typer.Argument(metavar="FOLDER", help="Tucker checkpoint that decompose wrote.")
 ]

@@ -12,6 +12,7 @@ from tuckerize.errors import UsageError
 @boundary
 def plan(
     model: options.Model,
+    download: options.Download = False,
     calibration: options.Calibration = None,
     calibration_tokens: options.CalibrationTokens = None,
     random_share: options.RandomShare = None,
@@ -44,6 +45,10 @@ def plan(
     }
     text = calibration_of(calibration, settings)
     _check(text is not None, fit, bits, context, sequences)
+    if download:
+        from tuckerize.checkpoint.hub import download_model
+
+        download_model(model)
     from tuckerize.cli.progress import TerminalProgress
     from tuckerize.cli.tables import show
     from tuckerize.pipeline.fit import FitRequest

@@ -35,6 +35,7 @@ from tuckerize.report import (
     HealReport,
     InspectReport,
     PlanReport,
+    PushReport,
     QuantizeReport,
     RecipesReport,
     ReconstructReport,
@@ -53,6 +54,7 @@ Report = (
     | CheckReport
     | VerifyReport
     | QuantizeReport
+    | PushReport
     | HealReport
     | ReconstructReport
     | RecipesReport
@@ -95,6 +97,8 @@ def show(report: Report, *, as_json: bool) -> None:  # noqa: C901, PLR0912 one c
             _show_heal(report)
         case ReconstructReport():
             _show_reconstruct(report)
+        case PushReport():
+            _show_push(report)
         case EvaluateReport():
             _show_evaluate(report)
         case RecipesReport():
@@ -378,6 +382,14 @@ def _show_reconstruct(report: ReconstructReport) -> None:
         print_all("transformers reads no int8 experts: for it, run the command with --dequantize")
     if report.dequantised_because is not None:
         print_all(f"experts were dequantised: {report.dequantised_because}")
+
+
+def _show_push(report: PushReport) -> None:
+    if report.url is None:
+        print_all(*(f"would upload {name}" for name in report.files), "", report.card)
+    done = "would be uploaded to" if report.url is None else "uploaded to"
+    where = report.url or report.repository
+    print_all(f"{len(report.files)} files, {size_text(report.bytes)}, {done} {where}")
 
 
 def _show_evaluate(report: EvaluateReport) -> None:

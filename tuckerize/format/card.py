@@ -32,6 +32,8 @@ _ODD = (
 # `copy_other_files` leaves it out, since it begins with the program's name.
 LOADER = "tuckerize_modeling"
 
+_ADDED = "<!-- added by tuckerize push -->"
+
 _CODE = '''"""Loads this checkpoint with trust_remote_code=True, as `import tuckerize` does."""
 
 import transformers
@@ -67,12 +69,19 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")
 ```
 
-With `trust_remote_code=True` the checkpoint imports it itself. `tuckerize reconstruct` makes an
-ordinary dense checkpoint of it, for tools that cannot load it.
+With `trust_remote_code=True` the checkpoint imports it itself. vLLM serves it where tuckerize is
+installed beside it: `vllm serve path/to/this/folder`. `tuckerize reconstruct` makes an ordinary
+dense checkpoint of it, for tools that cannot load it.
 
 The routed experts of `{model}` as Tucker factors, made by tuckerize {version}: {share:.1%} of their
-parameters ({after:,} of {before:,}); all tensors together have {bytes_after:,} bytes,
-{bytes_before:,} before. {how} Sizes and errors of every layer are in `tuckerize.json`.
+parameters ({after:,} of {before:,}), {bits:.2f} bits per weight of the source's; all tensors
+together have {bytes_after:,} bytes, {bytes_before:,} before. {how} Sizes and errors of every layer
+are in `tuckerize.json`.
+
+`tuckerize decompose --recipe` makes it again, with this file:
+
+```yaml
+{recipe}```
 """
 
 
@@ -114,6 +123,24 @@ def write_hub_files(
     return written
 
 
+def card_with(card: str, section: str, facts: dict[str, Any]) -> str:
+    """A card with a section at its end, and further metadata where it has none.
+
+    Args:
+        card: The card.
+        section: Markdown; what was added before is replaced.
+        facts: The metadata.
+    """
+    text = card.split(_ADDED, maxsplit=1)[0].rstrip()
+    whole = f"{text}\n\n{_ADDED}\n{section}" if section else f"{text}\n"
+    try:
+        parsed = ModelCard(whole)
+        parsed.data = CardData(**{**facts, **parsed.data.to_dict()})  # type: ignore[no-untyped-call]
+        return str(parsed)
+    except _ODD:
+        return whole
+
+
 def restore_card(output: Path) -> None:
     """Put the source's card back, in a folder with the files of a Tucker checkpoint."""
     kept = output / SOURCE_CARD
@@ -147,6 +174,8 @@ def _card(source_card: str, manifest: TuckerManifest) -> str:
         share=after.routed_parameters / before.routed_parameters,
         after=after.routed_parameters,
         before=before.routed_parameters,
+        bits=after.bits_per_weight(before),
+        recipe=yaml.safe_dump(_recipe(manifest), sort_keys=False),
         bytes_after=after.total_bytes,
         bytes_before=before.total_bytes,
         how=how,
@@ -155,6 +184,8 @@ def _card(source_card: str, manifest: TuckerManifest) -> str:
     own: dict[str, Any] = {"library_name": "transformers"}
     if not Path(model).exists():
         own["base_model"] = model
+        if manifest.cores is not None:
+            own["base_model_relation"] = "quantized"
     facts = _facts_of(source_card)
     tags = facts.get("tags")
     named = {str(tag) for tag in (tags if isinstance(tags, list) else ()) if _is_word(tag)}
@@ -162,6 +193,16 @@ def _card(source_card: str, manifest: TuckerManifest) -> str:
         return _rendered(text, {**facts, **own, "tags": sorted({*named, "tuckerize"})})
     except _ODD:
         return _rendered(text, {**own, "tags": ["tuckerize"]})
+
+
+def _recipe(manifest: TuckerManifest) -> dict[str, Any]:
+    """The recipe, with texts by name: their folders are of another machine."""
+    recipe = dict(manifest.recipe)
+    calibration = recipe.get("calibration")
+    if isinstance(calibration, dict) and isinstance(calibration.get("texts"), list):
+        texts = [Path(str(text)).name for text in calibration["texts"]]
+        recipe["calibration"] = {**calibration, "texts": texts}
+    return recipe
 
 
 def _rendered(text: str, facts: dict[str, Any]) -> str:

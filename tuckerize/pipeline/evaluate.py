@@ -34,6 +34,7 @@ from tuckerize.pipeline.divergence import (
     experts_changed,
     exponential,
 )
+from tuckerize.pipeline.evaluation_record import keep_evaluation
 from tuckerize.progress import Progress, SilentProgress
 from tuckerize.recipe_files import Texts, list_of_texts
 from tuckerize.report import Divergence, EvaluateReport, Evaluation
@@ -146,7 +147,8 @@ class EvaluateRequest:
 def evaluate(request: EvaluateRequest, progress: Progress | None = None) -> EvaluateReport:
     """Measure perplexities on a text, and with `against` how far the predictions are apart.
 
-    One decoder layer is in memory at a time, and of all tokens their hidden states.
+    One decoder layer is in memory at a time, and of all tokens their hidden states. A Tucker
+    checkpoint keeps its comparison with a dense model, for `report` and `push`.
 
     Args:
         request: The checkpoints and the text.
@@ -160,8 +162,9 @@ def evaluate(request: EvaluateRequest, progress: Progress | None = None) -> Eval
         >>> [result.perplexity for result in evaluate(request).results]  # doctest: +SKIP
     """
     names = [name for name in (request.against, request.model) if name is not None]
-    return measure_perplexity(
-        [resolve_model(str(name)) for name in names],
+    folders = [resolve_model(str(name)) for name in names]
+    report = measure_perplexity(
+        folders,
         list_of_texts(request.text),
         tokens=request.tokens,
         window=request.window,
@@ -169,6 +172,10 @@ def evaluate(request: EvaluateRequest, progress: Progress | None = None) -> Eval
         device=choose_device(Device.parse(request.device)),
         progress=progress or SilentProgress(),
     )
+    own = open_evaluated(folders[-1]).tucker
+    if own is None or len(folders) == 1 or is_tucker_checkpoint(folders[0]):
+        return report
+    return keep_evaluation(own, report)
 
 
 def measure_perplexity(

@@ -21,6 +21,7 @@ from tuckerize.format.manifest import (
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 from tuckerize.format.warnings import warnings_of
 from tuckerize.healing.result import LOG
+from tuckerize.pipeline.evaluation_record import evaluation_rows, find_evaluation
 from tuckerize.pipeline.report.charts import chart
 from tuckerize.pipeline.report.page import (
     GENERATOR,
@@ -86,6 +87,7 @@ def _page(opened: dict[str, TuckerCheckpoint]) -> str:
     for name, tucker in opened.items():
         of = f" of {name}" if len(opened) > 1 else ""
         sections += [
+            *_quality(tucker, of),
             *_healing(tucker, of),
             *_verifications(tucker, of),
             section(
@@ -153,6 +155,13 @@ def _bytes(tucker: TuckerCheckpoint, layer: int) -> int:
 def _record(manifest: TuckerManifest, layer: int, field: str) -> float | None:
     records: dict[int, LayerRecord] = {record.layer: record for record in manifest.calibrated}
     return getattr(records[layer], field) if layer in records else None
+
+
+def _quality(tucker: TuckerCheckpoint, of: str) -> list[str]:
+    found = find_evaluation(tucker)
+    if found is None:
+        return []
+    return [section(f"Quality{of}", table(("measured", ""), evaluation_rows(found)))]
 
 
 def _healing(tucker: TuckerCheckpoint, of: str) -> list[str]:
