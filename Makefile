@@ -15,7 +15,7 @@ VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install -
 TRANSFORMERS ?= 5.14.1 5.16.1 5.19.0 $(shell sed -n 's/^transformers==//p' constraints.txt)
 TRANSFORMERS_VENVS := $(TRANSFORMERS:%=$(VENV)-transformers-%)
 
-.PHONY: demo docs test check format fuzz full-width accelerator test-install test-kill test-lowest test-npu \
+.PHONY: demo docs test check format fuzz full-width accelerator test-families test-install test-kill test-lowest test-npu \
 	test-transformers test-vllm test-lm-eval clean help
 .DEFAULT_GOAL := help
 
@@ -67,6 +67,9 @@ fuzz: $(VENV)/.installed-dev  ## Search for damaged files that are not refused (
 	$(if $(filter atheris,$(FUZZ_ENGINE)),$(PIP) atheris==3.0.0)
 	FUZZ_SECONDS=$(FUZZ_SECONDS) FUZZ_ENGINE=$(FUZZ_ENGINE) \
 		$(BIN)/python -m pytest tests/fuzz -m fuzz -rA --timeout 0 -q
+
+test-families: $(VENV)/.installed-dev  ## The calibrated job on every family (minutes)
+	$(BIN)/python -m pytest tests/integration/test_calibrated_families.py -m "families or not families"
 
 test-kill: $(VENV)/.installed-dev  ## Kills and faults at every change of the file system, and under torchrun
 	$(BIN)/python -m pytest tests/reliability -m kill -s

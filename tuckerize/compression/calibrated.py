@@ -240,7 +240,7 @@ class Refine:
 
     def __call__(self, layer: LayerFactors) -> LayerFactors:
         """Refine a layer, and measure its output error on the validation set."""
-        module = self.calibration.module(layer.layer, [group.tensors() for group in layer.groups])
+        module = self.calibration.module(layer.layer, [_own_tensors(own) for own in layer.groups])
         steps = self.calibration.settings.refine
         dense = all(group.target.is_dense(group.dense.shape) for group in layer.groups)
         if dense or not steps or not len(self.held_out.x_TI):
@@ -269,6 +269,15 @@ class Refine:
     def _dense_output(self, tokens: LayerTokens) -> Tensor:
         output_TI: Tensor = self.dense(*tokens)
         return output_TI
+
+
+def _own_tensors(group: GroupFactors) -> dict[TensorName, Tensor]:
+    """Tensors of a group that can be changed: those that are still the dense ones are copied."""
+    dense = {own.data_ptr() for own in (*group.dense.stacks.values(), *group.dense.biases.values())}
+    return {
+        name: tensor.clone() if tensor.data_ptr() in dense else tensor
+        for name, tensor in group.tensors().items()
+    }
 
 
 def orthonormalise(layer: LayerFactors) -> LayerFactors:

@@ -17,6 +17,7 @@ from tuckerize.moe.readers import (
     RoutingReader,
     clamped_glu,
     deepseek_v2_routing,
+    kolibri_routing,
     llama4_routing,
     openai_glu,
     router,
@@ -149,6 +150,7 @@ FAMILIES: Mapping[str, FamilyRow] = {
             "ffn",
             names=W1_W3_W2,
             correction="gate.bias",
+            expert_table="ffn.gate.tid2eid",
             input_norm="ffn_norm.weight",
             also_sized="shared_experts",
             glu=clamped_glu,
@@ -175,6 +177,10 @@ FAMILIES: Mapping[str, FamilyRow] = {
             correction="expert_bias",
             also_sized="others",
             models="Hy3",
+        ),
+        replace(
+            _row("kolibri1", kolibri_routing, models="Kolibri 1"),
+            correction="moe.router.expert_bias",
         ),
         _row(
             "mistral4",
@@ -291,7 +297,6 @@ FAMILIES: Mapping[str, FamilyRow] = {
             )
             for model_type in ("aria", "aria_text")
         ),
-        # Its router reads the residual stream, with a norm and factors of its own.
         *(
             FamilyRow(
                 model_type,
@@ -299,6 +304,8 @@ FAMILIES: Mapping[str, FamilyRow] = {
                 experts="experts",
                 storages=(packed("experts"),),
                 router="router.proj.weight",
+                router_scale="router.scale",
+                expert_scale="router.per_expert_scale",
                 input_norm="pre_feedforward_layernorm_2.weight",
                 models="Gemma 4 26B-A4B",
             )

@@ -48,6 +48,7 @@ class Routing:
         top_groups: Expert groups per token.
         group_score: Score of a group: its best expert's, or the sum of its two best.
         jitter: Relative distance from the best logit within which `sparsemixer` keeps experts.
+        corrects_logits: Whether the correction is added to logits, and not to scores.
         scales_inputs: Whether a weight scales the token before its expert, and not the output.
     """
 
@@ -59,6 +60,7 @@ class Routing:
     top_groups: int = 1
     group_score: Literal["best", "two_best"] = "best"
     jitter: float = 0.0
+    corrects_logits: bool = False
     scales_inputs: bool = False
 
 
@@ -104,6 +106,12 @@ class FamilyRow:
         router_bias: Bias of its logits, where the family has one, shape (E,).
         correction: What is added to scores to choose experts by, where the family has it,
             shape (E,).
+        router_scale: Factors of the router's input, where it reads the residual stream with a norm
+            of its own (Gemma 4), shape (I,).
+        expert_scale: Factors of the experts' routing weights, where the family has them, shape
+            (E,).
+        expert_table: Experts of every token of the vocabulary, in layers that choose them so
+            (DeepSeek-V4), shape (V, k).
         input_norm: Weight of the norm before the MoE block, shape (I,); None if it has no such.
         norm_offset: What the norm adds to its weight.
         experts_keys: Configuration keys of the number of routed experts; the first one present
@@ -123,6 +131,9 @@ class FamilyRow:
     router: str
     router_bias: str | None = None
     correction: str | None = None
+    router_scale: str | None = None
+    expert_scale: str | None = None
+    expert_table: str | None = None
     input_norm: str | None = "post_attention_layernorm.weight"
     norm_offset: float = 0.0
     experts_keys: tuple[str, ...] = EXPERTS_KEYS

@@ -16,6 +16,12 @@ from tuckerize.domain import Projection, StackShape
 from tuckerize.moe.family import SHARED_KEYS, Config, Family, text_config
 
 _SHARED_MODULES = ("shared_experts", "shared_expert", "shared_mlp")
+# Names of their projections on disk; Hy4 has a `linear_gate`.
+_SHARED_NAMES = {
+    Projection.GATE: ("gate_proj", "linear_gate", "w1"),
+    Projection.UP: ("up_proj", "w3"),
+    Projection.DOWN: ("down_proj", "w2"),
+}
 
 
 def can_narrow(family: Family) -> bool:
@@ -30,7 +36,11 @@ def shared_expert_names(
     if family.row.also_sized != "shared_experts":
         return []
     block = family.row.experts.rpartition(".")[0]
-    names = (family.name(layer, f"{block}.{m}.{projection}.weight") for m in _SHARED_MODULES)
+    names = (
+        family.name(layer, f"{block}.{module}.{name}.weight")
+        for module in _SHARED_MODULES
+        for name in _SHARED_NAMES[projection]
+    )
     return [name for name in names if name in present]
 
 

@@ -90,6 +90,11 @@ def llama4_routing(config: Config) -> Routing:
     return replace(routing, scales_inputs=True)
 
 
+def kolibri_routing(config: Config) -> Routing:
+    """Routing of Kolibri, which corrects logits and weighs by sigmoids."""
+    return replace(router("sigmoid", default_normalize=True)(config), corrects_logits=True)
+
+
 def clamped_glu(config: Config, layer: int) -> Glu:
     """SwiGLU of bounded gate and up (DeepSeek-V4's)."""
     return replace(plain_glu(config, layer), limit=float(config.get("swiglu_limit", 10.0)))

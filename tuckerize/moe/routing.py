@@ -13,11 +13,17 @@ from tuckerize.moe.family import Family, Routing
 
 
 class Router(NamedTuple):
-    """Tensors of a router: weight (E, I), bias of its logits (E,), correction of scores (E,)."""
+    """Tensors of a router: weight (E, I), bias of its logits (E,), correction of scores (E,).
+
+    Gemma 4 has factors of the experts' weights (E,) as well, and DeepSeek-V4 has layers where a
+    table gives the k experts of every token of the vocabulary, shape (V, k).
+    """
 
     weight_EI: Tensor
     bias_E: Tensor | None = None
     correction_E: Tensor | None = None
+    scale_E: Tensor | None = None
+    experts_Vk: Tensor | None = None
 
     @classmethod
     def read(cls, checkpoint: Checkpoint, family: Family, layer: int) -> Router:
@@ -29,10 +35,19 @@ class Router(NamedTuple):
 
         def find(below: str | None) -> Tensor | None:
             name = family.name(layer, below or "")
-            return checkpoint.read_one(name).flatten() if name in checkpoint.tensors else None
+            return checkpoint.read_one(name) if name in checkpoint.tensors else None
 
-        weight_EI = checkpoint.read_one(family.name(layer, family.row.router))
-        return cls(weight_EI, find(family.row.router_bias), find(family.row.correction))
+        row = family.row
+        weight_EI = checkpoint.read_one(family.name(layer, row.router))
+        if (scale_I := find(row.router_scale)) is not None:  # of what the norm before the experts
+            scale_I = scale_I.float() / read_input_norm(checkpoint, family, layer)  # scales, too
+            weight_EI = weight_EI.float() * scale_I / weight_EI.shape[1] ** 0.5
+        vectors = [find(name) for name in (row.router_bias, row.correction, row.expert_scale)]
+        return cls(
+            weight_EI,
+            *(own if own is None else own.flatten() for own in vectors),
+            find(row.expert_table),
+        )
 
 
 def read_input_norm(checkpoint: Checkpoint, family: Family, layer: int) -> Tensor:
@@ -54,13 +69,16 @@ class Routes(NamedTuple):
     weights: Tensor
 
 
-def route(x_TI: Tensor, router: Router, routing: Routing) -> Routes:
+def route(
+    x_TI: Tensor, router: Router, routing: Routing, tokens_T: Tensor | None = None
+) -> Routes:
     """Route tokens: scores of all experts, then top-k, as transformers' routers do, in float32.
 
     Args:
         x_TI: Tokens, shape (T, I).
         router: Tensors of the router.
         routing: Score function, top-k, scale and expert groups.
+        tokens_T: Their places in the vocabulary, where a table of the router gives the experts.
 
     Returns:
         Expert indices (int64) and float32 weights, scaled, and normalised where the family does so.
@@ -74,16 +92,29 @@ def route(x_TI: Tensor, router: Router, routing: Routing) -> Routes:
     if routing.score == "sparsemixer":
         return _sparsemixer(logits_TE, routing)
     scores_TE = _scores(logits_TE, routing)
-    choice_TE = scores_TE
-    if router.correction_E is not None:
-        choice_TE = scores_TE + router.correction_E.float()
-    if routing.groups > 1:
-        choice_TE = _best_groups(choice_TE, routing)
-    experts_Tk = choice_TE.topk(routing.top_k, dim=-1).indices
+    chosen_by_TE = logits_TE if routing.corrects_logits else scores_TE
+    experts_Tk = _choice(chosen_by_TE, router, routing, tokens_T)
     weights_Tk = scores_TE.gather(1, experts_Tk)
     if routing.normalize:
         weights_Tk = weights_Tk / weights_Tk.sum(dim=-1, keepdim=True)
+    if router.scale_E is not None:
+        weights_Tk = weights_Tk * router.scale_E.float()[experts_Tk]
     return Routes(experts_Tk, weights_Tk * routing.scale)
+
+
+def _choice(
+    choice_TE: Tensor, router: Router, routing: Routing, tokens_T: Tensor | None
+) -> Tensor:
+    """Experts of tokens, shape (T, k)."""
+    if router.experts_Vk is not None:
+        if tokens_T is None:
+            raise ValueError("the router looks at the tokens: give them")
+        return router.experts_Vk[tokens_T].long()
+    if router.correction_E is not None:
+        choice_TE = choice_TE + router.correction_E.float()
+    if routing.groups > 1:
+        choice_TE = _best_groups(choice_TE, routing)
+    return choice_TE.topk(routing.top_k, dim=-1).indices
 
 
 def _scores(logits_TE: Tensor, routing: Routing) -> Tensor:

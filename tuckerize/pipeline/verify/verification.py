@@ -270,8 +270,12 @@ def _case(run: Verification, layer: int, tokens: int) -> _Case:
     x_TI = torch.randn(run.tokens, tucker.manifest.shape.hidden, generator=generator)
     x_TI *= model.input_norm(layer)
     x_TI = functional.pad(x_TI, (0, 0, 0, tokens - run.tokens)).to(run.torch_dtype).float()
-    routes = route(x_TI, model.router(layer), tucker.family.routing(tucker.config))
-    if tucker.family.routing(tucker.config).scales_inputs:
+    router, routing = model.router(layer), tucker.family.routing(tucker.config)
+    tokens_T = None
+    if router.experts_Vk is not None:
+        tokens_T = torch.randint(len(router.experts_Vk), (tokens,), generator=generator)
+    routes = route(x_TI, router, routing, tokens_T)
+    if routing.scales_inputs:
         x_TI = (x_TI * routes.weights).to(run.torch_dtype).float()
         routes = routes._replace(weights=torch.ones_like(routes.weights))
     places = range(tucker.manifest.groups)
