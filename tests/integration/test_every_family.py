@@ -320,7 +320,7 @@ def test_router_without_its_correction_reads_as_none(tmp_path: Path) -> None:
     assert Router.read(source.checkpoint, source.moe.family, 1).correction_E is None
 
 
-NEVER_NARROW = {"aria", "aria_text", "hunyuan_v1_moe", "hy_v3", "jamba"}
+NEVER_NARROW = {"aria", "aria_text", "deepseek_v4", "hunyuan_v1_moe", "hy_v3", "jamba"}
 """Families whose other modules are as wide as their experts, by the same configuration key."""
 
 
@@ -328,7 +328,7 @@ NEVER_NARROW = {"aria", "aria_text", "hunyuan_v1_moe", "hy_v3", "jamba"}
     "name",
     [
         *sorted({*NEVER_NARROW, "glm_moe_dsa", "bailing_hybrid"}),
-        *("deepseek_v4", "hy_v4"),  # their shared experts have names of their own
+        "hy_v4",  # its shared experts have a name of their own
         *("deepseek_v2", "ernie4_5_moe", "glm4_moe", "gpt_oss", "granitemoehybrid", "minimax_m2"),
         *("mistral4", "mixtral", "qwen3_5_moe"),
     ],

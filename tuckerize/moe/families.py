@@ -152,7 +152,7 @@ FAMILIES: Mapping[str, FamilyRow] = {
             correction="gate.bias",
             expert_table="ffn.gate.tid2eid",
             input_norm="ffn_norm.weight",
-            also_sized="shared_experts",
+            also_sized="others",  # transformers has one shared expert, whatever config.json says
             glu=clamped_glu,
             models="DeepSeek-V4-Flash, Pro",
         ),

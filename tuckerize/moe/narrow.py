@@ -16,12 +16,8 @@ from tuckerize.domain import Projection, StackShape
 from tuckerize.moe.family import SHARED_KEYS, Config, Family, text_config
 
 _SHARED_MODULES = ("shared_experts", "shared_expert", "shared_mlp")
-# Names of their projections on disk; Hy4 has a `linear_gate`.
-_SHARED_NAMES = {
-    Projection.GATE: ("gate_proj", "linear_gate", "w1"),
-    Projection.UP: ("up_proj", "w3"),
-    Projection.DOWN: ("down_proj", "w2"),
-}
+# Names on disk of their gate_proj; Hy4 has the second.
+_GATES = (Projection.GATE.value, "linear_gate")
 
 
 def can_narrow(family: Family) -> bool:
@@ -36,10 +32,11 @@ def shared_expert_names(
     if family.row.also_sized != "shared_experts":
         return []
     block = family.row.experts.rpartition(".")[0]
+    own = _GATES if projection == Projection.GATE else (projection.value,)
     names = (
         family.name(layer, f"{block}.{module}.{name}.weight")
         for module in _SHARED_MODULES
-        for name in _SHARED_NAMES[projection]
+        for name in own
     )
     return [name for name in names if name in present]
 

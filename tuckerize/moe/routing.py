@@ -69,9 +69,7 @@ class Routes(NamedTuple):
     weights: Tensor
 
 
-def route(
-    x_TI: Tensor, router: Router, routing: Routing, tokens_T: Tensor | None = None
-) -> Routes:
+def route(x_TI: Tensor, router: Router, routing: Routing, tokens_T: Tensor | None = None) -> Routes:
     """Route tokens: scores of all experts, then top-k, as transformers' routers do, in float32.
 
     Args:
@@ -102,9 +100,7 @@ def route(
     return Routes(experts_Tk, weights_Tk * routing.scale)
 
 
-def _choice(
-    choice_TE: Tensor, router: Router, routing: Routing, tokens_T: Tensor | None
-) -> Tensor:
+def _choice(choice_TE: Tensor, router: Router, routing: Routing, tokens_T: Tensor | None) -> Tensor:
     """Experts of tokens, shape (T, k)."""
     if router.experts_Vk is not None:
         if tokens_T is None:
