@@ -42,12 +42,17 @@ class Router(NamedTuple):
         if (scale_I := find(row.router_scale)) is not None:  # of what the norm before the experts
             scale_I = scale_I.float() / read_input_norm(checkpoint, family, layer)  # scales, too
             weight_EI = weight_EI.float() * scale_I / weight_EI.shape[1] ** 0.5
-        vectors = [find(name) for name in (row.router_bias, row.correction, row.expert_scale)]
         return cls(
             weight_EI,
-            *(own if own is None else own.flatten() for own in vectors),
-            find(row.expert_table),
+            bias_E=_flat(find(row.router_bias)),
+            correction_E=_flat(find(row.correction)),
+            scale_E=_flat(find(row.expert_scale)),
+            experts_Vk=find(row.expert_table),
         )
+
+
+def _flat(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.flatten()
 
 
 def read_input_norm(checkpoint: Checkpoint, family: Family, layer: int) -> Tensor:
