@@ -7,7 +7,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForTokenClassification,
+)
 from transformers.utils import logging
 
 from tuckerize.moe.families import FAMILIES
@@ -135,6 +140,24 @@ OWN: dict[str, dict[str, Any]] = {
     "glm4v_moe": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}
     },
+    "inkling2_text": {
+        "layer_types": ["hybrid_sliding", "hybrid"],
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 2,
+        "swa_head_dim": 8,
+        "sliding_window_size": 8,
+        "unpadded_vocab_size": 64,
+        "d_rel": 4,
+        "rel_extent": 16,
+        "n_layers_per_attn_res_block": 1,
+        "mlp_gate_softcap": 0.3,
+        "mlp_up_softcap": 0.5,
+    },
+    "openai_privacy_filter": {
+        "sliding_window": 8,
+        "swiglu_limit": 0.5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
     "glm_moe_dsa": {"index_topk": 4, "index_n_heads": 2, "index_head_dim": 16},
     "gemma4_text": {
         "layer_types": ["sliding_attention", "full_attention"],
@@ -195,7 +218,13 @@ INFERRED = (
 )
 """Families that are not in the table, and whose tensors tell everything."""
 
-CALIBRATED = (*FAMILY_NAMES, *INFERRED)
+DATA_FREE = {
+    "inkling2_text": "its layers read the hidden states of several before them",
+    "openai_privacy_filter": "predicts no text",
+}
+"""Families that are not calibrated, and what the error says."""
+
+CALIBRATED = tuple(name for name in (*FAMILY_NAMES, *INFERRED) if name not in DATA_FREE)
 """Families that are calibrated, sharded, verified, evaluated and reconstructed."""
 
 CALIBRATED_OFTEN = (
@@ -303,8 +332,10 @@ def auto_class(folder: Path) -> Any:  # noqa: ANN401
 
 
 def _auto_class(config: Any) -> Any:  # noqa: ANN401
-    images = type(config) in AutoModelForImageTextToText._model_mapping
-    return AutoModelForImageTextToText if images else AutoModelForCausalLM
+    others = (AutoModelForImageTextToText, AutoModelForTokenClassification)
+    known = (kind for kind in others if type(config) in kind._model_mapping)
+    causal = type(config) in AutoModelForCausalLM._model_mapping
+    return AutoModelForCausalLM if causal else next(known)
 
 
 def make_family(folder: Path, model_type: str, *, seed: int = 0, **own: Any) -> Path:  # noqa: ANN401

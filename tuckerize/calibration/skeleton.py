@@ -32,9 +32,13 @@ def build_empty(source: Checkpoint, device: torch.device, dtype: torch.dtype | N
         with torch.device("meta"), warnings.catch_warnings():
             # Of a model without shared experts, which has empty tensors in their place.
             warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
-            auto: Any = AutoModelForCausalLM
-            if type(config) not in auto._model_mapping:  # a model of texts and images
-                auto = AutoModelForImageTextToText
+            kinds: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText)
+            auto = next((kind for kind in kinds if type(config) in kind._model_mapping), None)
+            if auto is None:
+                raise CheckpointError(
+                    f"a model of type '{config.model_type}' predicts no text",
+                    hint="decompose it without --calibration",
+                )
             model = auto.from_config(config, dtype=dtype, trust_remote_code=False)
     except (*_INVALID, StrictDataclassError) as error:
         raise CheckpointError(

@@ -85,14 +85,21 @@ are in `tuckerize.json`.
 """
 
 
+# transformers' loaders of architectures, by the end of their names.
+_AUTO = {
+    "ForConditionalGeneration": "AutoModelForImageTextToText",
+    "ForTokenClassification": "AutoModelForTokenClassification",
+}
+
+
 def with_loader(config: dict[str, Any]) -> dict[str, Any]:
     """A config.json whose `auto_map` names our loader in place of the source's own classes."""
     kept = {key: value for key, value in config.items() if key != "auto_map"}
     architecture = _architecture(config)
     if architecture is None:
         return kept
-    several = architecture.endswith("ForConditionalGeneration")  # of text and images
-    auto = "AutoModelForImageTextToText" if several else "AutoModelForCausalLM"
+    own = (auto for ending, auto in _AUTO.items() if architecture.endswith(ending))
+    auto = next(own, "AutoModelForCausalLM")
     return {**kept, "auto_map": {auto: f"{LOADER}.{architecture}"}}
 
 

@@ -17,9 +17,11 @@ from tuckerize.moe.readers import (
     RoutingReader,
     clamped_glu,
     deepseek_v2_routing,
+    inkling_glu,
     kolibri_routing,
     llama4_routing,
     openai_glu,
+    privacy_filter_routing,
     router,
     step_glu,
 )
@@ -30,6 +32,7 @@ LAYERS = (
     "model.language_model.layers",
     "language_model.model.layers",
     "model.text_model.layers",
+    "model.llm.layers",
     "layers",
 )
 """Modules of the decoder layers in checkpoints, the first that has experts counts."""
@@ -120,6 +123,24 @@ FAMILIES: Mapping[str, FamilyRow] = {
             router_bias="router.bias",
             glu=openai_glu,
             models="gpt-oss-20b, 120b",
+        ),
+        _row(
+            "openai_privacy_filter",
+            privacy_filter_routing,
+            storages=(replace(packed("mlp.experts"), transposed=True, biased=True),),
+            router="router.weight",
+            router_bias="router.bias",
+            glu=openai_glu,
+            models="OpenAI Privacy Filter, which classifies tokens",
+        ),
+        _row(
+            "inkling2_text",
+            router("sigmoid", normalize=True),
+            storages=(Packed("mlp.experts.w13_weight", "mlp.experts.w2_weight", interleaved=True),),
+            correction="gate.bias",
+            input_norm="mlp_norm.weight",
+            glu=inkling_glu,
+            models="Inkling 2, without images",
         ),
         _row(
             "llama4_text",
@@ -335,13 +356,11 @@ FAMILIES: Mapping[str, FamilyRow] = {
 UNSUPPORTED: Mapping[str, str] = {
     "dbrx": "all experts of a projection are one matrix, without a dimension of experts",
     "doge": "experts are rows of an embedding",
-    "inkling2_text": "gate and up are bounded by soft caps",
     "jetmoe": "attention has experts as well, and gate and up are one matrix",
-    "longcat_flash": "some of the experts that the router chooses from are the identity",
+    "longcat_flash": "transformers loads no checkpoint that lacks weights of its identity experts",
     "muse_spark_text": "a norm follows the experts",
-    "nemotron_h": "experts have no gate_proj",
+    "nemotron_h": "experts have no gate_proj, which our format takes for given",
     "nllb-moe": "experts are those of an encoder and a decoder, without gate_proj",
-    "openai_privacy_filter": "it classifies tokens, and is no language model",
     "switch_transformers": "experts are those of an encoder and a decoder, without gate_proj",
 }
 """MoE families that are refused, and why."""

@@ -74,6 +74,8 @@ class Glu:
         offset: Added to up.
         limit: Bound on gate from above and on up from both sides; None if there is none.
         limits_activated: Whether f(gate) is bounded, not gate.
+        soft_caps: Bounds on gate and on up by tanh; the sigmoid in SiLU sees gate without. None if
+            there are none.
     """
 
     activation: str = "silu"
@@ -81,6 +83,7 @@ class Glu:
     offset: float = 0.0
     limit: float | None = None
     limits_activated: bool = False
+    soft_caps: tuple[float, float] | None = None
 
 
 def plain_glu(config: Config, layer: int) -> Glu:  # noqa: ARG001

@@ -109,6 +109,18 @@ def openai_glu(config: Config, layer: int) -> Glu:  # noqa: ARG001
     )
 
 
+def privacy_filter_routing(config: Config) -> Routing:
+    """Routing of OpenAI's Privacy Filter, whose output is multiplied by k again."""
+    routing = router(normalize=True)(config)
+    return replace(routing, scale=1 / routing.top_k)
+
+
+def inkling_glu(config: Config, layer: int) -> Glu:
+    """SwiGLU whose linear factors tanh bounds (Inkling 2's)."""
+    caps = float(config["mlp_gate_softcap"]), float(config["mlp_up_softcap"])
+    return replace(plain_glu(config, layer), soft_caps=caps)
+
+
 def step_glu(config: Config, layer: int) -> Glu:
     """SwiGLU whose bounds the layers have of their own; 0 or null is none."""
     limits = config.get("swiglu_limits")

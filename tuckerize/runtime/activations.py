@@ -37,7 +37,11 @@ class _GatedLinearUnit:
         if glu.limit is not None:
             up = up.clamp(-glu.limit, glu.limit)
             gate = gate if glu.limits_activated else gate.clamp(max=glu.limit)
-        if glu.slope == 1.0:
+        if glu.soft_caps is not None:
+            gate_cap, up_cap = glu.soft_caps
+            activated = gate_cap * torch.tanh(gate / gate_cap) * torch.sigmoid(gate)
+            up = up_cap * torch.tanh(up / up_cap)
+        elif glu.slope == 1.0:
             activated = _FUNCTIONS[glu.activation](gate)
         else:
             activated = gate * torch.sigmoid(gate * glu.slope)
