@@ -254,7 +254,8 @@ Qwen3-Next and Qwen3.5 beside the layers (`mtp.layers`). Their experts are compr
 others, but always without calibration: they read what no pass over the model computes, and since drafts are checked an error of
 theirs costs time, not tokens. `--mtp copy` leaves them as they are, as does `--target any-engine`, and as do experts of
 another layout or size than the model's. Tested: DeepSeek-V3, GLM-4-MoE, Qwen3-Next. transformers leaves such layers out; vLLM
-loads them for speculative decoding only, which was not tried with factored ones: use `--mtp copy` there.
+loads them for speculative decoding only, and the plugin refuses factored ones that follow the last layer: decompose with
+`--mtp copy`. Those of Qwen3-Next and Qwen3.5 it loads; the engine cannot run them on a CPU, dense or factored.
 
 ## Odd checkpoints
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,6 +40,7 @@ from tuckerize.checkpoint.files import read_json_object, write_json
 from tuckerize.domain import Projection
 from tuckerize.errors import CheckpointError
 from tuckerize.moe.source import SourceModel
+from tuckerize.progress import SilentProgress
 
 FULL = "full,full,full"
 ANNOUNCED = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
@@ -297,6 +299,76 @@ def test_gptq_and_awq_load_where_the_rest_is_dequantized(
     tensors = stored_tensors(oracle) | {name: own.float() for name, own in dense.items()}
     save_file(tensors, oracle / "model.safetensors", metadata={"format": "pt"})
     torch.testing.assert_close(logits_of(out), logits_of(oracle), rtol=1e-4, atol=1e-4)
+
+
+class Notes(SilentProgress):
+    """Keeps the notes."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def note(self, text: str) -> None:
+        """Keep a note."""
+        self.found.append(text)
+
+
+@pytest.mark.parametrize(
+    ("kind", "experts", "rest"),
+    [
+        ("fp8", None, None),
+        ("pack-quantized", None, None),
+        ("mxfp4-pack-quantized", None, None),
+        ("asymmetric", "cannot load packed integers", None),
+        ("int-quantized", "cannot load INT8", None),
+        ("nvfp4-pack-quantized", "loads wrong values for NVFP4", None),
+        ("gptq", "loads random values for GPTQ", "gptqmodel and optimum installed"),
+        ("awq", "loads random values for AWQ", "gptqmodel installed"),
+    ],
+)
+def test_what_transformers_will_not_load_is_named_before_the_work(
+    plain: dict[torch.dtype, Path],
+    tmp_path: Path,
+    kind: str,
+    experts: str | None,
+    rest: str | None,
+) -> None:
+    quantize_model(plain[torch.bfloat16], tmp_path / "q", kind)
+
+    def notes(**options: Any) -> list[str]:  # noqa: ANN401
+        progress = Notes()
+        preview(DecomposeRequest(model=tmp_path / "q", rank="full,full,50%", **options), progress)
+        return progress.found
+
+    assert not notes(dequantize_rest=True, layers="1")
+    of_rest = notes()
+    assert [rest in note for note in of_rest if rest] == [True] * bool(rest)
+    assert len(of_rest) == bool(rest)
+    first, *others = [*notes(layers="1"), ""]
+    assert len(others) == bool(rest) + bool(experts)
+    if experts:
+        assert f"{experts} experts, which layer 2 keeps" in first
+        assert "--dequantize-rest" in first
+        assert all(rest in note for note in others[:-1] if rest)
+
+
+@pytest.mark.parametrize("kind", ["int-quantized", "asymmetric", "nvfp4-pack-quantized"])
+def test_experts_that_transformers_does_not_load_are_loaded_where_the_rest_is_dense(
+    plain: dict[torch.dtype, Path], tmp_path: Path, kind: str
+) -> None:
+    """Once this fails for the source, the note on it can go."""
+    quantize_model(plain[torch.bfloat16], tmp_path / "q", kind)
+    request = DecomposeRequest(
+        model=tmp_path / "q", output=tmp_path / "out", rank=FULL, layers="1", dequantize_rest=True
+    )
+    decompose(request)
+    reconstruct(ReconstructRequest(folder=tmp_path / "out", output=tmp_path / "dense"))
+    expected, logits = logits_of(tmp_path / "dense"), logits_of(tmp_path / "out")
+    assert float((logits - expected).norm()) < 0.05 * float(expected.norm())
+    try:
+        wrong = logits_of(tmp_path / "q")
+    except RuntimeError:
+        return
+    assert float((wrong - expected).norm()) > 0.5 * float(expected.norm())
 
 
 def test_deepseek_v4_has_mxfp4_experts_beside_fp8(tmp_path: Path) -> None:

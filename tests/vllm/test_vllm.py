@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,32 +28,14 @@ import tuckerize  # noqa: F401  # teaches transformers to load Tucker checkpoint
 from tests.quantized_models import quantize_model
 from tests.running import ROOT, succeed
 from tests.tiny_models import add_tokenizer, make_tiny_family, write_text
+from tests.vllm.running import SECONDS, Found, decompose, reconstruct, run
 from tuckerize.format.config import GroupShape, TuckerQuantization
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
-ENGINE = Path(__file__).with_name("engine.py")
-SECONDS = 600
 # Of log-probabilities: sums in another order in float32.
 EXACT = 1e-4
-
-Found = dict[str, Any]
-
-
-def run(folders: Sequence[Path], *options: str) -> list[Found]:
-    """What the engine gives with each of the checkpoints, see engine.py."""
-    result = subprocess.run(
-        [sys.executable, ENGINE, *folders, *options],
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=False,
-    )
-    lines = [line for line in result.stdout.splitlines() if line.startswith("FOUND")]
-    assert len(lines) == len(folders), result.stdout[-3000:] + result.stderr[-3000:]
-    return [json.loads(line.removeprefix("FOUND")) for line in lines]
 
 
 def differences(found: Found, expected: Found) -> Iterator[tuple[float, float]]:
@@ -78,19 +60,6 @@ def assert_same_up_to_ties(found: Found, expected: Found, tolerance: float) -> N
     for difference, advantage in differences(found, expected):
         assert difference < tolerance
         assert advantage < 2 * tolerance
-
-
-def decompose(model: Path, output: Path, *options: str | Path) -> Path:
-    """A Tucker checkpoint of a model."""
-    succeed("decompose", "--model", model, *options, "--output", output)
-    return output
-
-
-def reconstruct(checkpoint: Path) -> Path:
-    """The dense model that a checkpoint stands for, beside it."""
-    dense = checkpoint.with_name(f"{checkpoint.name}-reconstructed")
-    succeed("reconstruct", checkpoint, "--output", dense)
-    return dense
 
 
 @pytest.fixture(scope="module", params=["deepseek_v2", "olmoe", "qwen3_moe"])

@@ -387,9 +387,14 @@ def glu_of(config: Config, experts: str) -> Glu:
 
 def is_further(config: Config, experts: str) -> bool:
     """Whether a module of experts belongs to a layer that predicts further tokens."""
-    depth = text_config(config).get("num_hidden_layers")
     beside = experts.startswith(tuple(f"{module}." for module in FURTHER_LAYERS))
-    return beside or (isinstance(depth, int) and _layer_in(experts) >= depth)
+    return beside or is_after_last(config, experts)
+
+
+def is_after_last(config: Config, experts: str) -> bool:
+    """Whether a module of experts belongs to a layer after the last one of the decoder."""
+    depth = text_config(config).get("num_hidden_layers")
+    return isinstance(depth, int) and _layer_in(experts) >= depth
 
 
 def _layer_in(module: str) -> int:

@@ -23,6 +23,7 @@ from tuckerize.parallel.backends import choose_device
 from tuckerize.parallel.memory import available_bytes
 from tuckerize.parallel.processes import Processes, process_group
 from tuckerize.pipeline.inspect import bytes_to_write, describe_plan
+from tuckerize.pipeline.left_alone import notes_on_what_stays
 from tuckerize.pipeline.run_plan import compress_model
 from tuckerize.planning.estimate import threads_that_fit
 from tuckerize.planning.plan import Plan, make_plan, output_fingerprint, profiles_for
@@ -165,6 +166,8 @@ def decompose(
             else:
                 folder.join(contents)
             plan = _plan(source, recipe, calibration, progress)
+            if processes.is_leader:
+                _note(plan, progress)
             _fit_memory(plan, processes, device)
             if processes.is_leader:
                 require_space(output, bytes_to_write(plan, calibration))
@@ -209,7 +212,16 @@ def preview(request: DecomposeRequest, progress: Progress | None = None) -> Plan
             return _plan(source, recipe, calibration, progress)
 
         plan = processes.leader_first(prepare)
-        return describe_plan(plan) if processes.is_leader else None
+        if not processes.is_leader:
+            return None
+        _note(plan, progress)
+        return describe_plan(plan)
+
+
+def _note(plan: Plan, progress: Progress) -> None:
+    """Say, before the work, what will not load everywhere."""
+    for note in notes_on_what_stays(plan):
+        progress.note(note)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from tuckerize.engines.slices import WorkerGroup
 from tuckerize.engines.vllm.ascend import AscendMoEMethod, dense_method
 from tuckerize.engines.vllm.latent import LatentKernel
 from tuckerize.format.config import METHOD, GroupShape, TuckerQuantization
-from tuckerize.moe.families import glu_of
+from tuckerize.moe.families import glu_of, is_after_last
 from tuckerize.moe.family import Glu
 from tuckerize.names import GROUP_PATTERN, TensorName, group_module
 from tuckerize.runtime.activations import activation_of
@@ -144,9 +144,15 @@ class TuckerConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not ins
             )
         if groups is None:
             return dense_method(layer.moe_config, **ascend) if ascend else None
+        known = get_current_vllm_config().model_config.hf_config.to_dict()
+        if is_after_last(known, prefix):  # the engine's loaders of such layers know no factors
+            raise ValueError(
+                f"the vLLM plugin does not serve {prefix}, factored experts of a layer that "
+                "predicts further tokens: decompose with --mtp copy, or serve without speculative "
+                "decoding"
+            )
         method = getattr(layer, "quant_method", None)  # it has one where it is asked again
         if not isinstance(method, TuckerMoEMethod):
-            known = get_current_vllm_config().model_config.hf_config.to_dict()
             method = TuckerMoEMethod(layer.moe_config, groups, glu_of(known, prefix))
         return AscendMoEMethod(method) if ascend else method
 
