@@ -7,7 +7,7 @@ from tuckerize.planning.plan import Plan
 
 _PACKAGES = {Coding.GPTQ: "gptqmodel and optimum", Coding.AWQ: "gptqmodel"}
 _REFUSED = "cannot load"
-# What transformers (5.14 to 5.23) makes of experts in these encodings, of any checkpoint.
+# Fate in transformers (5.14 to 5.23) of experts in these encodings, of any checkpoint.
 _EXPERTS = {
     Coding.INT8: _REFUSED,
     Coding.NVFP4: "loads wrong values for",
@@ -43,7 +43,7 @@ def notes_on_what_stays(plan: Plan) -> list[str]:
 
 
 def _of_experts(weight: QuantizedWeight) -> str | None:
-    """What transformers does with experts in an encoding that it does not load, else None."""
+    """Fate in transformers of experts in an encoding that it does not load; None for others."""
     if weight.coding == Coding.PACKED_INT and Role.ZERO_POINT in weight.stored:
         return _REFUSED
     return _EXPERTS.get(weight.coding)
