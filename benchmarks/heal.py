@@ -4,7 +4,7 @@ Every model is calibrated and healed on the same Python text and measured on hel
 domain) and English (out of domain). Rows are kept: a run that was stopped goes on.
 
     python -m benchmarks.heal --model fine --size w4      # minutes
-    python -m benchmarks.heal                             # prints the table
+    python -m benchmarks.heal                             # prints the tables
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ HELD_OUT = {
     "out of domain": TEXTS / "english_held_out.txt",
 }
 RATE = 1e-3
+WINDOW, BATCH = 256, 4
 # What is trained and the share of the KL divergence in the loss; the best known come first.
 CHOICES = (
     ("cores,factors,scales", 1.0),
@@ -105,8 +106,8 @@ def rows_of(
                 teacher=dense if share else None,
                 teacher_share=share or 0.5,
                 tokens=tokens,
-                window=256,
-                batch=4,
+                window=WINDOW,
+                batch=BATCH,
                 learning_rate=RATE,
                 overwrite=True,
             )
@@ -123,23 +124,51 @@ def rows_of(
         }
 
 
-def table() -> str:
-    """All rows that were found, as Markdown."""
-    lines = [
-        "| model | size | trained | loss | rate | tokens | seconds | in domain | out of domain |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for path in sorted(RESULTS.glob("*.jsonl")):
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        first = rows[0]
-        for row in rows:
-            ratios = " | ".join(f"{row[d]:.2f} (x {row[d] / first[d]:.4f})" for d in HELD_OUT)
-            share = row.get("kl_share")
-            loss = "" if share is None else {0.0: "text", 1.0: "KL"}.get(share, "both")
-            cells = (row["model"], row["size"], row["what"], loss, row.get("learning_rate", ""))
-            counts = (row.get("tokens", ""), row.get("seconds", ""))
-            lines.append(f"| {' | '.join(map(str, (*cells, *counts)))} | {ratios} |")
+def measured() -> dict[str, list[dict[str, Any]]]:
+    """Rows by file; the first is that of the dense model."""
+    return {
+        path.stem: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for path in sorted(RESULTS.glob("*.jsonl"))
+    }
+
+
+def ratios(row: dict[str, Any], dense: dict[str, Any]) -> list[str]:
+    """Perplexities over those of the dense model."""
+    return [f"{row[domain] / dense[domain]:.4f}" for domain in HELD_OUT]
+
+
+def overview() -> str:
+    """Best known choices, as Markdown: Python / English."""
+    chosen = [("compressed", None), *CHOICES[:4], ("all", 0.5)]
+    heads = [f"{what.replace('cores,factors,scales', 'default')}{_loss(s)}" for what, s in chosen]
+    lines = [f"| model | size | {' | '.join(heads)} |", "| --- " * (len(heads) + 2) + "|"]
+    for dense, *rows in measured().values():
+        known = {(row["what"], row.get("kl_share")): row for row in rows}
+        cells = [
+            " / ".join(ratios(known[choice], dense)) if choice in known else "" for choice in chosen
+        ]
+        lines.append(f"| {' | '.join([dense['model'], dense['size'], *cells])} |")
     return "\n".join(lines)
+
+
+def table() -> str:
+    """All rows as Markdown, with tokens in all and before the state that was kept."""
+    heads = ("model", "size", "trained, loss", "tokens", "kept after", "seconds", *HELD_OUT)
+    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    for dense, *rows in measured().values():
+        for row in rows:
+            what = row["what"].replace(",", ", ") + _loss(row.get("kl_share"))
+            counts = ("", "", "")
+            if "steps" in row:
+                tokens = row["steps"] * BATCH * (WINDOW - 1)
+                counts = (f"{tokens:,}", f"{row['tokens']:,}", f"{row['seconds']:.0f}")
+            cells = (row["model"], row["size"], what, *counts, *ratios(row, dense))
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _loss(share: float | None) -> str:
+    return "" if share is None else {0.0: ", text", 1.0: ", KL"}.get(share, ", both")
 
 
 def main() -> None:
@@ -147,13 +176,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=MODELS)
     parser.add_argument("--size", choices=SIZES, default="w4")
-    parser.add_argument("--tokens", type=int, default=40960, help="to train on")
+    parser.add_argument("--tokens", type=int, default=20480, help="to train on")
     parser.add_argument("--choices", type=int, default=len(CHOICES), help="the first so many")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "heal", help="checkpoints")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     if options.model is None:
-        print(table())
+        print(overview(), table(), sep="\n\n")
         return
     options.results.mkdir(parents=True, exist_ok=True)
     options.work.mkdir(parents=True, exist_ok=True)

@@ -35,6 +35,7 @@ from tuckerize.errors import OutputError, TuckerizeError
 from tuckerize.format.cores import quantised_matrices
 from tuckerize.healing.result import LOG
 from tuckerize.names import CorePart, TensorKind, TensorName
+from tuckerize.pipeline.report.charts import chart
 from tuckerize.progress import SilentProgress
 
 SIZES: dict[str, Any] = {"tokens": 3072, "window": 32, "batch": 8, "learning_rate": 1e-1}
@@ -142,6 +143,25 @@ def test_every_command_takes_the_result(healed: tuple[Path, Path], tmp_path: Pat
     assert not (tmp_path / "dense" / LOG).exists()
     ids = torch.arange(3, 43)[None]
     assert nats(tmp_path / "dense", ids) == pytest.approx(nats(new, ids), rel=1e-4)
+
+
+def test_report_draws_the_curve_of_the_log(
+    healed: tuple[Path, Path], words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = {}
+
+    def note(label: str, x: list[int], series: dict[str, list[float]], *, bars: bool) -> str:
+        drawn[label] = dict(zip(x, series.get("validation", ()), strict=False))
+        return chart(label, x, series, bars=bars)
+
+    monkeypatch.setattr("tuckerize.pipeline.report.command.chart", note)
+    out, new = healed
+    write_report(ReportRequest(folder=new, html=tmp_path / "new.html"))
+    curve = drawn["nats per token, by step"]
+    assert [*curve] == [*range(STEPS + 1)]
+    held_out_SL = validation_set(out, words)
+    assert curve[0] == pytest.approx(nats(out, held_out_SL), abs=2e-5)
+    assert min(curve.values()) == pytest.approx(nats(new, held_out_SL), abs=2e-5)
 
 
 class Stop(SilentProgress):

@@ -22,7 +22,7 @@ def test_training_under_tensor_parallelism(tmp_path: Path) -> None:
     succeed("decompose", "--model", model, "--rank", "full,full,50%", "--output", out)
     succeed("shard", out, "--tp", "4", "--layout", "intermediate")
     sizes = ("--tokens", "640", "--window", "16", "--batch", "4", "--learning-rate", "0.02")
-    data = ("--data", text, "--output", tmp_path / "healed")
+    data = ("--data", text, "--output", tmp_path / "healed", "--teacher", model)
     command = ("-m", "tuckerize", "heal", out, *data, *sizes, "--tp", "4", "--device", "npu")
     result = torchrun(4, *command)
     assert result.returncode == 0, result.stderr

@@ -15,7 +15,9 @@ from random import Random
 import pytest
 
 from tests.running import ROOT, files_of
-from tests.tiny_models import make_tiny_model
+from tests.tiny_models import add_tokenizer, make_tiny_model, write_text
+from tuckerize.checkpoint.output import MANIFEST
+from tuckerize.healing.result import LOG
 
 TRIALS = int(os.environ.get("RELIABILITY_TORCHRUN_TRIALS", "5"))
 PROCESSES = 2
@@ -75,21 +77,43 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("kill") / "model", shards=True)
 
 
-def test_decompose_continues_to_identical_bytes(model: Path, tmp_path: Path) -> None:
-    out, whole = tmp_path / "out", tmp_path / "whole"
-    command = ("decompose", "--model", model, "--rank", "full,full,50%", "--output", out)
-    ended = 0
+def continues_to_identical_bytes(out: Path, timed: set[str], *command: str | Path) -> None:
+    """Kill a command that writes a folder, and start it again; some of its files have times."""
+
+    def files() -> dict[str, bytes]:
+        return {name: file for name, file in files_of(out).items() if name not in timed}
+
+    ended, whole = 0, dict[str, bytes]()
     for was_ended in killed_trials(*command):
         if was_ended:
             ended += 1
-            assert not (out / "tuckerize.json").exists() or files_of(out) == files_of(whole)
-            if files_of(out) != files_of(whole):  # else it was killed when all was done
+            assert not (out / MANIFEST).exists() or files() == whole
+            if files() != whole:  # else it was killed when all was done
                 assert start(*command).wait(SECONDS) == 0
-        if not whole.exists():
-            shutil.copytree(out, whole)
-        assert files_of(out) == files_of(whole)
+        whole = whole or files()
+        assert files() == whole
         shutil.rmtree(out)
     assert ended
+
+
+def test_decompose_continues_to_identical_bytes(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ("decompose", "--model", model, "--rank", "full,full,50%", "--output", out)
+    continues_to_identical_bytes(out, set(), *command)
+
+
+@pytest.mark.parametrize("spread", ["--tp=2", "--fsdp"])
+def test_heal_continues_to_identical_bytes(model: Path, tmp_path: Path, spread: str) -> None:
+    from tuckerize import DecomposeRequest, ShardRequest, decompose, shard
+
+    add_tokenizer(model)
+    out, healed = tmp_path / "out", tmp_path / "healed"
+    decompose(DecomposeRequest(model=model, rank="full,full,50%", output=out))
+    shard(ShardRequest(folder=out, tp=PROCESSES, layout="intermediate"))
+    text = write_text(tmp_path / "text.txt", 9000)
+    command = ("heal", out, "--data", text, "--output", healed, "--teacher", model, spread)
+    sizes = ("--tokens", "6400", "--window", "16", "--batch", "4")
+    continues_to_identical_bytes(healed, {LOG, MANIFEST}, *command, *sizes)
 
 
 def test_verify_ends_without_a_verdict_and_passes_again(model: Path, tmp_path: Path) -> None:
