@@ -15,6 +15,7 @@ from tests.running import files_of, succeed
 from tests.running import run_here as run
 from tuckerize.checkpoint.space import require_space
 from tuckerize.errors import OutputError
+from tuckerize.parallel import memory
 from tuckerize.parallel.memory import available_bytes
 
 Mount = Callable[[int], Path]
@@ -84,6 +85,30 @@ def test_limit_on_file_sizes_ends_a_run_that_continues_without_it(
     for output in (tmp_path / "out", tmp_path / "undisturbed"):
         succeed(*command, output)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("command", ["quantize", "reconstruct", "verify", "evaluate", "heal"])
+def test_commands_refuse_with_the_figure_what_memory_cannot_hold(
+    command: str, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, new = tmp_path / "out", tmp_path / "new"
+    succeed("decompose", "--model", model, "--rank", "full,full,50%", "--output", out)
+    words: dict[str, tuple[str | Path, ...]] = {
+        "quantize": (out, "--output", new),
+        "reconstruct": (out, "--output", new),
+        "verify": (out, "--model", model),
+        "evaluate": (out, "--text", text, "--tokens", "512", "--window", "64"),
+        "heal": (out, "--data", text, "--teacher", model, "--output", new, "--tokens", "512",
+                 "--window", "32", "--batch", "4"),
+    }  # fmt: skip
+    monkeypatch.setattr(memory, "available_bytes", lambda: 10_000)
+    refused = run(command, *words[command])
+    assert refused.returncode == 2, refused.stderr
+    assert "error: a process holds at least" in refused.stderr
+    assert "GiB of memory are free for it" in " ".join(refused.stderr.split())
+    assert not new.exists()
+    monkeypatch.undo()
+    succeed(command, *words[command])
 
 
 def test_memory_that_does_not_suffice_is_told_before_the_work(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from tuckerize.errors import UsageError
+
 _ROOT = Path("/")
 # By version: where a group says its limit, its use, and how much of that are files that can go.
 _V2 = ("memory.max", "memory.current", "inactive_file")
@@ -31,6 +33,28 @@ def available_bytes(root: Path = _ROOT) -> int | None:
         elif "memory" in controllers.split(","):
             found += _free_in(root / "sys/fs/cgroup/memory", path, *_V1)
     return max(0, min(found))
+
+
+def require_memory(needed: float, what: str, advice: str, *, processes: int = 1) -> None:
+    """Refuse work that cannot fit in the free memory of the host, before it begins.
+
+    Args:
+        needed: Bytes that one process holds at once, at the least.
+        what: What they are, for the error.
+        advice: What makes them fewer.
+        processes: Processes on this host.
+
+    Raises:
+        UsageError: There is less.
+    """
+    free = available_bytes()
+    if free is not None and needed > free // processes:
+        raise UsageError(
+            f"a process holds at least {needed / 2**30:.1f} GiB at once, {what}, and "
+            f"{free / processes / 2**30:.1f} GiB of memory are free for it, of the host or of its "
+            "control group",
+            hint=f"raise the limit, or {advice}",
+        )
 
 
 def _free_in(base: Path, path: str, most: str, used: str, files: str) -> Iterator[int]:

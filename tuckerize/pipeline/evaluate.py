@@ -28,6 +28,7 @@ from tuckerize.moe.family import Family
 from tuckerize.moe.source import SourceModel
 from tuckerize.names import TensorName
 from tuckerize.parallel.backends import choose_device
+from tuckerize.parallel.memory import require_memory
 from tuckerize.pipeline.divergence import (
     PredictionSums,
     estimate,
@@ -221,6 +222,8 @@ def measure_perplexity(
         vocabulary=models[0].vocabulary,
         chat_template=chat_template,
     )
+    if device.type == "cpu":
+        _require_memory(opened, windows.tokens_SL.numel())
     tokens_SL = windows.tokens_SL.to(device)
     progress.start(sum(model.layers for model in models) + 1)
     passes = [
@@ -241,6 +244,19 @@ def measure_perplexity(
         length,
         _divergence(opened, passes, sums) if len(passes) > 1 else None,
         windows.messages,
+    )
+
+
+def _require_memory(opened: Sequence[Evaluated], tokens: int) -> None:
+    """Refuse what cannot fit: hidden states of all checkpoints, and dense experts of a layer."""
+    shapes = [own.tucker.manifest.shape for own in opened if own.tucker is not None]
+    dense = [own.dense.moe.shape for own in opened if own.dense is not None]
+    layer = max((len(Projection) * shape.parameters for shape in dense), default=0)
+    hidden = len(opened) * tokens * min(shape.hidden for shape in [*shapes, *dense])
+    require_memory(
+        (hidden + layer) * torch.float32.itemsize,
+        "the hidden states of all tokens and the experts of a layer",
+        "evaluate fewer --tokens",
     )
 
 

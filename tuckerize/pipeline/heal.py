@@ -18,7 +18,7 @@ from tuckerize.calibration.text import fingerprint, parse_source, read_windows
 from tuckerize.checkpoint.hub import resolve_model
 from tuckerize.checkpoint.identity import identities
 from tuckerize.checkpoint.output import OutputFolder, refuse_overlap
-from tuckerize.checkpoint.reader import Checkpoint
+from tuckerize.checkpoint.reader import TORCH_DTYPES, Checkpoint
 from tuckerize.checkpoint.space import require_space
 from tuckerize.domain import CoreType, Device, Part
 from tuckerize.errors import CheckpointError, ParallelError, UsageError
@@ -31,6 +31,7 @@ from tuckerize.healing.state import SavedRun
 from tuckerize.healing.training import Schedule, Training
 from tuckerize.names import CorePart, TensorName
 from tuckerize.parallel.backends import choose_device
+from tuckerize.parallel.memory import require_memory
 from tuckerize.parallel.mesh import make_mesh
 from tuckerize.parallel.processes import Processes, process_group
 from tuckerize.pipeline.evaluate import Evaluated, open_evaluated
@@ -44,6 +45,8 @@ from tuckerize.version import __version__
 _VALIDATION_EVERY = 16
 # Values on disk per trained one: weights and two moments, before and after a save, and the best.
 _SAVED = 7
+# Values in memory per trained one, beside its own: gradient and two moments.
+_COPIES = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +146,8 @@ def heal(request: HealRequest, progress: Progress | None = None) -> HealReport:
 
         def prepare() -> _Prepared:
             found = _prepare(request, processes)
+            if own_device.type == "cpu" and request.tp == 1 and not request.fsdp:
+                _require_memory(found, processes)
             if processes.is_leader:
                 claim = folder.claim(found.plan, overwrite=request.overwrite, read=progress.advance)
                 held.enter_context(claim)
@@ -250,19 +255,35 @@ def _replicas(request: HealRequest, processes: int) -> int:
     return processes // request.tp
 
 
-def _bytes_to_write(found: _Prepared) -> int:
-    """Bytes of the result, of the states of the run, and of the teacher's predictions."""
-    tucker = found.tucker
-    values = 0
+def _require_memory(found: _Prepared, processes: Processes) -> None:
+    """Refuse what cannot fit on a CPU: all in float32, with gradients and moments of the trained."""
+    tensors = found.tucker.checkpoint.tensors
+    values = sum(own.parameters for own in tensors.values() if own.dtype in TORCH_DTYPES)
+    require_memory(
+        (values + _COPIES * _trained_values(found)) * torch.float32.itemsize,
+        "the model with gradients and moments",
+        "train fewer parts (--train), or start fewer processes",
+        processes=processes.local_size,
+    )
+
+
+def _trained_values(found: _Prepared) -> int:
+    """Number of values that are trained."""
+    count = 0
     for name in found.parts:
         factored = TensorName.find(name)
         is_packed = factored is not None and factored.part == CorePart.PACKED_CODES
-        values += tucker.checkpoint.tensors[name].parameters * (
-            CoreType.W4.word_codes if is_packed else 1
-        )
+        codes = CoreType.W4.word_codes if is_packed else 1
+        count += found.tucker.checkpoint.tensors[name].parameters * codes
+    return count
+
+
+def _bytes_to_write(found: _Prepared) -> int:
+    """Bytes of the result, of the states of the run, and of the teacher's predictions."""
     tokens = found.training_SL.numel() + found.validation_SL.numel()
     taught = 0 if found.teacher is None else bytes_of_predictions(tokens)
-    return tucker.manifest.after.total_bytes + 4 * _SAVED * values + taught
+    saved = 4 * _SAVED * _trained_values(found)
+    return found.tucker.manifest.after.total_bytes + saved + taught
 
 
 def _train(

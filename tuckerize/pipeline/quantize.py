@@ -34,6 +34,7 @@ from tuckerize.format.manifest import TuckerManifest, read_tucker_manifest
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint, check_source_weights, open_source
 from tuckerize.moe.source import SourceModel
 from tuckerize.names import TensorName
+from tuckerize.parallel.memory import require_memory
 from tuckerize.pipeline.finish import finish_checkpoint, size_of_files
 from tuckerize.progress import Progress, SilentProgress
 from tuckerize.report import QuantizeReport
@@ -96,6 +97,8 @@ def quantize(request: QuantizeRequest, progress: Progress | None = None) -> Quan
     source = open_source(str(request.model or old.source.model), tucker)
     refuse_overlap(output, tucker.folder)
     refuse_overlap(output, source.checkpoint.folder)
+    stack = source.moe.shape._replace(experts=old.group_size).parameters * source.dtype.itemsize
+    require_memory(stack, "a projection of the experts of a group", "end other programs")
     progress.start(sum(file.bytes for file in old.source.files))
     progress.stage("source: hashes")
     check_source_weights(source, tucker, progress.advance)

@@ -34,6 +34,7 @@ from tuckerize.moe.narrow import (
     shared_expert_names,
     with_zero_neurons,
 )
+from tuckerize.parallel.memory import require_memory
 from tuckerize.progress import Progress, SilentProgress
 from tuckerize.report import ReconstructReport
 from tuckerize.version import __version__
@@ -100,6 +101,8 @@ def reconstruct(request: ReconstructRequest, progress: Progress | None = None) -
     stock: StockExperts | str | None = None
     if tucker.manifest.cores is not None and not request.dequantize:
         stock = StockExperts.of(tucker, width)
+    if not isinstance(stock, StockExperts):
+        _require_memory(tucker, width)
     made_of = provenance(tucker, dequantize=request.dequantize)
     with folder.claim(made_of, overwrite=request.overwrite, read=progress.advance):
         finished = folder.is_finished  # by a run that was killed at its very end
@@ -199,6 +202,14 @@ def _width(tucker: TuckerCheckpoint) -> int:
         for group in range(manifest.groups)
     )
     return min(math.ceil(widest / _ALIGNED) * _ALIGNED, manifest.shape.intermediate)
+
+
+def _require_memory(tucker: TuckerCheckpoint, width: int) -> None:
+    """Refuse what cannot be expanded: the projections of a layer that are stored together."""
+    together = max(map(len, tucker.family.storage.together))
+    stack = tucker.manifest.shape._replace(intermediate=width).parameters
+    needed = together * stack * TORCH_DTYPES[tucker.manifest.dtype].itemsize
+    require_memory(needed, "the experts of a layer that one file holds", "end other programs")
 
 
 def _shared_experts(

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tuckerize.parallel.memory import available_bytes
+from tuckerize.errors import UsageError
+from tuckerize.parallel import memory
+from tuckerize.parallel.memory import available_bytes, require_memory
 
 GIB = 2**30
 
@@ -54,3 +56,18 @@ def test_group_that_is_over_its_limit_has_none(tmp_path: Path) -> None:
         "sys/fs/cgroup/memory.current": 2 * GIB,
     }
     assert available_bytes(written(tmp_path, files)) == 0
+
+
+def test_what_does_not_fit_is_refused_with_both_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_bytes", lambda: 6 * GIB)
+    require_memory(6 * GIB, "x", "y")
+    require_memory(3 * GIB, "x", "y", processes=2)
+    with pytest.raises(UsageError) as caught:
+        require_memory(3.5 * GIB, "the experts", "start fewer processes", processes=2)
+    assert caught.value.message == (
+        "a process holds at least 3.5 GiB at once, the experts, and 3.0 GiB of memory are free "
+        "for it, of the host or of its control group"
+    )
+    assert caught.value.hint == "raise the limit, or start fewer processes"
+    monkeypatch.setattr(memory, "available_bytes", lambda: None)
+    require_memory(2**60, "x", "y")

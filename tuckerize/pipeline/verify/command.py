@@ -21,6 +21,7 @@ from tuckerize.moe.source import SourceModel
 from tuckerize.parallel.backends import choose_device
 from tuckerize.parallel.determinism import make_deterministic
 from tuckerize.parallel.layouts import Parallelism
+from tuckerize.parallel.memory import require_memory
 from tuckerize.parallel.processes import Processes, process_group, started_by_torchrun
 from tuckerize.pipeline.verify.verification import TOLERANCES, Verification, verify_layers
 from tuckerize.progress import Progress, SilentProgress
@@ -193,6 +194,14 @@ def _open(
     for layer in layers:
         activation_of(tucker.family.glu(tucker.config, layer))
     source, notes = _source(request, tucker)
+    if source is not None:
+        stack = source.moe.shape._replace(experts=tucker.manifest.group_size).parameters
+        require_memory(
+            stack * source.dtype.itemsize,
+            "a projection of the experts of a group",
+            "start fewer processes",
+            processes=processes.local_size,
+        )
     if tucker.manifest.healed is not None:
         notes += (
             "the weights were trained after the decomposition (tuckerize heal): no residual was "
