@@ -168,6 +168,7 @@ def test_factors_that_overflow_the_output_type_are_refused(
         ({"n_routed_experts": 9}, "experts.8.gate_proj.weight is missing"),
         ({"n_routed_experts": 7}, "which the family deepseek_v2 with 7 experts does not know"),
         ({"topk_method": "noaux_tc"}, "topk_method = 'noaux_tc'"),
+        ({"topk_method": None}, "topk_method = 'None'"),
     ],
 )
 def test_unsupported_or_contradictory_source_is_refused(

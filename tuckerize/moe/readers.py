@@ -131,7 +131,7 @@ def step_glu(config: Config, layer: int) -> Glu:
 
 def deepseek_v2_routing(config: Config) -> Routing:
     """Routing of DeepSeek-V2: greedy, or within groups."""
-    method = str(config.get("topk_method") or "greedy")
+    method = str(config.get("topk_method", "greedy"))  # transformers fails at null
     if method not in ("greedy", "group_limited_greedy"):
         raise CheckpointError(
             f"config.json has topk_method = '{method}', expected greedy or group_limited_greedy",

@@ -58,9 +58,10 @@ def generate(request: GenerateRequest) -> str:
     Example:
         >>> generate(GenerateRequest(folder="OUT", prompt="Once upon"))  # doctest: +SKIP
     """
-    folder = TuckerCheckpoint.open(Path(request.folder)).folder
+    tucker = TuckerCheckpoint.open(Path(request.folder))
+    tucker.family.routing(tucker.config)  # refuses what transformers fails at in a forward
     device = choose_device(Device.parse(request.device))
-    return _continue(folder, request.prompt, tokens=request.tokens, device=device)
+    return _continue(tucker.folder, request.prompt, tokens=request.tokens, device=device)
 
 
 def _continue(folder: Path, prompt: str, *, tokens: int, device: torch.device) -> str:
