@@ -256,7 +256,7 @@ def _replicas(request: HealRequest, processes: int) -> int:
 
 
 def _require_memory(found: _Prepared, processes: Processes) -> None:
-    """Refuse what cannot fit on a CPU: all in float32, with gradients and moments of the trained."""
+    """Refuse what cannot fit on a CPU: all in float32, with gradients and moments of a part."""
     tensors = found.tucker.checkpoint.tensors
     values = sum(own.parameters for own in tensors.values() if own.dtype in TORCH_DTYPES)
     require_memory(
