@@ -69,7 +69,8 @@ fuzz: $(VENV)/.installed-dev  ## Search for damaged files that are not refused (
 		$(BIN)/python -m pytest tests/fuzz -m fuzz -rA --timeout 0 -q
 
 test-families: $(VENV)/.installed-dev  ## The calibrated job on every family (minutes)
-	$(BIN)/python -m pytest tests/integration/test_calibrated_families.py -m "families or not families"
+	$(BIN)/python -m pytest tests/integration/test_calibrated_families.py \
+		-m "families or not families" --timeout 900
 
 test-kill: $(VENV)/.installed-dev  ## Kills and faults at every change of the file system, and under torchrun
 	$(BIN)/python -m pytest tests/reliability -m kill -s

@@ -219,7 +219,6 @@ INFERRED = (
 """Families that are not in the table, and whose tensors tell everything."""
 
 DATA_FREE = {
-    "inkling2_text": "its layers read the hidden states of several before them",
     "openai_privacy_filter": "predicts no text",
 }
 """Families that are not calibrated, and what the error says."""

@@ -235,9 +235,11 @@ Each family but `kimi_k2`, which is a `deepseek_v3` by another name and not know
 model that transformers makes: at full core sizes the checkpoint that transformers
 loads gives the same logits, `reconstruct` the source's bytes, routing is that of transformers' router, and the model
 runs layer by layer as a whole one does, which calibration needs, also where layers look at the tokens themselves
-(DeepSeek-V4, Qwen4) or attend to those that an earlier layer has found (GLM-5, GLM-5.3-Flash, Hy4).
+(DeepSeek-V4, Qwen4), attend to those that an earlier layer has found (GLM-5, GLM-5.3-Flash, Hy4) or read the inputs of
+earlier layers (Inkling 2). `openai_privacy_filter` predicts no text, and is compressed without calibration only.
 
-A calibrated job is: profile, budget, compression, shards, `verify` and `evaluate` on a random model.
+A calibrated job is: profile, budget, compression, shards, `verify`, `evaluate` and `reconstruct` on a random model
+(`make test-families`).
 
 {families}
 ## Other families

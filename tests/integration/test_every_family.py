@@ -137,6 +137,14 @@ def test_layers_that_share_the_tokens_they_attend_to_are_streamed(
     torch.testing.assert_close(streamed_logits(model), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_layers_that_read_states_before_earlier_ones_are_streamed(tmp_path: Path) -> None:
+    own: dict[str, Any] = {"num_hidden_layers": 3, "n_layers_per_attn_res_block": 2}
+    own |= {"layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"]}
+    model = make_family(tmp_path, "inkling2_text", **own)
+    expected = logits(load(model))
+    torch.testing.assert_close(streamed_logits(model), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_layers_that_look_up_the_tokens_are_streamed(tmp_path: Path) -> None:
     ngrams: dict[str, Any] = {"heads_per_ngram": 2, "ngram_vocab_size_base": 40}
     ngrams |= {"make_ngram_vocab_size_divisible_by": 4, "split_ngram_parts": 1}

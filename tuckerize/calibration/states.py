@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,11 +20,14 @@ class States:
         tokens_SL: The tokens: some layers look at them (DeepSeek-V4, Qwen4).
         attended_SLN: Tokens that each attends to, found by an earlier layer, where the next layer
             does not find its own (GLM-5); None elsewhere.
+        earlier_SLNI: Hidden states before some of the earlier layers, shape (S, L, n, I), where
+            layers read them (Inkling 2); None elsewhere.
     """
 
     hidden_SLI: Tensor
     tokens_SL: Tensor
     attended_SLN: Tensor | None = None
+    earlier_SLNI: Tensor | None = None
 
     def __len__(self) -> int:
         """Number of windows."""
@@ -31,8 +35,9 @@ class States:
 
     def __getitem__(self, windows: slice | Sequence[int]) -> States:
         """The same of some windows."""
-        attended = None if self.attended_SLN is None else self.attended_SLN[windows]
-        return States(self.hidden_SLI[windows], self.tokens_SL[windows], attended)
+        own: list[Any] = [getattr(self, field.name) for field in fields(self)]
+        parts: list[Any] = [None if tensor is None else tensor[windows] for tensor in own]
+        return States(*parts)
 
     def split(self, windows: int) -> list[States]:
         """The states of so many windows at a time."""
@@ -41,12 +46,9 @@ class States:
     @classmethod
     def joined(cls, parts: Sequence[States]) -> States:
         """The states of all windows from those of some."""
-        attended = [part.attended_SLN for part in parts if part.attended_SLN is not None]
-        return cls(
-            torch.cat([part.hidden_SLI for part in parts]),
-            torch.cat([part.tokens_SL for part in parts]),
-            torch.cat(attended) if attended else None,
-        )
+        own = [[getattr(part, field.name) for part in parts] for field in fields(cls)]
+        whole: list[Any] = [None if some[0] is None else torch.cat(some) for some in own]
+        return cls(*whole)
 
     def named(self, name: str) -> dict[str, Tensor]:
         """The tensors by a name of theirs, for a file."""

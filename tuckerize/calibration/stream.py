@@ -45,6 +45,7 @@ Step = Callable[[States], States]
 # Stand-ins for arguments of a layer that are of its windows.
 _TOKENS = object()
 _ATTENDED = object()
+_EARLIER = object()
 
 
 class _Call(NamedTuple):
@@ -59,6 +60,8 @@ class _Call(NamedTuple):
         def own(value: Any) -> Any:  # noqa: ANN401
             if value is _ATTENDED:
                 return states.attended_SLN
+            if value is _EARLIER:
+                return states.earlier_SLNI
             return states.tokens_SL if value is _TOKENS else value
 
         return _Call(tuple(map(own, self.args)), {k: own(v) for k, v in self.kwargs.items()})
@@ -173,7 +176,8 @@ class StreamedModel:
 
             with self._layers_as(look):
                 self._run_decoder(tokens_SL)
-            return States(seen[0], tokens_SL)
+            earlier = seen[0][..., None, :][..., :0, :] if self._read_again else None
+            return States(seen[0], tokens_SL, earlier_SLNI=earlier)
 
         with self._filled(self._below(self._model.get_input_embeddings())):
             yield embed
@@ -203,7 +207,10 @@ class StreamedModel:
                     attended = None
             if not isinstance(output, Tensor):
                 raise self._no_streaming("its layers return more than their hidden states")
-            return States(output, states.tokens_SL, attended)
+            earlier = states.earlier_SLNI
+            if earlier is not None and index in self._read_again:
+                earlier = torch.cat([earlier, states.hidden_SLI[..., None, :]], -2)
+            return States(output, states.tokens_SL, attended, earlier)
 
         with self._experts_as(index, experts), self._filled(self._below(layer)):
             yield run
@@ -214,10 +221,14 @@ class StreamedModel:
 
         @torch.no_grad()
         def logits(states: States) -> Tensor:
-            def stand(*_args: object, **_kwargs: object) -> Any:  # noqa: ANN401
-                return self._as_output(states.hidden_SLI)
+            before = dict.fromkeys(range(self.layers + 1), states.hidden_SLI)
+            if states.earlier_SLNI is not None:
+                before |= zip(self._read_again, states.earlier_SLNI.unbind(-2), strict=True)
 
-            with self._layers_as(stand), self._embedded_as(states.hidden_SLI):
+            def stand(index: int, *_args: object, **_kwargs: object) -> Any:  # noqa: ANN401
+                return self._as_output(before[index + 1])
+
+            with self._layers_as(stand), self._embedded_as(before[0]):
                 result: Tensor = self._model(input_ids=states.tokens_SL, use_cache=False).logits
             return result
 
@@ -236,6 +247,8 @@ class StreamedModel:
 
             def note(_: int, hidden_states: Tensor, *args: object, **kwargs: object) -> Any:  # noqa: ANN401
                 named = {name: noted(value) for name, value in kwargs.items()}
+                if self._read_again:
+                    args = (_EARLIER, *args[1:])
                 calls.append(_Call(tuple(map(noted, args)), named))
                 return self._as_output(hidden_states, _ATTENDED)
 
@@ -255,6 +268,12 @@ class StreamedModel:
             self._model.config.get_text_config(), "indexer_types", None
         )
         return found
+
+    @property
+    def _read_again(self) -> list[int]:
+        """Layers whose inputs later layers read (Inkling 2)."""
+        layers = enumerate(_layers(self._model))
+        return [index for index, own in layers if getattr(own, "is_block_boundary", False)]
 
     def _as_output(self, hidden_SLI: Tensor, attended: object = None) -> Any:  # noqa: ANN401
         """Hidden states as a layer returns them."""
