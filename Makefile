@@ -105,7 +105,7 @@ test-install:  ## Wheel and sdist, each installed in an environment of its own
 		build/install/$$kind/bin/python -m pip --disable-pip-version-check install --quiet \
 			--constraint constraints.txt build/install/dist/*.$$kind; \
 		(cd build/install; for words in --version doctor "inspect $(CURDIR)/examples/tiny-moe" \
-			"decompose --model $(CURDIR)/examples/tiny-moe --recipe deepseek-v2-lite-keep75 --dry-run"; do \
+			"decompose --model $(CURDIR)/examples/tiny-moe --recipe tiny-moe-by-layer --dry-run"; do \
 			$$kind/bin/tuckerize $$words; done); done
 
 test-npu: $(VENV)/.installed-dev  ## More of the program on a stand-in for an NPU (a C++ compiler)

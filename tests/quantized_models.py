@@ -311,11 +311,17 @@ def quantize_model(
     return dense
 
 
+_DEEPSEEK_V4 = {"model.": "", "embed_tokens": "embed", "hc_head.hc": "hc_head"}
+"""Parts of the names that transformers saves, and those of the releases."""
+
+
 def quantize_deepseek_v4(source: Path, folder: Path) -> dict[str, Tensor]:
     """Quantize a tiny DeepSeek-V4 as its releases are: experts in MXFP4, attention in FP8.
 
+    Names are those of the releases, too: `layers.0.ffn`, `embed`.
+
     Returns:
-        All tensors, with the dense values of what was quantized.
+        All tensors by transformers' names, with the dense values of what was quantized.
     """
     folder.mkdir()
     tensors: dict[str, Tensor] = {}
@@ -333,6 +339,8 @@ def quantize_deepseek_v4(source: Path, folder: Path) -> dict[str, Tensor]:
         stored, value = quantize(tensor)
         tensors |= {f"{module}.{own}": part for own, part in stored.items()}
         dense[name] = value.to(tensor.dtype)
+    for own, released in _DEEPSEEK_V4.items():
+        tensors = {name.replace(own, released): tensor for name, tensor in tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = read_json_object(source / "config.json")
     described = {**FORMATS["fp8"][1], "scale_fmt": "ue8m0"}

@@ -301,17 +301,6 @@ def test_gptq_and_awq_load_where_the_rest_is_dequantized(
     torch.testing.assert_close(logits_of(out), logits_of(oracle), rtol=1e-4, atol=1e-4)
 
 
-class Notes(SilentProgress):
-    """Keeps the notes."""
-
-    def __init__(self) -> None:
-        self.found: list[str] = []
-
-    def note(self, text: str) -> None:
-        """Keep a note."""
-        self.found.append(text)
-
-
 @pytest.mark.parametrize(
     ("kind", "experts", "rest"),
     [
@@ -331,13 +320,15 @@ def test_what_transformers_will_not_load_is_named_before_the_work(
     kind: str,
     experts: str | None,
     rest: str | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     quantize_model(plain[torch.bfloat16], tmp_path / "q", kind)
 
     def notes(**options: Any) -> list[str]:  # noqa: ANN401
-        progress = Notes()
+        found: list[str] = []
+        monkeypatch.setattr(progress := SilentProgress(), "note", found.append)
         preview(DecomposeRequest(model=tmp_path / "q", rank="full,full,50%", **options), progress)
-        return progress.found
+        return found
 
     assert not notes(dequantize_rest=True, layers="1")
     of_rest = notes()
@@ -371,23 +362,29 @@ def test_experts_that_transformers_does_not_load_are_loaded_where_the_rest_is_de
     assert float((wrong - expected).norm()) > 0.5 * float(expected.norm())
 
 
-def test_deepseek_v4_has_mxfp4_experts_beside_fp8(tmp_path: Path) -> None:
-    plain = make_family(
-        tmp_path / "plain",
-        "deepseek_v4",
-        hidden_size=64,
-        intermediate_size=32,
-        moe_intermediate_size=32,
-    )
+def test_deepseek_v4_as_it_is_released(tmp_path: Path) -> None:
+    """Experts in MXFP4 beside FP8, under the names of the releases: read, compressed, verified."""
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "moe_intermediate_size": 32}
+    plain, out = make_family(tmp_path / "plain", "deepseek_v4", **sizes), tmp_path / "out"
     dense = quantize_deepseek_v4(plain, tmp_path / "q")
     source = SourceModel.open(tmp_path / "q")
     assert source.coding == "MXFP4"
     assert {str(own.coding) for own in source.checkpoint.quantized.values()} == {"MXFP4", "FP8"}
-    out = tmp_path / "out"
-    decompose(DecomposeRequest(model=tmp_path / "q", output=out, rank=FULL, dequantize_rest=True))
+    assert source.moe.family.experts_prefix(0) == "layers.0.ffn.experts"
+    for projection, own in zip(Projection, ("w1", "w3", "w2"), strict=True):
+        experts = (f"model.layers.1.ffn.experts.{expert}.{own}.weight" for expert in range(8))
+        stack = torch.stack([dense[name] for name in experts])
+        stack = stack.mT if projection == Projection.DOWN else stack
+        assert torch.equal(source.stack(1, projection), stack)
+    request = DecomposeRequest(model=tmp_path / "q", output=out, rank=FULL, dequantize_rest=True)
+    decompose(request)
     # The oracle: transformers' model of the dense values.
     save_file(dense, plain / "model.safetensors", metadata={"format": "pt"})
     torch.testing.assert_close(logits_of(out), logits_of(plain), rtol=1e-4, atol=1e-5)
+    small = tmp_path / "small"
+    decompose(replace(request, output=small, rank=None, keep=0.75))
+    shard(ShardRequest(folder=small, tp=1))
+    assert verify(VerifyRequest(folder=small)).passed
 
 
 def test_tucker_checkpoint_is_no_source(plain: dict[torch.dtype, Path], tmp_path: Path) -> None:
