@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tuckerize.checkpoint.files import read_json_object, write_json
+from tuckerize.moe.storage import Packed, PerExpert, Storage
 
 Quantized = tuple[dict[str, Tensor], Tensor]
 """Stored tensors by their name beside `M.`, and the dense value in float64."""
@@ -269,6 +270,27 @@ OTHERS: dict[str, tuple[Callable[[Tensor], Quantized], dict[str, Any]]] = {
     "awq": (awq, {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}),
 }
 """Formats whose loading by transformers needs packages that are not ours."""
+
+
+EXPERT_FORMATS: dict[str, tuple[Callable[[Tensor], Quantized], dict[str, Any]]] = {
+    **FORMATS,
+    **OTHERS,
+    "mxfp4": (mxfp4_blocks, {"quant_method": "mxfp4"}),
+    "mxfp4-deepseek": (mxfp4_deepseek, {"quant_method": "fp8", "scale_fmt": "ue8m0"}),
+}
+"""Formats of routed experts that the tests read."""
+
+
+def formats_of(storage: Storage) -> tuple[str, ...]:
+    """Keys of `EXPERT_FORMATS` that experts in a layout are tested in.
+
+    Experts that are stored together are released in blocks of FP8, those of gpt-oss in MXFP4.
+    """
+    if isinstance(storage, PerExpert) and not storage.is_stacked:
+        return tuple(kind for kind in EXPERT_FORMATS if kind != "mxfp4")
+    if not all(name.endswith(("_proj", ".weight")) for name in storage.names):
+        return ()  # no release has them quantized, and names of scales are not known
+    return ("fp8", "mxfp4") if isinstance(storage, Packed) and storage.interleaved else ("fp8",)
 
 
 def quantize_model(

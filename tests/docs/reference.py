@@ -18,6 +18,7 @@ from typer.models import ArgumentInfo
 
 import tuckerize
 from tests.docs.pages import ROOT
+from tests.quantized_models import EXPERT_FORMATS, formats_of
 from tests.tiny_families import CALIBRATED, EVERY_VERSION, FAMILY_NAMES, INFERRED
 from tuckerize.cli.app import app
 from tuckerize.moe.families import FAMILIES, UNSUPPORTED
@@ -238,6 +239,11 @@ runs layer by layer as a whole one does, which calibration needs, also where lay
 (DeepSeek-V4, Qwen4), attend to those that an earlier layer has found (GLM-5, GLM-5.3-Flash, Hy4) or read the inputs of
 earlier layers (Inkling 2). `openai_privacy_filter` predicts no text, and is compressed without calibration only.
 
+Source formats are those that the layout is tested in, besides bf16, fp16 and fp32: `all` of [these](sources.md) where experts
+are stored one by one, FP8 in blocks where they are stored together, and MXFP4 as gpt-oss has it. The whole job on a quantized source, to
+transformers, is tested with DeepSeek-V2 in each format, gpt-oss and DeepSeek-V4 as they are released, and in vLLM with FP8
+and DeepSeek-V2 and Qwen3-MoE.
+
 A calibrated job is: profile, budget, compression, shards, `verify`, `evaluate` and `reconstruct` on a random model
 (`make test-families`).
 
@@ -282,7 +288,13 @@ Each line is a test (`tests/unit/checkpoint/test_weight_set.py`, `tests/integrat
 def models_page() -> str:
     """docs/reference/models.md."""
     rows = [
-        (f"`{row.model_type}`", row.models, _layouts(row), *_tested(row.model_type))
+        (
+            f"`{row.model_type}`",
+            row.models,
+            _layouts(row),
+            _formats(row),
+            *_tested(row.model_type),
+        )
         for row in FAMILIES.values()
     ]
     return _MODELS.format(
@@ -292,6 +304,7 @@ def models_page() -> str:
                 "`model_type`",
                 "models",
                 "first tensor below a layer",
+                "source formats",
                 "tested with transformers",
                 "calibrated job",
             ),
@@ -316,6 +329,14 @@ def _tested(model_type: str) -> tuple[str, str]:
 def _layouts(row: FamilyRow) -> str:
     first = row.storages[0].names[0].replace("{expert}", "N")
     return f"`{first}`{', or packed' if len(row.storages) > 1 else ''}"
+
+
+def _formats(row: FamilyRow) -> str:
+    """Formats that the layouts of a family are tested in, besides 16 and 32 bits."""
+    each = [set(formats_of(storage)) for storage in row.storages]
+    if len(each) > 1 and each[0] == {*EXPERT_FORMATS} - {"mxfp4"}:
+        return "all; packed: FP8"
+    return ", ".join(sorted(kind.upper() for kind in set.union(*each)))
 
 
 def _reasons(why: Mapping[str, str]) -> str:
