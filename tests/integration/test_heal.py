@@ -209,7 +209,7 @@ def test_interrupted_runs_end_with_the_same_bits(
         heal(HealRequest(output=resumed, **how))
 
 
-def test_run_is_not_continued_with_another_teacher(
+def test_run_is_not_continued_with_another_text_or_teacher(
     out: Path, words: Path, model: Path, tmp_path: Path
 ) -> None:
     """Even one of the same shapes, under the same name."""
@@ -218,6 +218,9 @@ def test_run_is_not_continued_with_another_teacher(
     how = {"folder": out, "data": words, "output": output, "teacher": teacher, **SIZES}
     with pytest.raises(KeyboardInterrupt):
         heal(HealRequest(**how), Stop(2))
+    other = write_text(tmp_path / "other.txt", 5000)
+    with pytest.raises(OutputError, match="it was started with another text"):
+        heal(HealRequest(**{**how, "data": other}))
     make_tiny_model(teacher, seed=1)
     with pytest.raises(OutputError, match="teacher"):
         heal(HealRequest(**how))

@@ -172,3 +172,16 @@ def test_locale_without_letters_prints_every_path(folder: Path, tmp_path: Path) 
     )
     assert done.returncode == 0, done.stderr
     assert b"deepseek_v2" in done.stdout
+
+
+def test_standard_error_that_is_closed_is_done_without(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ("-m", "tuckerize", "decompose", "--model", folder / "model", *SIZE, "--output", out)
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, *words],
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert done.returncode == 0
+    assert files_of(out) == files_of(folder / "whole")

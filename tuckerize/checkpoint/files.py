@@ -20,6 +20,7 @@ TEMPORARY_SUFFIX = ".tmp"
 
 _LFS_POINTER = b"version https://git-lfs"
 _CHUNK_BYTES = 16 * 2**20
+_LONGEST_NAME = 255  # bytes, of every usual file system
 
 
 Count = Annotated[int, Field(ge=0)]
@@ -175,13 +176,15 @@ def check_plain_name(name: str, *, found_in: Path) -> None:
     """Check that a file name from a checkpoint is a plain name in its folder.
 
     Raises:
-        CheckpointError: The name has a separator or half a character, is hidden, empty or a parent
-            folder.
+        CheckpointError: The name has a separator or half a character, is hidden, empty, a parent
+            folder or longer than file systems allow.
     """
-    half = name.encode(errors="ignore").decode() != name
+    encoded = name.encode(errors="ignore")
     is_path = set(name) & {"\\", "\0"} or PurePath(name).name != name
-    if not name or name.startswith(".") or half or is_path:
+    is_file = encoded.decode() == name and 0 < len(encoded) <= _LONGEST_NAME
+    if not is_file or name.startswith(".") or is_path:
+        shown = name[:_LONGEST_NAME]
         raise CheckpointError(
-            f"{found_in} names the file {name!r}, expected a plain name in the same folder",
+            f"{found_in} names the file {shown!r}, expected a plain name in the same folder",
             hint="do not use this checkpoint: it was tampered with or damaged",
         )
