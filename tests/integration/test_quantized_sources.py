@@ -362,6 +362,9 @@ def test_experts_that_transformers_does_not_load_are_loaded_where_the_rest_is_de
     assert float((wrong - expected).norm()) > 0.5 * float(expected.norm())
 
 
+@pytest.mark.skipif(
+    transformers.__version__.startswith("5.14."), reason="it saves other names than the releases'"
+)
 def test_deepseek_v4_as_it_is_released(tmp_path: Path) -> None:
     """Experts in MXFP4 beside FP8, under the names of the releases: read, compressed, verified."""
     sizes = {"hidden_size": 64, "intermediate_size": 32, "moe_intermediate_size": 32}
