@@ -5,6 +5,7 @@ A page's blocks are fenced, and their language says what happens to them:
 * `bash` and `python` are run, in order, in one folder; Python blocks of a page share a namespace;
 * `text` right after a block that is run is its output, and is compared (see `matches`);
 * any block after `<!-- file: NAME -->` is written to that file first;
+* the commands of a block after `<!-- exit: 2 -->` must end with that code;
 * any block after `<!-- not run: REASON -->` is shown only. `REASONS` lists the reasons.
 """
 
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("README*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 REASONS = {
     "another environment": "it installs packages, or needs some that are not ours",
@@ -26,7 +27,7 @@ REASONS = {
 }
 
 _FENCE = re.compile(r"(?P<indent> *)```(?P<language>\w*)\s*")
-_COMMENT = re.compile(r"<!-- (?P<key>not run|file): (?P<value>.+) -->\s*")
+_COMMENT = re.compile(r"<!-- (?P<key>not run|file|exit): (?P<value>.+) -->\s*")
 _TOKEN = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?|\.\.\.|[^\W\d]+|[^\w\s]")
 
 
@@ -42,6 +43,7 @@ class Block:
         reason: Why it is not run, or None.
         file: Name of the file that it is written to, or None.
         follows: Whether only blank lines separate it from the block before.
+        exit: Exit code of its commands.
     """
 
     page: str
@@ -51,6 +53,7 @@ class Block:
     reason: str | None
     file: str | None
     follows: bool
+    exit: int = 0
 
     @property
     def place(self) -> str:
@@ -74,7 +77,9 @@ def read_blocks(page: Path) -> list[Block]:
                 inside.append(inner.removeprefix(fence["indent"]))
             text = "".join(f"{inner}\n" for inner in inside)
             reason, file = comment.get("not run"), comment.get("file")
-            blocks.append(Block(name, number, fence["language"], text, reason, file, follows))
+            code = int(comment.get("exit", 0))
+            block = Block(name, number, fence["language"], text, reason, file, follows, code)
+            blocks.append(block)
             comment, follows = {}, True
         elif found := _COMMENT.fullmatch(line):
             comment[found["key"]] = found["value"]

@@ -151,8 +151,9 @@ def run_shell(block: Block, _namespace: dict[str, Any]) -> str:
                 timeout=SECONDS,
                 check=False,
             )
-        assert result.returncode == 0, f"{block.place}: {command}\n{result.stdout}{result.stderr}"
-        printed.append(result.stdout)
+        told = f"{block.place}: {command}\n{result.stdout}{result.stderr}"
+        assert result.returncode == block.exit, told
+        printed.append(result.stderr if block.exit else result.stdout)
     return "".join(printed)
 
 

@@ -5,6 +5,7 @@ They import what they need when they run, so that `--help` is quick.
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +19,7 @@ from tuckerize.cli.recipes import recipes
 from tuckerize.cli.report import write_report
 from tuckerize.cli.settings import calibration_of
 from tuckerize.domain import CoreType, Device, Dtype
-from tuckerize.version import __version__
+from tuckerize.version import __version__, installed_version
 
 app = typer.Typer(
     name="tuckerize",
@@ -33,7 +34,11 @@ app.command(name="report")(write_report)
 
 def _version(wanted: bool) -> None:  # noqa: FBT001
     if wanted:
-        write_out(f"tuckerize {__version__}\n")
+        names = ("torch", "torch_npu", "transformers", "vllm")
+        found = ((name, installed_version(name)) for name in names)
+        others = "".join(f", {name} {version}" for name, version in found if version)
+        where = f"Python {platform.python_version()}, {platform.platform()}"
+        write_out(f"tuckerize {__version__}\n{where}{others}\n")
         raise typer.Exit
 
 
@@ -41,7 +46,12 @@ def _version(wanted: bool) -> None:  # noqa: FBT001
 def _options(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+        typer.Option(
+            "--version",
+            callback=_version,
+            is_eager=True,
+            help="Print the version, and those of what it runs on.",
+        ),
     ] = False,
 ) -> None:
     """Options of the program itself."""

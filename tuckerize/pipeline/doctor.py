@@ -9,7 +9,6 @@ import os
 import platform
 import re
 from collections.abc import Iterator, Mapping
-from importlib import metadata
 
 from tuckerize.ascend.environment import (
     CANN_BY_TORCH_NPU,
@@ -23,7 +22,7 @@ from tuckerize.ascend.environment import (
 from tuckerize.ascend.npu import INSTALL_HINT, PACKAGE, explained
 from tuckerize.errors import ParallelError
 from tuckerize.report import DeviceFacts, DoctorReport, Problem, Variable
-from tuckerize.version import __version__
+from tuckerize.version import __version__, installed_version
 
 
 def doctor() -> DoctorReport:
@@ -35,7 +34,7 @@ def doctor() -> DoctorReport:
     versions = {
         "tuckerize": __version__,
         "python": platform.python_version(),
-        **{name: _installed(name) for name in ("torch", PACKAGE, "transformers")},
+        **{name: installed_version(name) for name in ("torch", PACKAGE, "transformers")},
         "CANN": installed_cann(os.environ),
     }
     problems = [*version_problems(versions), *variable_problems(os.environ)]
@@ -111,13 +110,6 @@ def device_problems(device: DeviceFacts, *, npu_expected: bool) -> Iterator[Prob
             "verify tolerates differences of 1e-5 only",
             "verify with --device cpu, or set torch.npu.matmul.allow_hf32 to False if it is on",
         )
-
-
-def _installed(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _minor(version: str) -> str:

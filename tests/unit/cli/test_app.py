@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from inspect import signature
 from pathlib import Path
 
@@ -45,7 +46,12 @@ print(sorted(heavy & sys.modules.keys()))
 
 def test_version_is_printed() -> None:
     result = run("--version")
-    assert (result.exit_code, result.stdout) == (0, f"tuckerize {tuckerize.__version__}\n")
+    first, where = result.stdout.splitlines()
+    assert (result.exit_code, first) == (0, f"tuckerize {tuckerize.__version__}")
+    assert (
+        f", torch {metadata.version('torch')}, transformers {metadata.version('transformers')}"
+        in where
+    )
 
 
 @pytest.mark.parametrize(
@@ -164,6 +170,7 @@ def test_every_command_as_json_prints_one_report_and_nothing_else(
         "shard": ("costs", (out, "--tp", "2")),
         "check": ("faults", (out,)),
         "verify": ("passed", (out, "--tokens", "4")),
+        "push": ("card", (out, "me/small", "--dry-run")),
         "quantize": ("largest_residual_before", (out, "--output", tmp_path / "out4")),
         "heal": ("curve", (out, "--data", text, "--output", tmp_path / "healed", *short)),
         "reconstruct": ("layers", (out, "--output", dense)),
