@@ -130,3 +130,16 @@ def test_memory_that_does_not_suffice_is_told_before_the_work(
         assert done.returncode == code, done.stderr
         assert (code == 0) == (out / "tuckerize.json").exists()
         assert code == 0 or "GiB of memory are free for it" in " ".join(done.stderr.split())
+
+
+def test_memory_that_a_process_may_take_is_a_choice(model: Path, tmp_path: Path) -> None:
+    words = ("decompose", "--model", model, "--rank", "full,full,50%", "--output", tmp_path / "out")
+    for size, told in (
+        ("400MB", "0.0 GiB of memory are free for it"),
+        ("plenty", "--max-memory 'plenty' is not an amount of memory"),
+    ):
+        refused = run(*words, "--max-memory", size)
+        assert refused.returncode == 2
+        assert told in " ".join(refused.stderr.split())
+        assert not (tmp_path / "out" / "tuckerize.json").exists()
+    succeed(*words, "--max-memory", "1.5GiB")

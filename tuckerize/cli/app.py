@@ -104,6 +104,7 @@ def decompose(
     refine: options.Refine = None,
     device: options.DeviceOption = Device.AUTO,
     collective_timeout: options.CollectiveTimeout = None,
+    max_memory: options.MaxMemory = None,
     output: options.Output = None,
     dry_run: options.DryRun = False,
     overwrite: options.Overwrite = False,
@@ -157,6 +158,7 @@ def decompose(
         calibration=text,
         device=device,
         collective_timeout=collective_timeout,
+        max_memory=max_memory,
         overwrite=overwrite,
     )
     with TerminalProgress() as progress:

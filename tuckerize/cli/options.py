@@ -309,6 +309,15 @@ CollectiveTimeout = Annotated[
         rich_help_panel=WHERE,
     ),
 ]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Host memory that a process may take, as 16GiB: fewer threads, or a refusal; what is "
+        "free by default.",
+        rich_help_panel=WHERE,
+    ),
+]
 ComputeDtype = Annotated[
     Dtype,
     typer.Option(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from tuckerize.errors import UsageError
+
+UNITS = {"MB": 10**6, "MIB": 2**20, "GB": 10**9, "GIB": 2**30, "TIB": 2**40}
+"""Bytes of units of memory, in capitals."""
 
 _ROOT = Path("/")
 # By version: where a group says its limit, its use, and how much of that are files that can go.
@@ -33,6 +37,17 @@ def available_bytes(root: Path = _ROOT) -> int | None:
         elif "memory" in controllers.split(","):
             found += _free_in(root / "sys/fs/cgroup/memory", path, *_V1)
     return max(0, min(found))
+
+
+def parse_bytes(text: str) -> int | None:
+    """Read an amount of memory; None if it is none.
+
+    >>> parse_bytes("1.5 GiB"), parse_bytes("400MB"), parse_bytes("much")
+    (1610612736, 400000000, None)
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(\w+)", text.strip())
+    unit = UNITS.get(match[2].upper()) if match else None
+    return int(float(match[1]) * unit) if match and unit else None
 
 
 def require_memory(needed: float, what: str, advice: str, *, processes: int = 1) -> None:

@@ -20,12 +20,12 @@ from tuckerize.domain import Device
 from tuckerize.errors import UsageError
 from tuckerize.moe.source import SourceModel
 from tuckerize.parallel.backends import choose_device
-from tuckerize.parallel.memory import available_bytes
+from tuckerize.parallel.memory import available_bytes, parse_bytes
 from tuckerize.parallel.processes import Processes, process_group
 from tuckerize.pipeline.inspect import bytes_to_write, describe_plan
 from tuckerize.pipeline.left_alone import notes_on_what_stays
 from tuckerize.pipeline.run_plan import compress_model
-from tuckerize.planning.estimate import threads_that_fit
+from tuckerize.planning.estimate import BASE_BYTES, threads_that_fit
 from tuckerize.planning.plan import Plan, make_plan, output_fingerprint, profiles_for
 from tuckerize.progress import Progress, SilentProgress
 from tuckerize.recipe import Recipe, recipe_of_options
@@ -68,6 +68,8 @@ class DecomposeRequest:
         device: Where the products run: auto, npu, cuda or cpu.
         collective_timeout: Seconds that a process waits for the others; by default 7200 on npu,
             otherwise 86400.
+        max_memory: Host memory that a process may take, as "16GiB": fewer threads, or a refusal
+            with the figure; what is free by default.
         overwrite: Begin anew: replace an earlier result, finished or not.
     """
 
@@ -91,6 +93,7 @@ class DecomposeRequest:
     mtp: str | None = None
     device: str = Device.AUTO
     collective_timeout: float | None = None
+    max_memory: str | None = None
     overwrite: bool = False
 
     def to_recipe(self) -> Recipe:
@@ -147,7 +150,7 @@ def decompose(
         >>> report.after.routed_parameters  # doctest: +SKIP
     """
     progress = progress or SilentProgress()
-    recipe = request.to_recipe()
+    recipe, most = request.to_recipe(), _most_bytes(request)
     if request.output is None:
         raise UsageError("--output is missing", hint="name a new folder, or add --dry-run")
     output = Path(request.output)
@@ -165,10 +168,11 @@ def decompose(
                 held.enter_context(claim)
             else:
                 folder.join(contents)
+            # Before a profile is made: what a calibrated layer needs depends on its shape alone.
+            _fit_memory(make_plan(source, recipe), processes, device, most)
             plan = _plan(source, recipe, calibration, progress)
             if processes.is_leader:
                 _note(plan, progress)
-            _fit_memory(plan, processes, device)
             if processes.is_leader:
                 require_space(output, bytes_to_write(plan, calibration))
             return plan, calibration
@@ -257,11 +261,27 @@ def _open(
     return source, CalibrationPass.open(source, recipe, device) if recipe.calibration else None
 
 
-def _fit_memory(plan: Plan, processes: Processes, device: torch.device) -> None:
+def _most_bytes(request: DecomposeRequest) -> int | None:
+    """Host memory that the user allows a process; None without a limit."""
+    if request.max_memory is None:
+        return None
+    most = parse_bytes(request.max_memory)
+    if not most:
+        raise UsageError(
+            f"--max-memory {request.max_memory!r} is not an amount of memory",
+            hint="use the form 16GiB; the units are MB, MiB, GB, GiB and TiB",
+        )
+    return most
+
+
+def _fit_memory(plan: Plan, processes: Processes, device: torch.device, most: int | None) -> None:
     """Use as many threads as memory allows; refuse what does not fit with one."""
-    available = available_bytes() if device.type == "cpu" else None
-    if available is not None:
-        torch.set_num_threads(threads_that_fit(plan, available // processes.local_size))
+    free = available_bytes() if device.type == "cpu" else None
+    bounds = [] if free is None else [free // processes.local_size]
+    if most is not None:
+        bounds.append(max(0, most - BASE_BYTES))
+    if bounds:
+        torch.set_num_threads(threads_that_fit(plan, min(bounds)))
 
 
 def _plan(

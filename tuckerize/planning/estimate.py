@@ -24,8 +24,9 @@ from tuckerize.recipe import CalibrationSettings
 
 # A symmetric product costs little more than half of a full one, see linalg/gram.py.
 _GRAM_SHARE = 0.55
-# Interpreter, torch and its libraries, measured after the imports of `tuckerize decompose`.
-_BASE_BYTES = 450 * 2**20
+BASE_BYTES = 450 * 2**20
+"""Interpreter, torch and its libraries, measured after the imports of `tuckerize decompose`."""
+
 # Sweeps that a run is likely to make; HOOI has usually converged after a few.
 _LIKELY_SWEEPS = 3
 # Copying and hashing, a cautious figure for one core and one disk.
@@ -116,7 +117,7 @@ def threads_that_fit(plan: Plan, available: int) -> int:
         UsageError: One thread does not fit either.
     """
     for threads in range(torch.get_num_threads(), 0, -1):
-        needed = peak_bytes(plan, threads) - _BASE_BYTES  # which is taken already
+        needed = peak_bytes(plan, threads) - BASE_BYTES  # which is taken already
         if needed <= available:
             return threads
     raise UsageError(
@@ -135,7 +136,7 @@ def process_bytes(shape: StackShape, threads: int) -> int:
         threads: Threads that work side by side.
     """
     matrix = shape.intermediate * shape.hidden * _WORK_BYTES
-    return _BASE_BYTES + threads * _MATRICES_PER_THREAD * matrix
+    return BASE_BYTES + threads * _MATRICES_PER_THREAD * matrix
 
 
 def data_free_bytes(

@@ -23,6 +23,7 @@ from tuckerize.errors import UsageError
 from tuckerize.moe.family import text_config
 from tuckerize.moe.source import SourceModel
 from tuckerize.parallel.layouts import owned_slice
+from tuckerize.parallel.memory import parse_bytes
 from tuckerize.planning.uniform import BudgetUnit
 from tuckerize.report import FitChoice, FitReport
 
@@ -32,7 +33,6 @@ UNUSED_SHARE = 0.08
 WORKING_SHARE = 0.04
 """Share of a device for activations and captured graphs: an estimate."""
 
-_UNITS = {"MB": 10**6, "MIB": 2**20, "GB": 10**9, "GIB": 2**30, "TIB": 2**40}
 _CACHE_BYTES = 2  # of a cached value: 16 bits
 _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 _FUSED = ("qkv_proj.weight", "query_key_value.weight", "Wqkv.weight")
@@ -63,14 +63,14 @@ class Devices:
         Raises:
             UsageError: It is of another form.
         """
-        match = re.fullmatch(r"(?:(\d+)\s*[x×*])?\s*(\d+(?:\.\d+)?)\s*(\w+)", text.strip())
-        unit = _UNITS.get(match[3].upper()) if match else None
-        if match is None or unit is None or match[1] == "0" or not float(match[2]):
+        match = re.fullmatch(r"(?:(\d+) ?[x×*] ?)?(.+)", text.strip())
+        memory = parse_bytes(match[2]) if match else None
+        if match is None or not memory or match[1] == "0":
             raise UsageError(
                 f"--fit {text!r} is not a number of devices and their memory",
                 hint="use the form 4x32GiB; the units are MB, MiB, GB, GiB and TiB",
             )
-        return cls(int(match[1] or 1), int(float(match[2]) * unit))
+        return cls(int(match[1] or 1), memory)
 
 
 @dataclass(frozen=True, slots=True)
