@@ -153,9 +153,9 @@ class Target(Choice):
     """Engines that a calibrated result is made for, which decides what may be truncated.
 
     `any-engine`: all experts of all layers equally wide and no factor, so that `reconstruct` writes
-    a stock checkpoint of the family. `fused-kernels`: one width and one latent size for a layer,
-    for the fused-MoE kernels of engines with our plugin. `free`: each expert its own width, and
-    any mode.
+    a stock checkpoint of the family. `fused-kernels`: one width for a layer, and one latent size or
+    none, for the fused-MoE kernels of engines with our plugin. `free`: each expert its own width,
+    and any mode.
     """
 
     FREE = "free"

@@ -128,7 +128,8 @@ class CalibrationSettings(_Schema):
         sequential: Calibrate each layer on the hidden states of the compressed layers before
             it, rather than of the dense ones.
         target: Engines that the result is made for: `any-engine` (all experts equally wide,
-            no factor), `fused-kernels` (one width and one latent size for a layer) or `free`.
+            no factor), `fused-kernels` (one width for a layer, and one latent size or none) or
+            `free`.
         shape: Modes that may be truncated: `latent` the hidden mode, `neurons` the width of the
             experts, `narrow-latent` both, `full` all three modes of every stack; `auto` takes for
             each layer the smaller predicted error, of a width with a truncated hidden mode or of

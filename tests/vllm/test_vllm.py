@@ -222,6 +222,20 @@ def test_latent_shape_is_computed_by_the_engines_kernel(tmp_path: Path) -> None:
         assert_same_up_to_ties(found, expected, EXACT)
 
 
+def test_narrow_experts_without_factors_are_computed_by_the_engines_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = add_tokenizer(make_tiny_family(tmp_path / "dense", "qwen3_moe", neurons=64))
+    text = write_text(tmp_path / "text.txt", 4000)
+    size = ("--keep", "0.75", "--refine", "0", "--target", "any-engine")
+    calibration = ("--calibration", text, "--calibration-tokens", "2048")
+    checkpoint = decompose(model, tmp_path / "out", *size, *calibration)
+    found, expected = run([checkpoint, reconstruct(checkpoint)])
+    assert found["kernels"] == [["kernel"] * 2]
+    assert found["tokens"] == expected["tokens"]
+
+
 def test_memory_falls_with_keep(tmp_path: Path) -> None:
     """A model of which routed experts are 97 %; nothing dense is left in memory."""
     model = make_tiny_family(tmp_path / "dense", "qwen3_moe", experts=32, neurons=128)

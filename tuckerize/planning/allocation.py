@@ -222,9 +222,8 @@ def _latent_grid(space: SearchSpace, width_step: int) -> tuple[Array, Array]:
     # A core cannot use more columns than it has rows, over all experts (and gate and up).
     usable = (gate_up == shape.hidden) | (gate_up <= 2 * shape.experts * neurons)
     usable &= (down == shape.hidden) | (down <= shape.experts * neurons)
-    if truncation == Truncation.NARROW_LATENT:  # one latent size, or the layer as it is
-        latent = (gate_up == down) & (down < shape.hidden)
-        usable &= latent | ((gate_up == down) & (neurons == shape.intermediate))
+    if truncation == Truncation.NARROW_LATENT:  # one latent size, or no factor
+        usable &= gate_up == down
     return sizes[usable], stored[usable]
 
 

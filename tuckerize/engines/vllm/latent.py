@@ -1,7 +1,8 @@
 """vLLM: layers of the latent shape on the engine's own fused-MoE kernels.
 
 Where gate and up of all experts share one U_I, and no other mode has a factor, a layer is an
-ordinary MoE layer of hidden size r between two projections shared by its experts.
+ordinary MoE layer of hidden size r between two projections shared by its experts. Without any
+factor it is one of the model's hidden size, with narrower experts.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class LatentKernel:
         layer: Any,  # noqa: ANN401
         x_TI: Tensor,
         routing: Sequence[Tensor],
-        ends: Sequence[Tensor],
+        ends: Sequence[Tensor | None],
     ) -> Tensor:
         """The routed output, shape (T, I).
 
@@ -94,25 +95,30 @@ class LatentKernel:
             layer: The engine's layer.
             x_TI: Tokens.
             routing: Weights and experts of every token.
-            ends: U_I of gate and up, and of down, shapes (I, r_I).
+            ends: U_I of gate and up, and of down, shapes (I, r_I); None where there is none.
         """
-        low_TR = x_TI @ ends[0]
+        low_TR = x_TI if ends[0] is None else x_TI @ ends[0]
         if missing := self.method.moe.hidden_dim - low_TR.shape[1]:
             low_TR = functional.pad(low_TR, (0, missing))
         result_TR = self.method.apply(layer, low_TR, *routing, None, None)
-        output: Tensor = result_TR[:, : ends[1].shape[1]] @ ends[1].T
+        output: Tensor = (
+            result_TR if ends[1] is None else result_TR[:, : ends[1].shape[1]] @ ends[1].T
+        )
         return output
 
 
 def _latent_width(moe: Any, groups: Sequence[GroupShape]) -> int | None:  # noqa: ANN401
     """Hidden size r of a layer of the latent shape; None if it has another one."""
-    uneven = not groups[0].equal_widths
-    if len(groups) > 1 or not groups[0].joint or uneven or groups[0].core_type:
+    if len(groups) > 1 or not groups[0].equal_widths or groups[0].core_type:
         return None
     whole = (moe.num_experts, groups[0].widths[0])
     ranks = [groups[0].ranks[projection] for projection in Projection]
     sizes = [rank.hidden for rank in ranks]
-    factors_elsewhere = any(rank[:2] != whole for rank in ranks)
-    if factors_elsewhere or sizes[0] != sizes[1] or max(sizes) >= moe.hidden_dim:
+    no_factor = min(sizes) == moe.hidden_dim
+    if any(rank[:2] != whole for rank in ranks) or not (groups[0].joint or no_factor):
+        return None
+    if no_factor:
+        return sizes[0]
+    if sizes[0] != sizes[1] or max(sizes) >= moe.hidden_dim:
         return None
     return max(sizes) if 3 * max(sizes) <= _LARGEST_GROWTH * sum(sizes) else None
