@@ -64,9 +64,9 @@ _TEXT = """
 
 ```python
 import tuckerize  # {install}
-from transformers import AutoModelForCausalLM
+from transformers import {auto}
 
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")
+model = {auto}.from_pretrained("path/to/this/folder", dtype="auto")
 ```
 
 With `trust_remote_code=True` the checkpoint imports it itself. vLLM serves it where tuckerize is
@@ -98,9 +98,13 @@ def with_loader(config: dict[str, Any]) -> dict[str, Any]:
     architecture = _architecture(config)
     if architecture is None:
         return kept
-    own = (auto for ending, auto in _AUTO.items() if architecture.endswith(ending))
-    auto = next(own, "AutoModelForCausalLM")
-    return {**kept, "auto_map": {auto: f"{LOADER}.{architecture}"}}
+    return {**kept, "auto_map": {_auto_class(architecture): f"{LOADER}.{architecture}"}}
+
+
+def _auto_class(architecture: str | None) -> str:
+    """Class of transformers that loads models of an architecture."""
+    own = (auto for ending, auto in _AUTO.items() if (architecture or "").endswith(ending))
+    return next(own, "AutoModelForCausalLM")
 
 
 def write_hub_files(
@@ -126,7 +130,7 @@ def write_hub_files(
     if before is not None:
         write_text(output / SOURCE_CARD, before)
         written.append(SOURCE_CARD)
-    write_text(output / CARD, _card(before or "", manifest))
+    write_text(output / CARD, _card(before or "", manifest, _auto_class(architecture)))
     return written
 
 
@@ -164,7 +168,7 @@ def _architecture(config: dict[str, Any]) -> str | None:
     return name if isinstance(name, str) and name.isidentifier() else None
 
 
-def _card(source_card: str, manifest: TuckerManifest) -> str:
+def _card(source_card: str, manifest: TuckerManifest, auto: str) -> str:
     model = manifest.source.model if manifest.source else ""
     before, after = manifest.before, manifest.after
     name = Path(model).name
@@ -175,6 +179,7 @@ def _card(source_card: str, manifest: TuckerManifest) -> str:
         how += f" Trained on {manifest.healed.tokens:,} tokens of text after that."
     text = _TEXT.format(
         name=name,
+        auto=auto,
         install=INSTALL,
         model=name if Path(model).exists() else model,
         version=__version__,

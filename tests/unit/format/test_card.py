@@ -152,3 +152,20 @@ def test_odd_metadata_of_the_source_stops_nothing(
     facts = facts_of(output / CARD)
     assert facts["tags"] == tags
     assert (facts["base_model"], facts["library_name"]) == ("owner/name", "transformers")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "auto"),
+    [
+        ("DeepseekV2ForCausalLM", "AutoModelForCausalLM"),
+        ("Qwen3VLMoeForConditionalGeneration", "AutoModelForImageTextToText"),
+    ],
+)
+def test_card_loads_with_the_class_that_its_configuration_names(
+    folders: tuple[Path, Path], architecture: str, auto: str
+) -> None:
+    source, output = folders
+    config = {"architectures": [architecture]}
+    write_hub_files(source, output, manifest_of("tucker", "owner/name"), config)
+    assert f"{auto}.from_pretrained" in (output / CARD).read_text()
+    assert list(with_loader(config)["auto_map"]) == [auto]
