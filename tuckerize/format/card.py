@@ -187,7 +187,7 @@ def _card(source_card: str, manifest: TuckerManifest, auto: str) -> str:
         after=after.routed_parameters,
         before=before.routed_parameters,
         bits=after.bits_per_weight(before),
-        recipe=yaml.safe_dump(_recipe(manifest), sort_keys=False),
+        recipe=yaml.safe_dump(_recipe(manifest)),
         bytes_after=after.total_bytes,
         bytes_before=before.total_bytes,
         how=how,

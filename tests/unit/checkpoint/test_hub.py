@@ -111,7 +111,7 @@ def test_resolve_model_absent_from_the_cache_says_how_to_fetch_it(cache: Path, m
     repository = SHORT_NAMES.get(model, model)
     assert refusal(model) == (
         f"{model!r} is not a folder, and {repository} is not in the Hugging Face cache",
-        f"fetch it once with: hf download {repository}",
+        f"fetch it with: hf download {repository}, or add --download to plan or decompose",
     )
     assert list(cache.iterdir()) == []
 
