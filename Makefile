@@ -68,9 +68,9 @@ fuzz: $(VENV)/.installed-dev  ## Search for damaged files that are not refused (
 	FUZZ_SECONDS=$(FUZZ_SECONDS) FUZZ_ENGINE=$(FUZZ_ENGINE) \
 		$(BIN)/python -m pytest tests/fuzz -m fuzz -rA --timeout 0 -q
 
-test-families: $(VENV)/.installed-dev  ## The calibrated job on every family (minutes)
-	$(BIN)/python -m pytest tests/integration/test_calibrated_families.py \
-		-m "families or not families" --timeout 900
+test-families: $(VENV)/.installed-dev  ## The calibrated job on every family, and their shards under torchrun (minutes)
+	$(BIN)/python -m pytest tests/integration/test_calibrated_families.py tests/distributed/test_families.py \
+		-m "families or not families" --numprocesses 2 --timeout 900
 
 test-kill: $(VENV)/.installed-dev  ## Kills and faults at every change of the file system, and under torchrun
 	$(BIN)/python -m pytest tests/reliability -m kill -s
