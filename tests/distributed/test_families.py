@@ -14,7 +14,7 @@ from tuckerize.checkpoint.output import REPORT
 
 
 @pytest.mark.families
-@pytest.mark.parametrize("name", (*FAMILY_NAMES, *INFERRED))
+@pytest.mark.parametrize("name", [*FAMILY_NAMES, *INFERRED])
 def test_shards_of_a_family_compute_what_its_layers_do(name: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     model = make_family(tmp_path / "model", name)

@@ -245,7 +245,7 @@ transformers, is tested with DeepSeek-V2 in each format, gpt-oss and DeepSeek-V4
 and DeepSeek-V2 and Qwen3-MoE.
 
 A calibrated job is: profile, budget, compression, shards, `verify`, `evaluate` and `reconstruct` on a random model
-(`make test-families`).
+(`make test-families`). The same target verifies two shards of every family under torchrun.
 
 {families}
 ## Other families
