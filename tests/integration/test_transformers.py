@@ -109,7 +109,9 @@ def test_other_types_are_the_same_up_to_their_rounding(
 ) -> None:
     exact = logits(load(outputs[way]))
     model = load(outputs[way], dtype)
-    assert all(value.dtype == dtype for value in model.parameters())
+    # transformers 5.24 keeps the routers of the dense model in float32 as well.
+    others = {name for name, value in model.named_parameters() if value.dtype != dtype}
+    assert all(name.endswith(".mlp.gate.weight") for name in others)
     assert relative(logits(model), exact) < 16 * torch.finfo(dtype).eps
 
 
