@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -28,6 +30,7 @@ from tuckerize import (
     reconstruct,
     write_report,
 )
+from tuckerize.checkpoint.hub import download_model
 from tuckerize.checkpoint.output import EVALUATION
 from tuckerize.errors import CheckpointError
 
@@ -202,3 +205,12 @@ def test_upload_without_network_is_told(tucker: Path, monkeypatch: pytest.Monkey
     done = run_here("push", tucker, "me/small")
     assert done.returncode == 2
     assert "cannot upload to me/small" in done.stderr
+
+
+def test_full_disk_is_not_told_as_a_fault_of_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "cache")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", full)
+    with pytest.raises(OSError, match="No space left"):
+        download_model("me/tiny")

@@ -147,6 +147,9 @@ def _told(
     except (HfHubHTTPError, LocalTokenNotFoundError) as error:
         raise kind(f"{what}: {str(error).splitlines()[0]}", hint=hint) from None
     except (transport, OSError) as error:
+        is_of_a_file = getattr(error, "errno", None) is not None
+        if is_of_a_file and not isinstance(error, ConnectionError):
+            raise  # a full disk, say
         raise kind(
             f"{what}: {error}", hint="check the network; the same command continues"
         ) from None

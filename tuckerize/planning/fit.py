@@ -113,7 +113,8 @@ def fit_devices(source: SourceModel, devices: Devices, workload: Workload) -> Fi
         for cores in (None, *sorted(CoreType, key=lambda cores: -cores.bits))
         for choice in _largest(source, devices.count, left, replace(weights, cores=cores), target)
     ]
-    if not choices:
+    free = [choice for choice in choices if choice.target == Target.FREE]
+    if not free:
         raise UsageError(
             f"nothing fits: of {_size(devices.bytes)} per device, {_size(rest)} are what is not "
             f"routed experts, {_size(cache)} the key-value cache and {_size(reserved)} overhead",
@@ -129,7 +130,7 @@ def fit_devices(source: SourceModel, devices: Devices, workload: Workload) -> Fi
         context=workload.context,
         sequences=workload.sequences,
         source_bits=8 * source.size.routed_bytes / source.size.routed_parameters,
-        bits=_bits([choice for choice in choices if choice.target == Target.FREE]),
+        bits=_bits(free),
         choices=tuple(choices),
         notes=()
         if not uncounted
