@@ -7,7 +7,7 @@ zero points and any number of bits. Letters: E matrices, O outputs, K inputs, G 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ class Encoding:
 
 
 @dataclass(frozen=True)
-class _Grid:
+class Grid:
     """Values that codes stand for: (code − zero) scale, by column, (E, O, K) each."""
 
     scale_EOK: Tensor
@@ -61,13 +61,26 @@ class _Grid:
         return (codes - self.zero_EOK[..., columns]) * self.scale_EOK[..., columns]
 
 
-def round_to_nearest(matrices_EOK: Tensor, encoding: Encoding, _moments: Tensor) -> Tensor:
-    """Round to nearest with the scales of least squared error: the values, (E, O, K)."""
+@dataclass(frozen=True)
+class Rounded:
+    """Matrices as they are stored: their codes (E, O, K) and what these stand for."""
+
+    codes_EOK: Tensor
+    grid: Grid
+
+    @property
+    def values(self) -> Tensor:
+        """The values, (E, O, K)."""
+        return self.grid.values(self.codes_EOK)
+
+
+def round_to_nearest(matrices_EOK: Tensor, encoding: Encoding, _moments: Tensor) -> Rounded:
+    """Round to nearest with the scales of least squared error."""
     grid = _fit(matrices_EOK, encoding, torch.ones_like(matrices_EOK[:, 0]))
-    return grid.values(grid.codes(matrices_EOK))
+    return Rounded(grid.codes(matrices_EOK), grid)
 
 
-def gptq(matrices_EOK: Tensor, encoding: Encoding, moments_EKK: Tensor) -> Tensor:
+def gptq(matrices_EOK: Tensor, encoding: Encoding, moments_EKK: Tensor) -> Rounded:
     """GPTQ (Frantar et al. 2023): columns that follow make up for the rounding of one.
 
     With the inverse root of every matrix's own moment, columns in the order of falling energy, and
@@ -80,26 +93,33 @@ def gptq(matrices_EOK: Tensor, encoding: Encoding, moments_EKK: Tensor) -> Tenso
         grid = _fit(matrices_EOK, encoding, weight_EK)
         codes = _gptq_codes(matrices_EOK, grid, moments_EKK)
         refitted = _refit(matrices_EOK, codes, grid, moments_EKK, encoding)
-        tried += [grid.values(grid.codes(matrices_EOK)), grid.values(codes), refitted]
+        tried += [Rounded(grid.codes(matrices_EOK), grid), Rounded(codes, grid), refitted]
     return _best(matrices_EOK, tried, moments_EKK)
 
 
-ROUNDINGS: dict[str, Callable[[Tensor, Encoding, Tensor], Tensor]] = {
+ROUNDINGS: dict[str, Callable[[Tensor, Encoding, Tensor], Rounded]] = {
     "RTN": round_to_nearest,
     "GPTQ": gptq,
 }
 
 
-def _best(matrices_EOK: Tensor, tried: list[Tensor], moments_EKK: Tensor) -> Tensor:
+def _best(matrices_EOK: Tensor, tried: list[Rounded], moments_EKK: Tensor) -> Rounded:
     errors = []
-    for values in tried:
-        missed = matrices_EOK - values
+    for found in tried:
+        missed = matrices_EOK - found.values
         errors.append(((missed @ moments_EKK.to(missed)) * missed).sum(-1))
     best_EO = torch.stack(errors).argmin(0)
-    return torch.stack(tried).gather(0, best_EO[None, ..., None].expand_as(tried[0][None]))[0]
+
+    def chosen(parts: list[Tensor]) -> Tensor:
+        return torch.stack(parts).gather(0, best_EO[None, ..., None].expand_as(parts[0][None]))[0]
+
+    scale_EOK = chosen([found.grid.scale_EOK for found in tried])
+    zero_EOK = chosen([found.grid.zero_EOK for found in tried])
+    grid = replace(tried[0].grid, scale_EOK=scale_EOK, zero_EOK=zero_EOK)
+    return Rounded(chosen([found.codes_EOK for found in tried]), grid)
 
 
-def _fit(matrices_EOK: Tensor, encoding: Encoding, weight_EK: Tensor) -> _Grid:
+def _fit(matrices_EOK: Tensor, encoding: Encoding, weight_EK: Tensor) -> Grid:
     """Scales and zero points of least weighted squared error of rounding to nearest."""
     inputs = matrices_EOK.shape[-1]
     group = encoding.group or max(inputs, 1)
@@ -121,7 +141,7 @@ def _fit(matrices_EOK: Tensor, encoding: Encoding, weight_EK: Tensor) -> _Grid:
     scale_EOK, zero_EOK = (
         part.expand(-1, -1, -1, group).flatten(-2)[..., :inputs] for part in (scale, zero)
     )
-    return _Grid(scale_EOK, zero_EOK, low, high)
+    return Grid(scale_EOK, zero_EOK, low, high)
 
 
 def _grouped(values: Tensor, group: int) -> Tensor:
@@ -156,7 +176,7 @@ def _sixteen_bits(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, 1.0, scale).bfloat16().to(scale.dtype)
 
 
-def _gptq_codes(matrices_EOK: Tensor, grid: _Grid, moments_EKK: Tensor) -> Tensor:
+def _gptq_codes(matrices_EOK: Tensor, grid: Grid, moments_EKK: Tensor) -> Tensor:
     damped_EKK = moments_EKK.double().clone()
     energy_EK = damped_EKK.diagonal(dim1=1, dim2=2)
     mean_E1 = energy_EK.mean(-1, keepdim=True)
@@ -171,7 +191,7 @@ def _gptq_codes(matrices_EOK: Tensor, grid: _Grid, moments_EKK: Tensor) -> Tenso
     inverse_EKK = torch.cholesky_inverse(torch.linalg.cholesky(damped_EKK))
     root_EKK = torch.linalg.cholesky(inverse_EKK, upper=True).to(matrices_EOK)
     left_EOK = sorted_columns(matrices_EOK, order_EK).clone()
-    own = _Grid(
+    own = Grid(
         sorted_columns(grid.scale_EOK, order_EK),
         sorted_columns(grid.zero_EOK, order_EK),
         grid.low,
@@ -186,9 +206,9 @@ def _gptq_codes(matrices_EOK: Tensor, grid: _Grid, moments_EKK: Tensor) -> Tenso
 
 
 def _refit(
-    matrices_EOK: Tensor, codes_EOK: Tensor, grid: _Grid, moments_EKK: Tensor, encoding: Encoding
-) -> Tensor:
-    """Values with the scales of least error on the moments, for given codes and zero points."""
+    matrices_EOK: Tensor, codes_EOK: Tensor, grid: Grid, moments_EKK: Tensor, encoding: Encoding
+) -> Rounded:
+    """The same codes and zero points with the scales of least error on the moments."""
     inputs = codes_EOK.shape[-1]
     group = encoding.group or max(inputs, 1)
     members_GK = (torch.arange(inputs) // group)[None] == torch.arange(-(-inputs // group))[:, None]
@@ -204,4 +224,5 @@ def _refit(
         right_OG1 = seen_OGK @ matrix_OK.double()[..., None]
         scales.append(torch.linalg.solve(normal_OGG, right_OG1)[..., 0])
     scale_EOG = torch.stack(scales).to(matrices_EOK.dtype).bfloat16().to(matrices_EOK)
-    return units_EOK.to(matrices_EOK) * scale_EOG.repeat_interleave(group, -1)[..., :inputs]
+    scale_EOK = scale_EOG.repeat_interleave(group, -1)[..., :inputs]
+    return Rounded(codes_EOK, replace(grid, scale_EOK=scale_EOK))

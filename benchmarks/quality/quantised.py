@@ -10,8 +10,12 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from benchmarks.quality.encodings import ROUNDINGS, Encoding
-from benchmarks.quality.layer import Compressed, Layer, Stacks
+from benchmarks.quality.layer import Compressed, Layer, Stacks, triple
+from benchmarks.quality.learned import learn
 from benchmarks.quality.models import MoeModel
+
+LEARNED = "learned"
+"""GPTQ, then rounding and scales that are learned on the layer's output."""
 
 
 @dataclass(frozen=True)
@@ -61,18 +65,22 @@ def _round(layer: Layer, encoding: Encoding, rounding: str) -> tuple[Stacks, int
     hidden = layer.shape[2]
     gate_EKI, up_EKI, down_EKI = (_narrow(stack, rows) for stack in layer.stacks)
     inputs_EII = layer.input_moments(weighted=True).float()
-    gate_EKI = ROUNDINGS[rounding](gate_EKI, encoding, inputs_EII)
-    up_EKI = ROUNDINGS[rounding](up_EKI, encoding, inputs_EII)
+    treat = ROUNDINGS["GPTQ" if rounding == LEARNED else rounding]
+    gate, up = (treat(own, encoding, inputs_EII) for own in (gate_EKI, up_EKI))
     moments = []
-    for (x_NI, w_N), gate_KI, up_KI in zip(layer.tokens, gate_EKI, up_EKI, strict=True):
+    for (x_NI, w_N), gate_KI, up_KI in zip(layer.tokens, gate.values, up.values, strict=True):
         active_NK = silu(x_NI @ gate_KI.T) * (x_NI @ up_KI.T) * w_N[:, None]
         moments.append(active_NK.T @ active_NK)
-    down_EIK = ROUNDINGS[rounding](down_EKI.mT.contiguous(), encoding, torch.stack(moments))
+    down = treat(down_EKI.mT.contiguous(), encoding, torch.stack(moments))
+    if rounding == LEARNED:
+        stored = learn(layer, (gate_EKI, up_EKI, down_EKI), (gate, up, down), encoding)
+    else:
+        stored = (gate.values, up.values, down.values.mT)
     bits = sum(
         2 * encoding.stored_bits(width, hidden) + encoding.stored_bits(hidden, width)
         for width in widths
     )
-    return tuple(_widened(part, layer, rows) for part in (gate_EKI, up_EKI, down_EIK.mT)), bits  # type: ignore[return-value]
+    return triple(_widened(part, layer, rows) for part in stored), bits
 
 
 def _neurons(layer: Layer, expert: int) -> Tensor:
