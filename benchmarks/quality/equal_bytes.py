@@ -153,7 +153,7 @@ class Bench:
         """Make a row."""
         start = time.monotonic()
         if row.structure == OURS:
-            model, bits, manifest = tucker_rows.decomposed(
+            asked = tucker_rows.request(
                 self.folder / self.name,
                 self.text,
                 CALIBRATION_TOKENS,
@@ -161,6 +161,7 @@ class Bench:
                 quantize=row.encoding,
                 target=row.target,
             )
+            model, bits, manifest = tucker_rows.decomposed(asked)
             costs = tucker_rows.costs(self.layers, manifest)
         else:
             model = self.model

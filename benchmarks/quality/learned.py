@@ -57,6 +57,7 @@ class _Learned:
         return (codes - grid.zero_EOK) * scale
 
 
+@torch.no_grad()
 def learn(
     layer: Layer, dense: Stacks, rounded: Sequence[Rounded], encoding: Encoding, steps: int = STEPS
 ) -> Stacks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,18 +17,19 @@ from tuckerize.domain import Mode, Projection
 from tuckerize.format.manifest import TuckerManifest, read_tucker_manifest
 
 
-def decomposed(
+def request(
     folder: Path, text: Path, tokens: int, *, keep: float, quantize: str | None, target: str
-) -> tuple[MoeModel, float, TuckerManifest]:
+) -> DecomposeRequest:
+    """What `tuckerize decompose` is asked for."""
+    settings = {"texts": [str(text)], "tokens": tokens, "target": target}
+    return DecomposeRequest(model=folder, keep=keep, quantize=quantize, calibration=settings)
+
+
+def decomposed(asked: DecomposeRequest) -> tuple[MoeModel, float, TuckerManifest]:
     """The model as `tuckerize decompose` leaves it, its bits per weight, and its manifest."""
     with tempfile.TemporaryDirectory(prefix="quality-") as temporary:
         small, dense = Path(temporary, "small"), Path(temporary, "dense")
-        settings = {"texts": [str(text)], "tokens": tokens, "target": target}
-        decompose(
-            DecomposeRequest(
-                model=folder, output=small, keep=keep, quantize=quantize, calibration=settings
-            )
-        )
+        decompose(replace(asked, output=small))
         reconstruct(ReconstructRequest(folder=small, output=dense, dequantize=True))
         manifest = read_tucker_manifest(small)
         return MoeModel(dense), manifest.after.bits_per_weight(manifest.before), manifest

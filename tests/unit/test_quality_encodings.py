@@ -10,7 +10,8 @@ from torch import Tensor
 
 from benchmarks.quality.divergence import divergence, predict
 from benchmarks.quality.encodings import Encoding, gptq, round_to_nearest
-from benchmarks.quality.layer import dense
+from benchmarks.quality.layer import Stacks, dense
+from benchmarks.quality.learned import learn
 from benchmarks.quality.methods.pruning import equally_eliminated_neurons
 from benchmarks.quality.models import MoeModel
 from benchmarks.quality.quantised import quantise as quantise_layers
@@ -52,7 +53,7 @@ def test_values_have_as_many_levels_as_the_bits_tell(encoding: Encoding, seed: i
     matrices_EOK, moments_EKK = matrices(seed)
     group = encoding.group or 40
     for method in (round_to_nearest, gptq):
-        values = method(matrices_EOK, encoding, moments_EKK)
+        values = method(matrices_EOK, encoding, moments_EKK).values
         for part in torch.split(values, group, dim=-1):
             assert all(len(row.unique()) <= 2**encoding.bits for row in part.flatten(0, 1))
 
@@ -61,10 +62,10 @@ def test_values_have_as_many_levels_as_the_bits_tell(encoding: Encoding, seed: i
 @given(ENCODINGS, st.integers(0, 9))
 def test_gptq_is_nowhere_worse_than_rounding_to_nearest(encoding: Encoding, seed: int) -> None:
     matrices_EOK, moments_EKK = matrices(seed)
-    nearest = missed(
-        matrices_EOK, round_to_nearest(matrices_EOK, encoding, moments_EKK), moments_EKK
+    nearest, better = (
+        missed(matrices_EOK, method(matrices_EOK, encoding, moments_EKK).values, moments_EKK)
+        for method in (round_to_nearest, gptq)
     )
-    better = missed(matrices_EOK, gptq(matrices_EOK, encoding, moments_EKK), moments_EKK)
     assert (better <= nearest * (1 + 1e-3)).all()
     if encoding.bits <= 4:
         assert better.sum() < 0.9 * nearest.sum()
@@ -85,7 +86,8 @@ def test_every_stored_bit_is_counted(encoding: Encoding, outputs: int, inputs: i
 def test_our_own_is_as_good_as_the_competitor(core_type: CoreType) -> None:
     encoding = Encoding(core_type.bits, core_type.group_size, zero=False)
     matrices_EOK, moments_EKK = matrices(0, outputs=64, inputs=64)
-    theirs = missed(matrices_EOK, gptq(matrices_EOK, encoding, moments_EKK), moments_EKK).sum()
+    found = gptq(matrices_EOK, encoding, moments_EKK).values
+    theirs = missed(matrices_EOK, found, moments_EKK).sum()
     own = quantise(matrices_EOK, core_type, list(moments_EKK)).dequantised()
     assert float(missed(matrices_EOK, own, moments_EKK).sum()) == pytest.approx(
         float(theirs), rel=0.1
@@ -111,6 +113,28 @@ def test_quantised_model_is_as_near_as_its_bits_allow(tiny: MoeModel, bits: int)
     assert stored == 2 * 8 * (3 * 24 * 32 * bits + 16 * (24 + 24 + 32))
     assert 0 < found["kl"] < {8: 1e-6, 3: 1e-2}[bits]
     assert divergence(tiny, tokens, before)["kl"] == 0
+
+
+@pytest.mark.parametrize("encoding", [Encoding(3, 8, zero=True), Encoding(2, 32, zero=False)])
+def test_learned_rounding_is_nearer_and_of_the_same_codes(
+    tiny: MoeModel, encoding: Encoding
+) -> None:
+    tokens = torch.randint(0, 60, (8193,), generator=torch.Generator().manual_seed(0))
+    layer = tiny.layers(tokens)[0]
+    gate, up, down = layer.stacks
+    matrices = [gate, up, down.mT.contiguous()]
+    none = torch.empty(0)
+    nearest = [round_to_nearest(own, encoding, none) for own in matrices]
+    learned = learn(layer, layer.stacks, nearest, encoding, steps=40)
+
+    def error(stacks: Stacks) -> float:
+        return float((layer.output_of(stacks) - layer.output).norm())
+
+    start = [own.values for own in nearest]
+    assert error(learned) < 0.95 * error((start[0], start[1], start[2].mT))
+    for values in (learned[0], learned[1], learned[2].mT):
+        for part in torch.split(values, encoding.group or values.shape[-1], dim=-1):
+            assert all(len(row.unique()) <= 2**encoding.bits for row in part.flatten(0, 1))
 
 
 def test_neurons_and_experts_that_are_gone_are_not_stored(tiny: MoeModel) -> None:
