@@ -15,6 +15,9 @@ from torch import Tensor
 _DAMPING = 0.01  # of the mean input energy, as published
 _SHARES = tuple(1 - 0.04 * step for step in range(16))  # of the range that codes span
 _SCALE_BITS = 16
+_TURNS, _SWEEPS = 2, 4  # of coordinate descent
+LEARNED = "learned"
+"""Rounding that is learned on the output of a layer, by `learned.learn`."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,12 @@ class Grid:
     high: int
 
     def codes(self, values: Tensor, columns: slice | int = slice(None)) -> Tensor:
+        """Nearest codes of values of some columns."""
         scale, zero = self.scale_EOK[..., columns], self.zero_EOK[..., columns]
         return (values / scale + zero).round().clamp(self.low, self.high)
 
     def values(self, codes: Tensor, columns: slice | int = slice(None)) -> Tensor:
+        """Values of the codes of some columns."""
         return (codes - self.zero_EOK[..., columns]) * self.scale_EOK[..., columns]
 
 
@@ -97,9 +102,24 @@ def gptq(matrices_EOK: Tensor, encoding: Encoding, moments_EKK: Tensor) -> Round
     return _best(matrices_EOK, tried, moments_EKK)
 
 
+def descended(matrices_EOK: Tensor, encoding: Encoding, moments_EKK: Tensor) -> Rounded:
+    """GPTQ, then coordinate descent: code after code the best one for what all others miss.
+
+    Codes and scales take turns; every output takes the best of what was tried.
+    """
+    found = gptq(matrices_EOK, encoding, moments_EKK)
+    tried = [found]
+    for _ in range(_TURNS):
+        moved = _descend(matrices_EOK, found, moments_EKK)
+        found = _refit(matrices_EOK, moved.codes_EOK, moved.grid, moments_EKK, encoding)
+        tried += [moved, found]
+    return _best(matrices_EOK, tried, moments_EKK)
+
+
 ROUNDINGS: dict[str, Callable[[Tensor, Encoding, Tensor], Rounded]] = {
     "RTN": round_to_nearest,
     "GPTQ": gptq,
+    LEARNED: descended,  # the start of `learned.learn`
 }
 
 
@@ -177,11 +197,8 @@ def _sixteen_bits(scale: Tensor) -> Tensor:
 
 
 def _gptq_codes(matrices_EOK: Tensor, grid: Grid, moments_EKK: Tensor) -> Tensor:
-    damped_EKK = moments_EKK.double().clone()
-    energy_EK = damped_EKK.diagonal(dim1=1, dim2=2)
-    mean_E1 = energy_EK.mean(-1, keepdim=True)
-    energy_EK += torch.where(mean_E1 > 0, _DAMPING * mean_E1, 1.0)
-    order_EK = energy_EK.argsort(dim=-1, descending=True, stable=True)
+    damped_EKK = _damped(moments_EKK)
+    order_EK = damped_EKK.diagonal(dim1=1, dim2=2).argsort(dim=-1, descending=True, stable=True)
     back_EK = order_EK.argsort(dim=-1)
 
     def sorted_columns(values_EOK: Tensor, order_EK: Tensor) -> Tensor:
@@ -203,6 +220,29 @@ def _gptq_codes(matrices_EOK: Tensor, grid: Grid, moments_EKK: Tensor) -> Tensor
         missed_EO = (left_EOK[..., k] - own.values(codes_EOK[..., k], k)) / root_EKK[:, None, k, k]
         left_EOK[..., k + 1 :] -= missed_EO[..., None] * root_EKK[:, None, k, k + 1 :]
     return sorted_columns(codes_EOK, back_EK)
+
+
+def _descend(matrices_EOK: Tensor, start: Rounded, moments_EKK: Tensor) -> Rounded:
+    grid, codes_EOK = start.grid, start.codes_EOK.clone()
+    damped_EKK = _damped(moments_EKK).to(matrices_EOK)
+    seen_EOK = (matrices_EOK - start.values) @ damped_EKK  # of what is missed
+    for _ in range(_SWEEPS):
+        for k in range(codes_EOK.shape[-1]):
+            scale_EO, own_EO = grid.scale_EOK[..., k], codes_EOK[..., k]
+            best_EO = own_EO + seen_EOK[..., k] / (damped_EKK[:, None, k, k] * scale_EO)
+            moved_EO = best_EO.round().clamp(grid.low, grid.high) - own_EO
+            codes_EOK[..., k] = own_EO + moved_EO
+            seen_EOK -= (moved_EO * scale_EO)[..., None] * damped_EKK[:, None, k]
+    return Rounded(codes_EOK, grid)
+
+
+def _damped(moments_EKK: Tensor) -> Tensor:
+    """Moments with a share of the mean energy added to each, in float64."""
+    damped_EKK = moments_EKK.double().clone()
+    energy_EK = damped_EKK.diagonal(dim1=1, dim2=2)
+    mean_E1 = energy_EK.mean(-1, keepdim=True)
+    energy_EK += torch.where(mean_E1 > 0, _DAMPING * mean_E1, 1.0)
+    return damped_EKK
 
 
 def _refit(

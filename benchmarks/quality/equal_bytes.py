@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.quality import quantised, tucker_rows
 from benchmarks.quality.divergence import Prediction, divergence, predict
-from benchmarks.quality.encodings import Encoding
+from benchmarks.quality.encodings import LEARNED, Encoding
 from benchmarks.quality.equal_bytes_tables import plot, tables
 from benchmarks.quality.layer import Compressed, Layer, dense
 from benchmarks.quality.methods.pruning import equally_eliminated_neurons
@@ -47,7 +47,7 @@ class Wanted:
     Attributes:
         structure: A method of the registry, `dense` for quantisation alone, or `tuckerize`.
         keep: Kept share of the parameters.
-        rounding: RTN, GPTQ, or our own.
+        rounding: RTN, GPTQ, learned, or our own.
         encoding: How the matrices are stored; for our own rows `w4` or `w8`.
         target: Target of our own rows.
     """
@@ -96,10 +96,11 @@ def _ours(quantize: str, *keeps: float, target: str = "free") -> list[Wanted]:
 WANTED = (
     *_alone("GPTQ", 4, 3, 2),
     *_ours("w4", *KEEPS),
+    *(Wanted(DENSE, 1, LEARNED, str(Encoding(bits, 32, zero=True))) for bits in (2, 3, 4)),
     *_pruned("neuron elimination", "REAP"),
     Wanted(DENSE, 1, "GPTQ", str(Encoding(8, None, zero=False))),
     *_ours("w4", 0.8, 0.5, target="fused-kernels"),
-    *_ours("w8", 0.9, 0.75),
+    *_ours("w8", 0.9, 0.75, 0.65, 0.5),
     *_ours("w4", 0.8, 0.5, target="any-engine"),
     *_pruned(EQUAL_WIDTHS),
     *_alone("GPTQ", 3, 2, 4, groups=(128,)),
@@ -201,6 +202,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, help="folder with the models and the texts")
     parser.add_argument("--only-models", nargs="+", help="names of the models to take")
     parser.add_argument("--only", nargs="+", help="structures to take")
+    parser.add_argument("--only-rounding", nargs="+", help="ways of rounding to take")
     parser.add_argument("--first", type=int, help="take so many rows of the list")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no row later")
@@ -237,7 +239,9 @@ def _make(options: argparse.Namespace) -> None:
         missing = [
             row
             for row in list(dict.fromkeys(WANTED))[: options.first]
-            if row not in there and (not options.only or row.structure in options.only)
+            if row not in there
+            and (not options.only or row.structure in options.only)
+            and (not options.only_rounding or row.rounding in options.only_rounding)
         ]
         bench: Bench | None = None
         for row in missing:

@@ -1,4 +1,4 @@
-"""KL divergence that `tuckerize plan` predicts for our rows at equal bytes, beside the measured one.
+"""KL divergence that `tuckerize plan` predicts for our rows, beside the measured one.
 
     python -m benchmarks.quality.predictions --models FOLDER
 
@@ -43,12 +43,16 @@ def table(rows: Iterable[tuple[Row, float]]) -> str:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for row, predicted in rows:
-        measured, error = row["in_domain"]["kl"], row["in_domain"]["kl_error"]
-        lines.append(
-            f"| {row['model']} | {row['keep']:g} × {row['encoding']}, {row['target']} "
-            f"| {row['bits']:.2f} | {1e3 * predicted:.1f} | {1e3 * measured:.1f} ± {1e3 * error:.1f} "
-            f"| {measured / predicted:.2f} |"
+        kl, error = row["in_domain"]["kl"], row["in_domain"]["kl_error"]
+        cells = (
+            row["model"],
+            f"{row['keep']:g} × {row['encoding']}, {row['target']}",
+            f"{row['bits']:.2f}",
+            f"{1e3 * predicted:.1f}",
+            f"{1e3 * kl:.1f} ± {1e3 * error:.1f}",
+            f"{kl / predicted:.2f}",
         )
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

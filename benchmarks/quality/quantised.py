@@ -9,13 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from benchmarks.quality.encodings import ROUNDINGS, Encoding
+from benchmarks.quality.encodings import LEARNED, ROUNDINGS, Encoding
 from benchmarks.quality.layer import Compressed, Layer, Stacks, triple
 from benchmarks.quality.learned import learn
 from benchmarks.quality.models import MoeModel
-
-LEARNED = "learned"
-"""GPTQ, then rounding and scales that are learned on the layer's output."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ def _round(layer: Layer, encoding: Encoding, rounding: str) -> tuple[Stacks, int
     hidden = layer.shape[2]
     gate_EKI, up_EKI, down_EKI = (_narrow(stack, rows) for stack in layer.stacks)
     inputs_EII = layer.input_moments(weighted=True).float()
-    treat = ROUNDINGS["GPTQ" if rounding == LEARNED else rounding]
+    treat = ROUNDINGS[rounding]
     gate, up = (treat(own, encoding, inputs_EII) for own in (gate_EKI, up_EKI))
     moments = []
     for (x_NI, w_N), gate_KI, up_KI in zip(layer.tokens, gate.values, up.values, strict=True):
@@ -73,7 +70,7 @@ def _round(layer: Layer, encoding: Encoding, rounding: str) -> tuple[Stacks, int
         moments.append(active_NK.T @ active_NK)
     down = treat(down_EKI.mT.contiguous(), encoding, torch.stack(moments))
     if rounding == LEARNED:
-        stored = learn(layer, (gate_EKI, up_EKI, down_EKI), (gate, up, down), encoding)
+        stored = learn(layer, (gate_EKI, up_EKI, down_EKI.mT), (gate, up, down), encoding)
     else:
         stored = (gate.values, up.values, down.values.mT)
     bits = sum(
