@@ -229,7 +229,8 @@ def _descend(matrices_EOK: Tensor, start: Rounded, moments_EKK: Tensor) -> Round
     for _ in range(_SWEEPS):
         for k in range(codes_EOK.shape[-1]):
             scale_EO, own_EO = grid.scale_EOK[..., k], codes_EOK[..., k]
-            best_EO = own_EO + seen_EOK[..., k] / (damped_EKK[:, None, k, k] * scale_EO)
+            unit_EO = torch.where(scale_EO == 0, torch.inf, scale_EO)  # its codes stay
+            best_EO = own_EO + seen_EOK[..., k] / (damped_EKK[:, None, k, k] * unit_EO)
             moved_EO = best_EO.round().clamp(grid.low, grid.high) - own_EO
             codes_EOK[..., k] = own_EO + moved_EO
             seen_EOK -= (moved_EO * scale_EO)[..., None] * damped_EKK[:, None, k]
