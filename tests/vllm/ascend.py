@@ -14,12 +14,21 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+    CompressedTensorsConfig,
+)
+
+from tests.vllm.reference import routed_output, values
 
 PLACE = "vllm_ascend.ops.fused_moe"
 
@@ -34,6 +43,130 @@ class FusedExpertsResult:
     before_combine_evt: object = None
     group_list_type: int = 1
     expert_tokens: Tensor | None = None
+
+
+class AscendW8A8DynamicFusedMoEMethod:
+    """Scheme of int8 experts, with the shapes of its source."""
+
+    def get_weight(
+        self, num_experts: int, intermediate: int, hidden: int, _: torch.dtype
+    ) -> dict[str, Tensor]:
+        return {
+            "w13_weight": torch.empty(num_experts, 2 * intermediate, hidden, dtype=torch.int8),
+            "w2_weight": torch.empty(num_experts, hidden, intermediate, dtype=torch.int8),
+        }
+
+    def get_dynamic_quant_param(
+        self, num_experts: int, intermediate: int, hidden: int, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        outputs = {"w13": 2 * intermediate, "w2": hidden}
+        return {
+            f"{name}_{part}": torch.empty(num_experts, size, 1, dtype=dtype)
+            for name, size in outputs.items()
+            for part in ("weight_scale", "weight_offset")
+        }
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        layer.w13 = values(layer.w13_weight, layer.w13_weight_scale)
+        layer.w2 = values(layer.w2_weight, layer.w2_weight_scale)
+
+
+class AscendW4A16FusedMoEMethod:
+    """Scheme of 4-bit experts, with the shapes and limits of its source."""
+
+    def __init__(self) -> None:
+        described = get_current_vllm_config().quant_config.quant_description
+        self.group_size = described.get("group_size", 32)
+
+    def get_weight(
+        self, num_experts: int, intermediate: int, hidden: int, _: torch.dtype
+    ) -> dict[str, Tensor]:
+        assert intermediate % 8 == hidden % 8 == 0
+        sizes = {"w13": (2 * intermediate, hidden // 8), "w2": (hidden, intermediate // 8)}
+        return {
+            f"{name}_weight_packed": torch.empty(num_experts, *size, dtype=torch.int32)
+            for name, size in sizes.items()
+        }
+
+    def get_dynamic_quant_param(
+        self, num_experts: int, intermediate: int, hidden: int, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        assert intermediate % self.group_size == hidden % self.group_size == 0
+        sizes = {"w13": (2 * intermediate, hidden), "w2": (hidden, intermediate)}
+        found = {
+            f"{name}_weight_shape": torch.empty(num_experts, 2, dtype=torch.int32) for name in sizes
+        }
+        for name, (outputs, inputs) in sizes.items():
+            shape = num_experts, outputs, inputs // self.group_size
+            found[f"{name}_weight_scale"] = torch.empty(shape, dtype=dtype)
+            found[f"{name}_weight_offset"] = torch.zeros(shape, dtype=dtype)
+        return found
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        layer.w13 = values(layer.w13_weight_packed, layer.w13_weight_scale)
+        layer.w2 = values(layer.w2_weight_packed, layer.w2_weight_scale)
+
+
+class AscendFusedMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
+    """The method of a layer that is quantised; a scheme has its weights."""
+
+    is_monolithic = False
+
+    def __init__(self, scheme: Any, moe: Any, tid2eid: Tensor | None = None) -> None:
+        super().__init__(moe)
+        self.quant_method = scheme
+        self.tid2eid = tid2eid
+
+    def create_weights(
+        self,
+        layer: Any,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **_: object,
+    ) -> None:
+        sizes = num_experts, intermediate_size_per_partition, hidden_size, params_dtype
+        made = self.quant_method.get_weight(*sizes)
+        made |= self.quant_method.get_dynamic_quant_param(*sizes)
+        for name, tensor in made.items():
+            layer.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+    def get_fused_moe_quant_config(self, layer: Any) -> None:  # noqa: ARG002
+        return
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        self.quant_method.process_weights_after_loading(layer)
+
+    def apply(
+        self,
+        layer: Any,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared_experts: Any = None,
+        shared_experts_input: Tensor | None = None,
+    ) -> FusedExpertsResult:
+        assert shared_experts is shared_experts_input is None
+        if layer.expert_map is not None:  # what their dispatch to the experts' workers comes to
+            topk_ids = layer.expert_map[topk_ids.long()]
+        return FusedExpertsResult(routed_output(x, layer.w13, layer.w2, topk_weights, topk_ids))
+
+
+class AscendCompressedTensorsConfig(CompressedTensorsConfig):  # type: ignore[misc]
+    """Chooses a scheme; vllm-ascend replaces vLLM's by it."""
+
+    def get_quant_method(self, layer: Any, prefix: str, tid2eid: Tensor | None = None) -> Any:
+        if not isinstance(layer, RoutedExperts):
+            return super().get_quant_method(layer, prefix)
+        found = self.get_scheme_dict(layer, f"{prefix}.0.gate_proj")
+        if self._is_dynamic_token_w8a8(found["weights"], found["input_activations"]):
+            scheme: Any = AscendW8A8DynamicFusedMoEMethod()
+        elif found["weights"].num_bits == 4 and found["input_activations"] is None:
+            scheme = AscendW4A16FusedMoEMethod()
+        else:
+            raise NotImplementedError("No compressed-tensors compatible quantization type")
+        return AscendFusedMoEMethod(scheme, layer.moe_config, tid2eid)
 
 
 class AscendUnquantizedFusedMoEMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
@@ -72,6 +205,7 @@ def install(release: str) -> None:
         sys.modules[module.__name__] = module
     for parent in ("vllm_ascend", "vllm_ascend.ops", PLACE):
         sys.modules[parent] = ModuleType(parent)
+    register_quantization_config("compressed-tensors")(AscendCompressedTensorsConfig)
     if release == "main":
         RoutedExperts._get_quant_method = _ask_once
     else:

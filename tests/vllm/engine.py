@@ -1,7 +1,7 @@
 """Run checkpoints in vLLM, one after another; prints what each gives as a line of JSON.
 
 python tests/vllm/engine.py FOLDER... [--tp 2] [--ep] [--compiled] [--dtype bfloat16]
-    [--ascend main] [--mtp]
+    [--ascend main] [--mtp] [--reference-kernels]
 """
 
 from __future__ import annotations
@@ -42,13 +42,15 @@ def tensor_bytes(model: nn.Module) -> int:
 
 
 def kernels(model: nn.Module) -> list[str]:
-    """What computes the MoE layers: our method, ours on the engine's kernel, or the engine's."""
-    methods = [getattr(module, "quant_method", None) for module in model.modules()]
-    return [
-        "kernel" if getattr(method, "kernel", None) else type(method).__name__
-        for method in methods
-        if "MoE" in type(method).__name__
-    ]
+    """What computes the MoE layers: our method, the engine's within ours, or the engine's."""
+    found = []
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if "MoE" in type(method).__name__:
+            kernel = getattr(getattr(method, "method", method), "kernel", None)
+            inner = type(kernel.method).__name__ if kernel else None
+            found.append(f"kernel {inner}" if inner else type(method).__name__)
+    return found
 
 
 def describe(engine: Any) -> dict[str, Any]:  # noqa: ANN401
@@ -85,6 +87,7 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="as the engine does by default")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--ascend", choices=["main", "v0.26.0rc"], default=None)
+    parser.add_argument("--reference-kernels", action="store_true", help="see reference.py")
     parser.add_argument("--mtp", action="store_true", help="draft with the model's own layers")
     options = parser.parse_args()
     if not options.compiled:  # compiling takes longer than all the rest
@@ -96,6 +99,10 @@ def main() -> None:
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    if options.reference_kernels:
+        from tests.vllm.reference import offer
+
+        offer()
     if options.ascend:
         from tests.vllm.ascend import install
 

@@ -17,6 +17,17 @@ SECONDS = 600
 
 Found = dict[str, Any]
 
+LATENT = """
+schema_version: 1
+joint: gate_up
+rules:
+  - projections: [gate_proj, up_proj]
+    rank: full,full,32
+  - projections: [down_proj]
+    rank: full,full,{down}
+"""
+"""Recipe of layers that the engine's kernels compute."""
+
 
 def run(folders: Sequence[Path], *options: str) -> list[Found]:
     """What the engine gives with each of the checkpoints, see engine.py."""

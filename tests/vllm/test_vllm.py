@@ -21,45 +21,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 import tuckerize  # noqa: F401  # teaches transformers to load Tucker checkpoints
 from tests.quantized_models import quantize_model
 from tests.running import ROOT, succeed
 from tests.tiny_models import add_tokenizer, make_tiny_family, write_text
-from tests.vllm.running import SECONDS, Found, decompose, reconstruct, run
+from tests.vllm.comparing import (
+    EXACT,
+    assert_as_in_transformers,
+    assert_same_up_to_ties,
+    differences,
+)
+from tests.vllm.running import LATENT, SECONDS, Found, decompose, reconstruct, run
 from tuckerize.format.config import GroupShape, TuckerQuantization
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
-
-# Of log-probabilities: sums in another order in float32.
-EXACT = 1e-4
-
-
-def differences(found: Found, expected: Found) -> Iterator[tuple[float, float]]:
-    """Differences of two runs at every step, until their tokens part; after that the texts differ.
-
-    Yields:
-        The largest difference of log-probabilities above -10, and how much more probable the
-        expected token is than the one found (in log-probability).
-    """
-    for prompt, tokens in enumerate(expected["tokens"]):
-        for step, token in enumerate(tokens):
-            one, other = (run["logprobs"][prompt][step] for run in (found, expected))
-            pairs = [pair for pair in zip(one, other, strict=True) if max(pair) > -10]
-            own = found["tokens"][prompt][step]
-            yield max(abs(a - b) for a, b in pairs), other[token] - other[own]
-            if own != token:
-                break
-
-
-def assert_same_up_to_ties(found: Found, expected: Found, tolerance: float) -> None:
-    """Equal tokens, or, where they part, tokens that are as probable within a tolerance."""
-    for difference, advantage in differences(found, expected):
-        assert difference < tolerance
-        assert advantage < 2 * tolerance
 
 
 @pytest.fixture(scope="module", params=["deepseek_v2", "olmoe", "qwen3_moe"])
@@ -103,17 +80,6 @@ def alone(dense: Path, full: Path, small: Path, reconstructed: Path) -> dict[str
 def compiled(small: Path, reconstructed: Path) -> list[Found]:
     """What one worker gives for these two, compiled as by default."""
     return run([small, reconstructed], "--compiled")
-
-
-def assert_as_in_transformers(found: Found, folder: Path) -> None:
-    """The same log-probabilities after every prompt and its tokens, of a run in float32."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    runs = zip(found["prompts"], found["tokens"], found["logprobs"], strict=True)
-    for prompt, tokens, logprobs in runs:
-        with torch.inference_mode():
-            logits = model(torch.tensor([prompt + tokens[:-1]])).logits[0, len(prompt) - 1 :]
-        expected = logits.log_softmax(-1)
-        torch.testing.assert_close(torch.tensor(logprobs), expected, rtol=0, atol=EXACT)
 
 
 @pytest.mark.parametrize("name", ["dense", "full", "small", "reconstructed"])
@@ -193,17 +159,6 @@ def test_stand_in_of_vllm_ascend_gets_what_it_needs(tmp_path: Path) -> None:
         assert found["tokens"] == expected["tokens"]
 
 
-LATENT = """
-schema_version: 1
-joint: gate_up
-rules:
-  - projections: [gate_proj, up_proj]
-    rank: full,full,32
-  - projections: [down_proj]
-    rank: full,full,{down}
-"""
-
-
 def test_latent_shape_is_computed_by_the_engines_kernel(tmp_path: Path) -> None:
     """With one hidden size r, and with two, of which the smaller is filled up."""
     model = make_tiny_family(tmp_path / "dense", "qwen3_moe", neurons=64)
@@ -213,12 +168,12 @@ def test_latent_shape_is_computed_by_the_engines_kernel(tmp_path: Path) -> None:
         checkpoint = decompose(model, tmp_path / str(down), "--recipe", recipe)
         folders = [checkpoint, reconstruct(checkpoint)]
         found, expected = run(folders)
-        assert found["kernels"] == [["kernel"] * 2]
+        assert found["kernels"] == [["kernel UnquantizedFusedMoEMethod"] * 2]
         assert found["tokens"] == expected["tokens"]
         assert found["bytes"][0] < expected["bytes"][0]
     for workers, options in ((1, ("--compiled",)), (2, ("--tp", "2"))):
         found, expected = run(folders, *options)
-        assert found["kernels"] == [["kernel"] * 2] * workers
+        assert found["kernels"] == [["kernel UnquantizedFusedMoEMethod"] * 2] * workers
         assert_same_up_to_ties(found, expected, EXACT)
 
 
@@ -232,7 +187,7 @@ def test_narrow_experts_without_factors_are_computed_by_the_engines_kernel(
     calibration = ("--calibration", text, "--calibration-tokens", "2048")
     checkpoint = decompose(model, tmp_path / "out", *size, *calibration)
     found, expected = run([checkpoint, reconstruct(checkpoint)])
-    assert found["kernels"] == [["kernel"] * 2]
+    assert found["kernels"] == [["kernel UnquantizedFusedMoEMethod"] * 2]
     assert found["tokens"] == expected["tokens"]
 
 
@@ -263,26 +218,6 @@ def test_any_engine_runs_without_the_plugin(
     [found] = run([stock])
     assert all("Tucker" not in kernel for kernels in found["kernels"] for kernel in kernels)
     assert_as_in_transformers(found, stock)
-
-
-@pytest.mark.parametrize("cores", ["w8", "w4"])
-def test_quantised_cores_are_computed_as_transformers_does(cores: str, tmp_path: Path) -> None:
-    """Packed in memory, for one worker and for two that share 72 neurons as 64 and 8."""
-    model = make_tiny_family(tmp_path / "dense", "qwen3_moe", neurons=72)
-    size = ("--rank", "full,full,40", "--joint", "gate_up")
-    plain = decompose(model, tmp_path / "plain", *size)
-    checkpoint = decompose(model, tmp_path / cores, *size, "--quantize", cores)
-    expected, found = run([plain, checkpoint])
-    assert found["kernels"] == [["TuckerMoEMethod"] * 2]
-    assert_as_in_transformers(found, checkpoint)
-    sizes = [
-        json.loads((folder / "tuckerize.json").read_text())["after"]["total_bytes"]
-        for folder in (plain, checkpoint)
-    ]
-    saved = expected["bytes"][0] - found["bytes"][0]
-    assert saved == pytest.approx(sizes[0] - sizes[1], rel=0.1)
-    [shared] = run([checkpoint], "--tp", "2")
-    assert_same_up_to_ties(shared, found, EXACT)
 
 
 @pytest.mark.parametrize("name", ["deepseek_v2", "qwen3_moe"])

@@ -2,7 +2,8 @@
 
 Written from the sources of its branches releases/v0.26.0rc and main (for vLLM 0.26 and 0.27.1) in
 August 2026; tests run it against a stand-in of both. They differ: in the former the method routes
-the tokens, and is requested a second time after weights were created.
+the tokens, and is requested a second time after weights were created. Its own kernels, quantised
+ones included, compute layers of the latent shape in the latter alone.
 """
 
 from __future__ import annotations
@@ -40,10 +41,11 @@ class AscendMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM is not 
 
     def __init__(self, method: Any) -> None:  # noqa: ANN401
         super().__init__(method.moe)
-        if method.moe.moe_parallel_config.use_ep:
+        if method.moe.moe_parallel_config.use_ep and not method.kernel:
             raise ValueError(
-                "vllm-ascend exchanges tokens inside of its own experts' products, which Tucker "
-                "experts do not use: run without --enable-expert-parallel"
+                "vllm-ascend exchanges tokens inside of its own experts' products, which layers of "
+                "this shape do not use: run without --enable-expert-parallel, or decompose with "
+                "--target fused-kernels"
             )
         self.method = method
 
@@ -67,7 +69,13 @@ class AscendMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM is not 
         topk_ids: Tensor | None = None,
         **settings: Any,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
-        """The worker's part of the routed output, in the form that vllm-ascend's runner takes."""
+        """The worker's part of the routed output, in the form that vllm-ascend's runner takes.
+
+        Its own methods dispatch the tokens to the experts' workers, in r dimensions.
+        """
+        if self.method.kernel:
+            settings |= {"topk_weights": topk_weights, "topk_ids": topk_ids}
+            return self.method.kernel.apply(layer, x, self.method.ends, **settings)
         from vllm_ascend.ops.fused_moe.moe_comm_method import FusedExpertsResult
 
         if topk_ids is None:

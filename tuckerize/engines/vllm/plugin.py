@@ -34,7 +34,7 @@ from tuckerize.format.config import METHOD, GroupShape, TuckerQuantization
 from tuckerize.moe.families import glu_of, is_after_last
 from tuckerize.moe.family import Glu
 from tuckerize.names import GROUP_PATTERN, TensorName, group_module
-from tuckerize.runtime.activations import activation_of
+from tuckerize.runtime.activations import Activation, activation_of
 from tuckerize.runtime.experts import TuckerExperts
 
 # Some of vLLM's models rename everything that contains the name of a dense projection.
@@ -62,6 +62,11 @@ class TuckerConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not ins
         if tucker.rest:
             method = get_quantization_config(str(tucker.rest["quant_method"]))
             self.rest = method.from_config(dict(tucker.rest))
+
+    @property
+    def quant_description(self) -> dict[str, Any]:
+        """vllm-ascend's description of what is not factored, which its norms and schemes read."""
+        return getattr(self.rest, "quant_description", None) or {}
 
     @classmethod
     def get_name(cls) -> str:
@@ -153,7 +158,10 @@ class TuckerConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not ins
             )
         method = getattr(layer, "quant_method", None)  # it has one where it is asked again
         if not isinstance(method, TuckerMoEMethod):
-            method = TuckerMoEMethod(layer.moe_config, groups, glu_of(known, prefix))
+            glu = glu_of(known, prefix)
+            plain = glu == Glu(glu.activation)
+            kernel = LatentKernel.find(layer, prefix, groups, **ascend) if plain else None
+            method = TuckerMoEMethod(layer.moe_config, groups, activation_of(glu), kernel)
         return AscendMoEMethod(method) if ascend else method
 
 
@@ -163,16 +171,22 @@ class TuckerMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
     Args:
         moe: The engine's settings of the layer.
         groups: Sizes of its groups.
-        glu: Gated linear unit of its experts.
+        activation: Between gate and up of its experts.
+        kernel: The engine's own for it; None if it has none.
     """
 
-    def __init__(self, moe: Any, groups: Sequence[GroupShape], glu: Glu) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        moe: Any,  # noqa: ANN401
+        groups: Sequence[GroupShape],
+        activation: Activation,
+        kernel: LatentKernel | None,
+    ) -> None:
         super().__init__(moe)
         self.groups = groups
         self.group_size = groups[0].experts
-        self.activation = activation_of(glu)
-        plain = glu == Glu(glu.activation)
-        self.kernel = LatentKernel.find(moe, groups) if plain else None
+        self.activation = activation
+        self.kernel = kernel
         self.waiting: set[str] = set()
         self.experts: TuckerExperts | None = None
 
@@ -267,7 +281,8 @@ class TuckerMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             self.kernel.method.process_weights_after_loading(layer)
             for projection in Projection:  # the kernel keeps them in its own layout
                 core: Any = self.experts.groups[0].stack(projection).core
-                core.data = core.new_empty(0)
+                for tensor in core.parameters() if isinstance(core, nn.Module) else (core,):
+                    tensor.data = tensor.new_empty(0)
 
     def apply(
         self,
@@ -286,14 +301,21 @@ class TuckerMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             topk_ids = layer.expert_map[topk_ids.long()]
         if self.experts is None:
             raise TypeError("the layer has no weights")
+        output: Tensor
         if self.kernel:
-            [group] = self.experts.groups
-            ends: Any = [group.hidden_factor(end) for end in (Projection.GATE, Projection.DOWN)]
-            return self.kernel.apply(layer, x, (topk_weights, topk_ids), ends)
+            output = self.kernel.apply(layer, x, self.ends, topk_weights, topk_ids, None, None)
+            return output
         if layer.apply_router_weight_on_input:  # of the one expert of every token
             x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
-        output: Tensor = self.experts(x, topk_ids, topk_weights)
+        output = self.experts(x, topk_ids, topk_weights)
         return output
+
+    @property
+    def ends(self) -> list[Tensor | None]:
+        """U_I of gate and up, and of down, of a layer that a kernel of the engine computes."""
+        groups = self.experts.groups if self.experts else ()
+        places = (Projection.GATE, Projection.DOWN)
+        return [group.hidden_factor(end) for group in groups for end in places]
 
 
 @torch.library.custom_op("tuckerize::routed_output", mutates_args=())

@@ -1,0 +1,85 @@
+"""Products in place of the quantised kernels that the engine lacks on this processor.
+
+vLLM's own methods choose, create, load and check the weights. What they hand to a kernel is
+multiplied here, expert by expert, with the values that codes and scales stand for.
+"""
+
+# ruff: noqa: ANN401  theirs have no types that are known here
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUExpertsInt8
+from vllm.model_executor.layers.fused_moe.oracle import int8, int_wna16
+
+
+def values(codes_EOK: Tensor, scales_EOG: Tensor) -> Tensor:
+    """Values of int8 codes, or of 4-bit codes in words or bytes, the first in the lowest bits."""
+    if codes_EOK.dtype != torch.int8:
+        read = codes_EOK.contiguous().view(torch.uint8)
+        codes_EOK = torch.stack((read & 15, read >> 4), -1).flatten(-2).to(torch.int8) - 8
+    group = codes_EOK.shape[-1] // scales_EOG.shape[-1]
+    return codes_EOK * scales_EOG.float().repeat_interleave(group, -1)
+
+
+def routed_output(
+    x_TI: Tensor, gate_up_EOI: Tensor, down_EIH: Tensor, weights_Tk: Tensor, experts_Tk: Tensor
+) -> Tensor:
+    """Weighted sums over experts, of those that the worker has; others are negative."""
+    output_TI = torch.zeros_like(x_TI)
+    for expert, (gate_up_OI, down_IH) in enumerate(zip(gate_up_EOI, down_EIH, strict=True)):
+        tokens, slots = (experts_Tk == expert).nonzero(as_tuple=True)
+        gate, up = (x_TI[tokens] @ gate_up_OI.to(x_TI.dtype).T).chunk(2, -1)
+        result = (functional.silu(gate) * up) @ down_IH.to(x_TI.dtype).T
+        output_TI.index_add_(0, tokens, weights_Tk[tokens, slots, None].to(x_TI.dtype) * result)
+    return output_TI
+
+
+class ReferenceExperts(CPUExpertsInt8):  # type: ignore[misc]
+    """int8 or 4-bit experts, with the limits of sizes of vLLM's int8 kernel for CPUs."""
+
+    @staticmethod
+    def _supports_current_device() -> bool:
+        return True
+
+    @staticmethod
+    def _supports_quant_scheme(*_: object) -> bool:
+        return True
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Leave codes as they were loaded."""
+
+    def moe_problem_size(
+        self, a1: Tensor, w1: Tensor, w2: Tensor, topk_ids: Tensor  # noqa: ARG002
+    ) -> tuple[int, int, int, int, int]:
+        """Sizes, which packed codes do not tell."""
+        return len(w1), len(a1), w1.shape[1], a1.shape[1], topk_ids.shape[1]
+
+    def apply(
+        self,
+        output: Tensor,
+        hidden_states: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        *_: object,
+        **__: object,
+    ) -> None:
+        """Write the routed output."""
+        gate_up, down = values(w1, self.w1_scale), values(w2, self.w2_scale)
+        output.copy_(routed_output(hidden_states, gate_up, down, topk_weights, topk_ids))
+
+
+def offer() -> None:
+    """Give vLLM a kernel for quantised experts on a CPU."""
+    for oracle, backend in (
+        (int8, int8.Int8MoeBackend.CPU),
+        (int_wna16, int_wna16.WNA16MoEBackend.TRITON),  # its format is that of the checkpoint
+    ):
+        oracle._get_priority_backends = lambda *_, backend=backend: [backend]
+        oracle.backend_to_kernel_cls = lambda _: [ReferenceExperts]
