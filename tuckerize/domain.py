@@ -71,33 +71,37 @@ class Dtype(Choice):
 
 
 class CoreType(Choice):
-    """Integer encoding of cores.
+    """Encoding of cores as codes and scales.
 
     `w8` is int8 with one scale per output; `w4` is 4 bits with one scale per output and group of
-    32 consecutive inputs. Neither stores zero points.
+    32 consecutive inputs; `fp8` is float8_e4m3fn with one scale per output. None stores zero
+    points.
     """
 
     W8 = "w8"
     W4 = "w4"
+    FP8 = "fp8"
 
     @property
     def bits(self) -> int:
         """Bits per value, without scales."""
-        return {"w8": 8, "w4": 4}[self]
+        return {"w8": 8, "w4": 4, "fp8": 8}[self]
 
     @property
     def group_size(self) -> int | None:
         """Inputs that share a scale; None if all of an output do."""
-        return {"w8": None, "w4": 32}[self]
+        return {"w8": None, "w4": 32, "fp8": None}[self]
 
     @property
     def word_codes(self) -> int:
         """Codes that are stored as one integer: eight of 4 bits, padded with zeros."""
-        return {"w8": 1, "w4": 8}[self]
+        return {"w8": 1, "w4": 8, "fp8": 1}[self]
 
     @property
     def code_range(self) -> tuple[int, int]:
-        """Smallest and largest integer."""
+        """Smallest and largest code."""
+        if self == CoreType.FP8:
+            return -448, 448
         return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
 
 

@@ -33,7 +33,7 @@ from tuckerize import (
     verify,
 )
 from tuckerize.checkpoint.output import MANIFEST
-from tuckerize.domain import Projection
+from tuckerize.domain import CoreType, Projection
 from tuckerize.engines.transformers import TuckerConfig, TuckerQuantizer
 from tuckerize.errors import RecipeError, UsageError
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
@@ -45,6 +45,7 @@ CALIBRATION = {"tokens": 2048, "refine": 20, "multiple": 4}
 WAYS: dict[str, dict[str, Any]] = {
     "w8": {"keep": 0.7, "quantize": "w8"},
     "w4": {"keep": 0.7, "quantize": "w4"},
+    "fp8": {"keep": 0.7, "quantize": "fp8"},
     "dense": {"rank": "full,full,full", "quantize": "w4"},
     "all modes": {"rank": "3,50,60", "quantize": "w4", "joint": "gate_up"},
     "groups": {"rank": "full,full,61", "quantize": "w8", "group_size": 2, "layers": "2"},
@@ -52,6 +53,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "mixed": {"bits": 7, "calibration": CALIBRATION},
     "calibrated w4": {"keep": 0.6, "quantize": "w4", "calibration": CALIBRATION},
     "calibrated w8": {"keep": 0.6, "quantize": "w8", "calibration": CALIBRATION},
+    "calibrated fp8": {"keep": 0.6, "quantize": "fp8", "calibration": CALIBRATION},
     "calibrated": {"keep": 0.6, "calibration": CALIBRATION},
 }
 QUANTISED = [name for name in WAYS if name != "calibrated"]
@@ -278,7 +280,7 @@ def test_tolerance_and_quantisation_exclude_each_other(source: Path, tmp_path: P
         decompose(request)
 
 
-@pytest.mark.parametrize("cores", ["w8", "w4"])
+@pytest.mark.parametrize("cores", CoreType)
 def test_finished_checkpoint_is_quantised_to_the_same_bytes(
     cores: str, source: Path, tmp_path: Path
 ) -> None:

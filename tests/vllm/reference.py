@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUExpertsInt8
-from vllm.model_executor.layers.fused_moe.oracle import int8, int_wna16
+from vllm.model_executor.layers.fused_moe.oracle import fp8, int8, int_wna16
 
 
 def values(codes_EOK: Tensor, scales_EOG: Tensor) -> Tensor:
-    """Values of int8 codes, or of 4-bit codes in words or bytes, the first in the lowest bits."""
-    if codes_EOK.dtype != torch.int8:
+    """Values of codes, of 4 bits in words or bytes, the first in the lowest bits, or of 8 bits."""
+    if codes_EOK.dtype in (torch.int32, torch.uint8):
         read = codes_EOK.contiguous().view(torch.uint8)
         codes_EOK = torch.stack((read & 15, read >> 4), -1).flatten(-2).to(torch.int8) - 8
     group = codes_EOK.shape[-1] // scales_EOG.shape[-1]
-    return codes_EOK * scales_EOG.float().repeat_interleave(group, -1)
+    return codes_EOK.float() * scales_EOG.float().repeat_interleave(group, -1)
 
 
 def routed_output(
@@ -40,7 +40,7 @@ def routed_output(
 
 
 class ReferenceExperts(CPUExpertsInt8):  # type: ignore[misc]
-    """int8 or 4-bit experts, with the limits of sizes of vLLM's int8 kernel for CPUs."""
+    """Quantised experts, with the limits of sizes of vLLM's int8 kernel for CPUs."""
 
     @staticmethod
     def _supports_current_device() -> bool:
@@ -54,7 +54,11 @@ class ReferenceExperts(CPUExpertsInt8):  # type: ignore[misc]
         """Leave codes as they were loaded."""
 
     def moe_problem_size(
-        self, a1: Tensor, w1: Tensor, w2: Tensor, topk_ids: Tensor  # noqa: ARG002
+        self,
+        a1: Tensor,
+        w1: Tensor,
+        w2: Tensor,  # noqa: ARG002
+        topk_ids: Tensor,
     ) -> tuple[int, int, int, int, int]:
         """Sizes, which packed codes do not tell."""
         return len(w1), len(a1), w1.shape[1], a1.shape[1], topk_ids.shape[1]
@@ -79,6 +83,7 @@ def offer() -> None:
     """Give vLLM a kernel for quantised experts on a CPU."""
     for oracle, backend in (
         (int8, int8.Int8MoeBackend.CPU),
+        (fp8, fp8.Fp8MoeBackend.TRITON),
         (int_wna16, int_wna16.WNA16MoEBackend.TRITON),  # its format is that of the checkpoint
     ):
         oracle._get_priority_backends = lambda *_, backend=backend: [backend]

@@ -48,7 +48,7 @@ class WorkerGroup:
         for name, shape in self.shape.tensor_shapes(self.hidden).items():
             if self.owns(name):
                 own = self.cut(name, torch.empty(shape, device="meta"))
-                own_dtype = part_dtype(name.part, dtype)
+                own_dtype = part_dtype(name.part, self.shape.core_type, dtype)
                 tensors[self.own_name(name)] = torch.empty(own.shape, dtype=own_dtype)
         return tensors
 

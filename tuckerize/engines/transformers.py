@@ -374,7 +374,9 @@ def _factored(
     like = next(dense.parameters())
     tensors = [
         {
-            name: torch.empty(shape, dtype=part_dtype(name.part, like.dtype), device=like.device)
+            name: torch.empty(
+                shape, dtype=part_dtype(name.part, group.core_type, like.dtype), device=like.device
+            )
             for name, shape in group.tensor_shapes(_hidden_size(dense) or 0).items()
         }
         for group in groups
@@ -382,5 +384,5 @@ def _factored(
     kind = TuckerExperts if _takes_routes(dense) else _Replicated
     module = kind(tensors, group_size=groups[0].experts, activation=activation)
     for parameter in module.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
+        parameter.requires_grad_(parameter.dtype.itemsize > 1 and parameter.is_floating_point())
     return module

@@ -1,8 +1,9 @@
 """Quantised cores as tensors, in the names and the packing of compressed-tensors.
 
-`<core>.weight` holds codes of 8 bits, `<core>.weight_packed` codes of 4 bits, eight in an int32,
-and `<core>.weight_scale` the scales. Outputs are rows, inputs are columns: the core of down_proj
-is stored as (r_E, r_I, r_H), those of gate_proj and up_proj as (r_E, r_H, r_I).
+`<core>.weight` holds codes of 8 bits (int8 or float8_e4m3fn), `<core>.weight_packed` codes of 4
+bits, eight in an int32, and `<core>.weight_scale` the scales. Outputs are rows, inputs are columns:
+the core of down_proj is stored as (r_E, r_I, r_H), those of gate_proj and up_proj as (r_E, r_H,
+r_I).
 """
 
 from __future__ import annotations
@@ -15,14 +16,21 @@ import torch
 from torch import Tensor
 
 from tuckerize.domain import CoreType, Projection
-from tuckerize.linalg.quantise import QuantisedMatrices, pack, unpack
+from tuckerize.linalg.quantise import QuantisedMatrices, code_dtype, pack, unpack
 from tuckerize.names import CorePart, TensorName
 
-CODES = {CoreType.W8: CorePart.CODES, CoreType.W4: CorePart.PACKED_CODES}
+CODES = {
+    CoreType.W8: CorePart.CODES,
+    CoreType.W4: CorePart.PACKED_CODES,
+    CoreType.FP8: CorePart.CODES,
+}
 """Name of the codes in each encoding."""
 
-_FORMATS = {CoreType.W8: "int-quantized", CoreType.W4: "pack-quantized"}
-
+_FORMATS = {
+    CoreType.W8: "int-quantized",
+    CoreType.W4: "pack-quantized",
+    CoreType.FP8: "float-quantized",
+}
 
 _MIXED = "mixed-precision"
 _ALL = "core"
@@ -58,7 +66,7 @@ def stock_scheme(core_type: CoreType) -> dict[str, Any]:
         core_type: Encoding of the experts.
     """
     group = _scheme(core_type, [_EXPERTS])
-    if core_type == CoreType.W8:
+    if core_type.bits == 8:
         inputs = {"strategy": "token", "group_size": None, "dynamic": True}
         group["input_activations"] = {**group["weights"], **inputs}
     status = {"quantization_status": "compressed", "ignore": []}
@@ -104,7 +112,7 @@ def _scheme(core_type: CoreType, targets: list[str]) -> dict[str, Any]:
     group_size = core_type.group_size
     weights = {
         "num_bits": core_type.bits,
-        "type": "int",
+        "type": "float" if core_type == CoreType.FP8 else "int",
         "symmetric": True,
         "strategy": "channel" if group_size is None else "group",
         "group_size": group_size,
@@ -146,11 +154,13 @@ def core_tensor_shapes(
     }
 
 
-def part_dtype(part: CorePart | None, dtype: torch.dtype) -> torch.dtype:
+def part_dtype(
+    part: CorePart | None, core_type: CoreType | None, dtype: torch.dtype
+) -> torch.dtype:
     """Type of a tensor: that of its codes, or the type of factors and scales."""
-    return {CorePart.CODES: torch.int8, CorePart.PACKED_CODES: torch.int32}.get(
-        part or CorePart.SCALES, dtype
-    )
+    if part == CorePart.PACKED_CODES:
+        return torch.int32
+    return code_dtype(core_type) if part == CorePart.CODES and core_type else dtype
 
 
 def quantised_matrices(
@@ -165,7 +175,9 @@ def quantised_matrices(
     """
     scales = parts[CorePart.SCALES]
     if CorePart.CODES in parts:
-        return QuantisedMatrices(parts[CorePart.CODES], scales, CoreType.W8)
+        codes = parts[CorePart.CODES]
+        core_type = CoreType.W8 if codes.dtype == torch.int8 else CoreType.FP8
+        return QuantisedMatrices(codes, scales, core_type)
     words = parts[CorePart.PACKED_CODES]
     room = words.shape[-1] * CoreType.W4.word_codes
     return QuantisedMatrices(unpack(words, CoreType.W4, columns or room), scales, CoreType.W4)

@@ -1,4 +1,4 @@
-"""Quantisation of matrices to integers with scales: round to nearest, or GPTQ for given inputs.
+"""Quantisation of matrices to codes with scales: round to nearest, or GPTQ for given inputs.
 
 A matrix (O, K) maps K inputs to O outputs. Its values are codes times scales: one scale per output,
 or per output and group of consecutive inputs. Scales may be negative, so that the value of largest
@@ -37,7 +37,7 @@ class QuantisedMatrices:
     """Matrices as codes and scales; leading dimensions count matrices.
 
     Attributes:
-        codes: Integers (int8), shape (..., O, K).
+        codes: Integers (int8), or float8_e4m3fn of `fp8`, shape (..., O, K).
         scales: Scales, shape (..., O, G) with G groups of inputs.
         core_type: Encoding.
     """
@@ -95,6 +95,19 @@ def quantise(
     return QuantisedMatrices(codes, scales, core_type)
 
 
+def code_dtype(core_type: CoreType) -> torch.dtype:
+    """Type of codes before they are packed."""
+    return torch.float8_e4m3fn if core_type == CoreType.FP8 else torch.int8
+
+
+def nearest_codes(values: Tensor, core_type: CoreType) -> Tensor:
+    """Codes nearest to values over their scales, in the values' type."""
+    codes = values.clamp(*core_type.code_range)
+    if core_type == CoreType.FP8:
+        return codes.to(code_dtype(core_type)).to(values.dtype)
+    return codes.round()
+
+
 def pack(codes: Tensor, core_type: CoreType) -> Tensor:
     """Pack codes along the last dimension, the first in the lowest bits (int32).
 
@@ -143,24 +156,27 @@ def _round_to_nearest(
     weight_Gg = _grouped(weight, group)
     low, high = core_type.code_range
     extreme_OG1 = grouped_OGg.gather(-1, grouped_OGg.abs().argmax(-1, keepdim=True))
+    ends: tuple[int, ...] = (low, high)
+    if low == -high:  # the sign of a scale makes no difference
+        extreme_OG1, ends = extreme_OG1.abs(), (high,)
     best_OG1 = torch.full_like(extreme_OG1, math.inf)
     scale_OG1 = torch.ones_like(extreme_OG1)
     for share in _SCALE_SHARES:
-        for last_code in (low, high):
+        for last_code in ends:
             # For the codes of a scale, the scale by least squares.
-            codes = _rounded(grouped_OGg, extreme_OG1 * (share / last_code), low, high)
+            codes = _encoded(grouped_OGg, extreme_OG1 * (share / last_code), core_type)
             weighted = weight_Gg * codes
             fitted = (weighted * grouped_OGg).sum(-1, keepdim=True) / (weighted * codes).sum(
                 -1, keepdim=True
             )
             tried = fitted.nan_to_num(1.0).to(scale_dtype).to(matrix_OK.dtype)
-            missed = grouped_OGg - tried * _rounded(grouped_OGg, tried, low, high)
+            missed = grouped_OGg - tried * _encoded(grouped_OGg, tried, core_type)
             error_OG1 = (weight_Gg * missed.square()).sum(-1, keepdim=True)
             better = error_OG1 < best_OG1
             best_OG1 = torch.where(better, error_OG1, best_OG1)
             scale_OG1 = torch.where(better, tried, scale_OG1)
-    codes_OGg = _rounded(grouped_OGg, scale_OG1, low, high)
-    codes_OK = codes_OGg.flatten(-2)[..., :columns].to(torch.int8)
+    codes_OGg = _encoded(grouped_OGg, scale_OG1, core_type)
+    codes_OK = codes_OGg.flatten(-2)[..., :columns].to(code_dtype(core_type))
     return codes_OK, scale_OG1.squeeze(-1).to(scale_dtype)
 
 
@@ -205,9 +221,8 @@ def gptq(matrix_OK: Tensor, scales_OG: Tensor, moment_KK: Tensor, core_type: Cor
         core_type: Encoding.
 
     Returns:
-        Codes (int8), shape (O, K).
+        Codes, shape (O, K).
     """
-    low, high = core_type.code_range
     columns = matrix_OK.shape[-1]
     order_K = moment_KK.diagonal().argsort(descending=True, stable=True)
     inverse_KK = _inverse_root(moment_KK[order_K][:, order_K]).to(matrix_OK)
@@ -219,12 +234,12 @@ def gptq(matrix_OK: Tensor, scales_OG: Tensor, moment_KK: Tensor, core_type: Cor
         missed_OB = torch.empty_like(left_OK[:, start:stop])
         for k in range(start, stop):
             scale_O1 = scales_OK[:, k : k + 1]
-            codes_OK[:, k : k + 1] = code_O1 = _rounded(left_OK[:, k : k + 1], scale_O1, low, high)
+            codes_OK[:, k : k + 1] = code_O1 = _encoded(left_OK[:, k : k + 1], scale_O1, core_type)
             missed_O1 = (left_OK[:, k : k + 1] - code_O1 * scale_O1) / inverse_KK[k, k]
             left_OK[:, k + 1 : stop] -= missed_O1 * inverse_KK[k, k + 1 : stop]
             missed_OB[:, k - start : k - start + 1] = missed_O1
         left_OK[:, stop:] -= missed_OB @ inverse_KK[start:stop, stop:]
-    return codes_OK[:, order_K.argsort()].to(torch.int8)
+    return codes_OK[:, order_K.argsort()].to(code_dtype(core_type))
 
 
 def _inverse_root(moment_KK: Tensor) -> Tensor:
@@ -264,9 +279,9 @@ def _grouped(values: Tensor, group: int) -> Tensor:
     return padded.view(*padded.shape[:-1], -1, group)
 
 
-def _rounded(values: Tensor, scales: Tensor, low: int, high: int) -> Tensor:
-    """Codes of values, as floating-point integers; of a scale of zero all are zero."""
-    return (values / torch.where(scales == 0, torch.inf, scales)).round().clamp(low, high)
+def _encoded(values: Tensor, scales: Tensor, core_type: CoreType) -> Tensor:
+    """Codes of values, in the values' type; of a scale of zero all are zero."""
+    return nearest_codes(values / torch.where(scales == 0, torch.inf, scales), core_type)
 
 
 def _per_column(scales: Tensor, columns: int, core_type: CoreType) -> Tensor:

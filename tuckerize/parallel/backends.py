@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from tuckerize.ascend import environment
 from tuckerize.ascend.npu import import_torch_npu
-from tuckerize.domain import Device
+from tuckerize.domain import Cores, CoreType, Device
 from tuckerize.errors import ParallelError
 
 # torch before 2.8 has no table of default backends.
@@ -46,6 +46,20 @@ def choose_device(choice: Device, *, local_rank: int = 0) -> torch.device:
         )
     torch.accelerator.set_device_index(local_rank)
     return torch.device(kind, local_rank)
+
+
+def check_encoding(device: torch.device, cores: Cores) -> None:
+    """Refuse cores in an encoding that a device has no type for.
+
+    Raises:
+        ParallelError: They are in fp8, and the device is an NPU.
+    """
+    kinds = {*cores.values()} if isinstance(cores, dict) else {cores}
+    if device.type == "npu" and CoreType.FP8 in kinds:
+        raise ParallelError(
+            "cores in fp8 cannot be computed on an Ascend NPU: A2 and A3 have no float8",
+            hint="use --device cpu, or quantise the cores with w8",
+        )
 
 
 def backend_for(device: torch.device) -> str:

@@ -19,7 +19,7 @@ from tuckerize.checkpoint.space import require_space
 from tuckerize.domain import Device
 from tuckerize.errors import UsageError
 from tuckerize.moe.source import SourceModel
-from tuckerize.parallel.backends import choose_device
+from tuckerize.parallel.backends import check_encoding, choose_device
 from tuckerize.parallel.memory import available_bytes, parse_bytes
 from tuckerize.parallel.processes import Processes, process_group
 from tuckerize.pipeline.inspect import bytes_to_write, describe_plan
@@ -54,8 +54,8 @@ class DecomposeRequest:
         group_size: Experts that share a decomposition; all of a layer by default.
         joint: "gate_up": one U_I for gate_proj and up_proj.
         dtype: Type of stored factors: bfloat16, float16 or float32; the source's by default.
-        quantize: Encoding of the cores: "w8" (int8) or "w4" (4 bits in groups of 32); that of the
-            factors by default.
+        quantize: Encoding of the cores: "w8" (int8), "w4" (4 bits in groups of 32) or "fp8"
+            (float8); that of the factors by default.
         max_sweeps: Largest number of HOOI sweeps after the start; 10 by default.
         engine: "tuckerize", or "tensorly" as the slow reference.
         calibration: Text or JSONL file, or several, or the `calibration` keys of a recipe:
@@ -243,6 +243,7 @@ def _processes_of(
                 "--calibration runs in one process: a layer needs the ones before it",
                 hint="start it without torchrun",
             )
+        check_encoding(device, recipe.quantize)
         yield processes, device
 
 

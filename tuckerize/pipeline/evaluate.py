@@ -27,7 +27,7 @@ from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 from tuckerize.moe.family import Family
 from tuckerize.moe.source import SourceModel
 from tuckerize.names import TensorName
-from tuckerize.parallel.backends import choose_device
+from tuckerize.parallel.backends import check_encoding, choose_device
 from tuckerize.parallel.memory import require_memory
 from tuckerize.pipeline.divergence import (
     PredictionSums,
@@ -205,6 +205,8 @@ def measure_perplexity(
         CheckpointError: A checkpoint cannot be streamed, or has another vocabulary than the first.
     """
     opened = [open_evaluated(folder) for folder in folders]
+    for own in opened:
+        check_encoding(device, own.tucker.manifest.cores if own.tucker else None)
     sizes = [own.checkpoint.config.get("vocab_size") for own in opened]
     if len(set(sizes)) > 1:
         raise CheckpointError(

@@ -18,7 +18,7 @@ from tuckerize.calibration.tokenizer import check_tokens, load_tokenizer
 from tuckerize.domain import Device
 from tuckerize.errors import CheckpointError, UsageError
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
-from tuckerize.parallel.backends import choose_device
+from tuckerize.parallel.backends import check_encoding, choose_device
 
 # What transformers raises for values of config.json that it does not expect, or that the weights
 # do not fit.
@@ -61,6 +61,7 @@ def generate(request: GenerateRequest) -> str:
     tucker = TuckerCheckpoint.open(Path(request.folder))
     tucker.family.routing(tucker.config)  # refuses what transformers fails at in a forward
     device = choose_device(Device.parse(request.device))
+    check_encoding(device, tucker.manifest.cores)
     return _continue(tucker.folder, request.prompt, tokens=request.tokens, device=device)
 
 

@@ -30,7 +30,7 @@ from tuckerize.healing.setup import Spread, check_parts, make_ready
 from tuckerize.healing.state import SavedRun
 from tuckerize.healing.training import Schedule, Training
 from tuckerize.names import CorePart, TensorName
-from tuckerize.parallel.backends import choose_device
+from tuckerize.parallel.backends import check_encoding, choose_device
 from tuckerize.parallel.memory import require_memory
 from tuckerize.parallel.mesh import make_mesh
 from tuckerize.parallel.processes import Processes, process_group
@@ -146,6 +146,7 @@ def heal(request: HealRequest, progress: Progress | None = None) -> HealReport:
 
         def prepare() -> _Prepared:
             found = _prepare(request, processes)
+            check_encoding(own_device, found.tucker.manifest.cores)
             if own_device.type == "cpu" and request.tp == 1 and not request.fsdp:
                 _require_memory(found, processes)
             if processes.is_leader:

@@ -16,7 +16,8 @@ from tuckerize.recipe import CalibrationSettings, Rule
 Encodings = tuple[CoreType | None, ...]
 """Encodings of cores that may be chosen; None is the type of the factors."""
 
-ALL_ENCODINGS: Encodings = (None, *CoreType)
+ALL_ENCODINGS: Encodings = (None, CoreType.W8, CoreType.W4)
+"""Those that a planner chooses from: `fp8` has the bytes of `w8`, and rounds more."""
 
 
 @dataclass(frozen=True, slots=True)

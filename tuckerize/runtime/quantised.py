@@ -38,6 +38,15 @@ class QuantisedCore(nn.Module):
         for part, tensor in parts.items():
             self.register_parameter(part, nn.Parameter(tensor, requires_grad=False))
 
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Move codes, but keep their type: float8 is a floating type to torch, as scales have."""
+
+        def apply(tensor: Tensor) -> Tensor:
+            moved: Tensor = fn(tensor)
+            return moved.to(tensor.dtype) if tensor.dtype.itemsize == 1 else moved
+
+        return super()._apply(apply, *args, **kwargs)
+
     @property
     def outputs(self) -> int:
         """Outputs of a matrix."""

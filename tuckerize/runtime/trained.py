@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tuckerize.domain import CoreType
 from tuckerize.format.cores import CODES, quantised_matrices
-from tuckerize.linalg.quantise import QuantisedMatrices, pack
+from tuckerize.linalg.quantise import QuantisedMatrices, code_dtype, nearest_codes, pack
 from tuckerize.names import CorePart
 from tuckerize.runtime.quantised import QuantisedCore
 
@@ -61,12 +61,12 @@ def train_rounded(experts: nn.Module) -> None:
 
 def rounded(codes: Tensor, core_type: CoreType) -> Tensor:
     """Codes as they are stored, in their own type."""
-    return codes.detach().round().clamp(*core_type.code_range)
+    return nearest_codes(codes.detach(), core_type)
 
 
 def encode(codes: Tensor, core_type: CoreType) -> Tensor:
     """Tensor that is stored of trained codes, shape (..., O, K) or (..., O, K / 8)."""
-    whole = rounded(codes, core_type).to(torch.int8)
+    whole = rounded(codes, core_type).to(code_dtype(core_type))
     return whole if core_type.word_codes == 1 else pack(whole, core_type)
 
 

@@ -197,7 +197,7 @@ def test_quantised_cores_are_described_in_the_words_of_compressed_tensors(
     weights = value["cores"]["config_groups"]["group_0"]["weights"]
     assert (weights["num_bits"], weights["type"], weights["symmetric"]) == (
         core_type.bits,
-        "int",
+        "float" if core_type == CoreType.FP8 else "int",
         True,
     )
     found = TuckerQuantization.parse(value)

@@ -37,7 +37,7 @@ def test_stored_tensors_have_the_announced_shapes_and_values(
     assert {n: tuple(t.shape) for n, t in stored.items()} == core_tensor_shapes(
         name, core_type, core_EHI.shape
     )
-    assert all(t.dtype == part_dtype(n.part, torch.bfloat16) for n, t in stored.items())
+    assert all(t.dtype == part_dtype(n.part, core_type, torch.bfloat16) for n, t in stored.items())
     values = found.dequantised().mT if down else found.dequantised()
     read = dequantised(stored, {name: core_EHI.shape})
     assert torch.equal(read[name], values)
@@ -69,5 +69,11 @@ def test_scheme_names_the_encoding_of_every_module(core_types: dict[str, CoreTyp
 
 def test_bytes_of_plain_cores_are_those_of_their_values() -> None:
     assert WEIGHT_TYPES["BF16"].core_bytes((2, 3, 5), transposed=False) == 60
-    assert part_dtype(None, torch.float16) == torch.float16
-    assert part_dtype(CorePart.PACKED_CODES, torch.float16) == torch.int32
+
+
+def test_codes_have_types_of_their_own() -> None:
+    assert part_dtype(None, None, torch.float16) == torch.float16
+    assert part_dtype(CorePart.SCALES, CoreType.FP8, torch.float16) == torch.float16
+    assert part_dtype(CorePart.PACKED_CODES, CoreType.W4, torch.float16) == torch.int32
+    assert part_dtype(CorePart.CODES, CoreType.W8, torch.float16) == torch.int8
+    assert part_dtype(CorePart.CODES, CoreType.FP8, torch.float16) == torch.float8_e4m3fn

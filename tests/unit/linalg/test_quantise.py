@@ -16,6 +16,7 @@ from torch import Tensor
 from tuckerize.domain import CoreType
 from tuckerize.linalg.quantise import (
     QuantisedMatrices,
+    code_dtype,
     gptq,
     pack,
     quantise,
@@ -41,6 +42,15 @@ def packing() -> Any:  # noqa: ANN401
 PACKING = packing()
 
 core_types = st.sampled_from(CoreType)
+integers = st.sampled_from([CoreType.W8, CoreType.W4])
+
+
+def nearest(values: Tensor, core_type: CoreType) -> Tensor:
+    """Nearest codes: integers, or those of torch's float8."""
+    within = values.clamp(*core_type.code_range)
+    if core_type == CoreType.FP8:
+        return within.to(torch.float8_e4m3fn).to(values.dtype)
+    return within.round()
 
 
 def normal(*sizes: int, seed: int) -> Tensor:
@@ -63,7 +73,7 @@ def total_error(matrices: Tensor, found: QuantisedMatrices, moments_EKK: Tensor)
 
 
 @settings(deadline=None)
-@given(core_type=core_types, columns=st.integers(1, 70), seed=st.integers(0, 99))
+@given(core_type=integers, columns=st.integers(1, 70), seed=st.integers(0, 99))
 def test_packing_is_that_of_compressed_tensors(
     core_type: CoreType, columns: int, seed: int
 ) -> None:
@@ -114,10 +124,11 @@ def test_values_on_a_grid_come_out_exactly(core_type: CoreType, columns: int, se
     group = core_type.group_size or columns
     groups = math.ceil(columns / group)
     generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(low, high + 1, (1, 4, columns), generator=generator)
+    codes = torch.randint(low, high + 1, (1, 4, columns), generator=generator).float()
+    codes = nearest(codes, core_type)
     codes[..., ::group] = low
     scales = normal(1, 4, groups, seed=seed).bfloat16()
-    matrices = QuantisedMatrices(codes.to(torch.int8), scales, core_type).dequantised()
+    matrices = QuantisedMatrices(codes.to(code_dtype(core_type)), scales, core_type).dequantised()
     found = quantise(matrices, core_type)
     assert found.scales.dtype == torch.bfloat16
     assert found.scales.shape == scales.shape
@@ -130,12 +141,12 @@ def test_rounding_to_nearest_is_better_than_the_largest_magnitude_as_scale(
     core_type: CoreType, columns: int, seed: int
 ) -> None:
     matrix = normal(1, 3, columns, seed=seed)
-    group, (low, high) = core_type.group_size or columns, core_type.code_range
+    group, (_, high) = core_type.group_size or columns, core_type.code_range
     expected = torch.zeros_like(matrix)
     for start in range(0, columns, group):
         part = matrix[..., start : start + group]
         scale = part.abs().amax(-1, keepdim=True) / high
-        expected[..., start : start + group] = (part / scale).round().clamp(low, high) * scale
+        expected[..., start : start + group] = nearest(part / scale, core_type) * scale
     found = quantise(matrix, core_type, scale_dtype=torch.float32)
     missed = (found.dequantised() - matrix).square().sum(-1)
     assert (missed <= (expected - matrix).square().sum(-1) * (1 + 1e-4) + 1e-12).all()
@@ -145,14 +156,13 @@ def naive_gptq(
     matrix_OK: Tensor, scales_OK: Tensor, moment_KK: Tensor, core_type: CoreType
 ) -> Tensor:
     """Optimal brain quantisation in float64: the inverse of what is left, for every column."""
-    low, high = core_type.code_range
     left_OK, codes_OK = matrix_OK.double().clone(), torch.zeros_like(matrix_OK)
     damped_KK = moment_KK.double()
     damped_KK = damped_KK + 0.01 * damped_KK.diagonal().mean() * torch.eye(len(damped_KK))
     rest = damped_KK.diagonal().argsort(descending=True, stable=True).tolist()
     while rest:
         k, inverse = rest[0], torch.linalg.inv(damped_KK[rest][:, rest])
-        code_O = (left_OK[:, k] / scales_OK[:, k]).round().clamp(low, high)
+        code_O = nearest(left_OK[:, k] / scales_OK[:, k], core_type)
         codes_OK[:, k] = code_O
         missed_O = (left_OK[:, k] - code_O * scales_OK[:, k]) / inverse[0, 0]
         left_OK[:, rest] -= missed_O[:, None] * inverse[0]
@@ -170,10 +180,10 @@ def test_gptq_is_that_of_a_naive_loop(core_type: CoreType, columns: int) -> None
     scales_OK = scales_OG.double().repeat_interleave(core_type.group_size or columns, -1)
     expected_OK = naive_gptq(matrix_OK, scales_OK[:, :columns], moment_KK, core_type)
     # A value halfway between two codes may go either way, and others follow it.
-    assert (codes_OK != expected_OK).float().mean() < 0.02
+    assert (codes_OK.float() != expected_OK).float().mean() < 0.02
     ours, naive = (
         weighted_error(matrix_OK, QuantisedMatrices(codes, scales_OG, core_type), moment_KK)
-        for codes in (codes_OK, expected_OK.to(torch.int8))
+        for codes in (codes_OK, expected_OK)
     )
     torch.testing.assert_close(ours.sum(), naive.sum(), rtol=0.02, atol=0)
 

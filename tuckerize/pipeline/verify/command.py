@@ -18,7 +18,7 @@ from tuckerize.format.manifest import available_shardings, sharding_name
 from tuckerize.format.shards import Sharding, find_mesh
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint, open_source
 from tuckerize.moe.source import SourceModel
-from tuckerize.parallel.backends import choose_device
+from tuckerize.parallel.backends import check_encoding, choose_device
 from tuckerize.parallel.determinism import make_deterministic
 from tuckerize.parallel.layouts import Parallelism
 from tuckerize.parallel.memory import require_memory
@@ -190,6 +190,7 @@ def _open(
 ) -> tuple[Verification, tuple[int, ...], tuple[str, ...]]:
     """Open what is verified; returns the layers and notes, too."""
     tucker = TuckerCheckpoint.open(Path(request.folder))
+    check_encoding(device, tucker.manifest.cores)
     layers = select_layers(request.layers, tucker.manifest.layers)
     for layer in layers:
         activation_of(tucker.family.glu(tucker.config, layer))
