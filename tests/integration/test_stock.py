@@ -34,6 +34,7 @@ NARROW: dict[str, Any] = {"keep": 0.7, "calibration": {"target": "any-engine", "
 WAYS: dict[str, dict[str, Any]] = {
     "w4": {**NARROW, "quantize": "w4"},
     "w8": {**NARROW, "quantize": "w8"},
+    "fp8": {"rank": "full,full,full", "quantize": "fp8"},
     "groups": {"rank": "full,full,full", "quantize": "w4", "group_size": 4},
 }
 
@@ -135,15 +136,18 @@ def test_sizes_and_hashes_are_those_of_the_tucker_checkpoint(
     assert report.dequantised_because is None
     assert report.size.routed_parameters == tucker.size.routed_parameters
     shapes = report.size.routed_bytes - tucker.size.routed_bytes
-    assert shapes == (0 if report.cores == CoreType.W8 else len(report.layers) * 3 * 8 * 16)
+    assert shapes == (0 if report.cores != CoreType.W4 else len(report.layers) * 3 * 8 * 16)
     assert check(report.output).passed
     assert inspect(report.output).size == report.size
 
 
-def test_w8_is_for_kernels_that_round_the_inputs(made: dict[str, ReconstructReport]) -> None:
-    config = json.loads((Path(made["w8"].output) / "config.json").read_text())
+@pytest.mark.parametrize(("name", "form"), [("w8", "int-quantized"), ("fp8", "float-quantized")])
+def test_8_bits_are_for_kernels_that_round_the_inputs(
+    name: str, form: str, made: dict[str, ReconstructReport]
+) -> None:
+    config = json.loads((Path(made[name].output) / "config.json").read_text())
     (group,) = config["quantization_config"]["config_groups"].values()
-    assert config["quantization_config"]["format"] == "int-quantized"
+    assert config["quantization_config"]["format"] == form
     assert group["weights"]["strategy"] == "channel"
     assert group["input_activations"]["strategy"] == "token"
     assert group["input_activations"]["dynamic"] is True

@@ -276,11 +276,14 @@ def test_server_answers_as_the_engine_does(small: Path, compiled: list[Found]) -
     assert answer["token_ids"] == compiled[0]["tokens"][0][:8]
 
 
-def test_shipped_model_writes_in_vllm_what_it_does_in_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cores", [(), ("--quantize", "w4")])
+def test_shipped_model_writes_in_vllm_what_it_does_in_transformers(
+    cores: tuple[str, ...], tmp_path: Path
+) -> None:
     """In bfloat16, as it is stored; a text this short has no ties."""
     model = tmp_path / "model"
     subprocess.run([sys.executable, ROOT / "examples" / "for_vllm.py", model], check=True)
-    checkpoint = decompose(model, tmp_path / "out", "--keep", "0.75")
+    checkpoint = decompose(model, tmp_path / "out", "--keep", "0.75", *cores)
     answer = ask(checkpoint, "def main(", 16, "bfloat16")
     text = succeed("generate", checkpoint, "--prompt", "def main(", "--tokens", "16")
     assert text.strip() == ("def main(" + answer["text"]).strip()

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import importlib.util
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from tuckerize.domain import Device
+from tuckerize.domain import Cores, CoreType, Device
 from tuckerize.errors import ParallelError
-from tuckerize.parallel.backends import backend_for, choose_device
+from tuckerize.parallel.backends import backend_for, check_encoding, choose_device
 
 has_accelerator = torch.accelerator.is_available()
 
@@ -47,3 +49,14 @@ def test_backend_for_the_cpu_is_gloo_alone() -> None:
 
 def test_backend_for_an_accelerator_has_gloo_beside_it() -> None:
     assert backend_for(torch.device("cuda", 0)) == "cpu:gloo,cuda:nccl"
+
+
+@pytest.mark.parametrize("cores", [CoreType.FP8, {0: CoreType.W8, 3: CoreType.FP8}])
+def test_cores_in_fp8_are_refused_on_an_npu(cores: Cores) -> None:
+    npu: Any = SimpleNamespace(type="npu")  # torch knows the name where torch_npu is
+    with pytest.raises(ParallelError, match="A2 and A3 have no float8") as refused:
+        check_encoding(npu, cores)
+    assert "w8" in str(refused.value.hint)
+    check_encoding(npu, CoreType.W8)
+    check_encoding(npu, None)
+    check_encoding(torch.device("cpu"), cores)
