@@ -105,6 +105,13 @@ class CoreType(Choice):
         return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
 
 
+ENCODINGS = (None, CoreType.W8, CoreType.W4)
+"""Encodings that planners choose from, by falling bits; None is the type of the factors.
+
+`fp8` has the bytes of `w8`, and rounds more coarsely: it is for who asks for it.
+"""
+
+
 class Part(Choice):
     """Part of a model that can be trained.
 

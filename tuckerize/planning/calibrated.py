@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tuckerize.calibration.layer_profile import LayerProfile
-from tuckerize.domain import CoreType, StackShape, Target, WeightType
+from tuckerize.domain import ENCODINGS, CoreType, StackShape, Target, WeightType
 from tuckerize.errors import UsageError
 from tuckerize.planning.allocation import Allocator, SearchSpace, check_budget
 from tuckerize.planning.budget import Budget
@@ -15,9 +15,6 @@ from tuckerize.recipe import CalibrationSettings, Rule
 
 Encodings = tuple[CoreType | None, ...]
 """Encodings of cores that may be chosen; None is the type of the factors."""
-
-ALL_ENCODINGS: Encodings = (None, CoreType.W8, CoreType.W4)
-"""Those that a planner chooses from: `fp8` has the bytes of `w8`, and rounds more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +94,7 @@ class RuleBudget:
         if rule.bits is None:
             return None
         budget = Budget.of_bits(rule.bits, dense_bits=model.weights.bits)
-        return cls(model, budget, ALL_ENCODINGS if quantize is None else (quantize,), None)
+        return cls(model, budget, ENCODINGS if quantize is None else (quantize,), None)
 
     def check(self) -> None:
         """Refuse a budget that does not pay for the smallest sizes.

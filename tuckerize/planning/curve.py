@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from tuckerize.calibration.calibration_pass import CalibrationPass
 from tuckerize.calibration.profile_pass import profile_model
-from tuckerize.domain import Target, cores_by_layer
+from tuckerize.domain import ENCODINGS, Target, cores_by_layer
 from tuckerize.errors import UsageError
 from tuckerize.planning.budget import Budget
-from tuckerize.planning.calibrated import ALL_ENCODINGS, CalibratedModel, Encodings, best_choices
+from tuckerize.planning.calibrated import CalibratedModel, Encodings, best_choices
 from tuckerize.planning.knapsack import Choice
 from tuckerize.planning.plan import stored_type
 from tuckerize.progress import Progress
@@ -21,8 +21,8 @@ BITS = (14.0, 12.0, 10.0, 8.0, 7.0, 6.0, 5.0, 4.5, 4.0, 3.5, 3.0, 2.5, 2.0, 1.5)
 
 _WAYS: dict[str, Encodings] = {
     "none": (None,),
-    **{core_type.value: (core_type,) for core_type in ALL_ENCODINGS if core_type},
-    "best": ALL_ENCODINGS,
+    **{core_type.value: (core_type,) for core_type in ENCODINGS if core_type},
+    "best": ENCODINGS,
 }
 """Encodings that a budget may be spent on, by the names of `CurvePoint`."""
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tuckerize.domain import (
+    ENCODINGS,
     WEIGHT_TYPES,
-    CoreType,
     MultilinearRank,
     StackShape,
     Target,
@@ -110,7 +110,7 @@ def fit_devices(source: SourceModel, devices: Devices, workload: Workload) -> Fi
     choices = [
         choice
         for target in (Target.FREE, Target.ANY_ENGINE)
-        for cores in (None, *sorted(CoreType, key=lambda cores: -cores.bits))
+        for cores in ENCODINGS
         for choice in _largest(source, devices.count, left, replace(weights, cores=cores), target)
     ]
     free = [choice for choice in choices if choice.target == Target.FREE]

@@ -6,7 +6,14 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from tuckerize.domain import CoreType, MultilinearRank, StackShape, WeightType, stored_bytes
+from tuckerize.domain import (
+    ENCODINGS,
+    CoreType,
+    MultilinearRank,
+    StackShape,
+    WeightType,
+    stored_bytes,
+)
 from tuckerize.planning.budget import Budget
 
 # Grouped GEMMs of devices need aligned sizes: 16 bytes. For small models, which run anywhere, the
@@ -101,13 +108,12 @@ def encoding_for_budget(
         units: Gives the stacks that share the budget, by the encoding of their cores.
         budget: Share of the dense bytes.
     """
-    encodings = (None, *sorted(CoreType, key=lambda cores: -cores.bits))
-    for cores in encodings:
+    for cores in ENCODINGS:
         own = units(cores)
         whole = sum(unit.bytes(unit.shape.hidden) for unit in own)
         if whole <= budget.bytes(sum(unit.dense_bytes for unit in own)):
             return cores
-    return encodings[-1]
+    return ENCODINGS[-1]
 
 
 def _largest_hidden(unit: BudgetUnit, budget: int) -> int:

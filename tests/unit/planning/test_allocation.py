@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tuckerize.calibration.layer_profile import LayerProfile
 from tuckerize.domain import (
     DOWN,
+    ENCODINGS,
     GATE_UP,
     WEIGHT_TYPES,
     Allocation,
@@ -26,7 +27,6 @@ from tuckerize.errors import UsageError
 from tuckerize.linalg.hooi import is_reachable
 from tuckerize.planning.allocation import Allocator, SearchSpace
 from tuckerize.planning.budget import Budget
-from tuckerize.planning.calibrated import ALL_ENCODINGS
 from tuckerize.planning.knapsack import Choice
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
@@ -467,7 +467,7 @@ def test_encodings_that_may_be_mixed_lose_least_and_fill_the_budget(
             search_space(shape, multiples=(32, 32), truncation=allowed),
             weights=replace(WEIGHT_TYPES["BF16"], cores=cores),
         )
-        for cores in ALL_ENCODINGS
+        for cores in ENCODINGS
     ]
     budget = Budget.of_bits(bits, dense_bits=16)
     mixed = Allocator.of(profiles, spaces).choose(budget)
