@@ -45,7 +45,7 @@ class QuantisedCore(nn.Module):
             moved: Tensor = fn(tensor)
             return moved.to(tensor.dtype) if tensor.dtype.itemsize == 1 else moved
 
-        return super()._apply(apply, *args, **kwargs)
+        return super()._apply(apply, *args, **kwargs)  # type: ignore[no-untyped-call]
 
     @property
     def outputs(self) -> int:

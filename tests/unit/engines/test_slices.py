@@ -38,6 +38,9 @@ GROUPS = {
     "w8, all modes": GroupShape(
         (9,) * 6, dict.fromkeys(Projection, MultilinearRank(4, 7, 5)), False, CoreType.W8
     ),
+    "fp8": GroupShape(
+        (9,) * 6, dict.fromkeys(Projection, MultilinearRank(6, 9, 5)), True, CoreType.FP8
+    ),
     "w8, widths": GroupShape(
         (3, 9, 6, 4, 8, 6), dict.fromkeys(Projection, MultilinearRank(6, 6, 5)), True, CoreType.W8
     ),
@@ -66,9 +69,9 @@ def tensors_of(shape: GroupShape) -> dict[TensorName, Tensor]:
     generator = torch.Generator().manual_seed(0)
 
     def values(part: CorePart | None, sizes: tuple[int, ...]) -> Tensor:
-        dtype = part_dtype(part, torch.float32)
+        dtype = part_dtype(part, shape.core_type, torch.float32)
         if dtype.is_floating_point:
-            return torch.randn(sizes, generator=generator)
+            return torch.randn(sizes, generator=generator).to(dtype)
         bounds = torch.iinfo(dtype)
         return torch.randint(bounds.min, bounds.max, sizes, generator=generator, dtype=dtype)
 
@@ -119,4 +122,5 @@ def test_workers_store_their_share_and_little_more(kind: str) -> None:
     worker = WorkerGroup(GROUPS[kind], HIDDEN, range(3))
     own = worker.empty(torch.bfloat16)
     assert sum(t.numel() for t in own.values()) < whole  # a shared core is on every worker
-    assert all(t.dtype == part_dtype(name.part, torch.bfloat16) for name, t in own.items())
+    types = {name: part_dtype(name.part, worker.shape.core_type, torch.bfloat16) for name in own}
+    assert {name: tensor.dtype for name, tensor in own.items()} == types
