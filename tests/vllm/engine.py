@@ -100,13 +100,10 @@ def main() -> None:
     from vllm.distributed import cleanup_dist_env_and_memory
 
     if options.reference_kernels:
-        from tests.vllm.reference import offer
-
-        offer()
+        os.environ["TUCKERIZE_TEST_REFERENCE_KERNELS"] = "1"
     if options.ascend:
-        from tests.vllm.ascend import install
-
-        install(options.ascend)
+        os.environ["TUCKERIZE_TEST_ASCEND"] = options.ascend
+    stands_in = options.reference_kernels or options.ascend
     for folder in options.folders:
         engine = LLM(
             folder,
@@ -120,6 +117,7 @@ def main() -> None:
             skip_tokenizer_init=True,
             speculative_config=DRAFT if options.mtp else None,
             tensor_parallel_size=options.tp,
+            worker_extension_cls="tests.vllm.worker.StandIns" if stands_in else "",
         )
         sys.stdout.write(f"FOUND {json.dumps(describe(engine))}\n")
         del engine
