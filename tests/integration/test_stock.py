@@ -118,8 +118,8 @@ def test_compressed_tensors_reads_the_experts(
 @pytest.mark.parametrize(
     "options", [{}, {"quantization_config": CompressedTensorsConfig(dequantize=True)}]
 )
-@pytest.mark.parametrize("name", ["w4", "groups"])
-def test_transformers_loads_4_bits(
+@pytest.mark.parametrize("name", ["w4", "groups", "fp8"])
+def test_transformers_loads_what_is_not_int8(
     name: str, options: dict[str, Any], made: dict[str, ReconstructReport]
 ) -> None:
     stock = Path(made[name].output)

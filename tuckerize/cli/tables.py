@@ -378,8 +378,8 @@ def _show_reconstruct(report: ReconstructReport) -> None:
     print_all(f"wrote {report.output}: {size}")
     if report.cores is not None:
         print_all(f"experts stay {report.cores}, as compressed-tensors stores them")
-    if report.cores in (CoreType.W8, CoreType.FP8):
-        print_all("transformers reads no 8-bit experts: for it, run the command with --dequantize")
+    if report.cores == CoreType.W8:
+        print_all("transformers reads no int8 experts: for it, run the command with --dequantize")
     if report.dequantised_because is not None:
         print_all(f"experts were dequantised: {report.dequantised_because}")
 
