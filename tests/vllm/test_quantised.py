@@ -105,5 +105,5 @@ def test_quantised_any_engine_runs_without_the_plugin(
     [found] = run([stock], "--reference-kernels")
     assert found["kernels"] == [[METHODS[cores]] * 2]
     monkeypatch.delenv("VLLM_PLUGINS")
-    succeed("reconstruct", narrow, "--dequantize", "--dtype", "float32", "--output", dense)
+    succeed("reconstruct", narrow, "--dequantize", "--output", dense)
     assert_as_in_transformers(found, dense)
