@@ -160,9 +160,10 @@ class AscendCompressedTensorsConfig(CompressedTensorsConfig):  # type: ignore[mi
         if not isinstance(layer, RoutedExperts):
             return super().get_quant_method(layer, prefix)
         found = self.get_scheme_dict(layer, f"{prefix}.0.gate_proj")
-        if self._is_dynamic_token_w8a8(found["weights"], found["input_activations"]):
+        inputs = found["input_activations"]
+        if inputs is not None and self._is_dynamic_token_w8a8(found["weights"], inputs):
             scheme: Any = AscendW8A8DynamicFusedMoEMethod()
-        elif found["weights"].num_bits == 4 and found["input_activations"] is None:
+        elif inputs is None and found["weights"].num_bits == 4:
             scheme = AscendW4A16FusedMoEMethod()
         else:
             raise NotImplementedError("No compressed-tensors compatible quantization type")
