@@ -147,9 +147,12 @@ def _method(
     config = get_quantization_config(scheme["quant_method"]).from_config(scheme)
     own, layer.moe_config = layer.moe_config, settings
     try:
-        return config.get_quant_method(layer, prefix, **ascend)
+        method = config.get_quant_method(layer, prefix, **ascend)
     finally:
         layer.moe_config = own
+    if getattr(method, "experts_cls", method) is None:  # as the method of FP8 says it
+        raise NotImplementedError("the engine has no kernel")
+    return method
 
 
 def _latent_width(moe: Any, groups: Sequence[GroupShape], unit: int) -> int | None:  # noqa: ANN401
