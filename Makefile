@@ -12,7 +12,7 @@ NEWEST_VENV ?= .venv-newest
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
 # The releases that a Tucker checkpoint is loaded with; the newest is the one of our own set-up.
-TRANSFORMERS ?= 5.14.1 5.16.1 5.19.0 $(shell sed -n 's/^transformers==//p' constraints.txt)
+TRANSFORMERS ?= 5.14.1 5.16.1 5.19.0 5.23.0 $(shell sed -n 's/^transformers==//p' constraints.txt)
 TRANSFORMERS_VENVS := $(TRANSFORMERS:%=$(VENV)-transformers-%)
 
 .PHONY: demo docs test check format fuzz full-width accelerator test-families test-install test-kill test-lowest test-npu \

@@ -189,6 +189,23 @@ OWN: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
     },
 }
+OWN["longcat_flash"] = {
+    "num_layers": 1,
+    "ffn_hidden_size": 12,
+    "expert_ffn_hidden_size": 12,
+    "zero_expert_num": 4,
+}
+OWN["nemotron_h"] = {
+    "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+    "moe_latent_size": 16,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 8,
+    "ssm_state_size": 8,
+    "n_groups": 2,
+    "chunk_size": 8,
+    "moe_shared_expert_intermediate_size": 12,
+    "intermediate_size": 12,
+}
 OWN["qwen3_5_moe_text"] = OWN["qwen3_next"] | {
     "rope_parameters": {
         "rope_type": "default",
@@ -197,12 +214,27 @@ OWN["qwen3_5_moe_text"] = OWN["qwen3_next"] | {
         "partial_rotary_factor": 0.25,
     }
 }
+OWN["hy_v4_vl"] = OWN["hy_v4"] | {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+}
+OWN["inkling2_loop_text"] = OWN["inkling2_text"] | {
+    "num_hidden_layers": 3,
+    "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"],
+    "loop_layer_index_start": 1,
+    "loop_layer_index_end": 2,
+    "loop_num_passes": 2,
+    "loop_gate_rank": 4,
+}
+OWN["lara_mini"] = OWN["qwen3_next"] | {"sliding_window": 8}
 OWN["gemma4"] = OWN["gemma4_text"]
 OWN["minimax_m3_vl_text"] = OWN["minimax_m3_vl"]
 OWN["qwen3_5_moe"] = OWN["qwen3_5_moe_text"]
 
-FAMILY_NAMES = [name for name in FAMILIES if name != "kimi_k2"]
-"""Rows that transformers has models of; Kimi-K2 is a DeepSeek-V3 by another name."""
+FOLDED = [name for name, row in FAMILIES.items() if row.latent]
+"""Families that are not decomposed: their latent space becomes smaller."""
+
+FAMILY_NAMES = [name for name in FAMILIES if name not in ("kimi_k2", *FOLDED)]
+"""Others that transformers has models of; Kimi-K2 is a DeepSeek-V3 by another name."""
 
 INFERRED = (
     "afmoe",
@@ -213,12 +245,16 @@ INFERRED = (
     "granitemoe_swa",
     "kimi_linear",
     "laguna",
+    "lara_mini",
     "mellum",
     "qwen4_exp",
+    "sarvam_mla",
+    "sarvam_moe",
 )
 """Families that are not in the table, and whose tensors tell everything."""
 
 DATA_FREE = {
+    "inkling2_loop_text": "message_input.query of several tensors",
     "openai_privacy_filter": "predicts no text",
 }
 """Families that are not calibrated, and what the error says."""

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tuckerize.pipeline.doctor import doctor
     from tuckerize.pipeline.evaluate import EvaluateRequest, evaluate
     from tuckerize.pipeline.fit import FitRequest, fit
+    from tuckerize.pipeline.fold import FoldRequest, fold
     from tuckerize.pipeline.generate import GenerateRequest, generate
     from tuckerize.pipeline.heal import HealRequest, heal
     from tuckerize.pipeline.inspect import inspect
@@ -40,6 +41,7 @@ __all__ = [
     "DecomposeRequest",
     "EvaluateRequest",
     "FitRequest",
+    "FoldRequest",
     "GenerateRequest",
     "HealRequest",
     "PlanRequest",
@@ -55,6 +57,7 @@ __all__ = [
     "doctor",
     "evaluate",
     "fit",
+    "fold",
     "generate",
     "heal",
     "inspect",

@@ -567,6 +567,44 @@ class ReconstructReport:
 
 
 @dataclass(frozen=True, slots=True)
+class FoldedLayer:
+    """A layer whose experts compute in a smaller latent space.
+
+    Attributes:
+        layer: Index of the layer.
+        input_error: Relative residual of what the experts read of the space, up_proj applied.
+        output_error: The same of what they write, as the hidden states see it.
+    """
+
+    layer: int
+    input_error: float
+    output_error: float
+
+
+@dataclass(frozen=True, slots=True)
+class FoldReport:
+    """Result of making a latent space smaller.
+
+    Attributes:
+        output: The ordinary checkpoint.
+        layers: Its layers with routed experts.
+        latent_before: Size of the latent space of the source.
+        latent_size: Its size now.
+        before: Size of the source.
+        after: Size of the result.
+        notes: Remarks for the user on the calibration.
+    """
+
+    output: str
+    layers: tuple[FoldedLayer, ...]
+    latent_before: int
+    latent_size: int
+    before: Size
+    after: Size
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Estimate:
     """A mean over the windows of a text.
 

@@ -104,8 +104,9 @@ Sizes are planned from the published configuration, which lies beside the recipe
 compares them with the shapes of transformers' model of that configuration, and its parameters with the published number.
 
 {shipped}
-Left out: Nemotron-3, LongCat and Kimi-K3, which are [not supported](models.md#not-supported) or not known to transformers; openPangu 2.0,
-DeepSeek-V4-Pro, Qwen3.8 and Ling 2.6, of which no published configuration was found.
+Left out: Nemotron-3, whose only size is that of [`fold`](models.md#latent-spaces); LongCat, which is
+[not supported](models.md#not-supported); openPangu 2.0 and Kimi-K3, which transformers 5.24 does not know; Ling 2.6, of which no
+published configuration was found.
 """
 
 
@@ -237,7 +238,8 @@ model that transformers makes: at full core sizes the checkpoint that transforme
 loads gives the same logits, `reconstruct` the source's bytes, routing is that of transformers' router, and the model
 runs layer by layer as a whole one does, which calibration needs, also where layers look at the tokens themselves
 (DeepSeek-V4, Qwen4), attend to those that an earlier layer has found (GLM-5, GLM-5.3-Flash, Hy4) or read the inputs of
-earlier layers (Inkling 2). `openai_privacy_filter` predicts no text, and is compressed without calibration only.
+earlier layers (Inkling 2). Two are compressed without calibration only: `openai_privacy_filter`, which predicts no text, and
+`inkling2_loop_text`, whose layers run more than once.
 
 Source formats are those that the layout is tested in, besides bf16, fp16 and fp32: `all` of [these](sources.md) where experts
 are stored one by one, FP8 in blocks where they are stored together, and MXFP4 as gpt-oss has it. The whole job on a quantized source, to
@@ -254,6 +256,24 @@ A checkpoint of another family is decomposed if its experts are named as usual (
 `experts.0.w1.weight` or `experts.gate_up_proj`), one tensor beside them has the shape of a router, and transformers
 holds its experts as an activation times up between two GEMMs, without bias; a note says so. Tested:
 {inferred}.
+
+## Latent spaces
+
+Experts of Nemotron-H (`nemotron_h`: Nemotron 3 Nano, Super and Ultra) have no gate_proj, and compute between two linear
+layers of the model's own, into a latent space and out of it. `tuckerize fold` makes that space smaller: a projection of
+it is folded into the two layers and into the experts, and the result is a stock checkpoint with a smaller
+`moe_latent_size`, in 16 or 32 bits. Of a Nano, whose experts read the hidden states themselves, the two layers are
+written anew.
+
+<!-- not run: download -->
+```bash
+tuckerize fold nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-BF16 --keep 0.75 --calibration text.txt --output OUT
+```
+
+What the experts read of the space is best approximated in the mean over experts, what they write as the hidden states
+see it; with a text, on the vectors that it gives. There are no shards: `check` hashes the result, and `evaluate OUT
+--against MODEL` measures it. Tested: at the full size transformers' logits are the model's; a smaller one, with and
+without calibration; layers that predict further tokens, which get the same size (transformers 5.24).
 
 ## Layers that predict further tokens
 
@@ -296,6 +316,7 @@ def models_page() -> str:
             *_tested(row.model_type),
         )
         for row in FAMILIES.values()
+        if row.latent is None
     ]
     return _MODELS.format(
         how=_HOW,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -88,14 +89,16 @@ def test_full_rank_is_the_model_and_reconstructs_to_its_files(model: Path, tmp_p
 
 def test_routes_are_those_of_the_family_in_transformers(model: Path) -> None:
     source = SourceModel.open(model)
-    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+    seen: dict[nn.Module, tuple[Tensor, Tensor, Tensor]] = {}  # last where layers run repeatedly
 
-    def look(_: nn.Module, inputs: Any) -> None:  # noqa: ANN401
-        seen.append(tuple(part.flatten(0, -2) for part in inputs))
+    def look(module: nn.Module, inputs: Any) -> None:  # noqa: ANN401
+        x_TI, experts_Tk, weights_Tk = (part.flatten(0, -2) for part in inputs)
+        seen[module] = x_TI, experts_Tk, weights_Tk
 
-    def look_at_router(_: nn.Module, inputs: Any, outputs: Any) -> None:  # noqa: ANN401
+    def look_at_router(module: nn.Module, inputs: Any, outputs: Any) -> None:  # noqa: ANN401
         scores_TE, _ = outputs  # 0 of the experts that a token does not go to
-        seen.append((inputs[0], *reversed(scores_TE.topk(source.moe.routing.top_k))))
+        weights_Tk, experts_Tk = scores_TE.topk(source.moe.routing.top_k)
+        seen[module] = inputs[0], experts_Tk, weights_Tk
 
     dense = load(model)
     for path, module in dense.named_modules():
@@ -106,7 +109,7 @@ def test_routes_are_those_of_the_family_in_transformers(model: Path) -> None:
             module.register_forward_pre_hook(look)
     logits(dense)
     assert len(seen) == len(source.moe.layers)
-    for layer, (x_TI, experts_Tk, weights_Tk) in zip(source.moe.layers, seen, strict=True):
+    for layer, (x_TI, experts_Tk, weights_Tk) in zip(source.moe.layers, seen.values(), strict=True):
         routes = route(x_TI, source.router(layer), source.moe.routing, IDS[0])
         order, own = experts_Tk.argsort(1), routes.experts.argsort(1)
         assert torch.equal(routes.experts.gather(1, own), experts_Tk.gather(1, order))
@@ -143,6 +146,16 @@ def test_layers_that_read_states_before_earlier_ones_are_streamed(tmp_path: Path
     model = make_family(tmp_path, "inkling2_text", **own)
     expected = logits(load(model))
     torch.testing.assert_close(streamed_logits(model), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_run_more_than_once_are_not_streamed(tmp_path: Path) -> None:
+    model = make_family(tmp_path, "inkling2_loop_text")
+    query = load(model).state_dict()["model.message_input.query"]
+    tensors = {name: own for name, own in weights(model).items() if "cross_pass" not in name}
+    tensors["model.message_input.query"] = query  # it is of two tensors in the release
+    save_file(tensors, model / SINGLE_FILE, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="its layers run more than once"):
+        streamed_logits(model)
 
 
 def test_layers_that_look_up_the_tokens_are_streamed(tmp_path: Path) -> None:
@@ -332,6 +345,20 @@ def test_layer_after_the_last_one_is_copied_if_asked_for_or_unknown(
 def test_router_without_its_correction_reads_as_none(tmp_path: Path) -> None:
     source = SourceModel.open(make_family(tmp_path, "lfm2_moe", use_expert_bias=False))
     assert Router.read(source.checkpoint, source.moe.family, 1).correction_E is None
+
+
+def test_transformers_loads_no_longcat_as_it_is_released(tmp_path: Path) -> None:
+    """The reason for its row of UNSUPPORTED: if this fails, the family can be done."""
+    model = make_family(tmp_path, "longcat_flash")
+    tensors = weights(model)
+    identity = {name for name in tensors if re.search(r"experts\.(8|9|10|11)\.", name)}
+    assert identity
+    assert not [name for name in identity if "down_proj" in name]
+    kept = {name: tensor for name, tensor in tensors.items() if name not in identity}
+    load(model)
+    save_file(kept, model / SINGLE_FILE, metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        load(model)
 
 
 NEVER_NARROW = {"aria", "aria_text", "deepseek_v4", "hunyuan_v1_moe", "hy_v3", "jamba"}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -94,16 +95,32 @@ class OnDisk(NamedTuple):
 
     Attributes:
         names: Their names, in order.
-        dimension: Along which they are concatenated, if there are several.
+        dimension: Along which they are concatenated, if there are several, or cut.
+        part: Where the tensor of the model lies in that of the checkpoint, of which length; None
+            if it is all of it.
     """
 
     names: tuple[str, ...]
     dimension: int = 0
+    part: tuple[slice, int] | None = None
 
     def joined(self, parts: Mapping[str, Tensor]) -> Tensor:
         """The tensor of the model from those of the checkpoint by name."""
         own = [parts[name] for name in self.names]
-        return own[0] if len(own) == 1 else torch.cat(own, self.dimension)
+        whole = own[0] if len(own) == 1 else torch.cat(own, self.dimension)
+        if self.part is None:
+            return whole
+        place, _ = self.part
+        return whole.narrow(self.dimension, place.start, place.stop - place.start)
+
+    def shape(self, shapes: Sequence[tuple[int, ...]]) -> list[int]:
+        """Shape of the tensor of the model; of one that cannot be cut so, its own."""
+        found = list(shapes[0])
+        if len(shapes) > 1:
+            found[self.dimension] = sum(shape[self.dimension] for shape in shapes if shape)
+        if self.part is not None and found[self.dimension : self.dimension + 1] == [self.part[1]]:
+            found[self.dimension] = self.part[0].stop - self.part[0].start
+        return found
 
 
 class NamesOnDisk:
@@ -114,6 +131,7 @@ class NamesOnDisk:
     """
 
     def __init__(self, model: Any) -> None:  # noqa: ANN401
+        from transformers import core_model_loading
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import Concatenate, WeightConverter, WeightRenaming
 
@@ -124,12 +142,14 @@ class NamesOnDisk:
         self._tied = model.all_tied_weights_keys
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        self._joining = [
+        self._split: Any = getattr(core_model_loading, "Split", ())  # early releases have none
+        self._known = [
             entry
             for entry in converters
-            if len(entry.operations) == 1 and isinstance(entry.operations[0], Concatenate)
+            if len(entry.operations) == 1
+            and isinstance(entry.operations[0], (Concatenate, self._split or Concatenate))
         ]
-        self._others = [entry for entry in converters if entry not in self._joining]
+        self._others = [entry for entry in converters if entry not in self._known]
 
     def module(self, path: str) -> str:
         """Path in the model of a module of experts."""
@@ -157,20 +177,42 @@ class NamesOnDisk:
         found: dict[str, OnDisk] = {}
         parts: dict[str, list[tuple[int, str, int]]] = {}
         for name in stored:
-            own, pattern = self._rename(name, self._joining)
+            own, pattern = self._rename(name, self._known)
             if pattern is None:
                 found[own] = OnDisk((name,))
                 continue
-            entry = next(entry for entry in self._joining if pattern in entry.source_patterns)
-            join: Any = entry.operations[0]
+            entry = next(entry for entry in self._known if pattern in entry.source_patterns)
+            made: Any = entry.operations[0]
+            if isinstance(made, self._split):
+                found |= self._cut(name, own, entry.target_patterns, made.dim)
+                continue
             place = entry.source_patterns.index(pattern)
-            parts.setdefault(own, []).append((place, name, join.dim))
+            parts.setdefault(own, []).append((place, name, made.dim))
         for own, several in parts.items():
             found[own] = OnDisk(tuple(name for _, name, _ in sorted(several)), several[0][2])
         for one, other in self._tied.items():
             found.setdefault(one, found.get(other, OnDisk((other,))))
             found.setdefault(other, found[one])
         return found
+
+    def _cut(
+        self, name: str, first: str, targets: Sequence[str], dimension: int
+    ) -> dict[str, OnDisk]:
+        """Tensors of the model that one of the checkpoint is cut into, by name.
+
+        Args:
+            name: Name of the tensor of the checkpoint.
+            first: Name of the first of those of the model.
+            targets: What stands in their names, in order, instead of what stands in the first.
+            dimension: Along which it is cut.
+        """
+        names = [first.replace(targets[0], target) for target in targets]
+        ends = [*accumulate(self._tensors[own].shape[dimension] for own in names)]
+        places = map(slice, [0, *ends], ends)
+        return {
+            own: OnDisk((name,), dimension, (place, ends[-1]))
+            for own, place in zip(names, places, strict=True)
+        }
 
     def is_made(self, name: str) -> bool:
         """Whether transformers makes a tensor of the model in another way than joining."""
@@ -210,11 +252,7 @@ def check_tensors(
         )
     for name, tensor in wanted.items():
         own = stored[name]
-        shapes = [source.tensors[part].shape for part in own.names]
-        joined = sum(shape[own.dimension] for shape in shapes if shape)
-        shape = list(shapes[0])
-        if len(shapes) > 1:
-            shape[own.dimension] = joined
+        shape = own.shape([source.tensors[part].shape for part in own.names])
         if shape != list(tensor.shape):
             raise CheckpointError(
                 f"the tensor {' + '.join(own.names)} has shape {shape}, "

@@ -241,11 +241,13 @@ class StreamedModel:
         shape = states.hidden_SLI.shape
         if shape not in self._calls:
             calls: list[_Call] = []
+            order: list[int] = []
 
             def noted(value: object) -> object:
                 return _TOKENS if value is states.tokens_SL else value
 
-            def note(_: int, hidden_states: Tensor, *args: object, **kwargs: object) -> Any:  # noqa: ANN401
+            def note(index: int, hidden_states: Tensor, *args: object, **kwargs: object) -> Any:  # noqa: ANN401
+                order.append(index)
                 named = {name: noted(value) for name, value in kwargs.items()}
                 if self._read_again:
                     args = (_EARLIER, *args[1:])
@@ -255,6 +257,8 @@ class StreamedModel:
             unknown_SLI = torch.full_like(states.hidden_SLI, torch.nan)
             with self._layers_as(note), self._embedded_as(unknown_SLI):
                 self._run_decoder(states.tokens_SL)
+            if order != [*range(self.layers)]:
+                raise self._no_streaming("its layers run more than once")
             found = [leaf for leaf in tree_leaves(calls) if isinstance(leaf, Tensor)]
             if any(bool(tensor.isnan().any()) for tensor in found):
                 raise self._no_streaming("its layers read the hidden states of several before them")

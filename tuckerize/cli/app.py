@@ -445,6 +445,41 @@ def reconstruct(
 
 @app.command()
 @boundary
+def fold(
+    model: options.FoldedModel,
+    output: options.DenseOutput,
+    keep: options.KeptLatent,
+    calibration: options.Calibration = None,
+    device: options.DeviceOption = Device.AUTO,
+    overwrite: options.Overwrite = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Make the latent space of Nemotron-H smaller: an ordinary checkpoint.
+
+    The projection is folded into the model's own layers around its experts.
+
+    Example: tuckerize fold Nemotron-3-Super --keep 0.75 --calibration text.txt --output OUT
+    """
+    from tuckerize.cli.progress import TerminalProgress
+    from tuckerize.cli.tables import show
+    from tuckerize.pipeline.fold import FoldRequest
+    from tuckerize.pipeline.fold import fold as run
+
+    request = FoldRequest(
+        model=model,
+        output=output,
+        keep=keep,
+        calibration=calibration,
+        device=device,
+        overwrite=overwrite,
+    )
+    with TerminalProgress() as progress:
+        report = run(request, progress)
+    show(report, as_json=as_json)
+
+
+@app.command()
+@boundary
 def evaluate(
     model: options.ModelArgument,
     text: options.Text,

@@ -25,6 +25,7 @@ ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help=f"{_MODEL} Also a Tucker checkpoint.")
 ]
 Model = Annotated[str, typer.Option(metavar="MODEL", help=_MODEL)]
+FoldedModel = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL)]
 Download = Annotated[
     bool,
     typer.Option("--download", help="Fetch MODEL from the Hugging Face Hub if it is not here."),
@@ -48,6 +49,14 @@ Keep = Annotated[
         metavar="SHARE",
         help="Kept share of the routed parameters: 0.75 or 75%.",
         rich_help_panel=SIZE,
+    ),
+]
+KeptLatent = Annotated[
+    str,
+    typer.Option(
+        "--keep",
+        metavar="SHARE",
+        help="Kept share of the latent space, in multiples of 8: 0.75 or 75%.",
     ),
 ]
 Bits = Annotated[

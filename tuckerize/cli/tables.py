@@ -32,6 +32,7 @@ from tuckerize.report import (
     Estimate,
     EvaluateReport,
     FitReport,
+    FoldReport,
     HealReport,
     InspectReport,
     PlanReport,
@@ -57,6 +58,7 @@ Report = (
     | PushReport
     | HealReport
     | ReconstructReport
+    | FoldReport
     | RecipesReport
     | EvaluateReport
     | DoctorReport
@@ -97,6 +99,8 @@ def show(report: Report, *, as_json: bool) -> None:  # noqa: C901, PLR0912 one c
             _show_heal(report)
         case ReconstructReport():
             _show_reconstruct(report)
+        case FoldReport():
+            _show_fold(report)
         case PushReport():
             _show_push(report)
         case EvaluateReport():
@@ -382,6 +386,18 @@ def _show_reconstruct(report: ReconstructReport) -> None:
         print_all("transformers reads no int8 experts: for it, run the command with --dequantize")
     if report.dequantised_because is not None:
         print_all(f"experts were dequantised: {report.dequantised_because}")
+
+
+def _show_fold(report: FoldReport) -> None:
+    print_all(size_table(report.before, report.after))
+    rows = [
+        (str(own.layer), f"{own.input_error:.4f}", f"{own.output_error:.4f}")
+        for own in report.layers
+    ]
+    print_all(make_table(("layer", "input error *", "output error *"), rows))
+    print_all("* relative residuals of what the experts read and write")
+    print_all(f"latent size {report.latent_before} → {report.latent_size}")
+    print_all(f"wrote {report.output}")
 
 
 def _show_push(report: PushReport) -> None:

@@ -51,7 +51,7 @@ def describe_moe(config: Config, tensors: Mapping[str, TensorHeader]) -> MoeMode
     shape = StackShape(
         positive(text, *row.experts_keys),
         positive(text, *row.intermediate_keys),
-        positive(text, "hidden_size"),
+        positive({key: own for key, own in text.items() if own is not None}, *row.hidden_keys),
     )
     if len(counts := {text[key] for key in row.experts_keys if isinstance(text.get(key), int)}) > 1:
         shape = _fitting(
@@ -79,8 +79,8 @@ def describe_moe(config: Config, tensors: Mapping[str, TensorHeader]) -> MoeMode
 def _with_further(family: Family, config: Config, tensors: Mapping[str, TensorHeader]) -> Family:
     """The family with the module of the layers that predict further tokens, if it has its own."""
     depth = text_config(config).get("num_hidden_layers")
-    beginnings = {name.partition(".0.")[0] for name in tensors if ".0." in name}
-    found = next((module for module in FURTHER_LAYERS if module in beginnings), None)
+    modules = (own for own in FURTHER_LAYERS if any(n.startswith(f"{own}.") for n in tensors))
+    found = next(modules, None)
     return replace(family, further=found, depth=depth) if found and depth else family
 
 

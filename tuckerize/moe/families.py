@@ -12,7 +12,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from tuckerize.moe.family import Config, FamilyRow, Glu, model_types, plain_glu, text_config
+from tuckerize.moe.family import (
+    Config,
+    FamilyRow,
+    Glu,
+    Latent,
+    model_types,
+    plain_glu,
+    text_config,
+)
 from tuckerize.moe.readers import (
     RoutingReader,
     clamped_glu,
@@ -22,6 +30,7 @@ from tuckerize.moe.readers import (
     llama4_routing,
     openai_glu,
     privacy_filter_routing,
+    relu_squared_glu,
     router,
     step_glu,
 )
@@ -29,6 +38,7 @@ from tuckerize.moe.storage import Packed, PerExpert, Storage
 
 LAYERS = (
     "model.layers",
+    "backbone.layers",
     "model.language_model.layers",
     "language_model.model.layers",
     "model.text_model.layers",
@@ -133,14 +143,22 @@ FAMILIES: Mapping[str, FamilyRow] = {
             glu=openai_glu,
             models="OpenAI Privacy Filter, which classifies tokens",
         ),
-        _row(
-            "inkling2_text",
-            router("sigmoid", normalize=True),
-            storages=(Packed("mlp.experts.w13_weight", "mlp.experts.w2_weight", interleaved=True),),
-            correction="gate.bias",
-            input_norm="mlp_norm.weight",
-            glu=inkling_glu,
-            models="Inkling 2, without images",
+        *(
+            _row(
+                model_type,
+                router("sigmoid", normalize=True),
+                storages=(
+                    Packed("mlp.experts.w13_weight", "mlp.experts.w2_weight", interleaved=True),
+                ),
+                correction="gate.bias",
+                input_norm="mlp_norm.weight",
+                glu=inkling_glu,
+                models=models,
+            )
+            for model_type, models in {
+                "inkling2_text": "Inkling 2, without images",
+                "inkling2_loop_text": "Inkling 2 Mini, without images",
+            }.items()
         ),
         _row(
             "llama4_text",
@@ -189,6 +207,7 @@ FAMILIES: Mapping[str, FamilyRow] = {
             for model_type, models in {
                 "glm5_next": "GLM-5.3-Flash",
                 "hy_v4": "Hy4",
+                "hy_v4_vl": "Hy4 with images",
             }.items()
         ),
         _row(
@@ -350,6 +369,21 @@ FAMILIES: Mapping[str, FamilyRow] = {
             input_norm="ffn_norm.weight",
             models="LFM2-8B-A1B",
         ),
+        _row(
+            "nemotron_h",
+            _V3,
+            "mixer",
+            storages=(  # relu² is relu(up) · up: up is its own gate
+                per_expert("mixer.experts", ("up_proj", "up_proj", "down_proj")),
+            ),
+            correction=_BIAS,
+            input_norm="norm.weight",
+            hidden_keys=("moe_latent_size", "hidden_size"),
+            latent=Latent("mixer.fc1_latent_proj", "mixer.fc2_latent_proj", "moe_latent_size"),
+            also_sized="others",
+            glu=relu_squared_glu,
+            models="Nemotron 3 Nano, Super, Ultra",
+        ),
     )
 }
 
@@ -359,7 +393,6 @@ UNSUPPORTED: Mapping[str, str] = {
     "jetmoe": "attention has experts as well, and gate and up are one matrix",
     "longcat_flash": "transformers loads no checkpoint that lacks weights of its identity experts",
     "muse_spark_text": "a norm follows the experts",
-    "nemotron_h": "experts have no gate_proj, which our format takes for given",
     "nllb-moe": "experts are those of an encoder and a decoder, without gate_proj",
     "switch_transformers": "experts are those of an encoder and a decoder, without gate_proj",
 }

@@ -20,6 +20,7 @@ Config = Mapping[str, Any]
 """Contents of config.json."""
 
 EXPERTS_KEYS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
+HIDDEN_KEYS = ("hidden_size",)
 INTERMEDIATE_KEYS = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
 TOP_K_KEYS = (
     "num_experts_per_tok",
@@ -97,6 +98,21 @@ def plain_glu(config: Config, layer: int) -> Glu:  # noqa: ARG001
 
 
 @dataclass(frozen=True, slots=True)
+class Latent:
+    """The latent space between a MoE layer and its experts (LatentMoE).
+
+    Attributes:
+        into: Linear layer from hidden states to latent ones, below a decoder layer.
+        out_of: Linear layer from the sum of the experts' outputs to hidden states.
+        size_key: Configuration key of its size; null where there are no such layers.
+    """
+
+    into: str
+    out_of: str
+    size_key: str
+
+
+@dataclass(frozen=True, slots=True)
 class FamilyRow:
     """One model family, a row of the table; names are those below a decoder layer.
 
@@ -120,6 +136,9 @@ class FamilyRow:
         experts_keys: Configuration keys of the number of routed experts; the first one present
             counts.
         intermediate_keys: The same of the experts' intermediate size.
+        hidden_keys: The same of the size of what they read; null is as good as absent.
+        latent: Where the experts compute in a latent space, and what is between it and the residual
+            stream. They have no gate_proj, and are not decomposed: the space is made smaller.
         also_sized: What that size sizes besides the routed experts: nothing, the shared experts
             (their number times it), or other modules.
         glu: Reads the gated linear unit of a layer's experts from a configuration.
@@ -141,6 +160,8 @@ class FamilyRow:
     norm_offset: float = 0.0
     experts_keys: tuple[str, ...] = EXPERTS_KEYS
     intermediate_keys: tuple[str, ...] = INTERMEDIATE_KEYS
+    hidden_keys: tuple[str, ...] = HIDDEN_KEYS
+    latent: Latent | None = None
     also_sized: Literal["nothing", "shared_experts", "others"] = "nothing"
     glu: Callable[[Config, int], Glu] = plain_glu
     models: str = ""

@@ -121,6 +121,17 @@ def inkling_glu(config: Config, layer: int) -> Glu:
     return replace(plain_glu(config, layer), soft_caps=caps)
 
 
+def relu_squared_glu(config: Config, layer: int) -> Glu:  # noqa: ARG001
+    """ReLU² of up, as a gated linear unit whose gate is up (Nemotron-H's)."""
+    activation = config.get("mlp_hidden_act", "relu2")
+    if activation != "relu2":
+        raise CheckpointError(
+            f"config.json has mlp_hidden_act = '{activation}', expected relu2",
+            hint="experts of another activation without a gate_proj are not supported",
+        )
+    return Glu("relu")
+
+
 def step_glu(config: Config, layer: int) -> Glu:
     """SwiGLU whose bounds the layers have of their own; 0 or null is none."""
     limits = config.get("swiglu_limits")

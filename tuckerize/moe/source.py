@@ -14,7 +14,7 @@ from tuckerize.checkpoint.identity import identities
 from tuckerize.checkpoint.quantization_config import QuantizationDescription
 from tuckerize.checkpoint.reader import TORCH_DTYPES, Checkpoint, measure_size
 from tuckerize.domain import Coupling, Projection, Size
-from tuckerize.errors import CheckpointError
+from tuckerize.errors import CheckpointError, UsageError
 from tuckerize.moe.describe import describe_moe
 from tuckerize.moe.family import MoeModel
 from tuckerize.moe.routing import Router, read_input_norm
@@ -116,6 +116,19 @@ class SourceModel:
     def size(self) -> Size:
         """Parameters and bytes of the routed experts and of all tensors."""
         return measure_size(self.checkpoint.tensors, is_routed=self.moe.is_routed)
+
+    def require_gates(self) -> None:
+        """Refuse experts without a gate_proj, which have no place in a Tucker checkpoint.
+
+        Raises:
+            UsageError: They have none.
+        """
+        if self.moe.family.row.latent is not None:
+            raise UsageError(
+                f"experts of {self.moe.family.model_type} have no gate_proj to decompose",
+                hint="make the latent space that they compute in smaller: "
+                f"tuckerize fold {self.checkpoint.folder} --keep 0.75 --output OUT",
+            )
 
     def routed_tensors(self, layer: int) -> list[str]:
         """Names of the tensors that hold the routed experts of a layer."""

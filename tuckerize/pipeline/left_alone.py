@@ -7,7 +7,7 @@ from tuckerize.planning.plan import Plan
 
 _PACKAGES = {Coding.GPTQ: "gptqmodel and optimum", Coding.AWQ: "gptqmodel"}
 _REFUSED = "cannot load"
-# Fate in transformers (5.14 to 5.23) of experts in these encodings, of any checkpoint.
+# Fate in transformers (5.14 to 5.24) of experts in these encodings, of any checkpoint.
 _EXPERTS = {
     Coding.INT8: _REFUSED,
     Coding.NVFP4: "loads wrong values for",

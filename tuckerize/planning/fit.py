@@ -99,8 +99,9 @@ def fit_devices(source: SourceModel, devices: Devices, workload: Workload) -> Fi
         workload: The sequences.
 
     Raises:
-        UsageError: Not even the smallest experts fit.
+        UsageError: Not even the smallest experts fit, or they have no gate_proj.
     """
+    source.require_gates()
     heads = _kv_heads(source.checkpoint.config)
     rest = _rest_bytes(source, devices.count, heads)
     cache, uncounted = _cache_bytes(source, devices.count, workload, heads)

@@ -168,9 +168,10 @@ def make_plan(source: SourceModel, recipe: Recipe, profiles: Sequence[LayerProfi
 
     Raises:
         RecipeError: The recipe does not fit the model.
-        UsageError: A group size, type or size that cannot work.
+        UsageError: A group size, type or size that cannot work; or experts without a gate_proj.
         MultilinearRankError: A core size that no stack of the model can have.
     """
+    source.require_gates()
     model = source.moe
     further = _further_layers(recipe, model)
     for rule in recipe.rules:

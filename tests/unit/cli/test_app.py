@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import tuckerize
+from tests.tiny_families import make_family
 from tests.tiny_models import add_tokenizer, make_tiny_model, write_text
 from tuckerize.cli.app import app
 
@@ -159,6 +160,7 @@ def test_every_command_as_json_prints_one_report_and_nothing_else(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     model = add_tokenizer(make_tiny_model(tmp_path / "model"))
     text = write_text(tmp_path / "text.txt", 4500)
+    nemotron = make_family(tmp_path / "nemotron", "nemotron_h")
     out, dense = tmp_path / "out", tmp_path / "dense"
     few = ("--calibration-tokens", "8192")
     short = ("--tokens", "512", "--window", "16")
@@ -174,6 +176,7 @@ def test_every_command_as_json_prints_one_report_and_nothing_else(
         "quantize": ("largest_residual_before", (out, "--output", tmp_path / "out4")),
         "heal": ("curve", (out, "--data", text, "--output", tmp_path / "healed", *short)),
         "reconstruct": ("layers", (out, "--output", dense)),
+        "fold": ("latent_size", (nemotron, "--keep", "0.5", "--output", tmp_path / "folded")),
         "inspect": ("largest_residual", (out,)),
         "evaluate": ("perplexity", (out, "--text", text, "--tokens", "1024")),
     }
