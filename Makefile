@@ -15,7 +15,7 @@ VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install -
 TRANSFORMERS ?= 5.14.1 5.16.1 5.19.0 5.23.0 $(shell sed -n 's/^transformers==//p' constraints.txt)
 TRANSFORMERS_VENVS := $(TRANSFORMERS:%=$(VENV)-transformers-%)
 
-.PHONY: demo docs test check format fuzz full-width accelerator test-families test-install test-kill test-lowest test-npu \
+.PHONY: demo docs test check format fuzz full-width accelerator test-demo test-families test-install test-kill test-lowest test-npu \
 	test-transformers test-vllm test-lm-eval clean help
 .DEFAULT_GOAL := help
 
@@ -35,6 +35,9 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 demo: $(VENV)/.installed  ## Inspect, decompose, shard, verify and reconstruct the shipped model
 	$(BIN)/python examples/demo.py
+
+test-demo: $(VENV)/.installed-dev  ## The demonstration prints what README shows
+	$(BIN)/python -m pytest tests/docs/test_demo.py -m demo
 
 check: $(VENV)/.installed-dev  ## Format, lint, types, architecture
 	$(BIN)/ruff format --check .

@@ -25,6 +25,8 @@ HERE = Path(__file__).parent
 MODEL = HERE / "tiny-moe"
 OUTPUT = Path("demo-output")
 KEEP = "0.75"
+# Few, to be done in two minutes; the defaults are 65,536 tokens and 300 steps.
+TOKENS, REFINEMENT_STEPS = "8192", "30"
 PROCESSES = "2"
 PROMPT = "def main() -> None:\n"
 NEW_TOKENS = 48
@@ -87,10 +89,11 @@ def main() -> None:
     calibration, validation = OUTPUT / "text.txt", OUTPUT / "validation.txt"
     calibration.write_text(text[VALIDATION_CHARACTERS:], encoding="utf-8")
     validation.write_text(text[:VALIDATION_CHARACTERS], encoding="utf-8")
-    size = ("--keep", KEEP, "--calibration", str(calibration))
+    on_text = ("--calibration", str(calibration), "--calibration-tokens", TOKENS)
+    how = ("--keep", KEEP, *on_text, "--refine", REFINEMENT_STEPS)
     run("tuckerize", "inspect", model)
-    run("tuckerize", "plan", "--model", model, "--calibration", str(calibration))
-    run("tuckerize", "decompose", "--model", model, *size, "--output", str(tucker))
+    run("tuckerize", "plan", "--model", model, *on_text)
+    run("tuckerize", "decompose", "--model", model, *how, "--output", str(tucker))
     run("tuckerize", "shard", str(tucker), "--tp", PROCESSES)
     run("torchrun", "--nproc-per-node", PROCESSES, "-m", "tuckerize", "verify", str(tucker))
     run("tuckerize", "reconstruct", str(tucker), "--output", str(dense))

@@ -89,7 +89,8 @@ def read_documents(path: Path) -> list[Any]:
         raise RecipeError(f"the recipe {path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(
-            f"the recipe {path} is not YAML: {' '.join(str(error).split())}"
+            f"the recipe {path} is not YAML: {' '.join(str(error).split())}",
+            hint="indent with spaces" if "'\\t'" in str(error) else "",
         ) from None
 
 

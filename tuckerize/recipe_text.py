@@ -22,11 +22,13 @@ def check_rank_text(text: str) -> str:
     if len(parts) != 3:
         raise ValueError(
             f"'{text}' has {len(parts)} sizes, expected three: r_E,r_H,r_I (experts, "
-            "intermediate, hidden)"
+            "intermediate, hidden), as in full,full,64"
         )
     for part in parts:
         if not _SIZE.fullmatch(part):
-            raise ValueError(f"'{part}' in '{text}' is not a number, a percentage or 'full'")
+            raise ValueError(
+                f"'{part}' in '{text}' is not a size of 1 or more, a percentage or 'full'"
+            )
         if part.endswith("%") and not 0 < float(part[:-1]) <= 100:
             raise ValueError(f"'{part}' in '{text}' is not above 0 % and at most 100 %")
     return text

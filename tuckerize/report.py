@@ -179,6 +179,44 @@ class StackPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class Duration:
+    """Estimated time of a run in one process, on this CPU as busy as it is.
+
+    Attributes:
+        least: Seconds at least.
+        most: Seconds at most.
+        rate: Floating-point operations per second of a float32 GEMM, measured before.
+        times_products: Least and largest time of a run over that of its products at this rate.
+    """
+
+    least: float
+    most: float
+    rate: float
+    times_products: tuple[float, float]
+
+    @property
+    def text(self) -> str:
+        """The range and what it rests on, in words."""
+        unit, scale = next(
+            (unit, scale)
+            for unit, scale, limit in (
+                ("s", 1, 90),
+                ("min", 60, 90),
+                ("h", 3600, 48),
+                ("days", 86400, math.inf),
+            )
+            if self.most / scale < limit
+        )
+        least, most = (float(f"{value / scale:.2g}") for value in (self.least, self.most))
+        few, many = self.times_products
+        expected = f"about {least:g} to {most:g}" if self.least >= 1 else f"at most {most:g}"
+        return (
+            f"{expected} {unit} ({few:g} to {many:g} times its products at "
+            f"{self.rate / 1e9:.0f} GFLOP/s, measured on the CPU now)"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class PlanReport:
     """Sizes and costs of a planned decomposition.
 
@@ -187,7 +225,7 @@ class PlanReport:
         before: Size of the source.
         after: Size of the result; an upper bound where a tolerance decides.
         peak_bytes: Estimated peak memory of one process.
-        seconds: Estimated time of one process.
+        duration: Estimated time of one process, without the profile of a calibrated budget.
         predicted_kl: Predicted KL divergence from the source, nats per token; None without a
             calibrated budget.
     """
@@ -196,7 +234,7 @@ class PlanReport:
     before: Size
     after: Size
     peak_bytes: int
-    seconds: float
+    duration: Duration
     predicted_kl: float | None = None
 
 

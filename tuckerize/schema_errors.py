@@ -76,12 +76,24 @@ def _unknown_key(schema: dict[str, Any], place: Place, owner: str) -> Explanatio
 def _hint(node: dict[str, Any], given: object) -> str:
     if "enum" in node and isinstance(given, str):
         return did_you_mean(given, node["enum"]).strip()
+    if node.get("type") == "number":
+        return _hint_for_number(node, given)
     number = _number(given)
     if number is None:
         return ""
-    if node.get("type") == "number" and 1 < number <= 100:
-        return f"did you mean {number / 100:g} ({number:g} %)?"
     return f"write it in quotes: '{given}'" if node.get("type") == "string" else ""
+
+
+def _hint_for_number(node: dict[str, Any], given: object) -> str:
+    """A hint for a share that is written as a percentage or with a decimal comma."""
+    if node.get("maximum", node.get("exclusiveMaximum")) != 1:
+        return ""
+    number = _number(str(given).replace(",", ".").removesuffix("%"))
+    if number is None or number <= 0:
+        return "write a share, such as 0.75"
+    if number < 1:
+        return f"did you mean {number:g}?"
+    return f"did you mean {number / 100:g} ({number:g} %)?" if 2 <= number <= 100 else ""
 
 
 def _number(value: object) -> float | None:

@@ -86,10 +86,10 @@ def decompose(
 
 
 def plan_of(model: Path, text: Path, *, keep: float) -> PlanReport:
-    """The plan of a calibrated decomposition, without the estimate of its time."""
+    """The plan of a calibrated decomposition."""
     plan = tuckerize.preview(request_of(model, text, None, {}, {"keep": keep}))
     assert plan is not None
-    return replace(plan, seconds=0)
+    return plan
 
 
 def verify(folder: Path) -> VerifyReport:

@@ -33,7 +33,11 @@ OK = ("--keep", "0.7")
         (("--keep", "0.001"), "keep 0.001 is below", "choose keep of at least 0.03"),
         (("--rank", "4,4"), "'4,4' has 2 sizes, expected three: r_E,r_H,r_I", ""),
         (("--rank", "full,full,150%"), "'150%' in 'full,full,150%' is not above 0 %", ""),
-        (("--rank", "a,b,c"), "'a' in 'a,b,c' is not a number, a percentage or 'full'", ""),
+        (
+            ("--rank", "a,b,c"),
+            "'a' in 'a,b,c' is not a size of 1 or more, a percentage or 'full'",
+            "",
+        ),
         (
             ("--rank", "9,24,32"),
             "core size 9 of the expert mode (E) is not between 1 and 8",

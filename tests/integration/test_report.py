@@ -6,11 +6,14 @@ import re
 import shutil
 import subprocess
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.running import ROOT, run_here, succeed
+from tests.tiny_models import add_tokenizer, make_tiny_model, write_text
+from tuckerize.calibration import tokens as tokens_module
 
 pytest.importorskip("matplotlib")
 
@@ -51,10 +54,41 @@ def test_page_against_itself_shows_both_and_no_other_file_is_replaced(
     succeed("report", out, "--against", other, "--html", file)  # our own is replaced
     assert file.read_text(encoding="utf-8").count("<h2>Reproduce of ") == 2
     file.write_text("a diary", encoding="utf-8")
+    assert "name a file: --html" in run_here("report", out, "--html", tmp_path).stderr
     refused = run_here("report", out, "--html", file)
     assert refused.returncode == 2
     assert "no report of tuckerize" in refused.stderr
     assert file.read_text(encoding="utf-8") == "a diary"
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("calibrated")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        patch.setattr(tokens_module, "HELD_OUT_BLOCK", 64)  # some are left for validation
+        model = add_tokenizer(make_tiny_model(folder / "model"))
+        text = write_text(folder / "text.txt", 4096)
+        options = ("--calibration", text, "--calibration-tokens", "2048", "--refine", "0")
+        out = folder / "out"
+        succeed("decompose", "--model", model, "--bits", "9", *options, "--output", out)
+        yield out
+
+
+def test_page_draws_the_curve_with_the_checkpoint_in_it_and_spectra(
+    calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "page.html"
+    succeed("report", calibrated, "--html", file)
+    text = file.read_text(encoding="utf-8")
+    for words in ("this checkpoint", "bits per routed weight", "kept neurons of an expert"):
+        assert words in text
+    assert text.count("<svg") == 3 + 4
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+    succeed("report", calibrated, "--html", file)
+    text = file.read_text(encoding="utf-8")
+    assert text.count("<svg") == 3
+    assert "Not shown: this machine&#x27;s cache has no profile of it." in text
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")

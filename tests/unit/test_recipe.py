@@ -98,11 +98,11 @@ def test_rank_as_a_yaml_list_equals_its_text(tmp_path: Path) -> None:
         ({"rank": ""}, "rules[0].rank: '' has 1 sizes, expected three: r_E,r_H,r_I"),
         (
             {"rank": "0,8,8"},
-            "rules[0].rank: '0' in '0,8,8' is not a number, a percentage or 'full'",
+            "rules[0].rank: '0' in '0,8,8' is not a size of 1 or more, a percentage or 'full'",
         ),
         (
             {"rank": "8,-1,8"},
-            "rules[0].rank: '-1' in '8,-1,8' is not a number, a percentage or 'full'",
+            "rules[0].rank: '-1' in '8,-1,8' is not a size of 1 or more, a percentage or 'full'",
         ),
         (
             {"rank": "8,8,101%"},
@@ -114,7 +114,7 @@ def test_rank_as_a_yaml_list_equals_its_text(tmp_path: Path) -> None:
         ),
         (
             {"rank": "8,1.5,8"},
-            "rules[0].rank: '1.5' in '8,1.5,8' is not a number, a percentage or 'full'",
+            "rules[0].rank: '1.5' in '8,1.5,8' is not a size of 1 or more, a percentage or 'full'",
         ),
         ({"rank": 8}, "rules[0].rank 8 is not text"),
         (
@@ -288,7 +288,7 @@ def test_resolve_rank_of_valid_text_gives_core_sizes(text: str, rank: tuple[int,
 
 
 def test_rank_of_absurdly_many_digits_is_refused() -> None:
-    with pytest.raises(RecipeError, match="is not a number"):
+    with pytest.raises(RecipeError, match="is not a size"):
         parse_rule(rank="1" + "0" * 5000 + ",1,1")
 
 

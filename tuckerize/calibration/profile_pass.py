@@ -13,7 +13,7 @@ import json
 import math
 import os
 from collections import ChainMap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Self
@@ -115,6 +115,12 @@ class ProfileCache:
         sensitivity = float(values.pop("sensitivity"))
         return LayerProfile(layer=layer, sensitivity=sensitivity, **values)
 
+    def complete(self, layers: Sequence[int]) -> list[LayerProfile] | None:
+        """The profiles of all layers; None where a pass has not come to its end."""
+        known = [profile for layer in layers if (profile := self.load(layer)) is not None]
+        open_ = len(known) < len(layers) or any(math.isnan(own.sensitivity) for own in known)
+        return None if open_ else known
+
     def save(self, profile: LayerProfile) -> None:
         """Keep the profile of a layer."""
         self.known[profile.layer] = profile
@@ -153,6 +159,11 @@ class ProfileCache:
         return folder / f"layer-{layer:05d}.safetensors"
 
 
+def is_profiled(run: CalibrationPass) -> bool:
+    """Whether the cache has the profiles of all layers."""
+    return ProfileCache.of(run).complete(run.source.moe.layers) is not None
+
+
 def profile_model(run: CalibrationPass, progress: Progress) -> list[LayerProfile]:
     """Profiles of all layers with routed experts, from the cache or from a pass over the text.
 
@@ -164,8 +175,7 @@ def profile_model(run: CalibrationPass, progress: Progress) -> list[LayerProfile
     """
     cache = ProfileCache.of(run, progress.note)
     layers = run.source.moe.layers
-    known = [profile for layer in layers if (profile := cache.load(layer)) is not None]
-    if len(known) == len(layers) and not any(math.isnan(p.sensitivity) for p in known):
+    if (known := cache.complete(layers)) is not None:
         cache.finish()
         return known
     progress.start(run.model.layers)
@@ -176,7 +186,7 @@ def profile_model(run: CalibrationPass, progress: Progress) -> list[LayerProfile
     probes = States.of(saved)
     hidden = probes.pop(_HIDDEN) if probes else run.embed()
     if not probes:
-        probes[_CLEAN] = hidden[spread(run.text_windows, _num_probe_windows(len(layers)))]
+        probes[_CLEAN] = hidden[spread(run.text_windows, num_probe_windows(len(layers)))]
     progress.advance(start, "continued")
     for layer in range(start, run.model.layers):
         if layer in layers:
@@ -251,7 +261,7 @@ def _profile_layer(
     return seen.after, missed / exact.output_TI.square().sum()
 
 
-def _num_probe_windows(layers: int) -> int:
+def num_probe_windows(layers: int) -> int:
     """Windows that each of so many layers is probed on."""
     least, most = _PROBE_WINDOWS
     return max(least, min(most, _PROBE_WINDOWS_OF_ALL_LAYERS // layers))

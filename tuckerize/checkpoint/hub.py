@@ -50,7 +50,7 @@ def resolve_model(model: str) -> Path:
     if exists:
         raise CheckpointError(f"{model} is a file", hint="give the folder that holds config.json")
     if model.startswith((".", "/", "~")):
-        raise CheckpointError(f"there is no folder {model}", hint=_similar_folder(folder))
+        raise CheckpointError(f"there is no folder {model}", hint=similar_folder(folder))
     if repository.count("/") != 1:
         raise CheckpointError(
             f"{model!r} is neither a folder nor a Hugging Face id",
@@ -69,7 +69,7 @@ def resolve_model(model: str) -> Path:
     except LocalEntryNotFoundError:
         if Path(model).parent.is_dir() and model not in SHORT_NAMES:
             raise CheckpointError(
-                f"there is no folder {model}", hint=_similar_folder(folder)
+                f"there is no folder {model}", hint=similar_folder(folder)
             ) from None
         raise CheckpointError(
             f"{model!r} is not a folder, and {repository} is not in the Hugging Face cache",
@@ -155,7 +155,7 @@ def _told(
         ) from None
 
 
-def _similar_folder(folder: Path) -> str:
+def similar_folder(folder: Path) -> str:
     """Hint at the folder beside a missing one whose name is most like it."""
     beside = folder.parent
     if not beside.is_dir():

@@ -48,6 +48,7 @@ def _options(
         bool,
         typer.Option(
             "--version",
+            metavar="",
             callback=_version,
             is_eager=True,
             help="Print the version, and those of what it runs on.",
@@ -385,7 +386,7 @@ def push(
     ] = False,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Show files and card; needs no network."),
+        typer.Option("--dry-run", metavar="", help="Show files and card; needs no network."),
     ] = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -419,7 +420,9 @@ def reconstruct(
     output: options.DenseOutput,
     dequantize: Annotated[
         bool,
-        typer.Option("--dequantize", help="Write quantised experts in the type of the factors."),
+        typer.Option(
+            "--dequantize", metavar="", help="Write quantised experts in the type of the factors."
+        ),
     ] = False,
     overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,

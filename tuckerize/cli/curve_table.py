@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
-from tuckerize.cli.printing import cores_text, make_table, print_all, size_text
+from tuckerize.cli.printing import make_table, print_all, size_text
+from tuckerize.domain import Cores
 from tuckerize.report import CurvePoint, CurveReport
 
 # Heads of a plan's columns.
-_WAYS = {"none": "16 bits", "w8": "w8", "w4": "w4", "best": "best of all"}
+_WAYS = {"none": "16 bits", "w8": "w8", "w4": "w4", "best": "best"}
 
 
 def show_curve(report: CurveReport) -> None:
@@ -30,20 +32,27 @@ def show_curve(report: CurveReport) -> None:
             (
                 f"{bits:g}",
                 size_text(best.total_bytes),
-                *("-" if point is None else f"x {math.exp(point.kl):.4f}" for point in own),
-                f"{best.kl:.4f}",
-                cores_text(best.cores),
+                *("-" if point is None else f"{math.exp(point.kl):.4f}" for point in own),
+                _cores(best.cores),
                 f"{best.routed_parameters / report.before.routed_parameters:.0%}",
             )
         )
     heads = columns if compared else [_WAYS[name] for name in columns]
-    header = ("bits per weight", "all bytes", *heads, "KL", "cores", "kept")
+    header = ("bits", "all bytes", *heads, "cores", "kept")
     print_all(
         make_table(header, rows),
-        "predicted perplexity over that of the source; bytes, KL divergence (nats per token), "
-        "cores and kept parameters are those of the smallest",
+        "bits per routed weight; predicted perplexity over that of the source, the exponential of "
+        "the KL divergence; bytes, cores and kept parameters are those of the smallest",
         *(_advice(report.points, target, compared=compared) for target in targets),
     )
+
+
+def _cores(cores: Cores) -> str:
+    """Encodings of the layers, short: a terminal has 80 columns."""
+    if not isinstance(cores, dict):
+        return cores or "16 bits"
+    counts = Counter(cores.values())
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
 
 
 def _advice(points: Sequence[CurvePoint], target: str, *, compared: bool) -> str:

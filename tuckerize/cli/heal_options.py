@@ -83,6 +83,7 @@ Recompute = Annotated[
     bool,
     typer.Option(
         "--recompute",
+        metavar="",
         help="Compute activations again in the backward, to save memory.",
         rich_help_panel=TRAINING,
     ),
@@ -105,6 +106,7 @@ Fsdp = Annotated[
     bool,
     typer.Option(
         "--fsdp",
+        metavar="",
         help="Split all parameters over the replicas, to save memory.",
         rich_help_panel=MESH,
     ),

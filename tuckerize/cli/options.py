@@ -28,7 +28,9 @@ Model = Annotated[str, typer.Option(metavar="MODEL", help=_MODEL)]
 FoldedModel = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL)]
 Download = Annotated[
     bool,
-    typer.Option("--download", help="Fetch MODEL from the Hugging Face Hub if it is not here."),
+    typer.Option(
+        "--download", metavar="", help="Fetch MODEL from the Hugging Face Hub if it is not here."
+    ),
 ]
 TuckerFolder = Annotated[
     Path, typer.Argument(metavar="FOLDER", help="Tucker checkpoint that decompose wrote.")
@@ -112,7 +114,7 @@ Projections = Annotated[
     str | None,
     typer.Option(
         metavar="NAMES",
-        help="Of gate_proj,up_proj,down_proj; all three by default.",
+        help="Of gate_proj, up_proj and down_proj, with commas; all by default.",
         rich_help_panel=STACKS,
     ),
 ]
@@ -226,7 +228,9 @@ Multiple = Annotated[
 _NO_CHAT_TEMPLATE = "Join the contents of conversations, without the tokenizer's chat template."
 NoChatTemplate = Annotated[
     bool,
-    typer.Option("--no-chat-template", help=_NO_CHAT_TEMPLATE, rich_help_panel=CALIBRATION),
+    typer.Option(
+        "--no-chat-template", metavar="", help=_NO_CHAT_TEMPLATE, rich_help_panel=CALIBRATION
+    ),
 ]
 TargetOption = Annotated[
     Target | None,
@@ -340,6 +344,7 @@ Deterministic = Annotated[
     bool,
     typer.Option(
         "--deterministic",
+        metavar="",
         help="Give the same report bit for bit every time.",
         rich_help_panel=WHERE,
     ),
@@ -362,6 +367,7 @@ DryRun = Annotated[
     bool,
     typer.Option(
         "--dry-run",
+        metavar="",
         help="Print the plan, write nothing; reads weights only to calibrate a budget.",
         rich_help_panel=OUTPUT,
     ),
@@ -370,6 +376,7 @@ Overwrite = Annotated[
     bool,
     typer.Option(
         "--overwrite",
+        metavar="",
         help="Begin anew: replace an earlier result, finished or not.",
         rich_help_panel=OUTPUT,
     ),
@@ -409,6 +416,7 @@ SequenceParallel = Annotated[
     bool,
     typer.Option(
         "--sequence-parallel",
+        metavar="",
         help="Split tokens over the tensor-parallel processes.",
         rich_help_panel=MESH,
     ),

@@ -25,7 +25,8 @@ def write_report(
 ) -> None:
     """Write an HTML page on a Tucker checkpoint.
 
-    Shows what its files record: sizes, errors of layers, shards, verification, training, recipe.
+    Shows what its files record: sizes, errors of layers, shards, verification, training, recipe;
+    and predictions and spectra of a calibrated one, whose source, text and profile are here.
 
     Example: tuckerize report OUT
     """

@@ -21,7 +21,7 @@ from tuckerize.cli.printing import (
     write_out,
 )
 from tuckerize.cli.recipe_table import show_recipes
-from tuckerize.domain import CoreType, StackShape
+from tuckerize.domain import CoreType, Size, StackShape
 from tuckerize.format.check import FileFault
 from tuckerize.report import (
     CheckReport,
@@ -183,12 +183,11 @@ def _show_plan(report: PlanReport) -> None:
     print_all(
         size_table(report.before, report.after, bound=bound),
         f"estimated peak memory of a process: {size_text(report.peak_bytes)}",
-        f"estimated time of one process: {duration_text(report.seconds)}",
+        f"estimated time of one process: {report.duration.text}",
     )
     if report.predicted_kl is not None:
         print_all(_kl_line(report.predicted_kl))
-    if report.after.routed_bytes > report.before.routed_bytes:
-        print_all("warning: the result is larger than the source; choose smaller core sizes")
+    _warn_of_size(report.before, report.after)
 
 
 def _show_decompose(report: DecomposeReport) -> None:
@@ -217,8 +216,18 @@ def _show_decompose(report: DecomposeReport) -> None:
         if report.calibrated
         else "data-free: residuals are of weights; no calibration text was used",
         *(f"warning: {warning}" for warning in report.warnings),
+    )
+    _warn_of_size(report.before, report.after)
+    print_all(
         f"wrote {report.output} in {duration_text(report.seconds)}{resumed}",
     )
+
+
+def _warn_of_size(before: Size, after: Size) -> None:
+    """Warn of a result that is not smaller than its source."""
+    if after.routed_bytes >= before.routed_bytes:
+        less = "larger than" if after.routed_bytes > before.routed_bytes else "as large as"
+        print_all(f"warning: the result is {less} the source; choose smaller core sizes")
 
 
 def _show_calibrated(report: DecomposeReport) -> None:
@@ -301,6 +310,8 @@ def _show_verify(report: VerifyReport) -> None:
     )
     if rows:
         print_all(make_table(header, rows))
+        if any(layer.output_error is not None for layer in report.layers):
+            print_all("tokens are random: output errors are larger than on text")
     else:
         print_all("no layer was computed: files that decide what they are were changed")
     for layer in report.layers:
@@ -427,6 +438,8 @@ def _show_evaluate(report: EvaluateReport) -> None:
         f"on {report.tokens:,} tokens, evenly spread over {', '.join(report.texts)}, in windows of "
         f"{report.window}; not comparable with other texts, numbers of tokens or windows"
     )
+    if report.results[0].perplexity_error is None:
+        print_all("warning: that is one window, which says little: give a longer text")
 
 
 def _show_divergence(found: Divergence) -> None:

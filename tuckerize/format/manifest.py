@@ -24,6 +24,7 @@ from tuckerize.checkpoint.files import (
     check_plain_name,
     read_json_object,
 )
+from tuckerize.checkpoint.hub import similar_folder
 from tuckerize.checkpoint.output import MANIFEST
 from tuckerize.checkpoint.sealed import json_sha256
 from tuckerize.domain import (
@@ -391,6 +392,8 @@ def read_tucker_manifest(folder: Path) -> TuckerManifest:
         CheckpointError: It is missing (the folder is unfinished or foreign) or invalid.
     """
     path = folder / MANIFEST
+    if not folder.exists():
+        raise CheckpointError(f"there is no folder {folder}", hint=similar_folder(folder))
     if not path.exists():
         raise CheckpointError(
             f"{folder} has no {MANIFEST}: it is not a finished Tucker checkpoint",

@@ -25,8 +25,9 @@ from tuckerize.parallel.processes import Processes, process_group
 from tuckerize.pipeline.inspect import bytes_to_write, describe_plan
 from tuckerize.pipeline.left_alone import notes_on_what_stays
 from tuckerize.pipeline.run_plan import compress_model
+from tuckerize.planning.duration import announce, plan_duration, profiles_of
 from tuckerize.planning.estimate import BASE_BYTES, threads_that_fit
-from tuckerize.planning.plan import Plan, make_plan, output_fingerprint, profiles_for
+from tuckerize.planning.plan import Plan, make_plan, output_fingerprint
 from tuckerize.progress import Progress, SilentProgress
 from tuckerize.recipe import Recipe, recipe_of_options
 from tuckerize.recipe_files import Texts
@@ -173,8 +174,8 @@ def decompose(
             plan = _plan(source, recipe, calibration, progress)
             if processes.is_leader:
                 _note(plan, progress)
-            if processes.is_leader:
                 require_space(output, bytes_to_write(plan, calibration))
+                announce(plan_duration(plan), "the decomposition", device, progress)
             return plan, calibration
 
         plan, calibration = processes.leader_first(prepare)
@@ -288,7 +289,8 @@ def _fit_memory(plan: Plan, processes: Processes, device: torch.device, most: in
 def _plan(
     source: SourceModel, recipe: Recipe, calibration: CalibrationPass | None, progress: Progress
 ) -> Plan:
-    profiles = profiles_for(recipe, calibration, progress) if calibration else ()
+    has_budget = any(rule.keep is not None or rule.bits is not None for rule in recipe.rules)
+    profiles = profiles_of(calibration, progress) if calibration and has_budget else ()
     plan = make_plan(source, recipe, profiles)
     is_validated = calibration is None or calibration.has_validation
     return plan if is_validated else plan.without_predictions()

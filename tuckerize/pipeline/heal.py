@@ -36,6 +36,7 @@ from tuckerize.parallel.mesh import make_mesh
 from tuckerize.parallel.processes import Processes, process_group
 from tuckerize.pipeline.evaluate import Evaluated, open_evaluated
 from tuckerize.pipeline.teacher import bytes_of_predictions, predictions
+from tuckerize.planning.duration import announce, duration, training_work
 from tuckerize.progress import Progress, SilentProgress
 from tuckerize.recipe_files import Texts, list_of_texts
 from tuckerize.report import HealReport
@@ -279,6 +280,20 @@ def _trained_values(found: _Prepared) -> int:
     return count
 
 
+def _work(request: HealRequest, found: _Prepared, replicas: int) -> float:
+    """Floating-point operations of the training in one process."""
+    manifest, schedule = found.tucker.manifest, found.schedule
+    judged = len(schedule.validated) * found.validation_SL.numel()
+    return training_work(
+        manifest.after,
+        active_share=found.tucker.family.routing(found.tucker.config).top_k
+        / manifest.shape.experts,
+        tokens=schedule.steps * schedule.batch * found.training_SL.shape[1] // replicas,
+        judged=judged // replicas,
+        forwards=4 if request.recompute else 3,
+    )
+
+
 def _bytes_to_write(found: _Prepared) -> int:
     """Bytes of the result, of the states of the run, and of the teacher's predictions."""
     tokens = found.training_SL.numel() + found.validation_SL.numel()
@@ -308,6 +323,9 @@ def _train(
         taught = predictions(found.teacher, tokens_SL, folder, processes, device, progress)
         both = Windows(tokens_SL, taught)
         windows = [both[: len(windows[0])], both[len(windows[0]) :]]
+    if processes.is_leader:
+        expected = duration(_work(request, found, processes.size // request.tp))
+        announce(expected, "the training", device, progress)
     progress.stage("load the model")
     ready = make_ready(found.tucker, found.parts, device, spread)
     if request.recompute:

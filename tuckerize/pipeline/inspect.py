@@ -16,7 +16,8 @@ from tuckerize.format.manifest import available_shardings
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 from tuckerize.format.warnings import warnings_of
 from tuckerize.moe.source import SourceModel
-from tuckerize.planning.estimate import peak_bytes, seconds
+from tuckerize.planning.duration import plan_duration
+from tuckerize.planning.estimate import peak_bytes
 from tuckerize.planning.plan import Plan
 from tuckerize.report import InspectReport, PlanReport, StackPlan, TuckerFacts
 
@@ -70,7 +71,7 @@ def describe_plan(plan: Plan) -> PlanReport:
         total_bytes=before.total_bytes - saved_bytes + _bytes_of_dequantizing(plan),
     )
     return PlanReport(
-        tuple(stacks), before, after, peak_bytes(plan), seconds(plan), plan.predicted_kl
+        tuple(stacks), before, after, peak_bytes(plan), plan_duration(plan), plan.predicted_kl
     )
 
 

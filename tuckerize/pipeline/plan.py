@@ -76,7 +76,8 @@ def plan(request: PlanRequest, progress: Progress | None = None) -> CurveReport:
         raise UsageError(
             f"{opened.windows_SL.numel()} calibration tokens leave none for validation, and "
             "nothing can be predicted",
-            hint=f"use at least {fewest_tokens()} tokens: leave --calibration-tokens out",
+            hint=f"give a text of at least {fewest_tokens()} tokens, and leave "
+            "--calibration-tokens out",
         )
     return kl_curve(
         recipe,

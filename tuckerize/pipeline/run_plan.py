@@ -35,7 +35,7 @@ from tuckerize.format.manifest import (
 from tuckerize.format.warnings import warnings_of
 from tuckerize.parallel.processes import Processes
 from tuckerize.pipeline.finish import finish_checkpoint, size_of_files
-from tuckerize.planning.estimate import work
+from tuckerize.planning.duration import work
 from tuckerize.planning.plan import CopyPiece, Piece, Plan
 from tuckerize.progress import Progress
 from tuckerize.report import DecomposeReport, LayerOutcome

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tuckerize.calibration.calibration_pass import CalibrationPass
-from tuckerize.calibration.profile_pass import profile_model
 from tuckerize.domain import ENCODINGS, Target, cores_by_layer
 from tuckerize.errors import UsageError
 from tuckerize.planning.budget import Budget
 from tuckerize.planning.calibrated import CalibratedModel, Encodings, best_choices
+from tuckerize.planning.duration import profiles_of
 from tuckerize.planning.knapsack import Choice
 from tuckerize.planning.plan import stored_type
 from tuckerize.progress import Progress
@@ -47,7 +47,7 @@ def kl_curve(
         bits: Budgets in bits per routed weight, the largest first.
     """
     source = calibration.source
-    profiles = profile_model(calibration, progress)
+    profiles = profiles_of(calibration, progress)
     shape = source.moe.shape._replace(experts=calibration.group_size)
     groups, weights = source.moe.shape.experts // shape.experts, stored_type(recipe, source.moe)
     points = []

@@ -1,14 +1,12 @@
-"""Cost of a plan: work, memory, time. Estimates, from shapes and a short measurement."""
+"""Memory that a plan needs: estimates, from shapes."""
 
 from __future__ import annotations
 
 import math
-import time
 
 import torch
 
-from tuckerize.calibration.refine import batch_and_steps
-from tuckerize.compression.target import CompressionTarget, LayerPiece
+from tuckerize.compression.target import LayerPiece
 from tuckerize.domain import (
     WEIGHT_TYPES,
     Coupling,
@@ -19,72 +17,16 @@ from tuckerize.domain import (
     stored_bytes,
 )
 from tuckerize.errors import UsageError
-from tuckerize.planning.plan import CopyPiece, Piece, Plan
-from tuckerize.recipe import CalibrationSettings
+from tuckerize.planning.plan import Plan
 
-# A symmetric product costs little more than half of a full one, see linalg/gram.py.
-_GRAM_SHARE = 0.55
 BASE_BYTES = 450 * 2**20
 """Interpreter, torch and its libraries, measured after the imports of `tuckerize decompose`."""
 
-# Sweeps that a run is likely to make; HOOI has usually converged after a few.
-_LIKELY_SWEEPS = 3
-# Copying and hashing, a cautious figure for one core and one disk.
-_COPY_BYTES_PER_SECOND = 3e8
 # Working set of a thread of linalg/threads.py, with what its allocator keeps, in matrices of an
 # expert: 90 MiB were measured at 1408 x 2048, with 1 to 8 threads.
 _MATRICES_PER_THREAD = 8
 # float32, the work type.
 _WORK_BYTES = 4
-
-
-def work(plan: Plan, piece: Piece) -> float:
-    """Floating-point operations of a piece, roughly; copies count as little as they take."""
-    if isinstance(piece, CopyPiece):
-        ranges = plan.source.checkpoint.files[piece.source_file].tensors.values()
-        return float(sum(place.header.bytes for place in ranges))
-    if piece.calibration is not None:
-        return _calibrated_work(plan, piece, piece.calibration)
-    return sum(
-        _hooi_work(plan, target, coupling)
-        for target in piece.targets
-        for coupling in target.couplings
-    )
-
-
-def _hooi_work(plan: Plan, target: CompressionTarget, coupling: Coupling) -> float:
-    """Floating-point operations of decomposing the coupled stacks of one group, roughly."""
-    experts, rows, columns = shape = plan.group_shape
-    rank = target.ranks[coupling]
-    if target.tolerance is not None:  # all three modes may be truncated
-        rank = MultilinearRank(max(1, experts // 2), rows // 2, columns // 2)
-    per_value = 2.0
-    for size, truncated in zip(shape, rank, strict=True):
-        if truncated < size:
-            per_value += 2 * (size * _GRAM_SHARE + truncated)
-    several = len(rank.truncated_modes(shape)) > 1
-    sweeps = 1 + (min(_LIKELY_SWEEPS, plan.recipe.max_sweeps) if several else 0)
-    # The explicit residual multiplies once more.
-    per_value = per_value * sweeps + 2 * (rank.hidden + rank.intermediate)
-    return per_value * shape.parameters * len(coupling)
-
-
-def _calibrated_work(plan: Plan, piece: LayerPiece, settings: CalibrationSettings) -> float:
-    """Floating-point operations of calibrating and compressing a layer, roughly."""
-    experts, neurons, hidden = plan.source.moe.shape
-    rows = settings.tokens * plan.source.moe.routing.top_k
-    layer = 2.0 * 3 * neurons * hidden
-    # Moments and their refit, the dense layer forward some four times, and the profile.
-    total = rows * (2.0 * (hidden**2 + 3 * neurons**2) + 6 * layer)
-    # Elimination: in float64, half as fast, the inverse and its updates; products of down's rows.
-    total += experts * (2 * 3.0 * neurons**3 + 2 * neurons**2 * hidden)
-    gate_rank = next(iter(piece.targets[0].ranks.values()))
-    if gate_rank.hidden < hidden:
-        sweep = experts * 30 * 4.0 * hidden**2 * gate_rank.hidden
-        total += min(_LIKELY_SWEEPS, plan.recipe.max_sweeps) * sweep
-    # Forward and backward of one batch per step.
-    batch, steps = batch_and_steps(settings.tokens, settings.refine)
-    return total + steps * batch * plan.source.moe.routing.top_k * 3 * layer
 
 
 def peak_bytes(plan: Plan, threads: int | None = None) -> int:
@@ -195,20 +137,3 @@ def calibrated_bytes(shape: StackShape, *, tokens: int) -> int:
     moments = experts * (hidden**2 + neurons**2) * _WORK_BYTES
     least_squares = experts * (15 * neurons * hidden + 2 * hidden**2) * _WORK_BYTES
     return dense + 5 * states + moments + least_squares
-
-
-def seconds(plan: Plan) -> float:
-    """Estimated time of one process, from the rate of one matrix product on this machine."""
-    copied = plan.source.checkpoint.bytes / _COPY_BYTES_PER_SECOND
-    return copied + sum(work(plan, piece) for piece in plan.layer_pieces) / _product_rate()
-
-
-def _product_rate() -> float:
-    """Operations per second of a float32 product of 1024 x 1024 matrices, the best of three."""
-    matrix = torch.ones(1024, 1024)
-    best = math.inf
-    for _ in range(3):
-        start = time.perf_counter()
-        torch.mm(matrix, matrix)
-        best = min(best, time.perf_counter() - start)
-    return 2 * 1024.0**3 / best

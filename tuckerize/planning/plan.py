@@ -8,9 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tuckerize.calibration.calibration_pass import CalibrationPass
 from tuckerize.calibration.layer_profile import LayerProfile
-from tuckerize.calibration.profile_pass import profile_model
 from tuckerize.compression.target import CompressionTarget, LayerPiece
 from tuckerize.domain import (
     DOWN,
@@ -35,7 +33,6 @@ from tuckerize.moe.source import SourceModel
 from tuckerize.planning.budget import Budget
 from tuckerize.planning.calibrated import CalibratedModel, RuleBudget
 from tuckerize.planning.uniform import BudgetUnit, encoding_for_budget, ranks_for_budget
-from tuckerize.progress import Progress
 from tuckerize.recipe import Recipe
 from tuckerize.recipe_text import resolve_rank, select_layers
 from tuckerize.version import __version__
@@ -146,15 +143,6 @@ def output_fingerprint(source: SourceModel, recipe: Recipe, text: str = "") -> d
         "weights": source.identities,
         "text_sha256": text,
     }
-
-
-def profiles_for(
-    recipe: Recipe, calibration: CalibrationPass, progress: Progress
-) -> Sequence[LayerProfile]:
-    """Profiles that the budgets of a recipe are allocated by; none without a budget."""
-    if any(rule.keep is not None or rule.bits is not None for rule in recipe.rules):
-        return profile_model(calibration, progress)
-    return ()
 
 
 def make_plan(source: SourceModel, recipe: Recipe, profiles: Sequence[LayerProfile] = ()) -> Plan:

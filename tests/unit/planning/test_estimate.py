@@ -30,9 +30,7 @@ from tuckerize.planning.estimate import (
     data_free_bytes,
     peak_bytes,
     process_bytes,
-    seconds,
     threads_that_fit,
-    work,
 )
 from tuckerize.planning.plan import Plan, make_plan
 from tuckerize.planning.uniform import BudgetUnit, ranks_for_budget
@@ -123,28 +121,6 @@ def test_memory_grows_with_stacks_that_are_taken_together(tiny_model: Path) -> N
         peak_bytes(plan_of(tiny_model, rank, joint="gate_up")),
     ]
     assert sizes == sorted(set(sizes))
-
-
-def test_work_grows_with_the_modes_that_are_truncated(tiny_model: Path) -> None:
-    totals = []
-    for rank in ("full,full,full", "full,full,16", "full,12,16", "4,12,16"):
-        plan = plan_of(tiny_model, rank)
-        totals.append(work(plan, plan.layer_pieces[0]))
-    assert totals == sorted(set(totals))
-
-
-def test_work_of_a_copy_is_its_bytes(tiny_model: Path) -> None:
-    plan = plan_of(tiny_model, "full,full,16")
-    assert sum(work(plan, copy) for copy in plan.copies) == plan.source.checkpoint.bytes
-
-
-def test_time_is_work_over_the_rate_of_products_and_that_of_copies(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tuckerize.planning.estimate._product_rate", lambda: 1e6)
-    plan = plan_of(tiny_model, "full,full,16")
-    products = sum(work(plan, piece) for piece in plan.layer_pieces) / 1e6
-    assert seconds(plan) == pytest.approx(products + plan.source.checkpoint.bytes / 3e8)
 
 
 def test_threads_are_as_many_as_memory_allows(tiny_model: Path) -> None:

@@ -14,7 +14,13 @@ _INK, _SERIES = "#010203", ("#010301", "#010302")
 
 
 def chart(
-    label: str, x: Sequence[float], series: Mapping[str, Sequence[float | None]], *, bars: bool
+    label: str,
+    x: Sequence[float],
+    series: Mapping[str, Sequence[float | None]],
+    *,
+    bars: bool,
+    along: str = "",
+    marked: Mapping[str, tuple[float, float]] | None = None,
 ) -> str:
     """Draw at most two series over the same x.
 
@@ -23,6 +29,8 @@ def chart(
         x: Places: layers or steps.
         series: Values by name; None leaves a gap.
         bars: Bars side by side, or lines.
+        along: Title of the horizontal axis.
+        marked: Points (x, y) that stand out, by name.
 
     Raises:
         UsageError: matplotlib is not installed.
@@ -42,7 +50,7 @@ def chart(
         "svg.hashsalt": label,
     }
     with mpl.rc_context(settings):
-        figure = Figure(figsize=(7, 2.4), layout="constrained")
+        figure = Figure(figsize=(5.6, 2.4), layout="constrained")
         figure.patch.set_visible(False)
         axes = figure.subplots()
         axes.patch.set_visible(False)
@@ -56,9 +64,20 @@ def chart(
                 shifted = [at + width * (index - (len(series) - 1) / 2) for at in places]
                 axes.bar(shifted, heights, width, label=name, color=_SERIES[index])
             else:
-                axes.plot(places, heights, marker="o", label=name, color=_SERIES[index])
+                axes.plot(
+                    places,
+                    heights,
+                    marker="o" if len(known) < 50 else "",
+                    label=name,
+                    color=_SERIES[index],
+                )
+        for shape, (name, point) in zip("*D", (marked or {}).items(), strict=False):
+            axes.plot(
+                *point, shape, color=_INK, fillstyle="none", markersize=11, label=name, zorder=3
+            )
+        axes.set_xlabel(along)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if len(series) > 1:
+        if len(series) > 1 or marked:
             axes.legend(frameon=False)
         drawn = io.StringIO()
         figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})

@@ -31,6 +31,7 @@ from tuckerize.pipeline.report.page import (
     table,
     warning,
 )
+from tuckerize.pipeline.report.predicted import predictions
 
 _MIB = 2**20
 
@@ -51,7 +52,9 @@ class ReportRequest:
 
 
 def write_report(request: ReportRequest) -> Path:
-    """Write a page on a Tucker checkpoint: what its files record; computes nothing.
+    """Write a page on a Tucker checkpoint: what its files record.
+
+    Predictions are drawn where the source, its text and its profile are on this machine.
 
     Args:
         request: The checkpoint and the page.
@@ -63,6 +66,8 @@ def write_report(request: ReportRequest) -> Path:
         >>> write_report(ReportRequest(folder="OUT"))  # doctest: +SKIP
     """
     file = Path(request.html)
+    if file.is_dir():
+        raise UsageError(f"{file} is a folder", hint=f"name a file: --html {file / 'report.html'}")
     if file.exists() and GENERATOR not in file.read_text(encoding="utf-8", errors="replace"):
         raise UsageError(
             f"{file} exists and is no report of tuckerize", hint="give another name with --html"
@@ -88,6 +93,7 @@ def _page(opened: dict[str, TuckerCheckpoint]) -> str:
         of = f" of {name}" if len(opened) > 1 else ""
         sections += [
             *_quality(tucker, of),
+            *predictions(tucker, of),
             *_healing(tucker, of),
             *_verifications(tucker, of),
             section(
@@ -121,8 +127,8 @@ def _layers(opened: dict[str, TuckerCheckpoint]) -> str:
         name: [_bytes(tucker, layer) / _MIB for layer in layers] for name, tucker in opened.items()
     }
     charts = [
-        chart("MiB stored in a layer", layers, stored, bars=True),
-        chart("largest residual of weights", layers, residuals, bars=True),
+        chart("MiB stored in a layer", layers, stored, bars=True, along="layer"),
+        chart("largest residual", layers, residuals, bars=True, along="layer"),
     ]
     first = next(iter(opened.values())).manifest
     if first.calibrated:
@@ -130,7 +136,7 @@ def _layers(opened: dict[str, TuckerCheckpoint]) -> str:
             "measured": [_record(first, layer, "output_error") for layer in layers],
             "predicted": [_record(first, layer, "predicted_error") for layer in layers],
         }
-        charts.append(chart("output error, held-out tokens", layers, errors, bars=True))
+        charts.append(chart("output error, held-out", layers, errors, bars=True, along="layer"))
     rows = [
         (f"layer {layer}, group {stack.group}, {stack.projection}", str(stack.multilinear_rank),
          str(cores_of(first.cores, layer) or first.dtype), f"{stack.relative_residual:.4f}")
@@ -179,7 +185,7 @@ def _healing(tucker: TuckerCheckpoint, of: str) -> list[str]:
         curve = {line["step"]: line["validation_nats"] for line in lines
                  if "validation_nats" in line}  # fmt: skip
         series = {"validation": list(curve.values())}
-        parts.append(chart("nats per token, by step", list(curve), series, bars=False))
+        parts.append(chart("nats per token", list(curve), series, bars=False, along="step"))
     return [section(f"Recovery training{of}", *parts)]
 
 

@@ -26,8 +26,10 @@ th:first-child, td:first-child {{ text-align: left; white-space: normal; }}
 .warning {{ border-left: .3rem solid #d33; padding-left: .75rem; font-weight: 600; }}
 svg {{ width: 100%; height: auto; }}
 pre {{ overflow-x: auto; font-size: .85rem; border: 1px solid var(--line); padding: .75rem; }}
-@media print {{ body {{ max-width: none; }} section {{ break-inside: avoid; }}
-  pre {{ white-space: pre-wrap; }} }}
+@media (max-width: 40rem) {{ th, td {{ white-space: normal; font-size: .85rem;
+  padding-right: .5rem; }} }}
+@media print {{ :root {{ color-scheme: light; }} body {{ max-width: none; }}
+  svg, tr {{ break-inside: avoid; }} pre {{ white-space: pre-wrap; }} }}
 </style></head><body>
 """
 
@@ -46,6 +48,11 @@ def section(heading: str, *parts: str) -> str:
 def warning(text: str) -> str:
     """A warning."""
     return f'<p class="warning">Warning: {escape(text)}</p>\n'
+
+
+def note(text: str) -> str:
+    """A remark."""
+    return f"<p>{escape(text)}</p>\n"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
