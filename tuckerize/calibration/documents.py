@@ -10,11 +10,14 @@ import bz2
 import gzip
 import json
 import lzma
+import math
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from tuckerize.calibration.encoding import decode
@@ -57,8 +60,8 @@ class Reader:
     render: Callable[[Chat], str] | None = None
     notes: list[str] = field(default_factory=list)
 
-    def read(self, name: str, *, rows: int) -> str:
-        """All text of a file, or that of at most `rows` rows of a data set.
+    def read(self, name: str, *, rows: int) -> list[str]:
+        """Documents of a source: a file of plain text is one, and every row of others is one.
 
         Args:
             name: A file, `FILE#COLUMN`, or `owner/name/configuration@split#column` of a data set of
@@ -85,10 +88,10 @@ class Reader:
                 hint="check the path; a data set is owner/name, and more exactly "
                 "owner/name/configuration@split#column",
             )
-        text = as_unicode("\n\n".join(texts))
-        if not text.strip():
+        documents = [as_unicode(text) for text in texts]
+        if not as_one(documents).strip():
             raise UsageError(f"{name} has no text", hint="give a file with text, or leave it out")
-        return text
+        return documents
 
     def _of_file(self, path: Path, column: str | None, rows: int) -> list[str]:
         try:
@@ -133,6 +136,38 @@ class Reader:
                 f"are joined without it: {error}"
             )
         return texts
+
+
+def as_one(documents: Sequence[str]) -> str:
+    """Documents as one text."""
+    return "\n\n".join(documents)
+
+
+def hold_out(documents: Sequence[str], part: float, random: Random) -> tuple[str, str]:
+    """Divide documents into text to learn from and text that is held out.
+
+    Whole documents are held out, equal ones together; where none are about as long as is wanted,
+    as of one long text, the end of all is held out.
+
+    Args:
+        documents: The documents.
+        part: Part of the text that is held out, in (0, 1), at most.
+        random: Which documents are held out.
+    """
+    sizes: Counter[str] = Counter()
+    for document in documents:
+        sizes[document] += len(document)
+    wanted = part * sizes.total()
+    held: Counter[str] = Counter()
+    for document in random.sample([*sizes], len(sizes)):
+        if held.total() + sizes[document] <= wanted:
+            held[document] = sizes[document]
+    if held.total() >= wanted / 2:
+        learned = [document for document in documents if document not in held]
+        return as_one(learned), as_one([*held])
+    text = as_one(documents)
+    end = len(text) - math.ceil(part * len(text))
+    return text[:end], text[end:]
 
 
 def find_file(name: str) -> tuple[Path | None, str | None]:

@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tuckerize.calibration.documents import Reader, find_file
+from tuckerize.calibration.documents import Reader, as_one, find_file, hold_out
 from tuckerize.calibration.tokenizer import check_tokens, load_tokenizer, renderer
 from tuckerize.errors import UsageError
-
-Tokenize = Callable[[str], list[int]]
 
 # Upper bounds on input: 16 characters per wanted token, one data-set row per 8 tokens.
 _CHARACTERS_PER_TOKEN = 16
@@ -41,8 +39,7 @@ class TextSource:
     weight: float = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class Windows:
+class Windows(NamedTuple):
     """Windows of tokens.
 
     Attributes:
@@ -115,43 +112,54 @@ def read_windows(
         CheckpointError: The folder has no tokenizer, or one of another vocabulary.
         UsageError: A source cannot be read, or there is not one window.
     """
-    if not 2 <= window <= tokens:
+    cutter = _Cutter.of(tokenizer_folder, sources, vocabulary, seed)
+    documents, notes = cutter.read(tokens, window, chat_template=chat_template)
+    texts = [as_one(own) for own in documents]
+    found = cutter.cut(texts, tokens // window, window, random_share)
+    return found._replace(messages=(*notes, *found.messages))
+
+
+def read_split_windows(
+    sources: Sequence[TextSource],
+    tokenizer_folder: Path,
+    *,
+    tokens: int,
+    window: int,
+    seed: int,
+    held_out: float,
+    vocabulary: int | None = None,
+    chat_template: bool = True,
+) -> tuple[Windows, Windows]:
+    """Windows to learn from, and windows of other documents, of which nothing is learned.
+
+    Args:
+        sources: As in `read_windows`, and so are the others.
+        tokenizer_folder: Folder of the model.
+        tokens: Number of tokens in all windows together.
+        window: Number of tokens per window.
+        seed: Which documents are held out, and where windows begin.
+        held_out: Part of every source that is held out, in (0, 1).
+        vocabulary: Number of embeddings of the model.
+        chat_template: Whether conversations are rendered by the tokenizer's chat template.
+
+    Raises:
+        CheckpointError: The folder has no tokenizer, or one of another vocabulary.
+        UsageError: A source cannot be read, or what is held out is less than a window.
+    """
+    cutter = _Cutter.of(tokenizer_folder, sources, vocabulary, seed)
+    documents, notes = cutter.read(tokens, window, chat_template=chat_template)
+    texts = [hold_out(own, held_out, Random(seed)) for own in documents]
+    fewer = max(1, int(held_out * (tokens // window)))
+    learned = cutter.cut([own for own, _ in texts], tokens // window - fewer, window)
+    width = learned.tokens_SL.shape[1]
+    held = cutter.cut([own for _, own in texts], fewer, width)
+    if (longest := held.tokens_SL.shape[1]) < width:
         raise UsageError(
-            f"{tokens} tokens in windows of {window} are not one window of at least 2 tokens",
-            hint="ask for at least as many tokens as a window has",
+            f"the text is too short: of it {held_out:.1%} are held out, which is {longest} tokens, "
+            f"and a window has {width}",
+            hint="use a longer text" + (f", or --window {longest}" if longest > 1 else ""),
         )
-    tokenizer = load_tokenizer(tokenizer_folder)
-    tokenize, begin, ordinary = _parts_of(tokenizer, vocabulary)
-    reader = Reader(renderer(tokenizer) if chat_template else None)
-    random = Random(seed)
-    randoms = int(random_share * (tokens // window))
-    shares = share(tokens // window - randoms, [source.weight for source in sources])
-    streams = []
-    for source, count in zip(sources, shares, strict=True):
-        text = reader.read(source.name, rows=max(count, 1) * window // _TOKENS_PER_ROW)
-        excerpts = _excerpts(text, count, window * _CHARACTERS_PER_TOKEN, random)
-        streams.append([tokenize(excerpt) for excerpt in excerpts])
-    longest = max((len(stream) for own in streams for stream in own), default=0)
-    if not longest:
-        raise UsageError("there is no text to take windows from", hint="give a file with text")
-    length = min(window - len(begin), longest)
-    taken = [_take(own, count, length, random) for own, count in zip(streams, shares, strict=True)]
-    width = len(begin) + length
-    messages = list(reader.notes)
-    messages += [f"windows have {width} tokens: no text fills {window}"] if width < window else []
-    messages += [
-        f"{source.name} gives {len(own) * width} tokens of its share of {count * window}"
-        for source, own, count in zip(sources, taken, shares, strict=True)
-        if len(own) * width < count * window
-    ]
-    text_rows = [row for own in taken for row in own]
-    randoms = randoms * len(text_rows) // max(sum(shares), 1)  # of the text that there is
-    random_rows = [random.choices(ordinary, k=length) for _ in range(randoms)]
-    rows = [begin + row for row in text_rows + random_rows]
-    tokens_SL = torch.tensor(rows, dtype=torch.int64)
-    if vocabulary is not None:
-        check_tokens(int(tokens_SL.max()), vocabulary, tokenizer_folder)
-    return Windows(tokens_SL, len(text_rows), tuple(messages))
+    return learned._replace(messages=(*notes, *learned.messages)), held
 
 
 def share(count: int, weights: Sequence[float]) -> list[int]:
@@ -178,22 +186,101 @@ def fingerprint(tokens_SL: Tensor) -> str:
     return digest.hexdigest()
 
 
-def _parts_of(
-    tokenizer: Any,  # noqa: ANN401
-    vocabulary: int | None,
-) -> tuple[Tokenize, list[int], list[int]]:
-    """Function of a tokenizer, the begin token if one is added, and all ordinary tokens."""
+@dataclass(frozen=True, slots=True)
+class _Cutter:
+    """Cuts windows from the texts of some sources.
 
-    def tokenize(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    Attributes:
+        folder: Folder of the tokenizer.
+        tokenizer: The tokenizer.
+        sources: The sources.
+        vocabulary: Number of embeddings of the model; None if it is not checked.
+        seed: Where windows begin, and which tokens are random.
+    """
+
+    folder: Path
+    tokenizer: Any
+    sources: Sequence[TextSource]
+    vocabulary: int | None
+    seed: int
+
+    @classmethod
+    def of(
+        cls, folder: Path, sources: Sequence[TextSource], vocabulary: int | None, seed: int
+    ) -> _Cutter:
+        """One with the tokenizer of a model."""
+        return cls(folder, load_tokenizer(folder), sources, vocabulary, seed)
+
+    def read(
+        self, tokens: int, window: int, *, chat_template: bool
+    ) -> tuple[list[list[str]], list[str]]:
+        """Documents of every source that so many tokens may need, and notes for the user."""
+        if not 2 <= window <= tokens:
+            raise UsageError(
+                f"{tokens} tokens in windows of {window} are not one window of at least 2 tokens",
+                hint="ask for at least as many tokens as a window has",
+            )
+        reader = Reader(renderer(self.tokenizer) if chat_template else None)
+        documents = [
+            reader.read(source.name, rows=max(count, 1) * window // _TOKENS_PER_ROW)
+            for source, count in zip(self.sources, self._shares(tokens // window), strict=True)
+        ]
+        return documents, reader.notes
+
+    def cut(
+        self, texts: Sequence[str], count: int, window: int, random_share: float = 0.0
+    ) -> Windows:
+        """At most so many windows, a part of them of random tokens."""
+        begin, random = self._begin(), Random(self.seed)
+        randoms = int(random_share * count)
+        shares = self._shares(count - randoms)
+        streams = []
+        for text, own in zip(texts, shares, strict=True):
+            excerpts = _excerpts(text, own, window * _CHARACTERS_PER_TOKEN, random)
+            streams.append([self._tokenize(excerpt) for excerpt in excerpts])
+        longest = max((len(stream) for own in streams for stream in own), default=0)
+        if not longest:
+            raise UsageError("there is no text to take windows from", hint="give a file with text")
+        length = min(window - len(begin), longest)
+        taken = [
+            _take(stream, own, length, random) for stream, own in zip(streams, shares, strict=True)
+        ]
+        width = len(begin) + length
+        messages = [f"windows have {width} tokens: no text fills {window}"] * (width < window)
+        messages += [
+            f"{source.name} gives {len(found) * width} tokens of its share of {own * window}"
+            for source, found, own in zip(self.sources, taken, shares, strict=True)
+            if len(found) * width < own * window
+        ]
+        text_rows = [row for own in taken for row in own]
+        randoms = randoms * len(text_rows) // max(sum(shares), 1)  # of the text that there is
+        ordinary = self._ordinary() if randoms else []
+        random_rows = [random.choices(ordinary, k=length) for _ in range(randoms)]
+        rows = [begin + row for row in text_rows + random_rows]
+        tokens_SL = torch.tensor(rows, dtype=torch.int64)
+        if self.vocabulary is not None:
+            check_tokens(int(tokens_SL.max()), self.vocabulary, self.folder)
+        return Windows(tokens_SL, len(text_rows), tuple(messages))
+
+    def _shares(self, count: int) -> list[int]:
+        """Windows of every source."""
+        return share(count, [source.weight for source in self.sources])
+
+    def _tokenize(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
-    begin = tokenizer.bos_token_id
-    added = begin is not None and tokenizer("")["input_ids"][:1] == [begin]
-    # Added tokens may lie beyond the embeddings, and special ones never stand in a text.
-    known = min(tokenizer.vocab_size, vocabulary or tokenizer.vocab_size)
-    ordinary = sorted(set(range(known)) - set(tokenizer.all_special_ids))
-    return tokenize, [begin] if added else [], ordinary
+    def _begin(self) -> list[int]:
+        """The begin token, if one is added."""
+        begin = self.tokenizer.bos_token_id
+        added = begin is not None and self.tokenizer("")["input_ids"][:1] == [begin]
+        return [begin] if added else []
+
+    def _ordinary(self) -> list[int]:
+        """Tokens of texts: added ones may lie beyond the embeddings, special ones are in none."""
+        known = self.tokenizer.vocab_size
+        known = min(known, self.vocabulary or known)
+        return sorted(set(range(known)) - set(self.tokenizer.all_special_ids))
 
 
 def _starts(length: int, size: int, count: int, random: Random) -> Iterator[int]:

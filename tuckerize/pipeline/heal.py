@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tuckerize.calibration.text import fingerprint, parse_source, read_windows
+from tuckerize.calibration.text import fingerprint, parse_source, read_split_windows
 from tuckerize.checkpoint.hub import resolve_model
 from tuckerize.checkpoint.identity import identities
 from tuckerize.checkpoint.output import OutputFolder, refuse_overlap
@@ -42,8 +42,8 @@ from tuckerize.recipe_files import Texts, list_of_texts
 from tuckerize.report import HealReport
 from tuckerize.version import __version__
 
-# Every so many windows of the text decide, and are not trained on.
-_VALIDATION_EVERY = 16
+# Part of the text that decides, and is not trained on.
+_HELD_OUT = 1 / 16
 # Values on disk per trained one: weights and two moments, before and after a save, and the best.
 _SAVED = 7
 # Values in memory per trained one, beside its own: gradient and two moments.
@@ -187,33 +187,27 @@ def _prepare(request: HealRequest, processes: Processes) -> _Prepared:
             hint=f"use --batch {-(-request.batch // replicas) * replicas}",
         )
     teacher = None if request.teacher is None else _open_teacher(request.teacher, tucker)
-    windows = read_windows(
+    learned, held = read_split_windows(
         [parse_source(text) for text in list_of_texts(request.data)],
         tucker.folder,
         tokens=request.tokens,
         window=request.window,
         seed=request.seed,
+        held_out=_HELD_OUT,
         vocabulary=tucker.config.get("vocab_size"),
         chat_template=request.chat_template,
-    ).tokens_SL
-    places = torch.arange(len(windows))
-    decides = places % _VALIDATION_EVERY == _VALIDATION_EVERY // 2
-    if not decides.any():
-        raise UsageError(
-            f"the text has {len(windows)} windows, and one of {_VALIDATION_EVERY} decides which "
-            "state is kept",
-            hint="use a longer text, or a smaller --window",
-        )
-    training_SL = windows[~decides]
-    per_step = request.batch * windows.shape[1]
+    )
+    training_SL, validation_SL = learned.tokens_SL, held.tokens_SL
+    per_step = request.batch * training_SL.shape[1]
     steps = max(1, round(request.tokens / per_step))
     turns = steps * request.batch / len(training_SL)
-    notes = (f"every window of the text is read {turns:.1f} times",) if turns > 1.5 else ()
+    notes = learned.messages
+    notes += (f"every window of the text is read {turns:.1f} times",) if turns > 1.5 else ()
     schedule = Schedule(steps, request.batch, request.at_once, request.learning_rate, request.seed)
     plan = {
         "tuckerize_version": __version__,
         "tucker_manifest_sha256": tucker.manifest_sha256,
-        "text_sha256": fingerprint(windows),
+        "text_sha256": fingerprint(torch.cat([training_SL, validation_SL])),
         "train": sorted({*parts.values()}),
         "teacher": teacher and _identities(teacher.checkpoint),
         "teacher_share": teacher and request.teacher_share,
@@ -223,7 +217,7 @@ def _prepare(request: HealRequest, processes: Processes) -> _Prepared:
         "learning_rate": request.learning_rate,
         "seed": request.seed,
     }
-    return _Prepared(tucker, parts, teacher, training_SL, windows[decides], schedule, plan, notes)
+    return _Prepared(tucker, parts, teacher, training_SL, validation_SL, schedule, plan, notes)
 
 
 def _open_teacher(name: str | Path, tucker: TuckerCheckpoint) -> Evaluated:

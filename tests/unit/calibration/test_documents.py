@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from tuckerize.calibration.documents import Reader, as_unicode, find_file
+from tuckerize.calibration.documents import Reader, as_one, as_unicode, find_file
 from tuckerize.calibration.encoding import decode
 from tuckerize.calibration.text import TextSource, parse_source
 from tuckerize.errors import UsageError
@@ -29,7 +29,7 @@ CHAT = [{"role": "user", "content": "3 4"}, {"role": "assistant", "content": "5 
 
 
 def read(path: Path | str, reader: Reader | None = None, rows: int = 1000) -> str:
-    return (reader or Reader()).read(str(path), rows=rows)
+    return as_one((reader or Reader()).read(str(path), rows=rows))
 
 
 @pytest.mark.parametrize(
