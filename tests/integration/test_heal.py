@@ -28,13 +28,18 @@ from tuckerize import (
     verify,
     write_report,
 )
-from tuckerize.calibration.text import TextSource, read_windows
+from tuckerize.calibration.text import TextSource, read_split_windows, read_windows
 from tuckerize.checkpoint.output import MANIFEST
 from tuckerize.checkpoint.reader import Checkpoint
 from tuckerize.domain import Part
 from tuckerize.errors import OutputError, TuckerizeError
 from tuckerize.format.cores import quantised_matrices
+from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
+from tuckerize.healing.objective import Windows
+from tuckerize.healing.objective import losses as losses_of
 from tuckerize.healing.result import LOG
+from tuckerize.healing.setup import Spread, check_parts, make_ready
+from tuckerize.healing.training import Schedule
 from tuckerize.names import CorePart, TensorKind, TensorName
 from tuckerize.pipeline.report.charts import chart
 from tuckerize.progress import SilentProgress
@@ -294,11 +299,11 @@ def test_teacher_is_learned(
     before = divergence(out, model, held_out_SL)
     heal(HealRequest(output=tmp_path / "kl", teacher_share=1.0, **how))
     assert losses(tmp_path / "kl")[0][1] == pytest.approx(before, rel=1e-4)
-    assert divergence(tmp_path / "kl", model, held_out_SL) < 0.9 * before
+    assert divergence(tmp_path / "kl", model, held_out_SL) < 0.95 * before
     monkeypatch.setattr("tuckerize.pipeline.teacher._KEPT", 8)
     heal(HealRequest(output=tmp_path / "less", teacher_share=1.0, **how))
     assert losses(tmp_path / "less")[0][1] < 0.99 * before
-    assert divergence(tmp_path / "less", model, held_out_SL) < 0.95 * before
+    assert divergence(tmp_path / "less", model, held_out_SL) < 0.97 * before
 
 
 def test_predictions_of_the_teacher_are_found_once(
@@ -338,3 +343,64 @@ def test_wrong_requests_are_refused(out: Path, words: Path, model: Path, tmp_pat
                 folder=out, data=words, output=tmp_path / "wild", **{**SIZES, "learning_rate": 1e30}
             )
         )
+
+
+def by_hand(folder: Path, learned_SL: Tensor, largest: float) -> list[tuple[float, float]]:
+    """The oracle: transformers' model in a loop of torch's parts; losses and gradients' norms."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    trained = [
+        own
+        for name, own in model.named_parameters()
+        if name.endswith(("norm.weight", "mlp.gate.weight"))
+    ]
+    size = SIZES["learning_rate"]
+    groups = [{"params": [own], "lr": size * float(own.square().mean().sqrt())} for own in trained]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0)
+    rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS - 1)
+    schedule, found = Schedule(STEPS, SIZES["batch"], 4, size, seed=0), []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        tokens_SL = learned_SL[schedule.windows(step, len(learned_SL))]
+        loss = model(tokens_SL, labels=tokens_SL).loss
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained, largest)
+        found.append((float(loss), float(norm)))
+        optimizer.step()
+        if step:  # the first is the warm-up
+            rates.step()
+    return found
+
+
+def test_steps_are_those_of_a_plain_loop(
+    out: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two forwards a step, of which the gradients are accumulated, and clipped."""
+    largest = 0.2
+    monkeypatch.setattr("tuckerize.healing.training._LARGEST_NORM", largest)
+    heal(
+        HealRequest(folder=out, data=words, output=tmp_path / "new", train="routers,norms", **SIZES)
+    )
+    lines = [json.loads(line) for line in (tmp_path / "new" / LOG).read_text().splitlines()]
+    found = [(line["loss"], line["gradient_norm"]) for line in lines if "loss" in line]
+    source = TextSource(str(words))
+    learned, _ = read_split_windows([source], out, tokens=3072, window=32, seed=0, held_out=1 / 16)
+    expected = by_hand(out, learned.tokens_SL, largest)
+    assert max(norm for _, norm in expected) > 2 * largest
+    assert found == [pytest.approx(line, rel=1e-4) for line in expected]
+
+
+def test_products_are_of_16_bits_under_autocast_and_weights_are_not(out: Path, words: Path) -> None:
+    windows = Windows(validation_set(out, words))
+    tucker = TuckerCheckpoint.open(out)
+    gradients = []
+    for reduced in (False, True):
+        ready = make_ready(tucker, check_parts(tucker, None), torch.device("cpu"), Spread())
+        with torch.autocast("cpu", torch.bfloat16, enabled=reduced):
+            found = losses_of(ready.model, windows, 0.0)
+        (found.objective / len(windows)).backward()
+        assert {own.parameter.dtype for own in ready.tensors} == {torch.float32}
+        gradients.append({own.name: own.gradient for own in ready.tensors})
+    whole, reduced = gradients
+    for name, expected in whole.items():
+        error = float((reduced[name] - expected).norm() / expected.norm())
+        assert 1e-5 < error < 0.05, name

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pyarrow as pa
@@ -16,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from tuckerize.calibration.documents import Reader, as_one, as_unicode, find_file
+from tuckerize.calibration.documents import Reader, as_one, as_unicode, find_file, hold_out
 from tuckerize.calibration.encoding import decode
 from tuckerize.calibration.text import TextSource, parse_source
 from tuckerize.errors import UsageError
@@ -210,3 +212,32 @@ def test_name_of_a_file_may_have_a_colon_or_a_hash(
 def test_name_that_no_file_can_have_is_missing(name: str) -> None:
     with pytest.raises(UsageError, match="is missing"):
         read(name)
+
+
+@given(
+    st.lists(st.text("abc ", min_size=1, max_size=20), min_size=1, max_size=40),
+    st.floats(0.01, 0.5),
+    st.integers(0, 9),
+)
+def test_no_document_is_both_learned_and_held_out(
+    documents: list[str], part: float, seed: int
+) -> None:
+    learned, held = hold_out(documents, part, Random(seed))
+    assert (learned, held) == hold_out(documents, part, Random(seed))
+    whole = as_one(documents)
+    if learned + held == whole:  # too few documents: the end
+        assert len(held) == math.ceil(part * len(whole))
+        return
+    theirs = set(held.split("\n\n"))
+    assert sum(len(own) for own in documents if own in theirs) <= part * sum(map(len, documents))
+    assert as_one([own for own in documents if own not in theirs]) == learned
+
+
+def test_a_part_of_many_documents_is_held_out_and_the_end_of_one() -> None:
+    rows = [f"row {number}" for number in range(1000)]
+    learned, held = hold_out(rows, 1 / 16, Random(0))
+    assert set(learned.split("\n\n")) | set(held.split("\n\n")) == set(rows)
+    assert not set(learned.split("\n\n")) & set(held.split("\n\n"))
+    assert 1 / 18 < len(held.split("\n\n")) / 1000 < 1 / 14
+    assert hold_out(rows, 1 / 16, Random(1)) != (learned, held)
+    assert hold_out(["x" * 64, "a"], 1 / 16, Random(0)) == ("x" * 62, "xx\n\na")

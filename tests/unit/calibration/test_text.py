@@ -22,6 +22,7 @@ from tuckerize.calibration.text import (
     Windows,
     fingerprint,
     parse_source,
+    read_split_windows,
     read_windows,
     share,
 )
@@ -311,3 +312,35 @@ def test_fingerprint_depends_on_tokens_and_windows() -> None:
     assert fingerprint(tokens) == fingerprint(tokens.clone().T.contiguous().T)
     others = [tokens.reshape(4, 3), tokens + 1, tokens[:2]]
     assert fingerprint(tokens) not in {fingerprint(other) for other in others}
+
+
+def split(source: TextSource, folder: Path, seed: int = 0) -> tuple[Windows, Windows]:
+    return read_split_windows([source], folder, tokens=320, window=10, seed=seed, held_out=1 / 8)
+
+
+def test_held_out_windows_are_of_other_documents(tokenizer: Path, tmp_path: Path) -> None:
+    """Row n holds the tokens 20 n, 20 n + 1, …"""
+    path = tmp_path / "rows.jsonl"
+    rows = [" ".join(str(n) for n in range(first, first + 20)) for first in range(100, 740, 20)]
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    for seed in range(5):
+        learned, held = split(TextSource(str(path)), tokenizer, seed)
+        assert held.tokens_SL.shape == (4, 10)
+        assert learned.tokens_SL.shape == (28, 10)
+        ours, theirs = ({*(own.tokens_SL // 20).flatten().tolist()} for own in (learned, held))
+        assert not ours & theirs
+        again = split(TextSource(str(path)), tokenizer, seed)
+        assert fingerprint(again[1].tokens_SL) == fingerprint(held.tokens_SL)
+
+
+def test_end_of_a_single_document_is_held_out(tokenizer: Path, tmp_path: Path) -> None:
+    source = numbers(tmp_path / "a.txt", 700, first=100)
+    learned, held = split(source, tokenizer)
+    assert held.tokens_SL.min() > learned.tokens_SL.max()
+    short = numbers(tmp_path / "b.txt", 64, first=100)
+    with pytest.raises(UsageError, match="is 8 tokens, and a window has 10") as caught:
+        split(short, tokenizer)
+    assert caught.value.hint == "use a longer text, or --window 8"
+    assert len(read_split_windows(
+        [short], tokenizer, tokens=320, window=8, seed=0, held_out=1 / 8
+    )[1].tokens_SL) == 1  # fmt: skip
