@@ -321,6 +321,12 @@ def test_wrong_requests_are_refused(out: Path, words: Path, model: Path, tmp_pat
     shutil.copytree(model, other)
     config = json.loads((model / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "vocab_size": 72}))
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    known = tokenizer["model"]["vocab"]
+    known["3"], known["4"] = known["4"], known["3"]
+    renamed = tmp_path / "renamed"
+    shutil.copytree(model, renamed)
+    (renamed / "tokenizer.json").write_text(json.dumps(tokenizer))
     decompose(DecomposeRequest(model=model, output=plain, rank="full,full,50%", layers="2"))
     cases = (
         ({"train": "factor"}, "'factor' is not one of"),
@@ -329,6 +335,8 @@ def test_wrong_requests_are_refused(out: Path, words: Path, model: Path, tmp_pat
         ({"fsdp": True}, "--fsdp splits the model over replicas"),
         ({"teacher": out, "teacher_share": 0.0}, "is not in (0, 1]"),
         ({"teacher": other}, "has a vocabulary of 72 tokens"),
+        ({"teacher": renamed}, "has another tokenizer than"),
+        ({"learning_rate": math.nan}, "--learning-rate nan is not a positive number"),
         ({"window": 512}, "a window has 512"),
         ({"output": out / "below"}, "lie in one another"),
     )
@@ -354,7 +362,10 @@ def by_hand(folder: Path, learned_SL: Tensor, largest: float) -> list[tuple[floa
         if name.endswith(("norm.weight", "mlp.gate.weight"))
     ]
     size = SIZES["learning_rate"]
-    groups = [{"params": [own], "lr": size * float(own.square().mean().sqrt())} for own in trained]
+    groups = [
+        {"params": [own], "lr": size * float(own.detach().square().mean().sqrt())}
+        for own in trained
+    ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0)
     rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS - 1)
     schedule, found = Schedule(STEPS, SIZES["batch"], 4, size, seed=0), []
@@ -364,7 +375,7 @@ def by_hand(folder: Path, learned_SL: Tensor, largest: float) -> list[tuple[floa
         loss = model(tokens_SL, labels=tokens_SL).loss
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, largest)
-        found.append((float(loss), float(norm)))
+        found.append((float(loss.detach()), float(norm)))
         optimizer.step()
         if step:  # the first is the warm-up
             rates.step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tuckerize.calibration.text import fingerprint, parse_source, read_split_windows
+from tuckerize.calibration.tokenizer import load_tokenizer
 from tuckerize.checkpoint.hub import resolve_model
 from tuckerize.checkpoint.identity import identities
 from tuckerize.checkpoint.output import OutputFolder, refuse_overlap
@@ -181,6 +183,11 @@ def _prepare(request: HealRequest, processes: Processes) -> _Prepared:
             f"--teacher-share {request.teacher_share:g} is not in (0, 1]",
             hint="leave out --teacher to learn the text alone",
         )
+    if not 0 < request.learning_rate < math.inf:
+        raise UsageError(
+            f"--learning-rate {request.learning_rate:g} is not a positive number",
+            hint="leave it out for the default, 0.001",
+        )
     if request.batch % replicas:
         raise UsageError(
             f"--batch {request.batch} windows cannot be shared evenly by {replicas} replicas",
@@ -228,6 +235,15 @@ def _open_teacher(name: str | Path, tucker: TuckerCheckpoint) -> Evaluated:
             f"{name} has a vocabulary of {sizes[0]} tokens, {tucker.folder} one of {sizes[1]}",
             hint="take the model that was compressed as the teacher",
         )
+    folders = (teacher.checkpoint.folder, tucker.folder)
+    if any(folders[0].glob("tokenizer*")):
+        theirs, ours = (load_tokenizer(own).get_vocab() for own in folders)
+        if other := next((t for t in ours if theirs.get(t, ours[t]) != ours[t]), None):
+            raise CheckpointError(
+                f"{name} has another tokenizer than {tucker.folder}: {other!r} is the token "
+                f"{theirs[other]} of the one and {ours[other]} of the other",
+                hint="take the model that was compressed as the teacher",
+            )
     return teacher
 
 
