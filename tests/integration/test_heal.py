@@ -386,7 +386,7 @@ def test_steps_are_those_of_a_plain_loop(
     out: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two forwards a step, of which the gradients are accumulated, and clipped."""
-    largest = 0.2
+    largest = 0.05
     monkeypatch.setattr("tuckerize.healing.training._LARGEST_NORM", largest)
     heal(
         HealRequest(folder=out, data=words, output=tmp_path / "new", train="routers,norms", **SIZES)
@@ -414,4 +414,4 @@ def test_products_are_of_16_bits_under_autocast_and_weights_are_not(out: Path, w
     whole, reduced = gradients
     for name, expected in whole.items():
         error = float((reduced[name] - expected).norm() / expected.norm())
-        assert 1e-5 < error < 0.05, name
+        assert 1e-5 < error < 0.2, name
