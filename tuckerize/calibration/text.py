@@ -153,10 +153,10 @@ def read_split_windows(
     learned = cutter.cut([own for own, _ in texts], tokens // window - fewer, window)
     width = learned.tokens_SL.shape[1]
     held = cutter.cut([own for _, own in texts], fewer, width)
-    if (longest := held.tokens_SL.shape[1]) < width:
+    if (longest := held.tokens_SL.shape[1]) < max(width, 2):
         raise UsageError(
             f"the text is too short: of it {held_out:.1%} are held out, which is {longest} tokens, "
-            f"and a window has {width}",
+            f"and a window has {max(width, 2)}",
             hint="use a longer text" + (f", or --window {longest}" if longest > 1 else ""),
         )
     return learned._replace(messages=(*notes, *learned.messages)), held

@@ -344,3 +344,6 @@ def test_end_of_a_single_document_is_held_out(tokenizer: Path, tmp_path: Path) -
     assert len(read_split_windows(
         [short], tokenizer, tokens=320, window=8, seed=0, held_out=1 / 8
     )[1].tokens_SL) == 1  # fmt: skip
+    with pytest.raises(UsageError, match="is 1 tokens, and a window has 2") as caught:
+        split(numbers(tmp_path / "c.txt", 2), tokenizer)
+    assert caught.value.hint == "use a longer text"
