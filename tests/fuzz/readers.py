@@ -97,7 +97,7 @@ def _card(work: Path) -> None:
 
 def _cache(work: Path) -> None:
     cache = ProfileCache(work / CACHE, "key", str)
-    cache.load_states(torch.device("cpu"))
+    cache.load_states()
     cache.load(1)
 
 

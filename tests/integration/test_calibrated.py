@@ -34,6 +34,7 @@ from tuckerize.compression import calibrated as calibrated_module
 from tuckerize.domain import Projection
 from tuckerize.errors import TuckerizeError, UsageError
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
+from tuckerize.linalg.sharing import Sharing
 from tuckerize.moe.source import SourceModel
 from tuckerize.names import TensorName
 from tuckerize.pipeline.decompose import DecomposeRequest
@@ -382,9 +383,10 @@ def test_outputs_count_relative_to_the_lengths_of_hidden_states(
         *,
         steps: int,
         stage: Stage,
+        sharing: Sharing,
     ) -> Refinement:
         targets.append({False: dense(fit), True: dense(held_out)})
-        return refine(module, fit, held_out, dense, steps=steps, stage=stage)
+        return refine(module, fit, held_out, dense, steps=steps, stage=stage, sharing=sharing)
 
     monkeypatch.setattr(calibrated_module, "refine", noted)
     out = tmp_path / "out"
@@ -823,14 +825,3 @@ def test_model_without_a_tokenizer_is_refused(
 ) -> None:
     options = {"keep": 0.7, "calibration": text}
     refused(tiny_model, tmp_path, options, "has no tokenizer", "tokenizer files", cache)
-
-
-def test_several_processes_are_refused(model: Path, text: Path, tmp_path: Path) -> None:
-    options = ("--model", model, "--keep", "0.7", "--calibration", text)
-    command = ("-m", "tuckerize", "decompose", *options, "--output", tmp_path / "out")
-    result = torchrun(2, *command)
-    assert result.returncode != 0
-    assert "--calibration runs in one process" in result.stderr
-    assert "start it without torchrun" in result.stderr
-    assert "exitcode  : 2" in result.stderr
-    assert not (tmp_path / "out").exists()

@@ -14,7 +14,8 @@ from random import Random
 
 import pytest
 
-from tests.running import ROOT, files_of
+from tests.distributed.calibrated_runs import same
+from tests.running import ROOT, files_of, succeed
 from tests.tiny_models import add_tokenizer, make_tiny_model, write_text
 from tuckerize.checkpoint.output import MANIFEST
 from tuckerize.healing.result import LOG
@@ -100,6 +101,29 @@ def test_decompose_continues_to_identical_bytes(model: Path, tmp_path: Path) -> 
     out = tmp_path / "out"
     command = ("decompose", "--model", model, "--rank", "full,full,50%", "--output", out)
     continues_to_identical_bytes(out, set(), *command)
+
+
+def test_calibrated_decompose_is_continued_by_one_process(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_tokenizer(model)
+    text = write_text(tmp_path / "text.txt", 9000)
+    out, cache, whole = (tmp_path / name for name in ("out", "cache", "whole"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    options = ("--calibration", text, "--calibration-tokens", "8192", "--refine", "20")
+    command = ("decompose", "--model", model, "--keep", "0.6", "--output", out, *options)
+    ended = 0
+    for was_ended in killed_trials(*command):
+        if was_ended:
+            ended += 1
+            if not (out / MANIFEST).exists():
+                succeed(*command)
+        if not whole.exists():
+            shutil.copytree(out, whole)
+        same(out, whole)
+        shutil.rmtree(out)
+        shutil.rmtree(cache)  # the profile is interrupted as well
+    assert ended
 
 
 @pytest.mark.parametrize("spread", ["--tp=2", "--fsdp"])

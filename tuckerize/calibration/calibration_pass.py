@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tuckerize.calibration.sharing import all_windows, exchange_for, own_windows, sharing_of
 from tuckerize.calibration.states import States
 from tuckerize.calibration.stream import ExpertsCall, StreamedModel
 from tuckerize.calibration.text import parse_source, read_windows
@@ -19,9 +20,11 @@ from tuckerize.checkpoint.sealed_tensors import read_sealed, write_sealed
 from tuckerize.domain import Projection, group_experts
 from tuckerize.errors import NonFiniteError, UsageError, located
 from tuckerize.linalg.hooi import check_finite
+from tuckerize.linalg.sharing import ALONE, Sharing
 from tuckerize.linalg.tucker import largest_magnitude
 from tuckerize.moe.source import SourceModel
 from tuckerize.names import TensorName
+from tuckerize.parallel.processes import Processes
 from tuckerize.recipe import CalibrationSettings, Recipe
 from tuckerize.runtime.activations import Activation, activation_of
 from tuckerize.runtime.experts import TuckerExperts
@@ -37,9 +40,9 @@ class Captured(NamedTuple):
     """Routed experts of a layer as they were run.
 
     Attributes:
-        tokens: Tokens before them, in float32.
+        tokens: Tokens of all windows before them, in float32.
         output_TI: Their combined output, in float32, with the tokens' relative weights.
-        after: States after the layer.
+        after: States of this process's windows after the layer.
     """
 
     tokens: LayerTokens
@@ -59,6 +62,7 @@ class CalibrationPass:
         group_size: Experts in a group.
         settings: Settings of the calibration.
         notes: Notes on the text for the user.
+        sharing: The processes that share its windows and the experts of its layers.
     """
 
     source: SourceModel
@@ -68,12 +72,26 @@ class CalibrationPass:
     group_size: int
     settings: CalibrationSettings
     notes: tuple[str, ...] = ()
+    sharing: Sharing = ALONE
 
     @classmethod
-    def open(cls, source: SourceModel, recipe: Recipe, device: torch.device) -> CalibrationPass:
+    def open(
+        cls,
+        source: SourceModel,
+        recipe: Recipe,
+        device: torch.device,
+        processes: Processes | None = None,
+    ) -> CalibrationPass:
         """Read the calibration text of a recipe, and open the model for streaming.
 
+        Args:
+            source: The dense model.
+            recipe: A recipe with a calibration.
+            device: Where to compute.
+            processes: The processes that share the work; by default this one is alone.
+
         Raises:
+            ParallelError: There are more processes than experts in a group.
             UsageError: A text is missing or cannot be read, or there are too few tokens for a
                 validation set where more were asked for.
             CheckpointError: The activation is not known, or tensors are missing.
@@ -110,14 +128,16 @@ class CalibrationPass:
                 "no refinement, no measured errors and no prediction: fewer than "
                 f"{fewest_tokens()} tokens leave none for validation"
             )
+        group_size = recipe.group_size or source.moe.shape.experts
         return cls(
             source,
             model,
             windows.tokens_SL,
             windows.text,
-            recipe.group_size or source.moe.shape.experts,
+            group_size,
             settings,
             tuple(notes),
+            sharing_of(processes, group_size),
         )
 
     @property
@@ -130,10 +150,18 @@ class CalibrationPass:
         return activation_of(self.source.moe.glu(layer))
 
     def embed(self) -> States:
-        """States before the first layer."""
+        """States of all windows before the first layer."""
         with self.model.embedding() as embed:
             parts = torch.split(self.windows_SL.to(self.model.device), _WINDOWS_AT_ONCE)
             return States.joined([embed(part) for part in parts])
+
+    def own(self, states: States) -> States:
+        """This process's share of the windows of some states, which may have one twice."""
+        return own_windows(states, self.sharing)
+
+    def whole(self, states: States, windows: int) -> States:
+        """The states of all windows, which are so many, from those of every process."""
+        return all_windows(states, self.sharing, windows)
 
     def run_layer(self, layer: int, states: States, experts: ExpertsCall | None) -> States:
         """States after a layer.
@@ -150,8 +178,14 @@ class CalibrationPass:
             )
         return after
 
-    def capture(self, layer: int, states: States, experts: TuckerExperts) -> Captured:
+    def capture(self, layer: int, states: States, windows: int, experts: TuckerExperts) -> Captured:
         """Run a layer and capture the input and the output of its routed experts.
+
+        Args:
+            layer: Index of the layer.
+            states: This process's share of the windows before it.
+            windows: Number of windows that the processes share.
+            experts: Its routed experts.
 
         Routing weights, and with them all outputs, errors and moments that are computed from these
         tokens, are relative to the norms of the hidden states after the layer: see
@@ -166,13 +200,22 @@ class CalibrationPass:
             return outputs[-1].to(x_TI.dtype)
 
         after = self.run_layer(layer, states, noted)
-        tokens = LayerTokens(*(torch.cat(parts) for parts in zip(*seen, strict=True)))
-        norms_T1 = relative_norms(after.hidden_SLI)
-        tokens = tokens._replace(weights_Tk=tokens.weights_Tk / norms_T1)
-        return Captured(tokens, torch.cat(outputs) / norms_T1, after)
+        count = windows * states.tokens_SL.shape[1]
+        own = (*(torch.cat(p) for p in zip(*seen, strict=True)), token_norms(after.hidden_SLI))
+        x_TI, experts_Tk, weights_Tk, norms_T1 = (self.sharing.gather(part)[:count] for part in own)
+        output_TI = self.sharing.gather(torch.cat(outputs))[:count]
+        norms_T1 = relative_norms(norms_T1)
+        tokens = LayerTokens(x_TI, experts_Tk, weights_Tk / norms_T1)
+        return Captured(tokens, output_TI / norms_T1, after)
+
+    def output(self, experts: TuckerExperts, tokens: LayerTokens) -> Tensor:
+        """Routed output of tokens, shape (T, I); every process computes its share of them."""
+        own = tokens.part(self.sharing.own(len(tokens.x_TI)))
+        output_TI: Tensor = self.sharing.gather(experts(*own))
+        return output_TI
 
     def groups(self, layer: int) -> list[DenseGroup]:
-        """The dense experts of a layer, in float32 on the device.
+        """This process's dense experts of a layer, in float32 on the device.
 
         Raises:
             NonFiniteError: A stack holds NaN or infinity.
@@ -181,32 +224,45 @@ class CalibrationPass:
         return [self._group(layer, index) for index in range(count)]
 
     def _group(self, layer: int, index: int) -> DenseGroup:
-        experts = group_experts(self.source.moe.shape, self.group_size, index)
+        group = group_experts(self.source.moe.shape, self.group_size, index)
+        own = self.sharing.own(len(group))
+        experts = group[own]
         stacks = {}
         for projection in Projection:
             stack = self.source.stack(layer, projection, experts)
             with located(f"layer {layer}, group {index}, {projection}"):
                 check_finite(stack)
             stacks[projection] = stack.to(self.model.device, torch.float32)
-        biases = self.source.biases(layer, experts, dtype=torch.float32)
-        own = {projection: bias.to(self.model.device) for projection, bias in biases.items()}
-        return DenseGroup(stacks, experts, own)
+        found = self.source.biases(layer, group, dtype=torch.float32)
+        whole = {projection: bias.to(self.model.device) for projection, bias in found.items()}
+        # Those of down are added where the tokens are, which may be of any expert.
+        biases = {p: b if p == Projection.DOWN else b[own] for p, b in whole.items()}
+        return DenseGroup(stacks, experts, biases)
 
     def module(self, layer: int, groups: Sequence[Mapping[TensorName, Tensor]]) -> TuckerExperts:
         """The routed experts of a layer from the tensors of its groups."""
-        activation = self.activation(layer)
-        return TuckerExperts(groups, group_size=self.group_size, activation=activation)
+        return TuckerExperts(
+            groups,
+            group_size=len(range(self.group_size)[self.sharing.own(self.group_size)]),
+            activation=self.activation(layer),
+            exchange=exchange_for(groups, self.sharing, self.group_size),
+        )
 
 
-def relative_norms(hidden_SLI: Tensor) -> Tensor:
+def token_norms(hidden_SLI: Tensor) -> Tensor:
+    """Norms of hidden states, shape (T, 1)."""
+    norms_T1: Tensor = torch.linalg.vector_norm(
+        hidden_SLI.flatten(2).flatten(0, 1).float(), dim=1, keepdim=True
+    )
+    return norms_T1
+
+
+def relative_norms(norms_T1: Tensor) -> Tensor:
     """Norms of hidden states relative to their median, shape (T, 1).
 
     Every reader of the residual stream normalises it (RMSNorm), so an absolute error matters
     inversely to the norm of the state, which is large at the first token of a window, say.
     """
-    norms_T1 = torch.linalg.vector_norm(
-        hidden_SLI.flatten(2).flatten(0, 1).float(), dim=1, keepdim=True
-    )
     median = norms_T1.median().clamp_min(torch.finfo(torch.float32).tiny)
     relative_T1: Tensor = (norms_T1 / median).clamp_min(_LEAST_NORM)
     return relative_T1
@@ -232,7 +288,7 @@ class SavedStates:
 
     path: Path
 
-    def load(self, device: torch.device) -> tuple[int, dict[str, Tensor]]:
+    def load(self) -> tuple[int, dict[str, Tensor]]:
         """The next layer, and the tensors of the states before it; (0, {}) at the start.
 
         A damaged file is that of no pass.
@@ -240,8 +296,7 @@ class SavedStates:
         tensors = read_sealed(self.path, _STATES)
         if tensors is None:
             return 0, {}
-        layer = int(tensors.pop("next_layer"))
-        return layer, {name: tensor.to(device) for name, tensor in tensors.items()}
+        return int(tensors.pop("next_layer")), tensors
 
     def save(self, next_layer: int, states: Mapping[str, Tensor]) -> None:
         """Replace the states by those before another layer."""

@@ -7,8 +7,10 @@ tokens relative to the norms of their hidden states (`CalibrationPass.capture`).
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 import numpy as np
@@ -22,6 +24,7 @@ from tuckerize.calibration.tokens import DenseGroup, LayerTokens
 from tuckerize.domain import CoreType, Projection
 from tuckerize.linalg.gram import add_gram, eigenvalues, eigenvalues_and_vectors, symmetric
 from tuckerize.linalg.selection import KeptNeurons, eliminate, refitted_energy
+from tuckerize.linalg.sharing import ALONE, Sharing
 from tuckerize.linalg.threads import parallel_workers
 from tuckerize.linalg.tucker import in_float64
 from tuckerize.linalg.weighted import matrix_roots
@@ -103,24 +106,24 @@ def profile_layer(
     *,
     activation: Activation,
     output_energy: float,
-    sensitivity: float,
     stage: Stage = silent,
+    sharing: Sharing = ALONE,
 ) -> LayerProfile:
-    """Curves of one layer.
+    """Curves of one layer; its sensitivity stays open (NaN).
 
     Args:
         layer: Index of the layer.
-        groups: Its dense experts.
+        groups: Its dense experts; this process's.
         moments: Their moments.
         tokens: The tokens that these are of.
         activation: From gate and up to neurons.
         output_energy: ‖y‖² of the combined output of all groups, summed over the tokens.
-        sensitivity: See `LayerProfile`.
         stage: Is told what begins, with tenths of a layer's profile.
+        sharing: The processes that share the layer's experts; all get the same profile.
     """
     stage("elimination of neurons", 1)
     eliminations = [
-        eliminate(own.neurons_EHH, group.stacks[Projection.DOWN])
+        eliminate(own.neurons_EHH, group.stacks[Projection.DOWN], sharing)
         for group, own in zip(groups, moments, strict=True)
     ]
     stage("spectra", 2)
@@ -131,35 +134,43 @@ def profile_layer(
     spectra = np.zeros((len(widths), groups[0].shape.hidden + 1))
     measured = _Measured.of(groups[0].shape.hidden)
     for group, own, found, both in zip(groups, moments, eliminations, roots, strict=True):
-        energies = _gate_up_energies(group, own, [found.kept(width) for width in widths])
-        whitened = [both[0] @ in_float64(energy_II) @ both[0] for energy_II in energies]
-        spectra += np.stack([_tail(energy_II) for energy_II in whitened])
-        measured.add(group, own, tokens, whitened[0], both, activation)
-    spectra *= measured.over_first_order()
+        kept = [found.kept(width) for width in widths]
+        experts = sharing.own(len(own.routed_E))
+        energies = _gate_up_energies(group, own, [one.of_experts(experts) for one in kept])
+        energies = [in_float64(sharing.sum(energy_II)) for energy_II in energies]
+        white_II = both[0] @ energies[0] @ both[0]
+        spectra += np.stack(
+            sharing.each([partial(_whitened_tail, own_II, both[0]) for own_II in energies])
+        )
+        chosen = spread(len(own.routed_E), _MEASURED_EXPERTS)
+        places = [e - experts.start for e in chosen if experts.start <= e < experts.stop]
+        measured.add(group, places, own, tokens, white_II, both, activation)
+    spectra *= measured.of_all(sharing).over_first_order()
     # Interpolation between measured ratios must not make a larger core size look worse.
     spectra = np.maximum.accumulate(spectra[:, ::-1], axis=1)[:, ::-1]
     stage("core sizes", 3)
     lost = sum(found.errors_H.numpy() for found in eliminations)
     equal = sum(found.equal_errors_H.numpy() for found in eliminations)
     full = [
-        _full_tails(group, own, both[0])
+        _full_tails(group, own, both[0], sharing)
         for group, own, both in zip(groups, moments, roots, strict=True)
     ]
     tails = [np.asarray(sum(parts)) / energy for parts in zip(*full, strict=True)]
     return LayerProfile(
         layer=layer,
-        sensitivity=sensitivity,
+        sensitivity=math.nan,
         selection_H=np.asarray(lost)[::-1] / energy,
         equal_selection_H=np.asarray(equal)[::-1] / energy,
         widths_K=np.array(widths, dtype=np.float64),
         gate_up_KI=spectra / energy,
-        down_I=np.asarray(sum(_tail(own.output_II) for own in moments)) / energy,
+        down_I=np.asarray(sum(sharing.each([partial(_tail, own.output_II) for own in moments])))
+        / energy,
         gate_up_expert_E=tails[0],
         gate_up_intermediate_H=tails[1],
         down_expert_E=tails[2],
         down_intermediate_H=tails[3],
-        rounding_C=rounding_errors(groups, tokens, activation=activation)
-        * sum(map(_output_energy, groups, moments))
+        rounding_C=rounding_errors(groups, tokens, activation=activation, sharing=sharing)
+        * sum(sharing.of_all(sum(map(_output_energy, groups, moments))))
         / energy,
         routed_E=np.concatenate([own.routed_E.numpy() for own in moments]).astype(np.float64),
     )
@@ -237,9 +248,20 @@ class _Measured:
         sizes = sorted({max(1, round(part * hidden)) for part in _MEASURED_SHARES})
         return cls(sizes, hidden, np.zeros(len(sizes)), np.zeros(len(sizes)))
 
+    def of_all(self, sharing: Sharing) -> Self:
+        """Everything that the processes have measured, each with its own experts."""
+        parts = sharing.of_all(self)
+        missed, predicted = (
+            np.asarray(sum(getattr(part, name) for part in parts))
+            for name in ("missed", "predicted")
+        )
+        most = sum(part.most for part in parts)
+        return type(self)(self.sizes, self.hidden, missed, predicted, most)
+
     def add(
         self,
         group: DenseGroup,
+        places: Sequence[int],
         moments: GroupMoments,
         tokens: LayerTokens,
         whitened_II: Tensor,
@@ -250,6 +272,7 @@ class _Measured:
 
         Args:
             group: The dense experts.
+            places: Those that are measured.
             moments: Their moments.
             tokens: Tokens of the layer.
             whitened_II: Whitened Gram matrix of the rows of gate and up.
@@ -260,7 +283,7 @@ class _Measured:
         down_EHI = group.stacks[Projection.DOWN]
         basis_IR = (roots[0] @ vectors_IR).to(down_EHI)
         onto_IR = (roots[1] @ vectors_IR).to(down_EHI)
-        for place in spread(len(group.experts), _MEASURED_EXPERTS):
+        for place in places:
             rows_KI = torch.cat(
                 [
                     sensitivity_EH[place].sqrt()[:, None] * group.stacks[projection][place]
@@ -328,7 +351,7 @@ def _refitted_errors(
 
 
 def _full_tails(
-    group: DenseGroup, moments: GroupMoments, root_II: Tensor
+    group: DenseGroup, moments: GroupMoments, root_II: Tensor, sharing: Sharing
 ) -> tuple[Array, Array, Array, Array]:
     """Squared output errors of truncating the expert and the intermediate mode.
 
@@ -337,26 +360,25 @@ def _full_tails(
     """
     root_II = root_II.to(group.stacks[Projection.GATE])
     gate_up = [
-        _mode_tails(sensitivity_EH.sqrt()[:, :, None] * group.stacks[projection] @ root_II)
+        _mode_tails(sensitivity_EH.sqrt()[:, :, None] * group.stacks[projection] @ root_II, sharing)
         for projection, sensitivity_EH in (
             (Projection.GATE, moments.gate_sensitivity_EH),
             (Projection.UP, moments.up_sensitivity_EH),
         )
     ]
     energy_EH = moments.neurons_EHH.diagonal(dim1=1, dim2=2)
-    down = _mode_tails(energy_EH.sqrt()[:, :, None] * group.stacks[Projection.DOWN])
+    down = _mode_tails(energy_EH.sqrt()[:, :, None] * group.stacks[Projection.DOWN], sharing)
     return gate_up[0][0] + gate_up[1][0], gate_up[0][1] + gate_up[1][1], *down
 
 
-def _mode_tails(stack_EHI: Tensor) -> tuple[Array, Array]:
+def _mode_tails(stack_EHI: Tensor, sharing: Sharing) -> tuple[Array, Array]:
     """Energy outside of the leading directions of the expert and the intermediate mode."""
-    flat_EM = stack_EHI.flatten(1)
-    experts_EE = flat_EM @ flat_EM.T
+    experts_EE = sharing.gram(stack_EHI.flatten(1))
     neurons_HH = stack_EHI.new_zeros((stack_EHI.shape[1],) * 2)
     with parallel_workers(stack_EHI.device) as workers:
         for slice_HI in stack_EHI:
             add_gram(neurons_HH, slice_HI.T, workers)
-    return _tail(experts_EE), _tail(neurons_HH)
+    return _tail(experts_EE), _tail(sharing.sum(neurons_HH))
 
 
 def _tail(moment_NN: Tensor) -> Array:
@@ -364,6 +386,10 @@ def _tail(moment_NN: Tensor) -> Array:
     values = eigenvalues(in_float64(moment_NN))
     tail: Array = values.flip(0).cumsum(0).flip(0).cpu().numpy()
     return np.append(tail, 0.0)
+
+
+def _whitened_tail(energy_II: Tensor, root_II: Tensor) -> Array:
+    return _tail(root_II @ energy_II @ root_II)
 
 
 def spread(length: int, count: int) -> list[int]:

@@ -11,12 +11,15 @@ from torch import Tensor
 
 from tuckerize.calibration.tokens import DenseGroup, LayerTokens
 from tuckerize.domain import Projection
+from tuckerize.linalg.sharing import ALONE, Sharing
 from tuckerize.runtime.activations import Activation
 
 
 @dataclass(frozen=True, slots=True)
 class GroupMoments:
     """Sums over the tokens of a group's experts; routing weights count squared.
+
+    E experts are those of this process, where several share the group; sums are over all.
 
     Attributes:
         pooled_II: Second moment of the inputs of all experts together, shape (I, I).
@@ -25,7 +28,7 @@ class GroupMoments:
             the mean over tokens of (g ∂h/∂gate)² times the squared norm of its row of down.
         up_sensitivity_EH: The same for up.
         output_II: Second moment of the group's combined output, shape (I, I).
-        routed_E: Tokens that the router sent to every expert.
+        routed_E: Tokens that the router sent to every expert of the group.
     """
 
     pooled_II: Tensor
@@ -45,7 +48,7 @@ class _Neurons(NamedTuple):
 
 
 def gather_moments(
-    group: DenseGroup, tokens: LayerTokens, *, activation: Activation
+    group: DenseGroup, tokens: LayerTokens, *, activation: Activation, sharing: Sharing = ALONE
 ) -> GroupMoments:
     """Second moments of a group of experts on a layer's tokens.
 
@@ -55,6 +58,7 @@ def gather_moments(
         group: The dense experts, in float32.
         tokens: Tokens of the layer.
         activation: From gate and up to neurons.
+        sharing: The processes that share the group.
     """
     experts, neurons, _ = group.shape
     squared_T = tokens.x_TI.new_zeros(len(tokens.x_TI))
@@ -76,14 +80,23 @@ def gather_moments(
         routed.append(own.routed)
         result_NI = weighted_NH[: own.routed] @ down_HI
         output_TI.index_add_(0, own.places_N[: own.routed], result_NI)
+    part = sharing.own(len(tokens.x_TI))
+    x_TI, squared_T = tokens.x_TI[part], sharing.sum(squared_T)[part]
     return GroupMoments(
-        pooled_II=tokens.x_TI.T @ (squared_T[:, None] * tokens.x_TI),
+        pooled_II=sharing.sum(x_TI.T @ (squared_T[:, None] * x_TI)),
         neurons_EHH=neurons_EHH,
         gate_sensitivity_EH=torch.stack(gates),
         up_sensitivity_EH=torch.stack(ups),
-        output_II=output_TI.T @ output_TI,
-        routed_E=torch.tensor(routed),
+        output_II=second_moment(output_TI, sharing),
+        routed_E=sharing.gather(torch.tensor(routed)),
     )
+
+
+def second_moment(partial_TI: Tensor, sharing: Sharing) -> Tensor:
+    """Second moment of the sum of every process's outputs of all tokens, shape (I, I)."""
+    part = sharing.own(len(partial_TI))
+    output_TI = sharing.sum(partial_TI)[part]
+    return sharing.sum(output_TI.T @ output_TI)
 
 
 def input_moments(group: DenseGroup, tokens: LayerTokens) -> Tensor:

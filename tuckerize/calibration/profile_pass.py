@@ -25,6 +25,7 @@ from torch import Tensor
 from tuckerize.calibration.calibration_pass import CalibrationPass, SavedStates, experts_call
 from tuckerize.calibration.layer_profile import LayerProfile, profile_layer, spread
 from tuckerize.calibration.moments import GroupMoments, gather_moments
+from tuckerize.calibration.sharing import num_own_windows
 from tuckerize.calibration.states import States
 from tuckerize.calibration.text import fingerprint
 from tuckerize.calibration.tokens import DenseGroup
@@ -89,11 +90,11 @@ class ProfileCache:
         cache.folder = base / "tuckerize" / digest[:32]
         return cache
 
-    def load_states(self, device: torch.device) -> tuple[int, dict[str, Tensor]]:
+    def load_states(self) -> tuple[int, dict[str, Tensor]]:
         """The next layer of an interrupted pass, and tensors; (0, {}) at the start."""
         if self.folder is None:
             return 0, {}
-        return SavedStates(self.folder / _STATES).load(device)
+        return SavedStates(self.folder / _STATES).load()
 
     def save_states(self, next_layer: int, states: dict[str, Tensor]) -> None:
         """Keep what is known before a layer, for an interrupted pass."""
@@ -173,37 +174,54 @@ def profile_model(run: CalibrationPass, progress: Progress) -> list[LayerProfile
         run: The model and its text.
         progress: Shows how far the pass is.
     """
-    cache = ProfileCache.of(run, progress.note)
+    sharing, device = run.sharing, run.model.device
+    cache = (
+        ProfileCache.of(run, progress.note)
+        if sharing.is_first
+        else ProfileCache(None, "", progress.note)
+    )
     layers = run.source.moe.layers
-    if (known := cache.complete(layers)) is not None:
+    found = sharing.of_first(lambda: cache.complete(layers))
+    if found is not None:
         cache.finish()
-        return known
+        return found
     progress.start(run.model.layers)
-    start, saved = cache.load_states(run.model.device)
-    if any(cache.load(layer) is None for layer in layers if layer < start):
+    known = sharing.of_first(lambda: [cache.load(layer) for layer in layers])
+    start, saved = sharing.of_first(cache.load_states)
+    if any(own is None for own in known[: sum(layer < start for layer in layers)]):
         start, saved = 0, {}
+    saved = {name: tensor.to(device) for name, tensor in saved.items()}
     errors = {name: tensor for name, tensor in saved.items() if name.startswith(_ERROR)}
     probes = States.of(saved)
     hidden = probes.pop(_HIDDEN) if probes else run.embed()
+    windows = spread(run.text_windows, num_probe_windows(len(layers)))
     if not probes:
-        probes[_CLEAN] = hidden[spread(run.text_windows, num_probe_windows(len(layers)))]
+        probes[_CLEAN] = hidden[windows]
+    hidden, probes = run.own(hidden), {name: run.own(own) for name, own in probes.items()}
     progress.advance(start, "continued")
     for layer in range(start, run.model.layers):
         if layer in layers:
             hidden, errors[f"{_ERROR}{layer}"] = _profile_layer(
-                run, layer, hidden, probes, cache, LayerProgress(progress, layer, 10)
+                run,
+                layer,
+                hidden,
+                probes,
+                len(windows),
+                cache,
+                LayerProgress(progress, layer, 10),
             )
         else:
             probes.update({k: run.run_layer(layer, v, None) for k, v in probes.items()})
             hidden = run.run_layer(layer, hidden, None)
             progress.advance(1, f"layer {layer}")
-        named = {_HIDDEN: hidden, **probes}
-        tensors = [own.named(name) for name, own in named.items()]
+        whole = {name: run.whole(own, len(windows)) for name, own in probes.items()}
+        whole[_HIDDEN] = run.whole(hidden, len(run.windows_SL))
+        tensors = [own.named(name) for name, own in whole.items()]
         cache.save_states(layer + 1, dict(ChainMap(errors, *tensors)))
-    divergences = _divergences(run, probes)
+    divergences = _divergences(run, probes, len(windows))
     profiles = []
-    for layer in layers:
-        profile = cache.load(layer)
+    known = sharing.of_first(lambda: [cache.load(layer) for layer in layers])
+    for layer, profile in zip(layers, known, strict=True):
         if profile is None:
             raise TypeError(f"layer {layer} has no profile")
         error = max(float(errors[f"{_ERROR}{layer}"]), 1e-30)
@@ -220,6 +238,7 @@ def _profile_layer(
     layer: int,
     hidden: States,
     probes: dict[str, States],
+    num_probe_windows: int,
     cache: ProfileCache,
     stages: LayerProgress,
 ) -> tuple[States, Tensor]:
@@ -231,10 +250,14 @@ def _profile_layer(
     stages.stage("tokens")
     groups = run.groups(layer)
     dense = run.module(layer, [group.as_tensors() for group in groups])
-    seen = run.capture(layer, hidden, dense)
+    seen = run.capture(layer, hidden, len(run.windows_SL), dense)
     stages.stage("moments", 1)
     activation = run.activation(layer)
-    moments = [gather_moments(group, seen.tokens, activation=activation) for group in groups]
+    sharing = run.sharing
+    moments = [
+        gather_moments(group, seen.tokens, activation=activation, sharing=sharing)
+        for group in groups
+    ]
     pruned = run.module(
         layer, [_pruned(group, own) for group, own in zip(groups, moments, strict=True)]
     )
@@ -242,10 +265,10 @@ def _profile_layer(
     for number, (name, states) in enumerate(probes.items()):
         stages.stage(f"probe {number + 1} of {len(probes) + 2}", 0 if number else 2)
         probes[name] = run.run_layer(layer, states, experts_call(dense))
-    exact = run.capture(layer, clean, dense)
+    exact = run.capture(layer, clean, num_probe_windows, dense)
     probes[_CLEAN] = exact.after
     probes[str(layer)] = run.run_layer(layer, clean, experts_call(pruned))
-    missed = (pruned(*exact.tokens) - exact.output_TI).square().sum()
+    missed = (run.output(pruned, exact.tokens) - exact.output_TI).square().sum()
     profile = profile_layer(
         layer,
         groups,
@@ -253,8 +276,8 @@ def _profile_layer(
         seen.tokens,
         activation=activation,
         output_energy=float(seen.output_TI.square().sum()),
-        sensitivity=math.nan,
         stage=stages.stage,
+        sharing=sharing,
     )
     stages.finish(f"profile of layer {layer}")
     cache.save(profile)
@@ -280,16 +303,18 @@ def _pruned(group: DenseGroup, moments: GroupMoments) -> dict[TensorName, Tensor
     }
 
 
-def _divergences(run: CalibrationPass, probes: dict[str, States]) -> dict[int, float]:
+def _divergences(run: CalibrationPass, probes: dict[str, States], windows: int) -> dict[int, float]:
     """Mean Kullback-Leibler divergence (nats per token) from the clean prediction, by layer."""
     totals = dict.fromkeys(run.source.moe.layers, 0.0)
     count = 0
     with run.model.head() as head:
-        for window in range(len(probes[_CLEAN])):
+        for window in range(num_own_windows(windows, run.sharing)):
             clean_LV = head(probes[_CLEAN][window : window + 1])[0].float().log_softmax(-1)
             count += len(clean_LV)
             for layer in run.source.moe.layers:
                 other_LV = head(probes[str(layer)][window : window + 1])[0].float().log_softmax(-1)
                 difference_LV = clean_LV.exp() * (clean_LV - other_LV)
                 totals[layer] += float(difference_LV.sum())
-    return {layer: max(0.0, total / count) for layer, total in totals.items()}
+    parts = run.sharing.of_all((totals, count))
+    count = sum(own for _, own in parts)
+    return {layer: max(0.0, sum(own[layer] for own, _ in parts) / count) for layer in totals}

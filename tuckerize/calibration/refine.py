@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tuckerize.calibration.tokens import LayerTokens
+from tuckerize.domain import Projection
+from tuckerize.linalg.sharing import ALONE, Sharing
+from tuckerize.names import TensorKind, TensorName
 from tuckerize.progress import Stage, silent
 from tuckerize.runtime.experts import TuckerExperts
 
@@ -50,29 +54,31 @@ def refine(
     *,
     steps: int,
     stage: Stage = silent,
+    sharing: Sharing = ALONE,
 ) -> Refinement:
     """Improve a layer in place by gradient steps, which a held-out error decides to keep.
 
     Args:
-        module: The layer, in float32.
+        module: The layer, in float32; of the experts of this process.
         fit: Tokens to fit.
         held_out: Validation set.
         dense: Computes the routed output of the dense layer, shape (T, I).
         steps: Number of steps of Adam; as many as make 25 passes over the tokens, if that is less.
         stage: Is told the steps, some at a time.
+        sharing: Processes that share the layer's experts, and the tokens of every step.
     """
     batch, steps = batch_and_steps(len(fit.x_TI), steps)
     target_TI = dense(fit)
-    before = relative_output_error(module, held_out, dense(held_out))
+    before = relative_output_error(module, held_out, dense(held_out), sharing)
     parameters = dict(module.named_parameters())
     start = {name: value.detach().clone() for name, value in parameters.items()}
     for value in parameters.values():
         value.requires_grad_(True)  # noqa: FBT003
-    _adam(module, parameters, start, fit, target_TI, steps, batch, stage)
+    _adam(module, start, fit, target_TI, steps, batch, stage, sharing)
     for value in parameters.values():
         value.requires_grad_(False)  # noqa: FBT003
         value.grad = None
-    after = relative_output_error(module, held_out, dense(held_out))
+    after = relative_output_error(module, held_out, dense(held_out), sharing)
     kept = after < before
     if not kept:
         with torch.no_grad():
@@ -93,25 +99,31 @@ def batch_and_steps(tokens: int, most: int) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def relative_output_error(module: TuckerExperts, tokens: LayerTokens, target_TI: Tensor) -> float:
+def relative_output_error(
+    module: TuckerExperts, tokens: LayerTokens, target_TI: Tensor, sharing: Sharing = ALONE
+) -> float:
     """‖ŷ − y‖ / ‖y‖ over all tokens (unitless); NaN without tokens."""
     if not len(tokens.x_TI):
         return math.nan
-    missed = float((module(*tokens) - target_TI).norm())
+    own = sharing.own(len(target_TI))
+    missed_1 = (module(*tokens.part(own)) - target_TI[own]).norm()[None]
+    missed = float(sharing.gather(missed_1).norm())
     return missed / max(float(target_TI.norm()), torch.finfo(torch.float32).tiny)
 
 
 def _adam(
     module: TuckerExperts,
-    parameters: Mapping[str, Tensor],
     start: Mapping[str, Tensor],
     fit: LayerTokens,
     target_TI: Tensor,
     steps: int,
     batch: int,
     stage: Stage,
+    sharing: Sharing,
 ) -> None:
-    sizes = {name: _root_mean_square(value) for name, value in start.items()}
+    parameters = dict(module.named_parameters())
+    common = _common(start)
+    sizes, count = _sizes(start, common, sharing)
     optimizer = torch.optim.Adam(
         [{"params": [value], "name": name} for name, value in parameters.items()],
         betas=(0.9, 0.99),
@@ -125,22 +137,64 @@ def _adam(
         if len(order) < batch:
             order = torch.randperm(len(fit.x_TI), generator=generator)
         places, order = order[:batch].to(fit.x_TI.device), order[batch:]
+        own = places[sharing.own(batch)]
         slope = min(1.0, (step + 1) / _WARM_UP_STEPS) * (1 + math.cos(math.pi * step / steps)) / 2
         for group in optimizer.param_groups:
-            group["lr"] = _STEP * sizes[group["name"]] * slope
+            group["lr"] = _STEP * sizes[group["name"]].root_mean_square * slope
         optimizer.zero_grad()
         with torch.enable_grad():
-            own_TI = target_TI[places]
-            missed = (module(*fit.part(places)) - own_TI).square().sum()
-            (missed / own_TI.square().sum().clamp_min(1e-30)).backward()
+            own_TI = target_TI[own]
+            energy = sharing.sum(own_TI.square().sum())
+            missed = (module(*fit.part(own)) - own_TI).square().sum()
+            (missed / energy.clamp_min(1e-30)).backward()
         for name, value in parameters.items():
-            mean_square = max(sizes[name] ** 2, 1e-30) * value.numel()
-            pull = 2 * _RIDGE / len(parameters) / mean_square
+            mean_square = max(sizes[name].root_mean_square ** 2, 1e-30) * sizes[name].values
+            pull = 2 * _RIDGE / count / mean_square
             if value.grad is None:  # of experts that no token of the batch sees
                 value.grad = torch.zeros_like(value)
+            if name in common:
+                value.grad = sharing.sum(value.grad)
             value.grad.add_(value, alpha=pull).add_(start[name], alpha=-pull)
         optimizer.step()
 
 
-def _root_mean_square(tensor: Tensor) -> float:
-    return float(tensor.square().mean().sqrt())
+class _Size(NamedTuple):
+    """Root mean square, and number of values, of a parameter; of all processes' parts of it."""
+
+    root_mean_square: float
+    values: int
+
+
+def _sizes(
+    tensors: Mapping[str, Tensor], common: set[str], sharing: Sharing
+) -> tuple[dict[str, _Size], int]:
+    """Sizes of parameters, those of the same name taken together, and how many there are."""
+    own = {
+        name: _Size(float(value.square().mean().sqrt()), value.numel())
+        for name, value in tensors.items()
+    }
+    alone = {name for name in tensors if TensorName.parse(name).expert is not None}
+    split = {name: own[name] for name in tensors if name not in common | alone}
+    everywhere = sharing.of_all(split)
+    for name in split if len(everywhere) > 1 else ():
+        parts = [theirs[name] for theirs in everywhere if name in theirs]
+        values = sum(part.values for part in parts)
+        square = sum(part.root_mean_square**2 * part.values for part in parts) / values
+        own[name] = _Size(math.sqrt(square), values)
+    shared = common.union(*everywhere)
+    return own, len(shared) + sharing.total(len(alone))
+
+
+def _common(names: Iterable[str]) -> set[str]:
+    """The parameters that belong to all experts of a group: every process has them."""
+    parsed = {text: TensorName.parse(text) for text in names}
+    mixed = {(n.group, n.owner) for n in parsed.values() if n.kind == TensorKind.U_E}
+
+    def is_common(name: TensorName) -> bool:
+        if name.kind == TensorKind.BIAS:
+            return name.projection == Projection.DOWN
+        if name.kind == TensorKind.CORE:
+            return (name.group, name.owner) in mixed
+        return name.kind != TensorKind.U_E
+
+    return {text for text, name in parsed.items() if is_common(name)}

@@ -12,6 +12,7 @@ from torch import Tensor
 from tuckerize.calibration.tokens import DenseGroup, ExpertTokens, LayerTokens
 from tuckerize.domain import GATE_UP, CoreType, Projection
 from tuckerize.linalg.quantise import quantise
+from tuckerize.linalg.sharing import ALONE, Sharing
 from tuckerize.runtime.activations import Activation
 
 # Experts of a layer that are rounded; their relative errors hardly differ.
@@ -19,7 +20,11 @@ _PROBES = 4
 
 
 def rounding_errors(
-    groups: Sequence[DenseGroup], tokens: LayerTokens, *, activation: Activation
+    groups: Sequence[DenseGroup],
+    tokens: LayerTokens,
+    *,
+    activation: Activation,
+    sharing: Sharing = ALONE,
 ) -> npt.NDArray[np.float64]:
     """Squared error of the experts' outputs, relative to their energy, for every encoding.
 
@@ -29,6 +34,7 @@ def rounding_errors(
         groups: The dense experts of a layer.
         tokens: Its tokens.
         activation: Between gate and up.
+        sharing: The processes that share the layer's experts.
 
     Returns:
         One value for every member of `CoreType` (unitless).
@@ -36,20 +42,27 @@ def rounding_errors(
     fit, held_out = tokens.split()
     held_out = held_out if len(held_out.x_TI) else fit
     missed, energy = np.zeros(len(CoreType)), 0.0
-    experts = [(group, place) for group in groups for place in range(len(group.experts))]
-    for group, place in experts[:: max(1, len(experts) // _PROBES)][:_PROBES]:
+    own = [expert for group in groups for expert in group.experts]
+    whole = sorted(expert for theirs in sharing.of_all(own) for expert in theirs)
+    probed = whole[:: max(1, len(whole) // _PROBES)][:_PROBES]
+    places = [(group, expert) for group in groups for expert in group.experts if expert in probed]
+    for group, expert in places:
+        place = expert - group.experts.start
         dense = tuple(group.stacks[projection][place] for projection in Projection)
-        expert, least = group.experts[place], group.shape.intermediate
+        least = group.shape.intermediate
         seen, new = fit.of_expert(expert, least), held_out.of_expert(expert, least)
         gate_HI, up_HI, down_HI = dense
-        own = _after_biases(group, place, activation)
-        exact_NI = _neurons(new, gate_HI, up_HI, own) @ down_HI
+        biased = _after_biases(group, place, activation)
+        exact_NI = _neurons(new, gate_HI, up_HI, biased) @ down_HI
         energy += float(exact_NI.square().sum())
         for index, core_type in enumerate(CoreType):
-            rounded = _rounded(dense, seen, core_type, own)
-            output_NI = _neurons(new, rounded[0], rounded[1], own) @ rounded[2]
+            rounded = _rounded(dense, seen, core_type, biased)
+            output_NI = _neurons(new, rounded[0], rounded[1], biased) @ rounded[2]
             missed[index] += float((output_NI - exact_NI).square().sum())
-    return missed / max(energy, torch.finfo(torch.float32).tiny)
+    parts = sharing.of_all((missed, energy))
+    total = sum(energy for _, energy in parts)
+    lost = np.asarray(sum(missed for missed, _ in parts))
+    return lost / max(total, torch.finfo(torch.float32).tiny)
 
 
 def _after_biases(group: DenseGroup, place: int, activation: Activation) -> Activation:

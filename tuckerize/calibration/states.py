@@ -39,6 +39,12 @@ class States:
         parts: list[Any] = [None if tensor is None else tensor[windows] for tensor in own]
         return States(*parts)
 
+    def to(self, device: torch.device) -> States:
+        """The same on a device."""
+        own = [getattr(self, field.name) for field in fields(self)]
+        parts: list[Any] = [None if tensor is None else tensor.to(device) for tensor in own]
+        return States(*parts)
+
     def split(self, windows: int) -> list[States]:
         """The states of so many windows at a time."""
         return [self[start : start + windows] for start in range(0, len(self), windows)]

@@ -56,7 +56,7 @@ class LayerTokens(NamedTuple):
     experts_Tk: Tensor
     weights_Tk: Tensor
 
-    def part(self, places: Tensor) -> LayerTokens:
+    def part(self, places: Tensor | slice) -> LayerTokens:
         """The tokens at some indices."""
         return LayerTokens(self.x_TI[places], self.experts_Tk[places], self.weights_Tk[places])
 
@@ -91,8 +91,9 @@ class DenseGroup:
 
     Attributes:
         stacks: gate_proj, up_proj and down_proj, each of shape (E, H, I).
-        experts: Which experts of the layer they are.
-        biases: Their biases, shape (E, H), of down (E, I); empty if they have none.
+        experts: Which experts of the layer they are; this process's, where several share the group.
+        biases: Their biases, shape (E, H); of down (E, I) those of all experts of the group, where
+            processes share it; empty if they have none.
     """
 
     stacks: Mapping[Projection, Tensor]

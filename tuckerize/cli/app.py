@@ -115,7 +115,7 @@ def decompose(
 
     Needs exactly one of --keep, --bits, --rank, --tolerance and --recipe. A run that was
     interrupted continues when it is started again. Under torchrun the processes share out the
-    stacks.
+    stacks, or the experts of each layer with --calibration.
 
     Example: tuckerize decompose --model DeepSeek-V2-Lite --keep 0.75 --output OUT
     """

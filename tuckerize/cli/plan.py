@@ -49,7 +49,7 @@ def plan(
         from tuckerize.checkpoint.hub import download_model
 
         download_model(model)
-    from tuckerize.cli.progress import TerminalProgress
+    from tuckerize.cli.progress import TerminalProgress, is_leader
     from tuckerize.cli.tables import show
     from tuckerize.pipeline.fit import FitRequest
     from tuckerize.pipeline.fit import fit as run_fit
@@ -69,7 +69,9 @@ def plan(
                 device=device,
                 **{name: value for name, value in given.items() if value is not None},
             )
-            show(run_fit(request, progress), as_json=as_json)
+            fitting = run_fit(request, progress)
+            if is_leader():
+                show(fitting, as_json=as_json)
             return
         planned = PlanRequest(
             model=model,
@@ -80,7 +82,8 @@ def plan(
             device=device,
         )
         report = run(planned, progress)
-    show(report, as_json=as_json)
+    if report is not None:
+        show(report, as_json=as_json)
 
 
 def _check(

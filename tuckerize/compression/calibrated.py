@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from tuckerize.calibration.moments import (
     gather_moments,
     input_moments,
     refit_moments,
+    second_moment,
 )
 from tuckerize.calibration.refine import Refinement, batch_and_steps, refine, relative_output_error
 from tuckerize.calibration.tokens import DenseGroup, LayerTokens
@@ -45,7 +47,8 @@ from tuckerize.domain import (
 )
 from tuckerize.format.tucker_checkpoint import biases_of, factors_of
 from tuckerize.linalg.gram import leading_eigenvectors
-from tuckerize.linalg.selection import all_neurons, eliminate, refit_down
+from tuckerize.linalg.selection import all_neurons, eliminate, refit_down, widened
+from tuckerize.linalg.sharing import ALONE, Sharing
 from tuckerize.linalg.tucker import TuckerFactors, orthonormalised
 from tuckerize.linalg.weighted import weighted_tucker
 from tuckerize.names import TensorName
@@ -73,7 +76,7 @@ def compress_layer(
     Args:
         calibration: The model and its calibration set.
         piece: Targets of its groups.
-        groups: The dense experts, in float32.
+        groups: The dense experts of this process, in float32.
         dense: The same as a module.
         tokens: Tokens before the routed experts of the layer.
         weights: Type of the stored cores and factors.
@@ -88,14 +91,21 @@ def compress_layer(
     _, num_steps = batch_and_steps(len(fit.x_TI), calibration.settings.refine)
     effort = len(groups) * sum(_EFFORTS.values()) + num_steps
     stages = LayerProgress(progress, piece.layer, effort)
-    treat = closed_form(fit, activation=activation, max_sweeps=max_sweeps, stage=stages.stage)
+    sharing = calibration.sharing
+    treat = closed_form(
+        fit,
+        activation=activation,
+        max_sweeps=max_sweeps,
+        stage=stages.stage,
+        sharing=sharing,
+    )
     steps: list[Step] = [
         for_each_group(treat),
         Refine(calibration, dense, fit, held_out, stages.stage),
-        orthonormalise,
+        orthonormalise(sharing),
     ]
     if piece.cores:
-        steps.append(QuantiseForTokens(weights, piece.cores, fit, held_out, dense, activation))
+        steps.append(QuantiseForTokens(weights, piece.cores, fit, held_out, dense, calibration))
     steps.append(rounding(weights))
     layer = LayerFactors(
         piece.layer,
@@ -103,7 +113,7 @@ def compress_layer(
             GroupFactors.of(index, group, target)
             for index, (group, target) in enumerate(zip(groups, piece.targets, strict=True))
         ),
-        notes=_note_on_rare_experts(piece.layer, fit, groups),
+        notes=_note_on_rare_experts(piece.layer, fit, calibration.source.moe.shape),
     )
     layer = compress(layer, steps)
     stages.finish(f"layer {piece.layer}")
@@ -111,7 +121,12 @@ def compress_layer(
 
 
 def closed_form(
-    tokens: LayerTokens, *, activation: Activation, max_sweeps: int, stage: Stage = silent
+    tokens: LayerTokens,
+    *,
+    activation: Activation,
+    max_sweeps: int,
+    stage: Stage = silent,
+    sharing: Sharing = ALONE,
 ) -> GroupStep:
     """The step that compresses a group without gradients: select, factor, refit.
 
@@ -120,30 +135,32 @@ def closed_form(
         activation: From gate and up to neurons.
         max_sweeps: Upper bound on the sweeps of weighted least squares.
         stage: Is told what begins.
+        sharing: The processes that share the group.
     """
 
     def treat(group: GroupFactors) -> GroupFactors:
         stage("moments")
-        moments = gather_moments(group.dense, tokens, activation=activation)
+        moments = gather_moments(group.dense, tokens, activation=activation, sharing=sharing)
         stage("elimination of neurons", _EFFORTS["moments"])
-        group = select_neurons(group, moments)
+        group = select_neurons(group, moments, sharing)
         stage("gate and up", _EFFORTS["neurons"])
-        group = factor_gate_up(group, tokens, max_sweeps=max_sweeps, stage=stage)
+        group = factor_gate_up(group, tokens, sharing, max_sweeps=max_sweeps, stage=stage)
         stage("down", _EFFORTS["gate and up"])
-        group = refit(group, moments, tokens, activation=activation, max_sweeps=max_sweeps)
+        group = refit(group, moments, tokens, sharing, activation=activation, max_sweeps=max_sweeps)
         stage("refinement", _EFFORTS["down"])
         return group
 
     return treat
 
 
-def select_neurons(group: GroupFactors, moments: GroupMoments) -> GroupFactors:
+def select_neurons(group: GroupFactors, moments: GroupMoments, sharing: Sharing) -> GroupFactors:
     """Keep the neurons without which the combined output would lose most."""
     target = group.target
     if target.neurons == group.dense.shape.intermediate:
         return group
-    elimination = eliminate(moments.neurons_EHH, group.dense.stacks[Projection.DOWN])
+    elimination = eliminate(moments.neurons_EHH, group.dense.stacks[Projection.DOWN], sharing)
     kept = elimination.kept(target.neurons, multiple=target.multiple, equal=target.equal_widths)
+    kept = kept.of_experts(sharing.own(len(kept.widths)))
     slim = {p: TuckerFactors(kept.rows(stack)) for p, stack in group.dense.stacks.items()}
     biases = {
         p: bias if p == Projection.DOWN else kept.rows(bias[..., None])[..., 0]
@@ -153,7 +170,7 @@ def select_neurons(group: GroupFactors, moments: GroupMoments) -> GroupFactors:
 
 
 def factor_gate_up(
-    group: GroupFactors, tokens: LayerTokens, *, max_sweeps: int, stage: Stage
+    group: GroupFactors, tokens: LayerTokens, sharing: Sharing, *, max_sweeps: int, stage: Stage
 ) -> GroupFactors:
     """Factor gate and up by least squares weighted with the moments of every expert's inputs.
 
@@ -166,11 +183,13 @@ def factor_gate_up(
     for coupling in group.target.couplings:
         stacks = [factors[projection].core for projection in coupling]
         rank = _work_rank(group, group.target.ranks[coupling])
-        if coupling == DOWN or not rank.truncated_modes(StackShape(*stacks[0].shape)):
+        if coupling == DOWN or not rank.truncated_modes(_whole_shape(stacks[0], sharing)):
             continue
         if moments_EII is None:
             moments_EII = input_moments(group.dense, tokens)
-        found = weighted_tucker(stacks, moments_EII, rank, max_sweeps=max_sweeps, stage=stage)
+        found = weighted_tucker(
+            stacks, moments_EII, rank, max_sweeps=max_sweeps, stage=stage, sharing=sharing
+        )
         factors.update(zip(coupling, found.tensors, strict=True))
         sweeps.update(dict.fromkeys(coupling, found.sweeps))
     return replace(group, factors=factors, sweeps=sweeps)
@@ -180,6 +199,7 @@ def refit(
     group: GroupFactors,
     moments: GroupMoments,
     tokens: LayerTokens,
+    sharing: Sharing,
     *,
     activation: Activation,
     max_sweeps: int,
@@ -194,9 +214,7 @@ def refit(
     """
     down_EKI = group.factors[Projection.DOWN].core
     neurons_EKK = moments.neurons_EHH
-    if group.kept is not None or any(
-        group.factors[p].rank != MultilinearRank(*group.dense.shape) for p in GATE_UP
-    ):
+    if group.kept is not None or any(group.factors[p].truncated for p in GATE_UP):
         neurons_EKK, cross_EKH = refit_moments(
             group.dense,
             tokens,
@@ -211,12 +229,13 @@ def refit(
         )
     rank = _work_rank(group, group.target.ranks[DOWN])
     sweeps = 0
-    if rank.truncated_modes(StackShape(*down_EKI.shape)) == (Mode.HIDDEN,):
-        output_II = _output_moment(_with_down(group, TuckerFactors(down_EKI)), tokens, activation)
+    if rank.truncated_modes(_whole_shape(down_EKI, sharing)) == (Mode.HIDDEN,):
+        wide = _with_down(group, TuckerFactors(down_EKI))
+        output_II = _output_moment(wide, tokens, activation, sharing)
         U_I = leading_eigenvectors(output_II, rank.hidden)
         down = TuckerFactors(down_EKI @ U_I, U_I=U_I)
     else:
-        down, sweeps = _weighted_down(down_EKI, neurons_EKK, rank, max_sweeps)
+        down, sweeps = _weighted_down(down_EKI, neurons_EKK, rank, max_sweeps, sharing)
     return replace(_with_down(group, down), sweeps={**group.sweeps, Projection.DOWN: sweeps})
 
 
@@ -240,16 +259,24 @@ class Refine:
 
     def __call__(self, layer: LayerFactors) -> LayerFactors:
         """Refine a layer, and measure its output error on the validation set."""
-        module = self.calibration.module(layer.layer, [_own_tensors(own) for own in layer.groups])
-        steps = self.calibration.settings.refine
-        dense = all(group.target.is_dense(group.dense.shape) for group in layer.groups)
+        run = self.calibration
+        module = run.module(layer.layer, [_own_tensors(own) for own in layer.groups])
+        steps = run.settings.refine
+        shape = run.source.moe.shape._replace(experts=run.group_size)
+        dense = all(group.target.is_dense(shape) for group in layer.groups)
         if dense or not steps or not len(self.held_out.x_TI):
             target_TI = self._dense_output(self.held_out)
-            error = relative_output_error(module, self.held_out, target_TI)
+            error = relative_output_error(module, self.held_out, target_TI, run.sharing)
             found = Refinement(error, error, kept=False)
         else:
             found = refine(
-                module, self.fit, self.held_out, self._dense_output, steps=steps, stage=self.stage
+                module,
+                self.fit,
+                self.held_out,
+                self._dense_output,
+                steps=steps,
+                stage=self.stage,
+                sharing=run.sharing,
             )
         error = found.error_after if found.kept else found.error_before
         groups = [
@@ -267,8 +294,7 @@ class Refine:
 
     @torch.no_grad()
     def _dense_output(self, tokens: LayerTokens) -> Tensor:
-        output_TI: Tensor = self.dense(*tokens)
-        return output_TI
+        return self.calibration.output(self.dense, tokens)
 
 
 def _own_tensors(group: GroupFactors) -> dict[TensorName, Tensor]:
@@ -280,23 +306,32 @@ def _own_tensors(group: GroupFactors) -> dict[TensorName, Tensor]:
     }
 
 
-def orthonormalise(layer: LayerFactors) -> LayerFactors:
+def orthonormalise(sharing: Sharing = ALONE) -> Step:
     """The step that gives factors orthonormal columns, the rest taken into the cores."""
-    return layer.with_factors(_orthonormal)
+    return lambda layer: layer.with_factors(partial(_orthonormal, sharing=sharing))
 
 
-def _orthonormal(factors: TuckerFactors) -> TuckerFactors:
+def _orthonormal(factors: TuckerFactors, sharing: Sharing) -> TuckerFactors:
     core, factor_of = factors.core, list(factors.factors)
     for mode, factor in enumerate(factor_of):
-        if factor is not None:
+        if factor is not None and mode == Mode.EXPERT:
+            whole, mixing = orthonormalised(sharing.gather(factor))
+            factor_of[mode] = whole[sharing.own(len(whole))]
+        elif factor is not None:
             factor_of[mode], mixing = orthonormalised(factor)
+        if factor is not None:
             core = torch.tensordot(mixing, core.movedim(mode, 0), dims=1).movedim(0, mode)
     return TuckerFactors(core.contiguous(), *factor_of)
 
 
 def _work_rank(group: GroupFactors, rank: MultilinearRank) -> MultilinearRank:
     """Core sizes of stacks as wide as the widest expert, with rows of zeros for the others."""
-    return rank if group.kept is None else rank._replace(intermediate=max(group.kept.widths))
+    return rank if group.kept is None else rank._replace(intermediate=group.kept.width)
+
+
+def _whole_shape(stack_EKI: Tensor, sharing: Sharing) -> StackShape:
+    """Sizes of a stack of all processes' experts."""
+    return StackShape(sharing.total(len(stack_EKI)), *stack_EKI.shape[1:])
 
 
 def _with_down(group: GroupFactors, down: TuckerFactors) -> GroupFactors:
@@ -305,28 +340,41 @@ def _with_down(group: GroupFactors, down: TuckerFactors) -> GroupFactors:
 
 def _with_tensors(group: GroupFactors, tensors: Mapping[TensorName, Tensor]) -> GroupFactors:
     factors = {projection: factors_of(tensors, projection) for projection in group.factors}
-    return replace(group, factors=factors, biases=biases_of(tensors))
+    biases = biases_of(tensors)
+    if group.kept is not None:  # as wide as the widest expert, which may be another process's
+        width = group.kept.width
+        for projection, own in factors.items():
+            if own.U_H is None:
+                factors[projection] = replace(own, core=widened(own.core, width))
+        biases = {p: b if p == Projection.DOWN else widened(b, width) for p, b in biases.items()}
+    return replace(group, factors=factors, biases=biases)
 
 
 def _weighted_down(
-    stack_EKI: Tensor, neurons_EKK: Tensor, rank: MultilinearRank, max_sweeps: int
+    stack_EKI: Tensor,
+    neurons_EKK: Tensor,
+    rank: MultilinearRank,
+    max_sweeps: int,
+    sharing: Sharing,
 ) -> tuple[TuckerFactors, int]:
     """Down with a truncated expert or intermediate mode: its inputs are the neurons."""
     flipped = MultilinearRank(rank.expert, rank.hidden, rank.intermediate)
     found = weighted_tucker(
-        [stack_EKI.mT.contiguous()], neurons_EKK, flipped, max_sweeps=max_sweeps
+        [stack_EKI.mT.contiguous()], neurons_EKK, flipped, max_sweeps=max_sweeps, sharing=sharing
     )
     factors = found.tensors[0]
     core = factors.core.mT.contiguous()
     return TuckerFactors(core, factors.U_E, U_H=factors.U_I, U_I=factors.U_H), found.sweeps
 
 
-def _output_moment(group: GroupFactors, tokens: LayerTokens, activation: Activation) -> Tensor:
+def _output_moment(
+    group: GroupFactors, tokens: LayerTokens, activation: Activation, sharing: Sharing
+) -> Tensor:
     """Second moment of a group's combined output without biases, shape (I, I)."""
     down = TensorName.bias(Projection.DOWN)  # it is not in the span of U_I
     tensors = {name: tensor for name, tensor in group.tensors().items() if name != down}
-    output_TI = group_output(tensors, group.dense.experts, tokens, activation)
-    return output_TI.T @ output_TI
+    own_TI = group_output(tensors, group.dense.experts, tokens, activation)
+    return second_moment(own_TI, sharing)
 
 
 def group_output(
@@ -335,19 +383,16 @@ def group_output(
     tokens: LayerTokens,
     activation: Activation,
 ) -> Tensor:
-    """Combined routed output of one group alone, shape (T, I)."""
+    """Combined routed output of some experts of one group alone, shape (T, I)."""
     module = TuckerExperts([tensors], group_size=len(experts), activation=activation)
     output_TI: Tensor = module(tokens.x_TI, tokens.experts_Tk - experts.start, tokens.weights_Tk)
     return output_TI
 
 
-def _note_on_rare_experts(
-    layer: int, tokens: LayerTokens, groups: list[DenseGroup]
-) -> tuple[str, ...]:
+def _note_on_rare_experts(layer: int, tokens: LayerTokens, shape: StackShape) -> tuple[str, ...]:
     """A note on the experts whose second moments their own tokens cannot fill."""
-    neurons = groups[0].shape.intermediate
-    count = sum(len(group.experts) for group in groups)
-    routed_E = torch.bincount(tokens.experts_Tk.flatten(), minlength=count)
+    neurons = shape.intermediate
+    routed_E = torch.bincount(tokens.experts_Tk.flatten(), minlength=shape.experts)
     rare = (routed_E < neurons).nonzero()[:, 0].tolist()
     if not rare:
         return ()

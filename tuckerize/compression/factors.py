@@ -19,7 +19,7 @@ from tuckerize.errors import located
 from tuckerize.format.cores import core_tensors
 from tuckerize.linalg.quantise import QuantisedMatrices
 from tuckerize.linalg.selection import KeptNeurons
-from tuckerize.linalg.tucker import TuckerFactors, check_no_overflow
+from tuckerize.linalg.tucker import TuckerFactors, check_no_overflow, relative_residual
 from tuckerize.names import TensorKind, TensorName
 from tuckerize.runtime.experts import named_biases, named_tensors
 
@@ -39,6 +39,7 @@ class GroupFactors:
             those of the Tucker tensors' cores.
         biases: Biases of every projection, zero beyond the width of an expert; empty if the experts
             have none.
+        residuals: Relative residuals, where they are known already.
     """
 
     index: int
@@ -49,6 +50,7 @@ class GroupFactors:
     sweeps: Mapping[Projection, int]
     quantised: Mapping[Projection, QuantisedMatrices] = field(default_factory=dict)
     biases: Mapping[Projection, Tensor] = field(default_factory=dict)
+    residuals: Mapping[Projection, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, index: int, dense: DenseGroup, target: CompressionTarget) -> GroupFactors:
@@ -113,6 +115,13 @@ class GroupFactors:
         """Core sizes of a stack, r_H being the mean over experts of different widths."""
         rank = self.factors[projection].rank
         return rank if self.kept is None else rank._replace(intermediate=self.target.neurons)
+
+    def residual(self, projection: Projection) -> float:
+        """Relative residual of a stack."""
+        if projection in self.residuals:
+            return self.residuals[projection]
+        kept_EK = self.kept and self.kept.places_EK
+        return relative_residual(self.dense.stacks[projection], self.factors[projection], kept_EK)
 
     def with_factors(self, change: Callable[[TuckerFactors], TuckerFactors]) -> GroupFactors:
         """The same with every Tucker tensor changed."""

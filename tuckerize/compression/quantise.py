@@ -11,16 +11,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from tuckerize.calibration.calibration_pass import CalibrationPass
 from tuckerize.calibration.refine import relative_output_error
 from tuckerize.calibration.tokens import LayerTokens
 from tuckerize.checkpoint.reader import TORCH_DTYPES
 from tuckerize.compression.factors import GroupFactors, LayerFactors, Step, for_each_group
 from tuckerize.domain import GATE_UP, CoreType, Projection, WeightType
 from tuckerize.linalg.quantise import quantise
+from tuckerize.linalg.sharing import Sharing
 from tuckerize.linalg.tucker import check_no_overflow
 from tuckerize.runtime.activations import Activation
 from tuckerize.runtime.experts import TuckerExperts
@@ -55,7 +58,7 @@ class QuantiseForTokens:
         fit: Tokens of the layer.
         held_out: Validation set, on which the output error is measured again.
         dense: The dense experts of the layer.
-        activation: From gate and up to neurons.
+        calibration: The model and its calibration set.
     """
 
     weights: WeightType
@@ -63,24 +66,23 @@ class QuantiseForTokens:
     fit: LayerTokens
     held_out: LayerTokens
     dense: TuckerExperts
-    activation: Activation
+    calibration: CalibrationPass
 
     @torch.no_grad()
     def __call__(self, layer: LayerFactors) -> LayerFactors:
         """Quantise all cores of a layer."""
-        layer = for_each_group(self._quantise)(layer)
-        module = TuckerExperts(
-            [group.tensors() for group in layer.groups],
-            group_size=layer.groups[0].dense.shape.experts,
-            activation=self.activation,
-        )
-        error = relative_output_error(module, self.held_out, self.dense(*self.held_out))
+        run = self.calibration
+        layer = for_each_group(partial(self._quantise, run.activation(layer.layer)))(layer)
+        module = run.module(layer.layer, [group.tensors() for group in layer.groups])
+        target_TI = run.output(self.dense, self.held_out)
+        error = relative_output_error(module, self.held_out, target_TI, run.sharing)
         return replace(layer, output_error=None if math.isnan(error) else error)
 
-    def _quantise(self, group: GroupFactors) -> GroupFactors:
+    def _quantise(self, activation: Activation, group: GroupFactors) -> GroupFactors:
         for projection in Projection:
-            inputs = self._tokens(group) if projection in GATE_UP else self._neurons(group)
-            moments = list(_moments(group, projection, inputs))
+            down = projection == Projection.DOWN
+            inputs = self._neurons(group, activation) if down else self._tokens(group)
+            moments = list(_moments(group, projection, inputs, self.calibration.sharing))
             group = _quantised(group, projection, self.weights, self.core_type, moments)
         return group
 
@@ -91,15 +93,17 @@ class QuantiseForTokens:
 
         return of_expert
 
-    def _neurons(self, group: GroupFactors) -> Inputs:
+    def _neurons(self, group: GroupFactors, activation: Activation) -> Inputs:
         def of_expert(place: int) -> Tensor:
             own = self.fit.of_expert(group.dense.experts[place], group.dense.shape.intermediate)
-            return own.weights_N[:, None] * self.activation(*group.gate_up(place, own.x_NI))
+            return own.weights_N[:, None] * activation(*group.gate_up(place, own.x_NI))
 
         return of_expert
 
 
-def _moments(group: GroupFactors, projection: Projection, inputs: Inputs) -> Iterator[Tensor]:
+def _moments(
+    group: GroupFactors, projection: Projection, inputs: Inputs, sharing: Sharing
+) -> Iterator[Tensor]:
     """Second moment of the inputs of every matrix of a core, after U_I or U_H."""
     factors = group.factors[projection]
     factor = factors.U_I if projection in GATE_UP else factors.U_H
@@ -116,7 +120,8 @@ def _moments(group: GroupFactors, projection: Projection, inputs: Inputs) -> Ite
         return
     shared = [(of_expert(place), factors.U_E[place].square()) for place in experts]
     for index in range(factors.rank.expert):
-        yield sum((share_P[index] * moment for moment, share_P in shared), torch.tensor(0.0))
+        own = sum((share_P[index] * moment for moment, share_P in shared), torch.tensor(0.0))
+        yield sharing.sum(own)
 
 
 def _quantised(

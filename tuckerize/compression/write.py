@@ -14,7 +14,6 @@ from tuckerize.compression.factors import GroupFactors, LayerFactors
 from tuckerize.compression.target import LayerPiece
 from tuckerize.domain import StackResult
 from tuckerize.format.manifest import LayerRecord, pack_neurons
-from tuckerize.linalg.tucker import relative_residual
 
 
 def write_piece(
@@ -56,17 +55,16 @@ def write_piece(
 
 
 def _results(layer: int, group: GroupFactors) -> list[StackResult]:
-    places_EK = group.kept and group.kept.places_EK
     return [
         StackResult(
             layer=layer,
             group=group.index,
             projection=projection,
             multilinear_rank=group.rank(projection),
-            relative_residual=relative_residual(stack, group.factors[projection], places_EK),
+            relative_residual=group.residual(projection),
             sweeps=group.sweeps[projection],
         )
-        for projection, stack in group.dense.stacks.items()
+        for projection in group.dense.stacks
     ]
 
 

@@ -12,9 +12,11 @@ from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from tuckerize.domain import StackShape
+from tuckerize.linalg.sharing import ALONE, Sharing
 from tuckerize.linalg.tucker import in_float64
 
 # Ridge of a moment, relative to the mean of its diagonal. Without it, neurons that too few tokens
@@ -46,6 +48,11 @@ class KeptNeurons(NamedTuple):
     places_EK: Tensor
     widths: tuple[int, ...]
 
+    @property
+    def width(self) -> int:
+        """The largest width."""
+        return self.places_EK.shape[1]
+
     def of_expert(self, expert: int) -> Tensor:
         """Neuron indices that one expert keeps, ascending, shape (K_e,)."""
         return self.places_EK[expert, : self.widths[expert]]
@@ -63,7 +70,19 @@ class KeptNeurons(NamedTuple):
             matrix_HI[self.of_expert(expert).to(matrix_HI.device)]
             for expert, matrix_HI in enumerate(stack_EHI)
         ]
-        return pad_sequence(kept, batch_first=True)
+        return widened(pad_sequence(kept, batch_first=True), self.width)
+
+    def of_experts(self, own: slice) -> KeptNeurons:
+        """The same of some experts, as wide as the widest of all."""
+        return KeptNeurons(self.places_EK[own], self.widths[own])
+
+
+def widened(rows_EKX: Tensor, width: int) -> Tensor:
+    """Rows of experts, with zeros up to the width of the widest, which may be elsewhere."""
+    missing = width - rows_EKX.shape[1]
+    if not missing:
+        return rows_EKX
+    return functional.pad(rows_EKX, (0, 0) * (rows_EKX.ndim - 2) + (0, missing))
 
 
 def kept_neurons(kept_EH: Tensor) -> KeptNeurons:
@@ -136,12 +155,13 @@ class Elimination:
         return torch.cat([total.new_zeros(1), total])
 
 
-def eliminate(moments_EHH: Tensor, down_EHI: Tensor) -> Elimination:
+def eliminate(moments_EHH: Tensor, down_EHI: Tensor, sharing: Sharing = ALONE) -> Elimination:
     """Order the neurons of each expert by the output error of removing them.
 
     Args:
         moments_EHH: Routing-weighted second moment of each expert's neurons, shape (E, H, H).
         down_EHI: down_proj of each expert in stack orientation, shape (E, H, I).
+        sharing: Processes that share the experts; the order is of all.
 
     Source:
         The optimal brain surgeon (Hassibi & Stork 1993) for whole columns, as Kurtic et al. 2023
@@ -153,7 +173,8 @@ def eliminate(moments_EHH: Tensor, down_EHI: Tensor) -> Elimination:
         _eliminate_of_experts(moments_EHH[first : first + chunk], down_EHI[first : first + chunk])
         for first in range(0, experts, chunk)
     ]
-    return Elimination(*(torch.cat(parts) for parts in zip(*results, strict=True)))
+    own = (torch.cat(parts) for parts in zip(*results, strict=True))
+    return Elimination(*map(sharing.gather, own))
 
 
 def _eliminate_of_experts(moments_EHH: Tensor, down_EHI: Tensor) -> tuple[Tensor, Tensor]:
@@ -296,7 +317,7 @@ def refit_down(
         # The ridge bounds what the rounding of this product can do to the outputs.
         right_KI = in_float64(cross_KH[:width] @ down_HI) + ridge * kept_KI
         result.append(torch.cholesky_solve(right_KI, root_KK).to(down_EHI))
-    return pad_sequence(result, batch_first=True)
+    return widened(pad_sequence(result, batch_first=True), kept.width)
 
 
 def refitted_energy(moment_HH: Tensor, cross_HH: Tensor, down_HI: Tensor) -> float:

@@ -47,6 +47,11 @@ class TuckerFactors:
         return MultilinearRank(*self.core.shape)
 
     @property
+    def truncated(self) -> bool:
+        """Whether any mode has a factor."""
+        return any(factor is not None for factor in self.factors)
+
+    @property
     def shape(self) -> StackShape:
         """Sizes (E, H, I) of the dense stack."""
         return StackShape(

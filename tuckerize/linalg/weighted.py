@@ -8,8 +8,7 @@ alternating least squares then uses each expert's own moment.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -23,17 +22,23 @@ from tuckerize.linalg.gram import (
     symmetric,
 )
 from tuckerize.linalg.hooi import check_finite, check_rank, hooi
+from tuckerize.linalg.least_squares import conjugate_gradients, least_squares, solve
+from tuckerize.linalg.sharing import ALONE, Sharing
 from tuckerize.linalg.threads import parallel_workers
-from tuckerize.linalg.tucker import TuckerFactors, in_float64, orthonormalised, power_of_two_scale
+from tuckerize.linalg.tucker import (
+    TuckerFactors,
+    in_float64,
+    largest_magnitude,
+    orthonormalised,
+    power_of_two_scale,
+)
 from tuckerize.progress import Stage, silent
 
 EIGENVALUE_FLOOR = 1e-6
 """Eigenvalues of a second moment below this share of the largest are raised to it."""
 
-_CONJUGATE_GRADIENT_STEPS = 10
 # U_I is preconditioned: further steps gain nothing before the next sweep.
 _HIDDEN_FACTOR_STEPS = 2
-_CONJUGATE_GRADIENT_TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +94,7 @@ def weighted_tucker(
     max_sweeps: int = 10,
     tolerance: float = 5e-3,
     stage: Stage = silent,
+    sharing: Sharing = ALONE,
 ) -> WeightedDecomposition:
     """Approximate expert stacks with the smallest error of their products with the inputs.
 
@@ -103,6 +109,8 @@ def weighted_tucker(
         max_sweeps: Maximum number of sweeps of weighted least squares.
         tolerance: Stop when a sweep reduces the relative error by less than this fraction.
         stage: Is told the sweeps.
+        sharing: Processes of which each has some experts of the stacks, their moments and, in the
+            end, cores or rows of U_E.
 
     Raises:
         MultilinearRankError: A core size is below 1 or above the largest that its mode can use.
@@ -112,15 +120,19 @@ def weighted_tucker(
         Start: HOOI on the whitened stack, De Lathauwer et al. 2000; weighted least squares as
         Srebro & Jaakkola 2003 for matrices, extended to the three modes.
     """
-    shape = StackShape(*stacks[0].shape)
+    shape = StackShape(sharing.total(len(stacks[0])), *stacks[0].shape[1:])
     check_rank(rank, shape, coupled=len(stacks))
     if rank == MultilinearRank(*shape):
         return WeightedDecomposition(tuple(TuckerFactors(stack) for stack in stacks), (0.0,))
-    scale = power_of_two_scale(*stacks)
+    magnitudes = torch.tensor([largest_magnitude(own) for own in stacks], dtype=stacks[0].dtype)
+    scale = power_of_two_scale(sharing.gather(magnitudes))
     if scale != 1.0:
         stacks = [stack * scale for stack in stacks]
-    problem = _Problem(stacks, floored(moments_EII.to(stacks[0].dtype)))
-    best = problem.state(_start(stacks, moments_EII.sum(0), rank))
+    problem = _Problem(stacks, floored(moments_EII.to(stacks[0].dtype)), sharing)
+    pooled_II = sharing.sum(moments_EII.sum(0))
+    truncated = rank.truncated_modes(shape)
+    start = _whitened_hooi if truncated != (Mode.HIDDEN,) else _best_hidden_factor
+    best = problem.state(start(stacks, pooled_II, rank, sharing))
     errors = [best.error]
     for sweep in range(max_sweeps):
         stage(f"sweep {sweep + 1} of at most {max_sweeps}")
@@ -137,13 +149,13 @@ def weighted_tucker(
     return WeightedDecomposition(tuple(tensors), tuple(errors))
 
 
-def _start(stacks: list[Tensor], pooled_II: Tensor, rank: MultilinearRank) -> list[TuckerFactors]:
-    """The optimum if all experts had the same inputs, or near it.
+def _best_hidden_factor(
+    stacks: list[Tensor], pooled_II: Tensor, rank: MultilinearRank, sharing: Sharing
+) -> list[TuckerFactors]:
+    """The optimum if all experts had the same inputs, with a truncated hidden mode alone.
 
-    With a truncated hidden mode alone it is that of one Gram matrix; nothing is whitened.
+    It is that of one Gram matrix; nothing is whitened.
     """
-    if rank.truncated_modes(StackShape(*stacks[0].shape)) != (Mode.HIDDEN,):
-        return _whitened_hooi(stacks, pooled_II, rank)
     for stack in stacks:
         check_finite(stack)
     root_II, inverse_II = matrix_roots(pooled_II)
@@ -152,7 +164,7 @@ def _start(stacks: list[Tensor], pooled_II: Tensor, rank: MultilinearRank) -> li
         for stack in stacks:
             for matrix_HI in stack:
                 add_gram(gram_II, matrix_HI, workers)
-    white_II = root_II @ symmetric(gram_II).to(root_II) @ root_II
+    white_II = root_II @ sharing.sum(symmetric(gram_II)).to(root_II) @ root_II
     whitened_IR = leading_eigenvectors(white_II, rank.hidden)
     shared_IR, mixing_RR = (
         part.to(stacks[0]) for part in orthonormalised(inverse_II @ whitened_IR)
@@ -162,14 +174,17 @@ def _start(stacks: list[Tensor], pooled_II: Tensor, rank: MultilinearRank) -> li
 
 
 def _whitened_hooi(
-    stacks: list[Tensor], pooled_II: Tensor, rank: MultilinearRank
+    stacks: list[Tensor], pooled_II: Tensor, rank: MultilinearRank, sharing: Sharing
 ) -> list[TuckerFactors]:
-    """HOOI on the whitened stacks, which assumes the same input moment for all experts."""
+    """HOOI on the whitened stacks, which assumes the same input moment for all experts.
+
+    Every process has all of them while it lasts.
+    """
     root_II, inverse_II = (root.to(stacks[0]) for root in matrix_roots(pooled_II))
     # HOOI switches to float64 where the residual is tiny.
     whitened = [
-        factors.to(stacks[0].dtype, stacks[0].device)
-        for factors in hooi([stack @ root_II for stack in stacks], rank).tensors
+        _of_own_experts(factors.to(stacks[0].dtype, stacks[0].device), sharing)
+        for factors in hooi([sharing.gather(stack @ root_II) for stack in stacks], rank).tensors
     ]
     whitened_IR = whitened[0].U_I
     if whitened_IR is None:
@@ -183,6 +198,14 @@ def _whitened_hooi(
         TuckerFactors(factors.core @ mixing_RR.T, factors.U_E, factors.U_H, shared_IR)
         for factors in whitened
     ]
+
+
+def _of_own_experts(factors: TuckerFactors, sharing: Sharing) -> TuckerFactors:
+    """The part of a Tucker tensor that is of this process's experts."""
+    own = sharing.own(factors.shape.experts)
+    if factors.U_E is None:
+        return replace(factors, core=factors.core[own])
+    return replace(factors, U_E=factors.U_E[own])
 
 
 class _State(NamedTuple):
@@ -204,12 +227,15 @@ class _State(NamedTuple):
 class _Problem:
     """The stacks and moments of one weighted least-squares problem."""
 
-    def __init__(self, stacks: list[Tensor], moments_EII: Tensor) -> None:
+    def __init__(self, stacks: list[Tensor], moments_EII: Tensor, sharing: Sharing = ALONE) -> None:
         self.stacks = stacks
         self.moments_EII = moments_EII
-        self.pooled_inverse_II: Tensor = torch.linalg.inv(in_float64(moments_EII.sum(0)))
+        self.sharing = sharing
+        pooled_II = sharing.sum(moments_EII.sum(0))
+        self.pooled_inverse_II: Tensor = torch.linalg.inv(in_float64(pooled_II))
         self.weighted = [stack @ moments_EII for stack in stacks]
-        self.total = sum(map(_inner, stacks, self.weighted))
+        self.own_total = sum(map(_inner, stacks, self.weighted))
+        self.total = self._sum(self.own_total)
 
     def state(self, tensors: list[TuckerFactors]) -> _State:
         """Tucker tensors with all that their error and the next sweep need of the moments."""
@@ -223,19 +249,20 @@ class _Problem:
         targets = [
             weighted_EHI if U_I is None else weighted_EHI @ U_I for weighted_EHI in self.weighted
         ]
-        missed = self.total
+        missed = self.own_total
         for target_EHR, factors in zip(targets, tensors, strict=True):
             projected = target_EHR if factors.U_H is None else factors.U_H.T @ target_EHR
             cores_EQR = _expert_cores(factors)
             missed -= 2 * _inner(projected, cores_EQR)
             missed += _inner(cores_EQR @ small_ERR, cores_EQR)
+        missed = self._sum(missed)
         error = (max(0.0, missed) / self.total) ** 0.5 if self.total > 0 else 0.0
         return _State(tensors, small_ERR, targets, error)
 
     def sweep(self, state: _State) -> _State:
         """Update the cores, U_E and U_H of each stack once, then the shared U_I."""
         updated = [
-            _update_stack(factors, target_EHR, state.small_ERR)
+            _update_stack(factors, target_EHR, state.small_ERR, self.sharing)
             for factors, target_EHR in zip(state.tensors, state.targets, strict=True)
         ]
         U_I = updated[0].U_I
@@ -265,41 +292,50 @@ class _Problem:
             result = torch.zeros_like(U_IR)
             for moment_II, gram_RR in zip(self.moments_EII, grams_ERR, strict=True):
                 result += moment_II @ U_IR @ gram_RR
-            return result
+            return self.sharing.sum(result)
 
-        pooled_RR = in_float64(floored(grams_ERR.sum(0)[None])[0])
+        pooled_RR = in_float64(floored(self.sharing.sum(grams_ERR.sum(0))[None])[0])
         inverse_RR: Tensor = torch.linalg.inv(pooled_RR)
 
         def precondition(residual_IR: Tensor) -> Tensor:
             solved_IR = self.pooled_inverse_II @ in_float64(residual_IR) @ inverse_RR
             return solved_IR.to(residual_IR)
 
-        return _conjugate_gradients(
+        right_IR = self.sharing.sum(right_IR)
+        return conjugate_gradients(
             normal, right_IR, start_IR, steps=_HIDDEN_FACTOR_STEPS, precondition=precondition
         )
 
+    def _sum(self, value: float) -> float:
+        return float(self.sharing.sum(torch.tensor(value, dtype=torch.float64)))
 
-def _update_stack(factors: TuckerFactors, target_EHR: Tensor, small_ERR: Tensor) -> TuckerFactors:
+
+def _update_stack(
+    factors: TuckerFactors, target_EHR: Tensor, small_ERR: Tensor, sharing: Sharing
+) -> TuckerFactors:
     """Update the cores, U_E and U_H of one stack for a fixed U_I.
 
     Args:
         factors: The current Tucker tensor.
         target_EHR: X_e Σ_e U_I.
         small_ERR: U_Iᵀ Σ_e U_I.
+        sharing: The processes that share its experts.
     """
     U_E, U_H, core_PQR = factors.U_E, factors.U_H, factors.core
     projected_EQR = target_EHR if U_H is None else U_H.T @ target_EHR
     if U_E is None:
-        core_PQR = _solve(small_ERR, projected_EQR.mT).mT
+        core_PQR = solve(small_ERR, projected_EQR.mT).mT
     else:
-        core_PQR = _shared_cores(U_E, core_PQR, projected_EQR, small_ERR)
-        U_E, mixing_PP = orthonormalised(_expert_factor(core_PQR, projected_EQR, small_ERR))
+        core_PQR = _shared_cores(U_E, core_PQR, projected_EQR, small_ERR, sharing)
+        rows_EP = sharing.gather(_expert_factor(core_PQR, projected_EQR, small_ERR))
+        U_E, mixing_PP = orthonormalised(rows_EP)
+        U_E = U_E[sharing.own(len(rows_EP))]
         core_PQR = torch.tensordot(mixing_PP, core_PQR, dims=1)
     if U_H is not None:
         cores_EQR = _expert_cores(TuckerFactors(core_PQR, U_E))
-        right_HQ = torch.einsum("ehr,eqr->hq", target_EHR, cores_EQR)
-        gram_QQ = torch.einsum("eqr,ers,ets->qt", cores_EQR, small_ERR, cores_EQR)
-        U_H, mixing_QQ = orthonormalised(_least_squares(gram_QQ, right_HQ.T).T)
+        right_HQ = sharing.sum(torch.einsum("ehr,eqr->hq", target_EHR, cores_EQR))
+        gram_QQ = sharing.sum(torch.einsum("eqr,ers,ets->qt", cores_EQR, small_ERR, cores_EQR))
+        U_H, mixing_QQ = orthonormalised(least_squares(gram_QQ, right_HQ.T).T)
         core_PQR = mixing_QQ @ core_PQR
     return TuckerFactors(core_PQR, U_E, U_H, factors.U_I)
 
@@ -319,17 +355,16 @@ def _expert_cores(factors: TuckerFactors) -> Tensor:
 
 
 def _shared_cores(
-    U_E: Tensor, start_PQR: Tensor, projected_EQR: Tensor, small_ERR: Tensor
+    U_E: Tensor, start_PQR: Tensor, projected_EQR: Tensor, small_ERR: Tensor, sharing: Sharing
 ) -> Tensor:
     """Solve for shared cores by conjugate gradients."""
-    right_PQR = torch.tensordot(U_E.T, projected_EQR, dims=1)
+    right_PQR = sharing.sum(torch.tensordot(U_E.T, projected_EQR, dims=1))
 
     def normal(core_PQR: Tensor) -> Tensor:
         cores_EQR = torch.tensordot(U_E, core_PQR, dims=1)
-        applied: Tensor = torch.tensordot(U_E.T, cores_EQR @ small_ERR, dims=1)
-        return applied
+        return sharing.sum(torch.tensordot(U_E.T, cores_EQR @ small_ERR, dims=1))
 
-    return _conjugate_gradients(normal, right_PQR, start_PQR)
+    return conjugate_gradients(normal, right_PQR, start_PQR)
 
 
 def _expert_factor(core_PQR: Tensor, projected_EQR: Tensor, small_ERR: Tensor) -> Tensor:
@@ -338,50 +373,5 @@ def _expert_factor(core_PQR: Tensor, projected_EQR: Tensor, small_ERR: Tensor) -
     rows = []
     for projected_QR, small_RR in zip(projected_EQR, small_ERR, strict=True):
         gram_PP = (core_PQR @ small_RR).flatten(1) @ flat_PM.T
-        rows.append(_least_squares(gram_PP, (flat_PM @ projected_QR.flatten())[:, None]))
+        rows.append(least_squares(gram_PP, (flat_PM @ projected_QR.flatten())[:, None]))
     return torch.cat(rows, dim=1).T
-
-
-def _least_squares(gram_NN: Tensor, right_NK: Tensor) -> Tensor:
-    """Solve a small, possibly singular normal equation in float64 on the host."""
-    solution: Tensor = torch.linalg.lstsq(gram_NN.cpu().double(), right_NK.cpu().double()).solution
-    return solution.to(right_NK)
-
-
-def _solve(grams_ENN: Tensor, right_ENK: Tensor) -> Tensor:
-    """Solve well-conditioned systems in float64, one large one per expert at a time."""
-    solution = torch.empty_like(right_ENK)
-    for own_NK, gram_NN, right_NK in zip(solution, grams_ENN, right_ENK, strict=True):
-        own_NK.copy_(torch.linalg.solve(in_float64(gram_NN), in_float64(right_NK)))
-    return solution
-
-
-def _conjugate_gradients(
-    normal: Callable[[Tensor], Tensor],
-    right: Tensor,
-    start: Tensor,
-    *,
-    steps: int = _CONJUGATE_GRADIENT_STEPS,
-    precondition: Callable[[Tensor], Tensor] = torch.clone,
-) -> Tensor:
-    """Solve normal(Z) = right from a start; each step lowers the corresponding quadratic."""
-    solution = start.clone()
-    residual = right - normal(solution)
-    conditioned = precondition(residual)
-    direction = conditioned
-    squared = float((residual * conditioned).sum())
-    enough = _CONJUGATE_GRADIENT_TOLERANCE * float((right * precondition(right)).sum())
-    for _ in range(steps):
-        if squared <= enough:
-            break
-        applied = normal(direction)
-        curvature = float((direction * applied).sum())
-        if curvature <= 0:
-            break
-        step = squared / curvature
-        solution += step * direction
-        residual -= step * applied
-        conditioned = precondition(residual)
-        before, squared = squared, float((residual * conditioned).sum())
-        direction = conditioned + (squared / before) * direction
-    return solution

@@ -52,7 +52,7 @@ class Processes:
     local_size: int = 1
     store: Store | None = None
     timeout: timedelta = _TIMEOUT
-    _taken: int = 0
+    _queues: int = 0
     _started: int = 0
 
     @property
@@ -92,8 +92,16 @@ class Processes:
         return result
 
     def queue(self, count: int) -> Iterator[int]:
-        """Yield indices below `count` in order, each to the first process that is free."""
-        while (index := self._take()) < count:
+        """Yield indices below `count` in order, each to the first process that is free.
+
+        All processes make their queues in the same order.
+        """
+        if self.store is None:
+            yield from range(count)
+            return
+        key = f"{_NEXT}/{self._queues}"
+        self._queues += 1
+        while (index := int(self.store.add(key, 1)) - 1) < count:
             yield index
 
     @contextmanager
@@ -129,12 +137,6 @@ class Processes:
         if received is None:
             raise TypeError("process 0 must pass a value")
         return received
-
-    def _take(self) -> int:
-        if self.store is not None:
-            return int(self.store.add(_NEXT, 1)) - 1
-        self._taken += 1
-        return self._taken - 1
 
 
 def started_by_torchrun() -> bool:

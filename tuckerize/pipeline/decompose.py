@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from tuckerize.calibration.calibration_pass import CalibrationPass
+from tuckerize.calibration.layer_profile import LayerProfile
 from tuckerize.calibration.text import fingerprint
 from tuckerize.checkpoint.hub import resolve_model
 from tuckerize.checkpoint.output import OutputFolder, refuse_overlap
@@ -133,7 +134,8 @@ def decompose(
     """Decompose the routed experts of a model into a Tucker checkpoint.
 
     An interrupted run continues when it is started again, and ends with the same bytes. Under
-    torchrun the processes share out the stacks.
+    torchrun the processes share out the stacks; or, with a calibration, the experts of each layer,
+    and the last bits depend on their number.
 
     Args:
         request: The decomposition.
@@ -158,8 +160,8 @@ def decompose(
     with _processes_of(request, recipe) as (processes, device), ExitStack() as held:
         held.callback(torch.set_num_threads, torch.get_num_threads())
 
-        def prepare() -> tuple[Plan, CalibrationPass | None]:
-            source, calibration = _open(request, recipe, device)
+        def begin() -> tuple[SourceModel, CalibrationPass | None]:
+            source, calibration = _open(request, recipe, device, processes)
             refuse_overlap(output, source.checkpoint.folder)
             folder = OutputFolder(output)
             text = fingerprint(calibration.windows_SL) if calibration else ""
@@ -171,14 +173,20 @@ def decompose(
                 folder.join(contents)
             # Before a profile is made: what a calibrated layer needs depends on its shape alone.
             _fit_memory(make_plan(source, recipe), processes, device, most)
-            plan = _plan(source, recipe, calibration, progress)
+            return source, calibration
+
+        source, calibration = processes.leader_first(begin)
+        profiles = _profiles(recipe, calibration, progress)
+
+        def prepare() -> Plan:
+            plan = _plan(source, recipe, calibration, profiles)
             if processes.is_leader:
                 _note(plan, progress)
                 require_space(output, bytes_to_write(plan, calibration))
                 announce(plan_duration(plan), "the decomposition", device, progress)
-            return plan, calibration
+            return plan
 
-        plan, calibration = processes.leader_first(prepare)
+        plan = processes.leader_first(prepare)
         return compress_model(
             plan,
             output,
@@ -211,12 +219,11 @@ def preview(request: DecomposeRequest, progress: Progress | None = None) -> Plan
     progress = progress or SilentProgress()
     recipe = request.to_recipe()
     with _processes_of(request, recipe) as (processes, device):
-
-        def prepare() -> Plan:
-            source, calibration = _open(request, recipe, device)
-            return _plan(source, recipe, calibration, progress)
-
-        plan = processes.leader_first(prepare)
+        source, calibration = processes.leader_first(
+            lambda: _open(request, recipe, device, processes)
+        )
+        profiles = _profiles(recipe, calibration, progress)
+        plan = processes.leader_first(lambda: _plan(source, recipe, calibration, profiles))
         if not processes.is_leader:
             return None
         _note(plan, progress)
@@ -233,23 +240,18 @@ def _note(plan: Plan, progress: Progress) -> None:
 def _processes_of(
     request: DecomposeRequest, recipe: Recipe
 ) -> Iterator[tuple[Processes, torch.device]]:
-    """Processes of the run, only one with a calibration, and the device of this one."""
+    """Processes of the run, and the device of this one."""
     choice, seconds = Device.parse(request.device), request.collective_timeout
     with process_group(
         lambda local: choose_device(choice, local_rank=local),
         None if seconds is None else timedelta(seconds=seconds),
     ) as (processes, device):
-        if recipe.calibration and processes.size > 1:
-            raise UsageError(
-                "--calibration runs in one process: a layer needs the ones before it",
-                hint="start it without torchrun",
-            )
         check_encoding(device, recipe.quantize)
         yield processes, device
 
 
 def _open(
-    request: DecomposeRequest, recipe: Recipe, device: torch.device
+    request: DecomposeRequest, recipe: Recipe, device: torch.device, processes: Processes
 ) -> tuple[SourceModel, CalibrationPass | None]:
     """Source and calibration set, if any; refuses a recipe that cannot be planned."""
     source = SourceModel.open(resolve_model(str(request.model)))
@@ -260,7 +262,9 @@ def _open(
         from tuckerize.engines.transformers import check_experts
 
         check_experts(source.checkpoint.folder, source.moe.family, source.moe.layers)
-    return source, CalibrationPass.open(source, recipe, device) if recipe.calibration else None
+    if recipe.calibration is None:
+        return source, None
+    return source, CalibrationPass.open(source, recipe, device, processes)
 
 
 def _most_bytes(request: DecomposeRequest) -> int | None:
@@ -283,14 +287,23 @@ def _fit_memory(plan: Plan, processes: Processes, device: torch.device, most: in
     if most is not None:
         bounds.append(max(0, most - BASE_BYTES))
     if bounds:
-        torch.set_num_threads(threads_that_fit(plan, min(bounds)))
+        torch.set_num_threads(threads_that_fit(plan, min(bounds), processes.size))
+
+
+def _profiles(
+    recipe: Recipe, calibration: CalibrationPass | None, progress: Progress
+) -> Sequence[LayerProfile]:
+    """Profiles that calibrated budgets are allocated by; all processes call this."""
+    has_budget = any(rule.keep is not None or rule.bits is not None for rule in recipe.rules)
+    return profiles_of(calibration, progress) if calibration and has_budget else ()
 
 
 def _plan(
-    source: SourceModel, recipe: Recipe, calibration: CalibrationPass | None, progress: Progress
+    source: SourceModel,
+    recipe: Recipe,
+    calibration: CalibrationPass | None,
+    profiles: Sequence[LayerProfile],
 ) -> Plan:
-    has_budget = any(rule.keep is not None or rule.bits is not None for rule in recipe.rules)
-    profiles = profiles_of(calibration, progress) if calibration and has_budget else ()
     plan = make_plan(source, recipe, profiles)
     is_validated = calibration is None or calibration.has_validation
     return plan if is_validated else plan.without_predictions()

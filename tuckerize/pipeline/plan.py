@@ -14,6 +14,7 @@ from tuckerize.domain import Device, Target
 from tuckerize.errors import UsageError
 from tuckerize.moe.source import SourceModel
 from tuckerize.parallel.backends import choose_device
+from tuckerize.parallel.processes import process_group
 from tuckerize.planning.curve import BITS, kl_curve
 from tuckerize.planning.plan import make_plan
 from tuckerize.progress import Progress, SilentProgress
@@ -44,14 +45,18 @@ class PlanRequest:
     device: str = Device.AUTO
 
 
-def plan(request: PlanRequest, progress: Progress | None = None) -> CurveReport:
+def plan(request: PlanRequest, progress: Progress | None = None) -> CurveReport | None:
     """Predict what every budget of a calibrated decomposition costs; decomposes nothing.
 
-    One pass over the text; its result is kept in the cache, where `decompose` finds it.
+    One pass over the text; its result is kept in the cache, where `decompose` finds it. Under
+    torchrun the processes share the experts of each layer.
 
     Args:
         request: The model and the text.
         progress: Shows how far the profile is.
+
+    Returns:
+        The curve, on process 0; None on the other processes of a torchrun run.
 
     Raises:
         TuckerizeError: The model or the text cannot be used; the message says why.
@@ -69,20 +74,30 @@ def plan(request: PlanRequest, progress: Progress | None = None) -> CurveReport:
     )
     choice = Device.parse(request.device)
     targets = [Target.parse(target) for target in request.targets]
-    source = SourceModel.open(resolve_model(str(request.model)))
-    make_plan(source, recipe)  # refuse an impossible recipe before reading the text
-    opened = CalibrationPass.open(source, recipe, choose_device(choice))
-    if not opened.has_validation:
-        raise UsageError(
-            f"{opened.windows_SL.numel()} calibration tokens leave none for validation, and "
-            "nothing can be predicted",
-            hint=f"give a text of at least {fewest_tokens()} tokens, and leave "
-            "--calibration-tokens out",
+    with process_group(lambda local: choose_device(choice, local_rank=local)) as (
+        processes,
+        device,
+    ):
+
+        def begin() -> CalibrationPass:
+            source = SourceModel.open(resolve_model(str(request.model)))
+            make_plan(source, recipe)  # refuse an impossible recipe before reading the text
+            opened = CalibrationPass.open(source, recipe, device, processes)
+            if opened.has_validation:
+                return opened
+            raise UsageError(
+                f"{opened.windows_SL.numel()} calibration tokens leave none for validation, and "
+                "nothing can be predicted",
+                hint=f"give a text of at least {fewest_tokens()} tokens, and leave "
+                "--calibration-tokens out",
+            )
+
+        opened = processes.leader_first(begin)
+        curve = kl_curve(
+            recipe,
+            opened,
+            progress or SilentProgress(),
+            targets=targets,
+            bits=BITS if request.bits is None else (request.bits,),
         )
-    return kl_curve(
-        recipe,
-        opened,
-        progress or SilentProgress(),
-        targets=targets,
-        bits=BITS if request.bits is None else (request.bits,),
-    )
+        return curve if processes.is_leader else None

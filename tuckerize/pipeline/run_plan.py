@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 
 from tuckerize.calibration.calibration_pass import CalibrationPass, SavedStates, experts_call
 from tuckerize.calibration.states import States
+from tuckerize.calibration.tokens import DenseGroup
 from tuckerize.checkpoint.files import FileRecord, describe_file, sha256_of
 from tuckerize.checkpoint.identity import identities
 from tuckerize.checkpoint.output import OutputFolder
@@ -20,6 +21,7 @@ from tuckerize.checkpoint.writer import copy_tensors, write_dense
 from tuckerize.compression.calibrated import compress_layer
 from tuckerize.compression.data_free import decompose_piece
 from tuckerize.compression.factors import LayerFactors
+from tuckerize.compression.gather import gathered
 from tuckerize.compression.scales import notes_on_scales
 from tuckerize.compression.target import LayerPiece
 from tuckerize.compression.write import write_piece
@@ -66,7 +68,8 @@ def compress_model(
         device: Where the products run.
         processes: The processes of the run.
         progress: Shows how far the work is.
-        calibration: The model and its text, for a plan with calibration, in one process.
+        calibration: The model and its text, for a plan with calibration; the processes share its
+            layers.
 
     Returns:
         Report of the run, on process 0; None on the others.
@@ -169,12 +172,18 @@ def _compress_calibrated(
     folder = OutputFolder(output)
     states = SavedStates(folder.work_file("hidden.safetensors"))
     pieces = {piece.layer: piece for piece in plan.layer_pieces if _is_calibrated(piece)}
-    start, saved = states.load(calibration.model.device)
-    if any(folder.record(piece.name) is None for own, piece in pieces.items() if own < start):
-        start, saved = 0, {}  # a layer has to be made again, and all states depend on it
+    sharing, device = calibration.sharing, calibration.model.device
+
+    def load() -> tuple[int, States | None]:
+        start, saved = states.load()
+        if any(folder.record(piece.name) is None for own, piece in pieces.items() if own < start):
+            return 0, None  # a layer has to be made again, and all states depend on it
+        return start, States.of(saved)[_HIDDEN] if saved else None
+
+    start, saved = sharing.of_first(load)
     progress.start(len(pieces))
     progress.advance(sum(layer < start for layer in pieces), "continued")
-    hidden = States.of(saved)[_HIDDEN] if saved else calibration.embed()
+    hidden = calibration.own(saved.to(device) if saved else calibration.embed())
     for layer in range(start, max(pieces, default=-1) + 1):
         piece = pieces.get(layer)
         progress.stage(f"layer {layer}: tokens")
@@ -182,7 +191,9 @@ def _compress_calibrated(
         # The record first: a layer is done again where only its states are missing.
         if record is not None:
             _record(plan, pieces[layer], folder, record)
-        states.save(layer + 1, hidden.named(_HIDDEN))
+        whole = calibration.whole(hidden, len(calibration.windows_SL))
+        if sharing.is_first:
+            states.save(layer + 1, whole.named(_HIDDEN))
     progress.close()
     return list(calibration.notes)
 
@@ -196,7 +207,7 @@ def _pass_layer(
     output: Path,
     progress: Progress,
 ) -> tuple[States, dict[str, Any] | None]:
-    """States after a layer, and the record of its piece, if it has one.
+    """States after a layer, and on process 0 the record of its piece, if it has one.
 
     Nothing else of the layer outlives the call: the next one needs the memory.
     """
@@ -204,7 +215,7 @@ def _pass_layer(
         return calibration.run_layer(layer, hidden, None), None
     groups = calibration.groups(layer)
     dense = calibration.module(layer, [group.as_tensors() for group in groups])
-    tokens, _, after = calibration.capture(layer, hidden, dense)
+    tokens, _, after = calibration.capture(layer, hidden, len(calibration.windows_SL), dense)
     if piece is None:
         return after, None
     compressed = compress_layer(
@@ -217,7 +228,10 @@ def _pass_layer(
         max_sweeps=plan.recipe.max_sweeps,
         progress=progress,
     )
-    record = _write(plan, piece, [compressed], output)
+    sharing = calibration.sharing
+    whole = gathered(compressed, sharing)
+    notes = [note for own in sharing.of_all(_notes_on(plan, layer, groups)) for note in own]
+    record = _write(plan, piece, [whole], output, notes) if sharing.is_first else None
     if calibration.settings.sequential:
         module = calibration.module(layer, [group.tensors() for group in compressed.groups]).float()
         after = calibration.run_layer(layer, hidden, experts_call(module))
@@ -235,7 +249,14 @@ def _carry_out(plan: Plan, piece: Piece, output: Path, device: torch.device) -> 
             max_sweeps=plan.recipe.max_sweeps,
             device=device,
         )
-        return _write(plan, piece, parts, output)
+        notes: list[str] = []
+
+        def noted() -> Iterator[LayerFactors]:
+            for part in parts:
+                notes.extend(_notes_on(plan, piece.layer, (group.dense for group in part.groups)))
+                yield part
+
+        return _write(plan, piece, noted(), output, notes)
     source = plan.source.checkpoint.files[piece.source_file]
     name = plan.weight_file(piece)
     written = _copy(plan, piece, output / name) if name else None
@@ -276,20 +297,24 @@ def _copy(plan: Plan, piece: CopyPiece, path: Path) -> FileRecord:
 
 
 def _write(
-    plan: Plan, piece: LayerPiece, parts: Iterable[LayerFactors], output: Path
+    plan: Plan,
+    piece: LayerPiece,
+    parts: Iterable[LayerFactors],
+    output: Path,
+    notes: Sequence[str],
 ) -> dict[str, Any]:
+    """Write the weight file of a piece; its record has notes that may come with the parts."""
     experts = plan.source.moe.family.experts_prefix(piece.layer)
-    notes: list[str] = []
-
-    def watched() -> Iterator[LayerFactors]:
-        for part in parts:
-            for group in part.groups if plan.source.coding else ():
-                notes.extend(notes_on_scales(piece.layer, group.dense))
-            yield part
-
-    record = write_piece(output / str(plan.weight_file(piece)), piece, watched(), experts)
+    record = write_piece(output / str(plan.weight_file(piece)), piece, parts, experts)
     record["notes"] = [*record.get("notes", ()), *notes]
     return record
+
+
+def _notes_on(plan: Plan, layer: int, groups: Iterable[DenseGroup]) -> list[str]:
+    """Notes on dense experts of a quantized source."""
+    if not plan.source.coding:
+        return []
+    return [note for group in groups for note in notes_on_scales(layer, group)]
 
 
 def _finish(plan: Plan, folder: OutputFolder, model: str) -> TuckerManifest:

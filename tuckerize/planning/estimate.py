@@ -29,37 +29,40 @@ _MATRICES_PER_THREAD = 8
 _WORK_BYTES = 4
 
 
-def peak_bytes(plan: Plan, threads: int | None = None) -> int:
+def peak_bytes(plan: Plan, threads: int | None = None, processes: int = 1) -> int:
     """Estimated peak memory of one process, host and device together.
 
     Args:
         plan: The plan.
         threads: Threads that work side by side; those of torch by default.
+        processes: Processes that share the experts of a calibrated layer.
     """
-    shape = plan.group_shape
+    shape, layer = plan.group_shape, plan.source.moe.shape
+    own = layer._replace(experts=layer.experts // shape.experts * -(-shape.experts // processes))
     source = WEIGHT_TYPES[plan.source.moe.dtype]
     pieces = [
         data_free_bytes(shape, piece, source, plan.weights)
         if piece.calibration is None
-        else calibrated_bytes(plan.source.moe.shape, tokens=piece.calibration.tokens)
+        else calibrated_bytes(own, tokens=piece.calibration.tokens)
         for piece in plan.layer_pieces
     ]
     threads = threads or torch.get_num_threads()
     return process_bytes(shape, threads) + max(pieces, default=0)
 
 
-def threads_that_fit(plan: Plan, available: int) -> int:
+def threads_that_fit(plan: Plan, available: int, processes: int = 1) -> int:
     """Most threads, up to those of torch, with which a plan's estimated peak fits in memory.
 
     Args:
         plan: The plan.
         available: Bytes that this process may still take.
+        processes: Processes that share the experts of a calibrated layer.
 
     Raises:
         UsageError: One thread does not fit either.
     """
     for threads in range(torch.get_num_threads(), 0, -1):
-        needed = peak_bytes(plan, threads) - BASE_BYTES  # which is taken already
+        needed = peak_bytes(plan, threads, processes) - BASE_BYTES  # which is taken already
         if needed <= available:
             return threads
     raise UsageError(
