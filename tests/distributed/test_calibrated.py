@@ -20,7 +20,7 @@ PROCESSES = 2
 CASES: dict[str, dict[str, Any]] = {
     "all modes, groups": {"rank": "2,16,20", "group_size": 3, "joint": "gate_up"},
     "4 bits, uneven widths": {"bits": 3.0, "quantize": "w4"},
-    "biases": {"rank": "full,16,20", "model": "biased"},
+    "biases": {"rank": "full,8,8", "model": "biased"},
 }
 CONTINUED = ("one, two", "two, one")
 
