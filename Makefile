@@ -15,8 +15,8 @@ VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install -
 TRANSFORMERS ?= 5.14.1 5.16.1 5.19.0 5.23.0 $(shell sed -n 's/^transformers==//p' constraints.txt)
 TRANSFORMERS_VENVS := $(TRANSFORMERS:%=$(VENV)-transformers-%)
 
-.PHONY: demo docs test check format fuzz full-width accelerator test-demo test-families test-install test-kill test-lowest test-npu \
-	test-transformers test-vllm test-lm-eval clean help
+.PHONY: demo bench docs test check format fuzz full-width accelerator test-demo test-families test-install test-kill test-lowest \
+	test-npu test-transformers test-vllm test-lm-eval clean help
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -60,6 +60,15 @@ full-width: $(VENV)/.installed  ## Time and memory at DeepSeek-V2-Lite's width (
 
 accelerator: $(VENV)/.installed  ## Everything that an accelerator changes, in minutes and without network
 	$(BIN)/python -m benchmarks.accelerator --write
+
+bench: $(VENV)/.installed  ## Speed, before and after, and the tables of docs/performance.md (an hour, alone on the machine)
+	$(BIN)/python -m benchmarks.calibrated_speed --baseline 621ff6c --narrow 2 --write
+	$(BIN)/python -m benchmarks.linalg.st_hosvd --threads 2 --runs 3 --tensorly --write
+	$(BIN)/python -m benchmarks.forward --threads 1 --runs 3 --batches 1 8 32 --most-tokens 1024 --write
+	$(BIN)/python -m benchmarks.reading --write
+	$(BIN)/python benchmarks/full_width.py --write
+	$(BIN)/python benchmarks/full_width.py --calibrated --layers 2 --write
+	$(BIN)/python -m benchmarks.performance
 
 docs: $(VENV)/.installed-dev  ## The documentation as a site, in build/site
 	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -34,7 +34,8 @@ from tuckerize.moe.family import Glu
 from tuckerize.runtime.activations import activation_of
 from tuckerize.runtime.experts import TuckerExperts
 
-RESULTS = Path(__file__).parent / "results" / "forward.json"
+CAPABILITY = torch.backends.cpu.get_cpu_capability()
+RESULTS = Path(__file__).parent / "results" / f"forward_{CAPABILITY.lower()}.json"
 DENSE = ("eager", "batched_mm", "grouped_mm")
 # Gathers the weights of every token's experts: for more tokens than this it is out of the question.
 BATCHED_TOKENS = 32
@@ -277,6 +278,7 @@ def main() -> None:
             "torch": torch.__version__,
             "tuckerize": tuckerize.__version__,
             "machine": platform.machine(),
+            "capability": CAPABILITY,
             "cores": os.cpu_count(),
             "threads": options.threads,
             "dtype": options.dtype,

@@ -28,6 +28,7 @@ from tuckerize.runtime.exchange import Combine, Exchange, Tokens, dispatch_all
 from tuckerize.runtime.grouped import (
     Assignments,
     assign,
+    gemm,
     mix_and_multiply,
     multiply,
     multiply_uneven,
@@ -253,7 +254,7 @@ class TuckerExperts(nn.Module):
                 if not known:
                     factors.append(own)
         low = [
-            self.exchange.own_hidden(x_TI) if U_I is None else x_TI @ U_I.to(x_TI.dtype)
+            self.exchange.own_hidden(x_TI) if U_I is None else gemm(x_TI, U_I.to(x_TI.dtype))
             for U_I in factors
         ]
         return low, places
@@ -275,7 +276,7 @@ class TuckerExperts(nn.Module):
                 factors.append(None if stack.U_H is None else _own(stack.U_H))
         completed = self.exchange.gate_up(middles, [factor is not None for factor in factors])
         expanded = [
-            middle if factor is None else middle @ factor.to(middle.dtype).T
+            middle if factor is None else gemm(middle, factor.to(middle.dtype).T)
             for middle, factor in zip(completed, factors, strict=True)
         ]
         stacks = [
@@ -297,7 +298,7 @@ class TuckerExperts(nn.Module):
         """Weighted sums over the experts of every group, each (T, r_I), before U_I."""
         stacks = [group.stack(Projection.DOWN) for group in self.groups]
         middles = [
-            h_NH if stack.U_H is None else h_NH @ _own(stack.U_H).to(h_NH.dtype)
+            h_NH if stack.U_H is None else gemm(h_NH, _own(stack.U_H).to(h_NH.dtype))
             for h_NH, stack in zip(neurons, stacks, strict=True)
         ]
         completed = self.exchange.down(middles, [stack.U_H is not None for stack in stacks])
@@ -333,7 +334,7 @@ class TuckerExperts(nn.Module):
 def _expand(outputs: Sequence[Tensor], factors: list[Tensor | None]) -> Tensor:
     """Sum over groups of their outputs in hidden space."""
     expanded = [
-        output if factor is None else output @ factor.to(output.dtype).T
+        output if factor is None else gemm(output, factor.to(output.dtype).T)
         for output, factor in zip(outputs, factors, strict=True)
     ]
     return torch.stack(expanded).sum(0)

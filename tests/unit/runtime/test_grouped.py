@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tuckerize.runtime import grouped
 from tuckerize.runtime.grouped import (
     Assignments,
     assign,
+    gemm,
     mix_and_multiply,
     multiply,
     multiply_gathered,
@@ -71,6 +73,44 @@ def test_every_row_meets_the_matrix_of_its_expert(
     expected = naive(rows, list(matrices), assigned)
     close = ROUNDING[dtype]
     torch.testing.assert_close(result.double(), expected, rtol=close, atol=close)
+
+
+@pytest.fixture(params=["kernels for 16 bits", "none"])
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Processors with and without kernels for 16 bits, whichever this one is."""
+    slow = {torch.bfloat16, torch.float16} if request.param == "none" else set()
+    monkeypatch.setattr(grouped, "_SLOW_ON_CPU", slow)
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("processor")
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 2, 30])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_product_in_16_bits_is_rounded_once(
+    dtype: torch.dtype, rows: int, transposed: bool
+) -> None:
+    matrix = normal(300, 40, dtype=dtype)
+    matrix = matrix.mT.contiguous().mT if transposed else matrix
+    own = normal(rows, 300, dtype=dtype, seed=2)
+    result = gemm(own, matrix)
+    assert result.dtype == dtype
+    expected = own.double() @ matrix.double()
+    torch.testing.assert_close(
+        result.double(), expected, rtol=torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps
+    )
+
+
+@pytest.mark.usefixtures("processor")
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_layer_in_16_bits_is_that_in_float64(tokens: int) -> None:
+    assigned = assign(ROUTES["random"][:tokens], range(EXPERTS))
+    matrices, U_E = normal(3, 24, 16, dtype=torch.bfloat16), normal(EXPERTS, 3, seed=3)
+    rows = normal(len(assigned.places_N), 24, dtype=torch.bfloat16, seed=2)
+    result = mix_and_multiply(rows, U_E.bfloat16(), matrices, assigned)
+    mixed = torch.tensordot(U_E.bfloat16().double(), matrices.double(), dims=1)
+    expected = naive(rows, list(mixed), assigned)
+    assert float((result.double() - expected).norm() / expected.norm()) < 0.01
 
 
 def test_slice_with_rows_that_are_not_aligned_is_multiplied() -> None:
