@@ -329,7 +329,7 @@ def _refitted_errors(
     Core sizes are nested: what a larger one adds is added to the neurons of the one before.
     """
     basis_IR, onto_IR = bases
-    own = tokens.of_expert(group.experts[place], least=group.shape.intermediate)
+    own = tokens.of_expert(group.experts[place], least=group.enough_tokens)
     gate_HI, up_HI, down_HI = (group.stacks[p][place] for p in Projection)
     weight_N1 = own.weights_N[:, None]
     exact_NH = weight_N1 * activation(*group.gate_up(place, own.x_NI))

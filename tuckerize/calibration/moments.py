@@ -52,7 +52,7 @@ def gather_moments(
 ) -> GroupMoments:
     """Second moments of a group of experts on a layer's tokens.
 
-    Experts with fewer tokens than neurons get others of the layer as well, see `LayerTokens`.
+    Experts with few tokens get others of the layer as well, see `LayerTokens.of_expert`.
 
     Args:
         group: The dense experts, in float32.
@@ -66,7 +66,7 @@ def gather_moments(
     gates, ups, routed = [], [], []
     output_TI = tokens.x_TI.new_zeros(tokens.x_TI.shape)
     for place, expert in enumerate(group.experts):
-        own = tokens.of_expert(expert, least=group.shape.intermediate)
+        own = tokens.of_expert(expert, least=group.enough_tokens)
         down_HI = group.stacks[Projection.DOWN][place]
         found = _neurons(*group.gate_up(place, own.x_NI), activation)
         weight_N1 = own.weights_N[:, None]
@@ -75,8 +75,9 @@ def gather_moments(
         torch.mm(weighted_NH.T, weighted_NH, out=neurons_EHH[place])
         row_norms_H = down_HI.square().sum(1)
         # The moments hold the weights already; sensitivities are means over tokens without them.
-        gates.append(found.by_gate_NH.square().mean(0) * row_norms_H)
-        ups.append(found.by_up_NH.square().mean(0) * row_norms_H)
+        shares_N = own.counts_N / own.counts_N.sum()
+        gates.append(shares_N @ found.by_gate_NH.square() * row_norms_H)
+        ups.append(shares_N @ found.by_up_NH.square() * row_norms_H)
         routed.append(own.routed)
         result_NI = weighted_NH[: own.routed] @ down_HI
         output_TI.index_add_(0, own.places_N[: own.routed], result_NI)
@@ -106,10 +107,10 @@ def input_moments(group: DenseGroup, tokens: LayerTokens) -> Tensor:
         group: The dense experts.
         tokens: Tokens of the layer.
     """
-    experts, neurons, hidden = group.shape
+    experts, _, hidden = group.shape
     hidden_EII = tokens.x_TI.new_empty(experts, hidden, hidden)
     for own_II, expert in zip(hidden_EII, group.experts, strict=True):
-        own = tokens.of_expert(expert, least=neurons)
+        own = tokens.of_expert(expert, least=group.enough_tokens)
         weighted_NI = own.weights_N[:, None] * own.x_NI
         torch.mm(weighted_NI.T, weighted_NI, out=own_II)
     return hidden_EII
@@ -135,7 +136,7 @@ def refit_moments(
     """
     now, cross = [], []
     for place, expert in enumerate(group.experts):
-        own = tokens.of_expert(expert, least=group.shape.intermediate)
+        own = tokens.of_expert(expert, least=group.enough_tokens)
         weight_N1 = own.weights_N[:, None]
         dense_NH = weight_N1 * activation(*group.gate_up(place, own.x_NI))
         now_NK = weight_N1 * activation(*compressed(place, own.x_NI))

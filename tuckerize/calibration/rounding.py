@@ -49,7 +49,7 @@ def rounding_errors(
     for group, expert in places:
         place = expert - group.experts.start
         dense = tuple(group.stacks[projection][place] for projection in Projection)
-        least = group.shape.intermediate
+        least = group.enough_tokens
         seen, new = fit.of_expert(expert, least), held_out.of_expert(expert, least)
         gate_HI, up_HI, down_HI = dense
         biased = _after_biases(group, place, activation)

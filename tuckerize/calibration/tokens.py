@@ -16,9 +16,11 @@ HELD_OUT_BLOCK = 512
 """Every 16th block of so many tokens is the validation set: it decides, and is never fitted."""
 _HELD_OUT_EVERY = 16
 
-# Weight of the tokens that fill up an expert with few of its own, relative to the mean routing
-# weight of the layer.
-_POOLED_WEIGHT = 0.1
+# Tokens that an expert is fitted to, in multiples of the unknowns of a row: fewer of its own are
+# filled up from the layer, at this weight relative to the mean routing weight. Measured on trained
+# layers (docs/explanation/calibration.md): without them, few tokens are interpolated, not fitted.
+_TOKENS_PER_UNKNOWN = 4
+_POOLED_WEIGHT = 0.3
 
 
 def fewest_tokens() -> int:
@@ -40,6 +42,13 @@ class ExpertTokens(NamedTuple):
     weights_N: Tensor
     routed: int
     places_N: Tensor
+
+    @property
+    def counts_N(self) -> Tensor:  # noqa: N802
+        """What each token counts in a mean without routing weights, shape (N,)."""
+        counts_N = torch.ones_like(self.weights_N)
+        counts_N[self.routed :] = _POOLED_WEIGHT**2
+        return counts_N
 
 
 class LayerTokens(NamedTuple):
@@ -104,6 +113,11 @@ class DenseGroup:
     def shape(self) -> StackShape:
         """Sizes (E, H, I)."""
         return StackShape(*self.stacks[Projection.GATE].shape)
+
+    @property
+    def enough_tokens(self) -> int:
+        """Tokens of one expert that determine least squares of all its projections."""
+        return _TOKENS_PER_UNKNOWN * max(self.shape.intermediate, self.shape.hidden)
 
     def as_tensors(self) -> dict[TensorName, Tensor]:
         """As the tensors of a group of which every mode is full."""

@@ -391,12 +391,12 @@ def group_output(
 
 def _note_on_rare_experts(layer: int, tokens: LayerTokens, shape: StackShape) -> tuple[str, ...]:
     """A note on the experts whose second moments their own tokens cannot fill."""
-    neurons = shape.intermediate
+    unknowns = max(shape.intermediate, shape.hidden)
     routed_E = torch.bincount(tokens.experts_Tk.flatten(), minlength=shape.experts)
-    rare = (routed_E < neurons).nonzero()[:, 0].tolist()
+    rare = (routed_E < unknowns).nonzero()[:, 0].tolist()
     if not rare:
         return ()
     return (
-        f"layer {layer}: experts {', '.join(map(str, rare))} saw fewer than {neurons} tokens; "
+        f"layer {layer}: experts {', '.join(map(str, rare))} saw fewer than {unknowns} tokens; "
         "tokens of the whole layer fill up",
     )

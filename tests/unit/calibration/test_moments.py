@@ -27,19 +27,19 @@ def silu_slope(value: float) -> float:
     return share * (1 + value * (1 - share))
 
 
-def seen(group: DenseGroup, tokens: LayerTokens) -> list[list[tuple[int, float]]]:
-    """Places and weights of the tokens of every expert, filled up where they are few."""
+def seen(group: DenseGroup, tokens: LayerTokens) -> list[list[tuple[int, float, float]]]:
+    """Places, weights and counts of the tokens of every expert, filled up where they are few."""
     experts = []
     for expert in group.experts:
         own = [
-            (token, float(tokens.weights_Tk[token, place]))
+            (token, float(tokens.weights_Tk[token, place]), 1.0)
             for token in range(len(tokens.x_TI))
             for place in range(tokens.experts_Tk.shape[1])
             if int(tokens.experts_Tk[token, place]) == expert
         ]
-        count = min(max(0, group.shape.intermediate - len(own)), len(tokens.x_TI))
-        weight = 0.1 * float(tokens.weights_Tk.mean())
-        own += [(n * len(tokens.x_TI) // count, weight) for n in range(count)]
+        count = min(max(0, 4 * max(group.shape[1:]) - len(own)), len(tokens.x_TI))
+        weight = 0.3 * float(tokens.weights_Tk.mean())
+        own += [(n * len(tokens.x_TI) // count, weight, 0.09) for n in range(count)]
         experts.append(own)
     return experts
 
@@ -55,7 +55,8 @@ def test_moments_are_the_naive_sums(count: int, first: int) -> None:
         gate_HI, up_HI, down_HI = (group.stacks[p][place].double() for p in Projection)
         hidden_II, neurons_HH = torch.zeros(5, 5).double(), torch.zeros(4, 4).double()
         gate_H, up_H = torch.zeros(4).double(), torch.zeros(4).double()
-        for token, weight in own:
+        total = sum(counted for _, _, counted in own)
+        for token, weight, counted in own:
             x_I = tokens.x_TI[token].double()
             gates, ups = (gate_HI @ x_I).tolist(), (up_HI @ x_I).tolist()
             neurons_H = torch.tensor(
@@ -64,7 +65,7 @@ def test_moments_are_the_naive_sums(count: int, first: int) -> None:
             hidden_II += weight**2 * torch.outer(x_I, x_I)
             neurons_HH += weight**2 * torch.outer(neurons_H, neurons_H)
             for n in range(4):
-                norm = float(down_HI[n].square().sum()) / len(own)
+                norm = counted / total * float(down_HI[n].square().sum())
                 gate_H[n] += (silu_slope(gates[n]) * ups[n]) ** 2 * norm
                 up_H[n] += silu_of(gates[n]) ** 2 * norm
         for result, expected in (

@@ -71,7 +71,7 @@ def test_expert_sees_its_tokens_first_and_is_filled_up_evenly(
             assert max(b - a for a, b in zip([-1, *filled], [*filled, count], strict=True)) <= (
                 -(-count // len(filled)) + 1
             )
-            weight = 0.1 * float(tokens.weights_Tk.mean())
+            weight = 0.3 * float(tokens.weights_Tk.mean())
             assert own.weights_N[own.routed :].tolist() == pytest.approx([weight] * len(filled))
 
 

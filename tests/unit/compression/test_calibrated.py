@@ -14,15 +14,17 @@ from tests.expert_cases import (
     SWIGLU,
     compress,
     couplings,
+    exact_output,
     make_group,
     make_tokens,
+    relative,
     target_of,
 )
 from tuckerize.calibration.tokens import DenseGroup, LayerTokens
-from tuckerize.compression.calibrated import group_output
+from tuckerize.compression.calibrated import closed_form, group_output
 from tuckerize.compression.factors import GroupFactors
 from tuckerize.compression.target import CompressionTarget
-from tuckerize.domain import MultilinearRank, Projection
+from tuckerize.domain import DOWN, GATE_UP, MultilinearRank, Projection, StackShape
 from tuckerize.linalg.tucker import with_zero_rows
 from tuckerize.names import TensorName
 from tuckerize.runtime.dense import ExpertWeights, dense_output
@@ -50,6 +52,19 @@ def expanded_output(
         expert_weights=weights,
         activation=SWIGLU,
     )
+
+
+@pytest.mark.parametrize("each", [24, 40])
+def test_few_tokens_of_each_expert_are_not_interpolated(each: int) -> None:
+    """Cores of size 40 for as many tokens lose little for others; by themselves they lose half."""
+    group, tokens = make_group(StackShape(8, 8, 48)), make_tokens(2400, 48, 8)
+    fit, others = tokens.part(torch.arange(4 * each)), tokens.part(torch.arange(1600, 2400))
+    rank = MultilinearRank(8, 8, 40)
+    target = CompressionTarget(8, {GATE_UP: rank, DOWN: rank._replace(hidden=48)})
+    found = closed_form(fit, activation=SWIGLU, max_sweeps=10)(GroupFactors.of(0, group, target))
+    output_TI = group_output(found.tensors(), group.experts, others, SWIGLU)
+    exact_TI = exact_output(group, others)
+    assert relative(output_TI - exact_TI, exact_TI) < 0.1
 
 
 @pytest.mark.parametrize("joint", [True, False])
