@@ -181,15 +181,15 @@ class CalibrationPass:
     def capture(self, layer: int, states: States, windows: int, experts: TuckerExperts) -> Captured:
         """Run a layer and capture the input and the output of its routed experts.
 
+        Routing weights, and with them all outputs, errors and moments that are computed from these
+        tokens, are relative to the norms of the hidden states after the layer: see
+        `relative_norms`.
+
         Args:
             layer: Index of the layer.
             states: This process's share of the windows before it.
             windows: Number of windows that the processes share.
             experts: Its routed experts.
-
-        Routing weights, and with them all outputs, errors and moments that are computed from these
-        tokens, are relative to the norms of the hidden states after the layer: see
-        `relative_norms`.
         """
         seen: list[LayerTokens] = []
         outputs: list[Tensor] = []
