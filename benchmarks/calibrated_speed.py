@@ -68,7 +68,11 @@ def seconds(tree: Path, words: list[str], cache: Path) -> float:
     }
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(
-        [sys.executable, "-m", "tuckerize", *words], check=True, env=environment, stdout=sys.stderr
+        [sys.executable, "-m", "tuckerize", *words],
+        check=True,
+        cwd=tree,  # `python -m` looks there first
+        env=environment,
+        stdout=sys.stderr,
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
