@@ -106,7 +106,10 @@ def test_bits_are_exact_to_one_percent_from_below(
         largest = [unit.bytes(unit.shape.hidden - unit.step) for unit in units]
         assert 8 * total / routed >= min(0.99 * bits, 8 * sum(largest) / routed)
     else:
-        assert 8 * total / routed <= {None: 16, CoreType.W8: 8.1, CoreType.W4: 4.6}[cores]
+        assert (
+            8 * total / routed
+            <= {None: 16, CoreType.W8: 8.1, CoreType.FP8: 8.1, CoreType.W4: 4.6}[cores]
+        )
 
 
 @given(wide_plans(), st.floats(1.0, 16.0))

@@ -45,7 +45,7 @@ class ExpertTokens(NamedTuple):
 
     @property
     def counts_N(self) -> Tensor:  # noqa: N802
-        """What each token counts in a mean without routing weights, shape (N,)."""
+        """Weight of each token in a mean without routing weights, shape (N,)."""
         counts_N = torch.ones_like(self.weights_N)
         counts_N[self.routed :] = _POOLED_WEIGHT**2
         return counts_N
