@@ -399,6 +399,11 @@ def read_tucker_manifest(folder: Path) -> TuckerManifest:
             f"{folder} has no {MANIFEST}: it is not a finished Tucker checkpoint",
             hint="run 'tuckerize decompose' (again, if it was interrupted: it continues)",
         )
+    if "shards" in read_json_object(path):
+        raise CheckpointError(
+            f"{folder} holds shards, and this needs the Tucker checkpoint that they were cut from",
+            hint="give the folder that 'tuckerize shard' was given",
+        )
     manifest = _read(path, TuckerManifest)
     for file in manifest.files:
         check_plain_name(file.name, found_in=path)

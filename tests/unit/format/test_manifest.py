@@ -166,6 +166,12 @@ def test_manifest_that_is_missing_says_that_the_folder_is_unfinished(tmp_path: P
         read_shard_manifest(tmp_path)
 
 
+def test_folder_of_shards_is_not_taken_for_the_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).write_text(json.dumps({"schema_version": 1, "shards": []}))
+    with pytest.raises(CheckpointError, match="holds shards, and this needs"):
+        read_tucker_manifest(tmp_path)
+
+
 def test_manifest_on_disk_is_plain_json(tmp_path: Path) -> None:
     write_json(tmp_path / MANIFEST, TUCKER.model_dump(mode="json"))
     value = json.loads((tmp_path / MANIFEST).read_text())
