@@ -102,6 +102,7 @@ def _forward(capability: str) -> Callable[[], str]:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "calibrated": _calibrated,
     "data-free": _data_free,
     "main job": _main_job,
     "reading": _reading,
