@@ -29,7 +29,7 @@ def test_verify_shards_that_only_one_node_sees_is_refused(tiny_model: Path, tmp_
     folders = (tmp_path, tmp_path / "elsewhere")
     first, second = torchrun_on_two_nodes(folders, "-m", "tuckerize", "verify", "out")
     assert second.returncode != 0
-    assert f"in {tmp_path / 'elsewhere'}: out has no tuckerize.json" in second.stderr
+    assert f"in {tmp_path / 'elsewhere'}: there is no folder out" in second.stderr
     assert "must be on storage that all nodes see under the same path" in second.stderr
     assert first.returncode != 0
     assert "error: another process of the run has ended" in first.stderr
