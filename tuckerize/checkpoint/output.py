@@ -305,7 +305,7 @@ def remove_temporaries(folder: Path) -> None:
 
 
 def refuse_overlap(output: Path, source: Path) -> None:
-    """Refuse an output folder that is the source, lies in it, or contains it.
+    """Refuse an output folder that is the source, lies in it or in a finished result, or holds it.
 
     Raises:
         OutputError: It does.
@@ -316,6 +316,12 @@ def refuse_overlap(output: Path, source: Path) -> None:
             f"the output {output} and the source {source} lie in one another",
             hint="choose an output folder elsewhere",
         )
+    for parent in new.parents:
+        if (parent / MANIFEST).exists():
+            raise OutputError(
+                f"the output {output} lies in {parent}, which is a finished result",
+                hint="choose an output folder elsewhere",
+            )
 
 
 def _small_files(manifest: Path) -> list[str]:

@@ -117,6 +117,15 @@ def test_command_on_a_folder_that_is_no_result_exits_2(tmp_path: Path, command: 
     assert not (tmp_path / "new").exists()
 
 
+def test_decompose_into_a_finished_result_exits_2(tiny_model: Path, tmp_path: Path) -> None:
+    options = ("--model", tiny_model, "--keep", "0.5", "--output")
+    assert run("decompose", *options, tmp_path / "out").exit_code == 0
+    result = run("decompose", *options, tmp_path / "out" / "inner")
+    assert result.exit_code == 2
+    assert "which is a finished result" in result.stderr
+    assert not (tmp_path / "out" / "inner").exists()
+
+
 @pytest.mark.parametrize("where", [".", "inside"])
 def test_decompose_into_its_source_exits_2_and_changes_nothing(
     tiny_model: Path, where: str
