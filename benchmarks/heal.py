@@ -28,6 +28,7 @@ TEXTS = ROOT / "benchmarks" / "quality" / "trained"
 MODELS = {
     "tiny-moe": ROOT / "examples" / "tiny-moe",
     "fine": TEXTS / "fine",
+    "large": TEXTS / "large",
     "coarse": TEXTS / "coarse",
 }
 SIZES: dict[str, dict[str, Any]] = {
