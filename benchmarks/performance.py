@@ -53,6 +53,14 @@ def _calibrated() -> str:
     return _table(["", "before, CPU s", "now, CPU s", "ratio"], rows)
 
 
+def _shared() -> str:
+    rows = [
+        [f"`{name}`", f"{own['one']:.0f}", f"{own['busiest']:.0f}", f"{own['ratio']:.2f}"]
+        for name, own in _read("shared_speed")["seconds"].items()
+    ]
+    return _table(["", "one process, CPU s", "busiest of two, CPU s", "ratio"], rows)
+
+
 def _data_free() -> str:
     rows = []
     for row in _read("st_hosvd")["rows"]:
@@ -103,6 +111,7 @@ def _forward(capability: str) -> Callable[[], str]:
 
 TABLES: dict[str, Callable[[], str]] = {
     "calibrated": _calibrated,
+    "shared": _shared,
     "data-free": _data_free,
     "main job": _main_job,
     "reading": _reading,
