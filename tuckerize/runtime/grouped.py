@@ -49,7 +49,8 @@ def _is_slow(tensor: Tensor) -> bool:
 def gemm(rows_NX: Tensor, matrix_XY: Tensor) -> Tensor:
     """`rows_NX @ matrix_XY`; on a CPU without kernels for 16 bits by way of float32.
 
-    There, with bfloat16, 48 rows times 1408 x 2048 take 1 / 160 of the time, and one row 1 / 50.
+    There, with bfloat16, 48 rows times 1408 x 2048 take 1 / 180 of the time, and one row 1 / 45
+    (benchmarks/products.py).
 
     Args:
         rows_NX: Rows, shape (..., N, X).
