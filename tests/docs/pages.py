@@ -22,6 +22,7 @@ REASONS = {
     "another environment": "it installs packages, or needs some that are not ours",
     "another machine": "it needs NPUs, several nodes or a server",
     "download": "it fetches a large model, or uses one",
+    "benchmark": "it takes minutes, and its figures are those of one machine",
     "make": "a target of the Makefile, which makes an environment of its own",
     "illustration": "a formula, a message or part of a file; not a command",
 }

@@ -399,12 +399,13 @@ def read_tucker_manifest(folder: Path) -> TuckerManifest:
             f"{folder} has no {MANIFEST}: it is not a finished Tucker checkpoint",
             hint="run 'tuckerize decompose' (again, if it was interrupted: it continues)",
         )
-    if "shards" in read_json_object(path):
+    value = read_json_object(path)
+    if "shards" in value:
         raise CheckpointError(
             f"{folder} holds shards, and this needs the Tucker checkpoint that they were cut from",
             hint="give the folder that 'tuckerize shard' was given",
         )
-    manifest = _read(path, TuckerManifest)
+    manifest = _validated(value, TuckerManifest, path)
     for file in manifest.files:
         check_plain_name(file.name, found_in=path)
     for file in manifest.other_files:
@@ -420,14 +421,13 @@ def read_shard_manifest(folder: Path) -> ShardManifest:
         CheckpointError: It is missing or invalid.
     """
     path = folder / MANIFEST
-    manifest = _read(path, ShardManifest)
+    manifest = _validated(read_json_object(path), ShardManifest, path)
     for shard in manifest.shards:
         check_plain_name(shard.file.name, found_in=path)
     return manifest
 
 
-def _read(path: Path, kind: type[_Manifest]) -> _Manifest:
-    value = read_json_object(path)
+def _validated(value: dict[str, Any], kind: type[_Manifest], path: Path) -> _Manifest:
     version = value.get("schema_version")
     if version != SCHEMA_VERSION:
         raise CheckpointError(
