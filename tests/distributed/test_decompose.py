@@ -11,6 +11,7 @@ import torch
 
 from tests.running import files_of, run, run_here, start, torchrun
 from tests.tiny_models import make_tiny_model
+from tuckerize.format.manifest import read_tucker_manifest
 
 
 def succeed(*arguments: str | Path) -> None:
@@ -45,6 +46,16 @@ def test_decompose_with_processes_bad_option_is_reported_once(
     assert before.count("error: core size 99 of the expert mode (E)") == 1
     assert box.count("error: core size 99 of the expert mode (E)") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_several_calls_by_the_same_processes_do_all_their_work(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    result = torchrun(2, "-m", "tests.distributed.several_calls", tiny_model, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("refused: these processes have a process group already") == 2
+    for rank in ("4,16,16", "2,8,8"):
+        assert len(read_tucker_manifest(tmp_path / rank).layers) == 2
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])

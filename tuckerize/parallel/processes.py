@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import count
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import Store
+from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from tuckerize.ascend.environment import MAX_CONNECT_TIMEOUT, STREAM_TIMEOUT, set_hccl_timeouts
@@ -29,8 +30,11 @@ _TIMEOUT = timedelta(hours=24)
 _LOST = ("closed by peer", "reset by peer", "Broken pipe", "Connection was likely closed")
 _LATE = ("Timed out", "timed out", "timeout after", "Socket Timeout", STREAM_TIMEOUT)
 
-_STARTED = "tuckerize/started"
-_NEXT = "tuckerize/next"
+_STARTED = "started"
+_NEXT = "next"
+
+# torchrun keeps one store while its processes live: each of their groups has keys of its own.
+_GROUPS = count()
 
 
 @dataclass(slots=True)
@@ -182,8 +186,14 @@ def process_group(
         The processes, and the device of this process.
 
     Raises:
-        ParallelError: Another process has ended, or has not responded within the time-out.
+        ParallelError: Another process has ended, or has not responded within the time-out, or
+            the caller has a process group of its own.
     """
+    if dist.is_initialized():
+        raise ParallelError(
+            "these processes have a process group already, and this makes its own",
+            hint="call torch.distributed.destroy_process_group() first",
+        )
     if not started_by_torchrun():
         yield Processes(), choose(0)
         return
@@ -196,7 +206,8 @@ def process_group(
     if device.type == "npu":
         set_hccl_timeouts(timeout)
     with _explain_losses(timeout):
-        store, rank, size = next(rendezvous("env://", timeout=timeout))
+        whole, rank, size = next(rendezvous("env://", timeout=timeout))
+        store = PrefixStore(f"tuckerize/{next(_GROUPS)}", whole)
         dist.init_process_group(
             backend_for(device), store=store, rank=rank, world_size=size, timeout=timeout
         )
