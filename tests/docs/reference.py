@@ -25,7 +25,7 @@ from tuckerize.moe.families import FAMILIES, UNSUPPORTED
 from tuckerize.moe.family import FamilyRow
 from tuckerize.pipeline.recipes import list_recipes
 from tuckerize.recipe import CalibrationSettings, Recipe, Rule
-from tuckerize.report import PlannedBytes
+from tuckerize.report.plans import PlannedBytes
 
 _HOW = "<!-- Written by `python -m tests.docs.reference`. -->"
 

@@ -40,7 +40,9 @@ from tuckerize.names import TensorName
 from tuckerize.pipeline.decompose import DecomposeRequest
 from tuckerize.progress import SilentProgress, Stage
 from tuckerize.recipe import CalibrationSettings, Recipe, Rule
-from tuckerize.report import DecomposeReport, PlanReport, VerifyReport
+from tuckerize.report.plans import PlanReport
+from tuckerize.report.results import DecomposeReport
+from tuckerize.report.verification import VerifyReport
 from tuckerize.runtime.experts import TuckerExperts
 
 CPU = torch.device("cpu")

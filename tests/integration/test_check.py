@@ -27,7 +27,7 @@ from tuckerize import (
 )
 from tuckerize.checkpoint.output import RECONSTRUCTED
 from tuckerize.errors import CheckpointError, UsageError
-from tuckerize.report import CheckReport
+from tuckerize.report.checkpoint import CheckReport
 
 GOLDEN = ROOT / "tests" / "golden" / "v0.1"
 

@@ -25,7 +25,7 @@ from tuckerize import (
 )
 from tuckerize.calibration.text import parse_source, read_windows
 from tuckerize.errors import CheckpointError, TuckerizeError
-from tuckerize.report import Divergence, Estimate, EvaluateReport
+from tuckerize.report.evaluation import Divergence, Estimate, EvaluateReport
 
 SIZE = ("--tokens", "1024", "--window", "64")
 

@@ -28,7 +28,7 @@ from tuckerize import (
 from tuckerize.calibration import tokens as tokens_module
 from tuckerize.calibration.text import parse_source, read_windows
 from tuckerize.errors import CheckpointError, UsageError
-from tuckerize.report import PlanReport
+from tuckerize.report.plans import PlanReport
 
 
 @pytest.fixture

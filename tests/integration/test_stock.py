@@ -27,7 +27,7 @@ from tuckerize import (
 from tuckerize.domain import CoreType
 from tuckerize.errors import OutputError
 from tuckerize.progress import SilentProgress
-from tuckerize.report import ReconstructReport
+from tuckerize.report.results import ReconstructReport
 
 IDS = torch.arange(3, 43)[None]
 NARROW: dict[str, Any] = {"keep": 0.7, "calibration": {"target": "any-engine", "refine": 10}}

@@ -14,7 +14,7 @@ import tuckerize
 from tests.tiny_models import make_tiny_model
 from tuckerize.cli.app import app
 from tuckerize.errors import RecipeError, UsageError
-from tuckerize.report import SCHEMA_VERSION, to_json
+from tuckerize.report.json_form import SCHEMA_VERSION, to_json
 
 REQUESTS = [name for name in tuckerize.__all__ if name.endswith("Request")]
 

@@ -6,7 +6,9 @@ import math
 import pytest
 
 from tuckerize.domain import MultilinearRank, Projection, Size, StackResult
-from tuckerize.report import DecomposeReport, LayerVerdict, VerifyReport, to_json
+from tuckerize.report.json_form import to_json
+from tuckerize.report.results import DecomposeReport
+from tuckerize.report.verification import LayerVerdict, VerifyReport
 
 
 def verify_report(sharding_error: float, *failures: str) -> VerifyReport:

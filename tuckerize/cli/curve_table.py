@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from tuckerize.cli.printing import make_table, print_all, size_text
 from tuckerize.domain import Cores
-from tuckerize.report import CurvePoint, CurveReport
+from tuckerize.report.plans import CurvePoint, CurveReport
 
 # Heads of a plan's columns.
 _WAYS = {"none": "16 bits", "w8": "w8", "w4": "w4", "best": "best"}

@@ -6,7 +6,7 @@ import math
 
 from tuckerize.cli.curve_table import show_curve
 from tuckerize.cli.printing import cores_text, make_table, print_all, size_text
-from tuckerize.report import FitReport
+from tuckerize.report.plans import FitReport
 
 
 def show_fit(report: FitReport) -> None:

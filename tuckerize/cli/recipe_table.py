@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tuckerize.cli.printing import count_text, make_table, print_all, size_text
-from tuckerize.report import PlannedBytes, RecipesReport
+from tuckerize.report.plans import PlannedBytes, RecipesReport
 
 
 def show_recipes(report: RecipesReport) -> None:

@@ -23,27 +23,20 @@ from tuckerize.cli.printing import (
 from tuckerize.cli.recipe_table import show_recipes
 from tuckerize.domain import CoreType, Size, StackShape
 from tuckerize.format.check import FileFault
-from tuckerize.report import (
-    CheckReport,
-    CurveReport,
+from tuckerize.report.checkpoint import CheckReport, InspectReport, PushReport
+from tuckerize.report.evaluation import Divergence, Estimate, EvaluateReport
+from tuckerize.report.json_form import to_json
+from tuckerize.report.machine import DoctorReport
+from tuckerize.report.plans import CurveReport, FitReport, PlanReport, RecipesReport
+from tuckerize.report.results import (
     DecomposeReport,
-    Divergence,
-    DoctorReport,
-    Estimate,
-    EvaluateReport,
-    FitReport,
     FoldReport,
     HealReport,
-    InspectReport,
-    PlanReport,
-    PushReport,
     QuantizeReport,
-    RecipesReport,
     ReconstructReport,
     ShardReport,
-    VerifyReport,
-    to_json,
 )
+from tuckerize.report.verification import VerifyReport
 
 Report = (
     InspectReport

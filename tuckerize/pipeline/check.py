@@ -8,7 +8,7 @@ from tuckerize.checkpoint.output import RECONSTRUCTED
 from tuckerize.format.check import take_inventory, take_inventory_of_reconstruction
 from tuckerize.format.manifest import available_shardings
 from tuckerize.progress import Progress, SilentProgress
-from tuckerize.report import CheckReport
+from tuckerize.report.checkpoint import CheckReport
 
 
 def check(folder: str | Path, progress: Progress | None = None) -> CheckReport:

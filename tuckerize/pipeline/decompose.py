@@ -32,7 +32,8 @@ from tuckerize.planning.plan import Plan, make_plan, output_fingerprint
 from tuckerize.progress import Progress, SilentProgress
 from tuckerize.recipe import Recipe, recipe_of_options
 from tuckerize.recipe_files import Texts
-from tuckerize.report import DecomposeReport, PlanReport
+from tuckerize.report.plans import PlanReport
+from tuckerize.report.results import DecomposeReport
 from tuckerize.runtime.activations import activation_of
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from tuckerize.report import Divergence, Estimate
+from tuckerize.report.evaluation import Divergence, Estimate
 
 
 def estimate(values_S: Tensor) -> Estimate:

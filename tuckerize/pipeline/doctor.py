@@ -21,7 +21,7 @@ from tuckerize.ascend.environment import (
 )
 from tuckerize.ascend.npu import INSTALL_HINT, PACKAGE, explained
 from tuckerize.errors import ParallelError
-from tuckerize.report import DeviceFacts, DoctorReport, Problem, Variable
+from tuckerize.report.machine import DeviceFacts, DoctorReport, Problem, Variable
 from tuckerize.version import __version__, installed_version
 
 

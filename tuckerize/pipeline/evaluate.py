@@ -38,7 +38,7 @@ from tuckerize.pipeline.divergence import (
 from tuckerize.pipeline.evaluation_record import keep_evaluation
 from tuckerize.progress import Progress, SilentProgress
 from tuckerize.recipe_files import Texts, list_of_texts
-from tuckerize.report import Divergence, EvaluateReport, Evaluation
+from tuckerize.report.evaluation import Divergence, EvaluateReport, Evaluation
 from tuckerize.runtime.activations import activation_of
 from tuckerize.runtime.experts import TuckerExperts
 

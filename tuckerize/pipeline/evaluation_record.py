@@ -10,7 +10,8 @@ from tuckerize.checkpoint.files import read_json_object, write_json
 from tuckerize.checkpoint.output import EVALUATION
 from tuckerize.errors import TuckerizeError
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
-from tuckerize.report import EvaluateReport, to_json
+from tuckerize.report.evaluation import EvaluateReport
+from tuckerize.report.json_form import to_json
 
 _OF = "tucker_manifest_sha256"
 

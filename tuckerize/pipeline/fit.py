@@ -15,7 +15,7 @@ from tuckerize.pipeline.plan import PlanRequest, plan
 from tuckerize.planning.fit import Devices, Workload, fit_devices
 from tuckerize.progress import Progress
 from tuckerize.recipe_files import Texts
-from tuckerize.report import FitReport
+from tuckerize.report.plans import FitReport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -39,7 +39,7 @@ from tuckerize.planning.plan import output_fingerprint
 from tuckerize.progress import Progress, SilentProgress
 from tuckerize.recipe import Recipe, recipe_of_options
 from tuckerize.recipe_files import Texts
-from tuckerize.report import FoldedLayer, FoldReport
+from tuckerize.report.results import FoldedLayer, FoldReport
 from tuckerize.version import __version__
 
 # Grouped GEMMs need rows of multiples of 16 bytes.

@@ -41,7 +41,7 @@ from tuckerize.pipeline.teacher import bytes_of_predictions, predictions
 from tuckerize.planning.duration import announce, duration, training_work
 from tuckerize.progress import Progress, SilentProgress
 from tuckerize.recipe_files import Texts, list_of_texts
-from tuckerize.report import HealReport
+from tuckerize.report.results import HealReport
 from tuckerize.version import __version__
 
 # Part of the text that decides, and is not trained on.

@@ -19,7 +19,8 @@ from tuckerize.moe.source import SourceModel
 from tuckerize.planning.duration import plan_duration
 from tuckerize.planning.estimate import peak_bytes
 from tuckerize.planning.plan import Plan
-from tuckerize.report import InspectReport, PlanReport, StackPlan, TuckerFacts
+from tuckerize.report.checkpoint import InspectReport, TuckerFacts
+from tuckerize.report.plans import PlanReport, StackPlan
 
 # Hidden states are kept in float32.
 _STATE_BYTES = 4

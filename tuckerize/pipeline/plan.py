@@ -20,7 +20,7 @@ from tuckerize.planning.plan import make_plan
 from tuckerize.progress import Progress, SilentProgress
 from tuckerize.recipe import recipe_of_options
 from tuckerize.recipe_files import Texts
-from tuckerize.report import CurveReport
+from tuckerize.report.plans import CurveReport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

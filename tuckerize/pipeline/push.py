@@ -14,7 +14,7 @@ from tuckerize.format.check import take_inventory, take_inventory_of_reconstruct
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 from tuckerize.pipeline.evaluation_record import evaluation_rows, find_evaluation
 from tuckerize.progress import Progress, SilentProgress
-from tuckerize.report import PushReport
+from tuckerize.report.checkpoint import PushReport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -37,7 +37,7 @@ from tuckerize.names import TensorName
 from tuckerize.parallel.memory import require_memory
 from tuckerize.pipeline.finish import finish_checkpoint, size_of_files
 from tuckerize.progress import Progress, SilentProgress
-from tuckerize.report import QuantizeReport
+from tuckerize.report.results import QuantizeReport
 from tuckerize.version import __version__
 
 

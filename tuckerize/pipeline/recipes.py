@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tuckerize.domain import StackShape
 from tuckerize.recipe_files import ShippedRecipe, find_recipe, shipped_recipes
-from tuckerize.report import PlannedBytes, RecipeFacts, RecipesReport
+from tuckerize.report.plans import PlannedBytes, RecipeFacts, RecipesReport
 
 
 def list_recipes() -> RecipesReport:

@@ -36,7 +36,7 @@ from tuckerize.moe.narrow import (
 )
 from tuckerize.parallel.memory import require_memory
 from tuckerize.progress import Progress, SilentProgress
-from tuckerize.report import ReconstructReport
+from tuckerize.report.results import ReconstructReport
 from tuckerize.version import __version__
 
 # Grouped GEMMs need rows of multiples of 16 bytes.

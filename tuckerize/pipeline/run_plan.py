@@ -40,7 +40,7 @@ from tuckerize.pipeline.finish import finish_checkpoint, size_of_files
 from tuckerize.planning.duration import work
 from tuckerize.planning.plan import CopyPiece, Piece, Plan
 from tuckerize.progress import Progress
-from tuckerize.report import DecomposeReport, LayerOutcome
+from tuckerize.report.results import DecomposeReport, LayerOutcome
 from tuckerize.version import __version__
 
 _HIDDEN = "hidden"

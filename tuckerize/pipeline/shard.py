@@ -33,7 +33,7 @@ from tuckerize.parallel.layouts import (
 )
 from tuckerize.pipeline.group_slices import slices_of
 from tuckerize.progress import Progress, SilentProgress
-from tuckerize.report import LayoutCost, ShardReport
+from tuckerize.report.results import LayoutCost, ShardReport
 from tuckerize.version import __version__
 
 # Version that torch.distributed.checkpoint.hf_storage expects in a safetensors header.

@@ -14,7 +14,7 @@ from tuckerize.planning.knapsack import Choice
 from tuckerize.planning.plan import stored_type
 from tuckerize.progress import Progress
 from tuckerize.recipe import CalibrationSettings, Recipe
-from tuckerize.report import CurvePoint, CurveReport
+from tuckerize.report.plans import CurvePoint, CurveReport
 
 BITS = (14.0, 12.0, 10.0, 8.0, 7.0, 6.0, 5.0, 4.5, 4.0, 3.5, 3.0, 2.5, 2.0, 1.5)
 """Budgets of the curve, in bits per routed weight."""

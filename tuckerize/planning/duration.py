@@ -22,7 +22,7 @@ from tuckerize.domain import Coupling, MultilinearRank, Size
 from tuckerize.planning.plan import CopyPiece, Piece, Plan
 from tuckerize.progress import Progress
 from tuckerize.recipe import CalibrationSettings
-from tuckerize.report import Duration
+from tuckerize.report.plans import Duration
 
 # Smallest and largest time of a run over that of its products; see benchmarks/durations.py.
 _TIMES_PRODUCTS = (0.8, 3.0)

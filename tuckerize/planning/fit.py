@@ -25,7 +25,7 @@ from tuckerize.moe.source import SourceModel
 from tuckerize.parallel.layouts import owned_slice
 from tuckerize.parallel.memory import parse_bytes
 from tuckerize.planning.uniform import BudgetUnit
-from tuckerize.report import FitChoice, FitReport
+from tuckerize.report.plans import FitChoice, FitReport
 
 UNUSED_SHARE = 0.08
 """Share of a device that vLLM leaves alone by default (`gpu_memory_utilization` 0.92)."""

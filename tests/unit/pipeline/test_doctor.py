@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from tuckerize.cli.app import app
 from tuckerize.pipeline.doctor import device_problems, variable_problems, version_problems
-from tuckerize.report import DeviceFacts
+from tuckerize.report.machine import DeviceFacts
 
 NPU = DeviceFacts("npu", 8, "Ascend910B3", "cpu:gloo,npu:hccl", "float32", 60, 64)
 

@@ -16,7 +16,7 @@ from tuckerize.domain import CoreType, Target
 from tuckerize.errors import UsageError
 from tuckerize.moe.source import SourceModel
 from tuckerize.planning.fit import Devices, Workload, fit_devices
-from tuckerize.report import FitChoice, FitReport
+from tuckerize.report.plans import FitChoice, FitReport
 
 ROOMY = Devices(1, 2**40)
 

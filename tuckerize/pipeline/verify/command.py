@@ -26,7 +26,8 @@ from tuckerize.parallel.processes import Processes, process_group, started_by_to
 from tuckerize.pipeline.verify.verification import TOLERANCES, Verification, verify_layers
 from tuckerize.progress import Progress, SilentProgress
 from tuckerize.recipe_text import select_layers
-from tuckerize.report import VerifyReport, to_json
+from tuckerize.report.json_form import to_json
+from tuckerize.report.verification import VerifyReport
 from tuckerize.runtime.activations import activation_of
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from tuckerize.parallel.layouts import Collective, ExpertLoad, LayerShape, Parallelism, Traffic
 from tuckerize.parallel.mesh import Axis, Position, own_tokens
 from tuckerize.parallel.processes import Processes
-from tuckerize.report import CollectiveTraffic
+from tuckerize.report.verification import CollectiveTraffic
 
 
 class LayerMoved(NamedTuple):

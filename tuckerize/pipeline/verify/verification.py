@@ -35,7 +35,7 @@ from tuckerize.pipeline.shard import dense_sizes
 from tuckerize.pipeline.verify.placement import Placement, make_placement
 from tuckerize.pipeline.verify.traffic import LayerMoved, compare, load_of
 from tuckerize.progress import Progress
-from tuckerize.report import LayerVerdict, VerifyReport
+from tuckerize.report.verification import LayerVerdict, VerifyReport
 from tuckerize.runtime.activations import Activation, activation_of
 from tuckerize.runtime.dense import ExpertWeights, dense_output
 from tuckerize.runtime.experts import TuckerExperts
