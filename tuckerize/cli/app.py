@@ -11,14 +11,16 @@ from typing import Annotated
 
 import typer
 
-from tuckerize.cli import heal_options, options
+from tuckerize.cli import mesh_options, options
 from tuckerize.cli.boundary import NO, boundary
+from tuckerize.cli.decompose import decompose
+from tuckerize.cli.heal import heal
 from tuckerize.cli.plan import plan
 from tuckerize.cli.printing import write_out
 from tuckerize.cli.recipes import recipes
 from tuckerize.cli.report import write_report
-from tuckerize.cli.settings import calibration_of
-from tuckerize.domain import CoreType, Device, Dtype
+from tuckerize.cli.verify import verify
+from tuckerize.domain import CoreType, Device
 from tuckerize.version import __version__, installed_version
 
 app = typer.Typer(
@@ -76,105 +78,16 @@ def inspect(model: options.ModelArgument, as_json: options.AsJson = False) -> No
 app.command()(plan)
 
 
-@app.command()
-@boundary
-def decompose(
-    model: options.Model,
-    download: options.Download = False,
-    keep: options.Keep = None,
-    bits: options.Bits = None,
-    rank: options.Rank = None,
-    tolerance: options.Tolerance = None,
-    recipe: options.RecipeFile = None,
-    layers: options.Layers = None,
-    projections: options.Projections = None,
-    group_size: options.GroupSize = None,
-    joint: options.JointOption = None,
-    dtype: options.StoredDtype = None,
-    quantize: options.Quantize = None,
-    dequantize_rest: options.DequantizeRest = None,
-    mtp: options.MtpOption = None,
-    max_sweeps: options.MaxSweeps = None,
-    engine: options.EngineOption = None,
-    calibration: options.Calibration = None,
-    calibration_tokens: options.CalibrationTokens = None,
-    random_share: options.RandomShare = None,
-    no_chat_template: options.NoChatTemplate = False,
-    multiple: options.Multiple = None,
-    target: options.TargetOption = None,
-    refine: options.Refine = None,
-    device: options.DeviceOption = Device.AUTO,
-    collective_timeout: options.CollectiveTimeout = None,
-    max_memory: options.MaxMemory = None,
-    output: options.Output = None,
-    dry_run: options.DryRun = False,
-    overwrite: options.Overwrite = False,
-    as_json: options.AsJson = False,
-) -> None:
-    """Decompose the experts of a model; writes a Tucker checkpoint.
-
-    Needs exactly one of --keep, --bits, --rank, --tolerance and --recipe. A run that was
-    interrupted continues when it is started again. Under torchrun the processes share out the
-    stacks, or the experts of each layer with --calibration.
-
-    Example: tuckerize decompose --model DeepSeek-V2-Lite --keep 0.75 --output OUT
-    """
-    settings = {
-        "tokens": calibration_tokens,
-        "random_share": random_share,
-        "chat_template": False if no_chat_template else None,
-        "multiple": multiple,
-        "target": target,
-        "refine": refine,
-    }
-    text = calibration_of(calibration, settings)
-    if download:
-        from tuckerize.checkpoint.hub import download_model
-
-        download_model(model)
-
-    from tuckerize.cli.progress import TerminalProgress
-    from tuckerize.cli.tables import show
-    from tuckerize.pipeline.decompose import DecomposeRequest, preview
-    from tuckerize.pipeline.decompose import decompose as run
-
-    request = DecomposeRequest(
-        model=model,
-        output=output,
-        keep=keep,
-        bits=bits,
-        rank=rank,
-        tolerance=tolerance,
-        recipe=recipe,
-        layers=layers,
-        projections=projections,
-        group_size=group_size,
-        joint=joint,
-        dtype=dtype,
-        quantize=quantize,
-        dequantize_rest=dequantize_rest,
-        mtp=mtp,
-        max_sweeps=max_sweeps,
-        engine=engine,
-        calibration=text,
-        device=device,
-        collective_timeout=collective_timeout,
-        max_memory=max_memory,
-        overwrite=overwrite,
-    )
-    with TerminalProgress() as progress:
-        report = preview(request, progress) if dry_run else run(request, progress)
-    if report is not None:
-        show(report, as_json=as_json)
+app.command()(decompose)
 
 
 @app.command()
 @boundary
 def shard(
     folder: options.TuckerFolder,
-    tp: options.Tp,
-    ep: options.Ep = 1,
-    layout: options.LayoutOption = None,
+    tp: mesh_options.Tp,
+    ep: mesh_options.Ep = 1,
+    layout: mesh_options.LayoutOption = None,
     overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -195,65 +108,7 @@ def shard(
     show(report, as_json=as_json)
 
 
-@app.command()
-@boundary
-def verify(
-    folder: options.TuckerFolder,
-    model: options.SourceModel = None,
-    tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens for each layer.")] = 64,
-    layers: Annotated[
-        str | None, typer.Option(metavar="LAYERS", help="Layers like 1-3,7; all by default.")
-    ] = None,
-    max_output_error: Annotated[
-        float | None,
-        typer.Option(
-            metavar="ERROR", help="Fail above this relative output error; needs the source."
-        ),
-    ] = None,
-    tp: options.MeshTp = None,
-    ep: options.MeshEp = None,
-    cp: options.Cp = 1,
-    sequence_parallel: options.SequenceParallel = False,
-    deterministic: options.Deterministic = False,
-    dtype: options.ComputeDtype = Dtype.FLOAT32,
-    device: options.DeviceOption = Device.AUTO,
-    collective_timeout: options.CollectiveTimeout = None,
-    as_json: options.AsJson = False,
-) -> None:
-    """Verify a Tucker checkpoint and, under torchrun, its shards.
-
-    Hashes all files, then computes the layers. Without --tp and --ep, it takes the shards that
-    fit the number of processes. Writes the report to verify.json beside what was verified. Exits
-    with 0 if it passed, 1 if not.
-
-    Example: torchrun --nproc-per-node 4 -m tuckerize verify OUT
-    """
-    from tuckerize.cli.progress import TerminalProgress, is_leader
-    from tuckerize.cli.tables import show
-    from tuckerize.pipeline.verify import VerifyRequest
-    from tuckerize.pipeline.verify import verify as run
-
-    request = VerifyRequest(
-        folder=folder,
-        model=model,
-        tokens=tokens,
-        layers=layers,
-        max_output_error=max_output_error,
-        tp=tp,
-        ep=ep,
-        cp=cp,
-        sequence_parallel=sequence_parallel,
-        deterministic=deterministic,
-        dtype=dtype,
-        device=device,
-        collective_timeout=collective_timeout,
-    )
-    with TerminalProgress() as progress:
-        report = run(request, progress)
-    if is_leader():
-        show(report, as_json=as_json)
-    if not report.passed:
-        raise SystemExit(NO)
+app.command()(verify)
 
 
 @app.command()
@@ -306,68 +161,7 @@ def quantize(
     show(report, as_json=as_json)
 
 
-@app.command()
-@boundary
-def heal(
-    folder: options.TuckerFolder,
-    data: heal_options.Data,
-    output: options.DenseOutput,
-    train: heal_options.Train = None,
-    teacher: heal_options.Teacher = None,
-    teacher_share: heal_options.TeacherShare = 0.5,
-    tokens: heal_options.Tokens = 1048576,
-    window: heal_options.Window = 512,
-    batch: heal_options.Batch = 16,
-    at_once: heal_options.AtOnce = 4,
-    learning_rate: heal_options.LearningRate = 1e-3,
-    recompute: heal_options.Recompute = False,
-    seed: heal_options.Seed = 0,
-    no_chat_template: options.PlainChats = False,
-    tp: heal_options.TrainingTp = 1,
-    fsdp: heal_options.Fsdp = False,
-    device: options.DeviceOption = Device.AUTO,
-    collective_timeout: options.CollectiveTimeout = None,
-    overwrite: options.Overwrite = False,
-    as_json: options.AsJson = False,
-) -> None:
-    """Train a Tucker checkpoint to make up for what was lost.
-
-    Loads the whole model. A part of the text decides which state is kept. Under torchrun the
-    processes are replicas, or as --tp and --fsdp say. An interrupted run continues when it is
-    started again.
-
-    Example: tuckerize heal OUT --data text.txt --output HEALED
-    """
-    from tuckerize.cli.progress import TerminalProgress, is_leader
-    from tuckerize.cli.tables import show
-    from tuckerize.pipeline.heal import HealRequest
-    from tuckerize.pipeline.heal import heal as run
-
-    request = HealRequest(
-        folder=folder,
-        data=data,
-        output=output,
-        train=train,
-        teacher=teacher,
-        teacher_share=teacher_share,
-        tokens=tokens,
-        window=window,
-        batch=batch,
-        at_once=at_once,
-        learning_rate=learning_rate,
-        recompute=recompute,
-        seed=seed,
-        tp=tp,
-        fsdp=fsdp,
-        chat_template=not no_chat_template,
-        device=device,
-        collective_timeout=collective_timeout,
-        overwrite=overwrite,
-    )
-    with TerminalProgress() as progress:
-        report = run(request, progress)
-    if is_leader():
-        show(report, as_json=as_json)
+app.command()(heal)
 
 
 @app.command()

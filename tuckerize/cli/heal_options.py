@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tuckerize.cli.options import MESH
+from tuckerize.cli.mesh_options import MESH
 from tuckerize.domain import Part
 
 TRAINING = "Training"

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tuckerize.ascend.environment import MAX_CONNECT_TIMEOUT
-from tuckerize.domain import CoreType, Device, Dtype, Engine, Joint, Layout, Mtp, Target
+from tuckerize.domain import CoreType, Device, Dtype, Engine, Joint, Mtp, Target
 
 SIZE = "Size: exactly one"
 STACKS = "What is decomposed"
@@ -16,7 +16,6 @@ CALIBRATION = "Calibration"
 FIT = "What fits"
 WHERE = "Where it runs"
 OUTPUT = "Output"
-MESH = "Mesh of the shards"
 
 _MODEL = "Folder, Hugging Face id in the local cache, or short name such as DeepSeek-V2-Lite."
 _SIZES = "E experts, H intermediate, I hidden"
@@ -383,61 +382,4 @@ Overwrite = Annotated[
 ]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print the report as JSON.", rich_help_panel=OUTPUT)
-]
-
-# Mesh
-Tp = Annotated[
-    int, typer.Option(metavar="N", help="Tensor-parallel processes.", rich_help_panel=MESH)
-]
-Ep = Annotated[
-    int, typer.Option(metavar="N", help="Expert-parallel processes.", rich_help_panel=MESH)
-]
-MeshTp = Annotated[
-    int | None,
-    typer.Option(
-        "--tp",
-        min=1,
-        metavar="N",
-        help="Tensor-parallel processes; with --ep, those of the shards that fit by default.",
-        rich_help_panel=MESH,
-    ),
-]
-MeshEp = Annotated[
-    int | None,
-    typer.Option(
-        "--ep", min=1, metavar="N", help="Expert-parallel processes.", rich_help_panel=MESH
-    ),
-]
-Cp = Annotated[
-    int,
-    typer.Option(min=1, metavar="N", help="Context-parallel processes.", rich_help_panel=MESH),
-]
-SequenceParallel = Annotated[
-    bool,
-    typer.Option(
-        "--sequence-parallel",
-        metavar="",
-        help="Split tokens over the tensor-parallel processes.",
-        rich_help_panel=MESH,
-    ),
-]
-
-
-def _layout(text: str) -> str | None:
-    if text == "auto":
-        return None
-    if text in tuple(Layout):
-        return text
-    raise typer.BadParameter(f"'{text}' is not one of: auto, {', '.join(Layout)}")
-
-
-LayoutOption = Annotated[
-    str | None,
-    typer.Option(
-        "--layout",
-        parser=_layout,
-        metavar=f"[auto|{'|'.join(Layout)}]",
-        help="How tensors are split; auto, the default, compares bytes and traffic.",
-        rich_help_panel=MESH,
-    ),
 ]

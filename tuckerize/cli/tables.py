@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Sequence
 
 from tuckerize.cli.curve_table import show_curve
+from tuckerize.cli.evaluate_table import show_evaluate
 from tuckerize.cli.fit_table import show_fit
 from tuckerize.cli.printing import (
     amount_text,
@@ -21,10 +21,10 @@ from tuckerize.cli.printing import (
     write_out,
 )
 from tuckerize.cli.recipe_table import show_recipes
+from tuckerize.cli.verify_table import show_check, show_verify
 from tuckerize.domain import CoreType, Size, StackShape
-from tuckerize.format.check import FileFault
 from tuckerize.report.checkpoint import CheckReport, InspectReport, PushReport
-from tuckerize.report.evaluation import Divergence, Estimate, EvaluateReport
+from tuckerize.report.evaluation import EvaluateReport
 from tuckerize.report.json_form import to_json
 from tuckerize.report.machine import DoctorReport
 from tuckerize.report.plans import CurveReport, FitReport, PlanReport, RecipesReport
@@ -83,9 +83,9 @@ def show(report: Report, *, as_json: bool) -> None:  # noqa: C901, PLR0912 one c
         case ShardReport():
             _show_shard(report)
         case CheckReport():
-            _show_check(report)
+            show_check(report)
         case VerifyReport():
-            _show_verify(report)
+            show_verify(report)
         case QuantizeReport():
             _show_quantize(report)
         case HealReport():
@@ -97,7 +97,7 @@ def show(report: Report, *, as_json: bool) -> None:  # noqa: C901, PLR0912 one c
         case PushReport():
             _show_push(report)
         case EvaluateReport():
-            _show_evaluate(report)
+            show_evaluate(report)
         case RecipesReport():
             show_recipes(report)
         case DoctorReport():
@@ -265,85 +265,6 @@ def _show_shard(report: ShardReport) -> None:
     print_all(f"wrote {report.files} files to {report.folder}")
 
 
-def _show_check(report: CheckReport) -> None:
-    _show_faults(report.faults)
-    verdict = "passed" if report.passed else "FAILED"
-    print_all(
-        f"{verdict}: {report.folder} ({report.files} files, {size_text(report.bytes)}, hashed and "
-        "compared with the manifests)"
-    )
-
-
-def _show_faults(faults: Sequence[FileFault]) -> None:
-    if faults:
-        print_all(*map(str, faults))
-        print_all("fetch these files again, or write them again with --overwrite")
-
-
-def _show_verify(report: VerifyReport) -> None:
-    _show_faults(report.damaged)
-    rows = [
-        (
-            str(layer.layer),
-            "-" if layer.sharding_error is None else f"{layer.sharding_error:.1e}",
-            "-" if layer.output_error is None else f"{layer.output_error:.4f}",
-            "-" if layer.residual_recorded is None else f"{layer.residual_recorded:.4f}",
-            "-" if layer.residual_difference is None else f"{layer.residual_difference:.1e}",
-            "failed" if layer.failures else "warning" if layer.warnings else "ok",
-        )
-        for layer in report.layers
-    ]
-    header = (
-        "layer",
-        "sharded vs unsharded",
-        "output error vs dense",
-        "recorded residual",
-        "measured - recorded",
-        "",
-    )
-    if rows:
-        print_all(make_table(header, rows))
-        if any(layer.output_error is not None for layer in report.layers):
-            print_all("tokens are random: output errors are larger than on text")
-    else:
-        print_all("no layer was computed: files that decide what they are were changed")
-    for layer in report.layers:
-        for failure in layer.failures:
-            print_all(f"layer {layer.layer}: {failure}")
-        for warning in layer.warnings:
-            print_all(f"warning: layer {layer.layer}: {warning}")
-    _show_traffic(report)
-    if report.device != "cpu":
-        print_all(f"{report.device} multiplies float32 matrices in {report.float32_products}")
-    if report.dispatch:
-        why = f": {report.fused_unmet}" if report.fused_unmet else ""
-        print_all(f"dispatch of tokens to experts: {report.dispatch}{why}")
-    what = "unsharded" if report.layout == "unsharded" else f"{_mesh(report)}, {report.layout}"
-    doubtful = sum(bool(layer.warnings) for layer in report.layers)
-    warned = f" with warnings on {doubtful} layers" if doubtful else ""
-    verdict = f"passed{warned}" if report.passed else "FAILED"
-    how = f"{report.device}, {report.dtype}, {report.tokens} tokens per layer"
-    unseen = report.not_verified
-    missed = f"; NOT verified: the shards {', '.join(unseen)}" if unseen else ""
-    print_all(f"{verdict}: {report.folder} ({what}, {how}){missed}")
-
-
-def _mesh(report: VerifyReport) -> str:
-    sizes = {"tp": report.tp_size, "ep": report.ep_size, "cp": report.cp_size}
-    words = [f"{axis} {size}" for axis, size in sizes.items() if size > 1 or axis == "tp"]
-    return ", ".join(words + ["sequence parallel"] * report.sequence_parallel)
-
-
-def _show_traffic(report: VerifyReport) -> None:
-    rows = [
-        (one.kind, *(f"{value:,.1f}" for value in (one.counted, one.predicted, one.dense)))
-        for one in report.traffic
-    ]
-    if rows:
-        header = ("bytes sent per token and process", "counted", "predicted", "dense, Megatron")
-        print_all(make_table(header, rows))
-
-
 def _show_quantize(report: QuantizeReport) -> None:
     before, after = report.before, report.after
     rows = [
@@ -410,52 +331,6 @@ def _show_push(report: PushReport) -> None:
     done = "would be uploaded to" if report.url is None else "uploaded to"
     where = report.url or report.repository
     print_all(f"{len(report.files)} files, {size_text(report.bytes)}, {done} {where}")
-
-
-def _show_evaluate(report: EvaluateReport) -> None:
-    first = report.results[0].perplexity
-    rows = [
-        (
-            one.folder,
-            size_text(one.size.total_bytes),
-            count_text(one.size.routed_parameters),
-            f"{one.perplexity:.3f}",
-            f"x {one.perplexity / first:.4f}" if len(report.results) > 1 else "",
-        )
-        for one in report.results
-    ]
-    print_all(make_table(("checkpoint", "all bytes", "routed parameters", "perplexity", ""), rows))
-    if report.divergence is not None:
-        _show_divergence(report.divergence)
-    print_all(
-        f"on {report.tokens:,} tokens, evenly spread over {', '.join(report.texts)}, in windows of "
-        f"{report.window}; not comparable with other texts, numbers of tokens or windows"
-    )
-    if report.results[0].perplexity_error is None:
-        print_all("warning: that is one window, which says little: give a longer text")
-
-
-def _show_divergence(found: Divergence) -> None:
-    changed = "not the same layers of experts"
-    if found.experts_changed is not None:
-        changed = f"{_percentage_text(found.experts_changed)} of the tokens, in any layer"
-    rows = [
-        ("perplexity", f"x {_estimate_text(found.perplexity_ratio, 4)}"),
-        ("KL divergence", f"{_estimate_text(found.kl, 5)} nats per token"),
-        ("same top token", f"{_percentage_text(found.same_top)} of the tokens"),
-        ("other experts", changed),
-    ]
-    print_all(make_table(("", "from the first, ± standard error"), rows, text_columns=2))
-
-
-def _estimate_text(estimate: Estimate, digits: int) -> str:
-    error = "" if estimate.error is None else f" ± {estimate.error:.{digits}f}"
-    return f"{estimate.value:.{digits}f}{error}"
-
-
-def _percentage_text(share: Estimate) -> str:
-    error = "" if share.error is None else f" ± {share.error:.2%}"
-    return f"{share.value:.2%}{error}"
 
 
 def _show_doctor(report: DoctorReport) -> None:
