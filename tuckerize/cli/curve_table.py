@@ -12,6 +12,8 @@ from tuckerize.report.plans import CurvePoint, CurveReport
 
 # Heads of a plan's columns.
 _WAYS = {"none": "16 bits", "w8": "w8", "w4": "w4", "best": "best"}
+# Sizes at which other tools have whole experts in fewer bits than ours; docs/how-to/choosing.md.
+_THREE_BITS_FROM, _THREE_BITS_BELOW = 3.0, 4.5
 
 
 def show_curve(report: CurveReport) -> None:
@@ -45,6 +47,12 @@ def show_curve(report: CurveReport) -> None:
         "the KL divergence; bytes, cores and kept parameters are those of the smallest",
         *(_advice(report.points, target, compared=compared) for target in targets),
     )
+    if any(_THREE_BITS_FROM <= point.bits < _THREE_BITS_BELOW for point in report.points):
+        print_all(
+            "from 3 to 4.5 bits per weight, 3-bit weights of another tool with nothing truncated "
+            "lost less on the largest model that was measured, and have kernels on CUDA; Ascend "
+            "and CPUs have none below 4 bits: truncate there"
+        )
 
 
 def _cores(cores: Cores) -> str:
@@ -57,9 +65,11 @@ def _cores(cores: Cores) -> str:
 
 def _advice(points: Sequence[CurvePoint], target: str, *, compared: bool) -> str:
     """Down to which size quantisation alone is the better choice, in words."""
-    best = [point for point in points if (point.target, point.encodings) == (target, "best")]
+    own = [point for point in points if point.target == target]
     where = f"{target}: " if compared else ""
-    alone = [point.bits for point in best if not point.truncated]
+    alone = [p.bits for p in own if p.encodings == "best" and not p.truncated]
+    if all(point.truncated for point in own):
+        return f"{where}no encoding here stores whole experts in so few bits"
     if not alone:
         return f"{where}quantisation alone is predicted to lose more at these sizes"
     return (

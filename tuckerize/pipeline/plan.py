@@ -16,6 +16,7 @@ from tuckerize.moe.source import SourceModel
 from tuckerize.parallel.backends import choose_device
 from tuckerize.parallel.processes import process_group
 from tuckerize.planning.curve import BITS, kl_curve
+from tuckerize.planning.duration import profiles_of
 from tuckerize.planning.plan import make_plan
 from tuckerize.progress import Progress, SilentProgress
 from tuckerize.recipe import recipe_of_options
@@ -96,7 +97,7 @@ def plan(request: PlanRequest, progress: Progress | None = None) -> CurveReport 
         curve = kl_curve(
             recipe,
             opened,
-            progress or SilentProgress(),
+            profiles_of(opened, progress or SilentProgress()),
             targets=targets,
             bits=BITS if request.bits is None else (request.bits,),
         )

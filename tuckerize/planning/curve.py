@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tuckerize.calibration.calibration_pass import CalibrationPass
+from tuckerize.calibration.layer_profile import LayerProfile
 from tuckerize.domain import ENCODINGS, Target, cores_by_layer
 from tuckerize.errors import UsageError
 from tuckerize.planning.budget import Budget
 from tuckerize.planning.calibrated import CalibratedModel, Encodings, best_choices
-from tuckerize.planning.duration import profiles_of
 from tuckerize.planning.knapsack import Choice
 from tuckerize.planning.plan import stored_type
-from tuckerize.progress import Progress
 from tuckerize.recipe import CalibrationSettings, Recipe
 from tuckerize.report.plans import CurvePoint, CurveReport
 
@@ -30,24 +29,21 @@ _WAYS: dict[str, Encodings] = {
 def kl_curve(
     recipe: Recipe,
     calibration: CalibrationPass,
-    progress: Progress,
+    profiles: Sequence[LayerProfile],
     *,
     targets: Sequence[Target] = (),
     bits: Sequence[float] = BITS,
 ) -> CurveReport:
     """Predicted KL divergence of every budget that the sizes allow, for all encodings.
 
-    Profiles the model if its profile is not in the cache; decomposes nothing.
-
     Args:
         recipe: Recipe of the calibration; its rules do not matter.
         calibration: The model and its text.
-        progress: Shows how far the profile is.
+        profiles: Of all its layers.
         targets: Engines to compare; that of the recipe by default.
         bits: Budgets in bits per routed weight, the largest first.
     """
     source = calibration.source
-    profiles = profiles_of(calibration, progress)
     shape = source.moe.shape._replace(experts=calibration.group_size)
     groups, weights = source.moe.shape.experts // shape.experts, stored_type(recipe, source.moe)
     points = []

@@ -9,7 +9,7 @@ import torch
 
 from tuckerize.calibration.calibration_pass import CalibrationPass
 from tuckerize.calibration.layer_profile import LayerProfile
-from tuckerize.calibration.profile_pass import is_profiled, profile_model
+from tuckerize.calibration.profile_pass import ProfileCache
 from tuckerize.errors import TuckerizeError
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint, open_source
 from tuckerize.pipeline.evaluation_record import find_evaluation
@@ -17,7 +17,6 @@ from tuckerize.pipeline.report.charts import chart
 from tuckerize.pipeline.report.page import note, section
 from tuckerize.planning.curve import kl_curve
 from tuckerize.planning.plan import Plan, make_plan
-from tuckerize.progress import SilentProgress
 from tuckerize.recipe import parse_recipe
 
 
@@ -38,10 +37,10 @@ def predictions(tucker: TuckerCheckpoint, of: str) -> list[str]:
         run = CalibrationPass.open(source, recipe, torch.device("cpu"))
     except TuckerizeError as error:
         return [section(heading, note(f"Not shown: {error.message}."))]
-    if not run.has_validation or not is_profiled(run):
+    profiles = ProfileCache.of(run).complete(source.moe.layers) if run.has_validation else None
+    if profiles is None:
         return [section(heading, note("Not shown: this machine's cache has no profile of it."))]
-    profiles = profile_model(run, SilentProgress())
-    curve = kl_curve(recipe, run, SilentProgress())
+    curve = kl_curve(recipe, run, profiles)
     way = recipe.quantize or ("none" if recipe.rules[0].bits is None else "best")
     points = [point for point in curve.points if point.encodings == way]
     drawn = chart(
