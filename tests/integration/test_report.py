@@ -13,6 +13,7 @@ import pytest
 
 from tests.running import ROOT, run_here, succeed
 from tests.tiny_models import add_tokenizer, make_tiny_model, write_text
+from tuckerize.calibration import profile_pass
 from tuckerize.calibration import tokens as tokens_module
 
 pytest.importorskip("matplotlib")
@@ -79,7 +80,14 @@ def test_page_draws_the_curve_with_the_checkpoint_in_it_and_spectra(
     calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "page.html"
+    reads: list[str] = []
+    real = profile_pass.read_sealed
+    monkeypatch.setattr(
+        profile_pass, "read_sealed", lambda path, label: (reads.append(label), real(path, label))[1]
+    )
     succeed("report", calibrated, "--html", file)
+    assert reads
+    assert len(reads) == len(set(reads)), "a layer's profile is read once"
     text = file.read_text(encoding="utf-8")
     for words in ("this checkpoint", "bits per routed weight", "kept neurons of an expert"):
         assert words in text
