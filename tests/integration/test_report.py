@@ -13,8 +13,9 @@ import pytest
 
 from tests.running import ROOT, run_here, succeed
 from tests.tiny_models import add_tokenizer, make_tiny_model, write_text
-from tuckerize.calibration import profile_pass
 from tuckerize.calibration import tokens as tokens_module
+from tuckerize.calibration.layer_profile import LayerProfile
+from tuckerize.calibration.profile_pass import ProfileCache
 
 pytest.importorskip("matplotlib")
 
@@ -80,14 +81,17 @@ def test_page_draws_the_curve_with_the_checkpoint_in_it_and_spectra(
     calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "page.html"
-    reads: list[str] = []
-    real = profile_pass.read_sealed
-    monkeypatch.setattr(
-        profile_pass, "read_sealed", lambda path, label: (reads.append(label), real(path, label))[1]
-    )
+    read: list[int] = []
+    load = ProfileCache.load
+
+    def counted(cache: ProfileCache, layer: int) -> LayerProfile | None:
+        read.append(layer)
+        return load(cache, layer)
+
+    monkeypatch.setattr(ProfileCache, "load", counted)
     succeed("report", calibrated, "--html", file)
-    assert reads
-    assert len(reads) == len(set(reads)), "a layer's profile is read once"
+    assert read
+    assert len(read) == len(set(read)), "every layer's profile is read once"
     text = file.read_text(encoding="utf-8")
     for words in ("this checkpoint", "bits per routed weight", "kept neurons of an expert"):
         assert words in text

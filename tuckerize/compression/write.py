@@ -13,7 +13,7 @@ from tuckerize.checkpoint.writer import write_tensors
 from tuckerize.compression.factors import GroupFactors, LayerFactors
 from tuckerize.compression.target import LayerPiece
 from tuckerize.domain import StackResult
-from tuckerize.format.manifest import LayerRecord, pack_neurons
+from tuckerize.format.records import LayerRecord, pack_neurons
 
 
 def write_piece(

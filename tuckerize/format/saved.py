@@ -27,13 +27,8 @@ from tuckerize.domain import (
 )
 from tuckerize.errors import CheckpointError
 from tuckerize.format.config import GroupShape, TuckerQuantization, find_quantization
-from tuckerize.format.manifest import (
-    LayerRecord,
-    LayoutRecord,
-    TuckerManifest,
-    pack_neurons,
-    read_tucker_manifest,
-)
+from tuckerize.format.manifest import TuckerManifest, read_tucker_manifest
+from tuckerize.format.records import LayerRecord, LayoutRecord, pack_neurons
 from tuckerize.moe.describe import describe_family
 from tuckerize.moe.family import Family, positive, text_config
 from tuckerize.names import TensorName

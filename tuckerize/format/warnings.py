@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tuckerize.format.manifest import LayerRecord, TuckerManifest
+from tuckerize.format.manifest import TuckerManifest
+from tuckerize.format.records import LayerRecord
 
 # Above this ratio, and difference, of a measured and a predicted output error, the prediction of
 # the whole model is not to be relied on. Without refinement, measured ones are up to 1.5 times.

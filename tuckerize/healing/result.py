@@ -16,7 +16,8 @@ from tuckerize.checkpoint.weight_set import CONFIG, INDEX
 from tuckerize.checkpoint.writer import copy_tensors, write_index, write_tensors
 from tuckerize.domain import cores_of
 from tuckerize.format.card import restore_card, write_hub_files
-from tuckerize.format.manifest import HealRecord, sealed
+from tuckerize.format.manifest import sealed
+from tuckerize.format.records import HealRecord
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 from tuckerize.names import CorePart, TensorName
 from tuckerize.runtime.trained import encode

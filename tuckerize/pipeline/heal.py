@@ -24,7 +24,8 @@ from tuckerize.checkpoint.reader import TORCH_DTYPES, Checkpoint
 from tuckerize.checkpoint.space import require_space
 from tuckerize.domain import CoreType, Device, Part
 from tuckerize.errors import CheckpointError, ParallelError, UsageError
-from tuckerize.format.manifest import HealRecord, read_tucker_manifest
+from tuckerize.format.manifest import read_tucker_manifest
+from tuckerize.format.records import HealRecord
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 from tuckerize.healing.objective import Windows
 from tuckerize.healing.result import LOG, write_result

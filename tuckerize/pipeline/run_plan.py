@@ -27,13 +27,8 @@ from tuckerize.compression.target import LayerPiece
 from tuckerize.compression.write import write_piece
 from tuckerize.domain import StackResult
 from tuckerize.errors import CheckpointError
-from tuckerize.format.manifest import (
-    LayerRecord,
-    LayoutRecord,
-    SourceRecord,
-    TuckerManifest,
-    read_tucker_manifest,
-)
+from tuckerize.format.manifest import TuckerManifest, read_tucker_manifest
+from tuckerize.format.records import LayerRecord, LayoutRecord, SourceRecord
 from tuckerize.format.warnings import warnings_of
 from tuckerize.parallel.processes import Processes
 from tuckerize.pipeline.finish import finish_checkpoint, size_of_files

@@ -14,17 +14,13 @@ from tuckerize.checkpoint.output import MANIFEST
 from tuckerize.domain import MultilinearRank, Projection, Size, StackResult, StackShape
 from tuckerize.errors import CheckpointError
 from tuckerize.format.manifest import (
-    LayerRecord,
-    Mask,
     ShardManifest,
     ShardRecord,
-    SourceRecord,
     TuckerManifest,
-    pack_neurons,
     read_shard_manifest,
     read_tucker_manifest,
-    unpack_neurons,
 )
+from tuckerize.format.records import LayerRecord, Mask, SourceRecord, pack_neurons, unpack_neurons
 
 FILE = FileRecord(name="a.safetensors", bytes=8, sha256="0" * 64)
 TUCKER = TuckerManifest(

@@ -12,12 +12,8 @@ from tuckerize.checkpoint.files import read_json_object
 from tuckerize.checkpoint.output import REPORT
 from tuckerize.domain import cores_of
 from tuckerize.errors import UsageError
-from tuckerize.format.manifest import (
-    LayerRecord,
-    TuckerManifest,
-    available_shardings,
-    read_shard_manifest,
-)
+from tuckerize.format.manifest import TuckerManifest, available_shardings, read_shard_manifest
+from tuckerize.format.records import LayerRecord
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 from tuckerize.format.warnings import warnings_of
 from tuckerize.healing.result import LOG
