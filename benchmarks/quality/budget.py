@@ -51,6 +51,25 @@ def pooled_sizes(budget: int, cost: int, gains: Sequence[Tensor]) -> list[int]:
     return [len(chosen) for chosen in largest(gains, budget // cost)]
 
 
+def covering_sizes(count: int, gains: Sequence[Tensor], weights: Tensor) -> list[int]:
+    """Sizes of several parts that share a number of steps, by what each part keeps of its gains.
+
+    With s as large as the number allows, a part gets the first of its steps that together gain
+    min(s w, 1) of all that the part could, w being its weight.
+
+    Args:
+        count: Steps of all parts.
+        gains: What every step of a part gains, not negative, in falling order.
+        weights: Of every part, positive.
+    """
+    # A step is there as soon as s w times the total is more than what the steps before it gain.
+    needed = [
+        (gain.cumsum(0) - gain) / (gain.sum().clamp_min(1e-30) * weight)
+        for gain, weight in zip(gains, weights, strict=True)
+    ]
+    return [len(chosen) for chosen in largest([-own for own in needed], count)]
+
+
 def largest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
     """Indices, sorted, of the `count` largest scores of all tensors together, for each tensor."""
     threshold = torch.cat(list(scores)).argsort(descending=True, stable=True)[:count]

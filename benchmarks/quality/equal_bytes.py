@@ -72,6 +72,8 @@ PRUNED = {
     "neuron elimination": KEEPS,
     "REAP": (0.875, 0.75, 0.625, 0.5),  # of 8 or 16 experts equally many in every layer
     EQUAL_WIDTHS: KEEPS,
+    "MoE-Slimming": KEEPS,
+    "PARSER": KEEPS,
 }
 
 
@@ -97,7 +99,7 @@ WANTED = (
     *_alone("GPTQ", 4, 3, 2),
     *_ours("w4", *KEEPS),
     *(Wanted(DENSE, 1, LEARNED, str(Encoding(bits, 32, zero=True))) for bits in (2, 3, 4)),
-    *_pruned("neuron elimination", "REAP"),
+    *_pruned("neuron elimination", "REAP", "MoE-Slimming", "PARSER"),
     Wanted(DENSE, 1, "GPTQ", str(Encoding(8, None, zero=False))),
     *_ours("w4", 0.8, 0.5, target="fused-kernels"),
     *_ours("w8", 0.9, 0.75, 0.65, 0.5),

@@ -46,6 +46,7 @@ class Layer:
         experts_Tk: Experts of every token, (T, k).
         weights_Tk: Their routing weights, as they multiply the experts' outputs, (T, k).
         sensitivity: Derivatives of the loss, where they were collected.
+        decoder_norms_T: Norms of the whole decoder layer's output, where they were collected, (T,).
     """
 
     stacks: Stacks
@@ -53,6 +54,7 @@ class Layer:
     experts_Tk: Tensor
     weights_Tk: Tensor
     sensitivity: Sensitivity | None = None
+    decoder_norms_T: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -114,6 +116,7 @@ class Layer:
             x_TI=self.x_TI[::step],
             experts_Tk=self.experts_Tk[::step],
             weights_Tk=self.weights_Tk[::step],
+            decoder_norms_T=None if self.decoder_norms_T is None else self.decoder_norms_T[::step],
         )
 
     @cached_property
@@ -142,11 +145,14 @@ class Compressed:
         stacks: The weights that are in effect, expanded from `parts`.
         parts: Every tensor that has to be stored: factors, cores, bases, coefficients, rows.
         kept_experts: Where whole experts are gone: those that the router may still choose.
+        shared_EH: Where neurons are stored once for all experts: whether neuron h of expert e is
+            the shared neuron h, (E, H).
     """
 
     stacks: Stacks
     parts: tuple[Tensor, ...]
     kept_experts: tuple[int, ...] | None = None
+    shared_EH: Tensor | None = None
 
     @property
     def stored(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from math import exp
 from pathlib import Path
 from typing import Any
@@ -70,14 +71,36 @@ class MoeModel:
             for hook in hooks:
                 hook.remove()
 
+    @contextmanager
+    def _recording_norms(self, norms: list[list[Tensor]]) -> Iterator[None]:
+        """Append the norms of what the decoder layers of the blocks give."""
+
+        def recorder(into: list[Tensor]) -> Any:  # noqa: ANN401
+            return lambda _module, _inputs, output: into.append(output.norm(dim=-1).flatten())
+
+        layers = [layer for layer in self.model.model.layers if hasattr(layer.mlp, "experts")]
+        hooks = [
+            layer.register_forward_hook(recorder(into))
+            for layer, into in zip(layers, norms, strict=True)
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     @torch.no_grad()
     def layers(self, tokens: Tensor) -> list[Layer]:
         """The MoE layers with what a stream of tokens (T + 1,) gives them."""
         calls: list[list[tuple[Tensor, ...]]] = [[] for _ in self.blocks]
-        with self.recording(calls):
+        norms: list[list[Tensor]] = [[] for _ in self.blocks]
+        with self.recording(calls), self._recording_norms(norms):
             for source, _ in windows(tokens):
                 self.model(input_ids=source, use_cache=False)
-        return [_layer(block, got) for block, got in zip(self.blocks, calls, strict=True)]
+        return [
+            replace(_layer(block, got), decoder_norms_T=torch.cat(own))
+            for block, got, own in zip(self.blocks, calls, norms, strict=True)
+        ]
 
     @torch.no_grad()
     def sequentially(self, tokens: Tensor, treat: Callable[[Layer], Stacks]) -> None:

@@ -9,9 +9,9 @@ from functools import cache
 import pytest
 import torch
 
-from benchmarks.quality.budget import equal_sizes, largest, pooled_sizes
+from benchmarks.quality.budget import covering_sizes, equal_sizes, largest, pooled_sizes
 from benchmarks.quality.layer import Compressed, Layer, Sensitivity, output_error, roots
-from benchmarks.quality.methods import low_rank, mobe, pruning, tucker
+from benchmarks.quality.methods import low_rank, mobe, pruning, slimming, tucker
 from benchmarks.quality.registry import METHODS
 
 EXPERTS, INTERMEDIATE, HIDDEN, TOP_K, TOKENS = 6, 20, 24, 2, 900
@@ -32,7 +32,8 @@ def layer(seed: int = 0) -> Layer:
     fisher = torch.rand(3, *size, generator=g)
     slopes = torch.randn(EXPERTS, HIDDEN, HIDDEN, generator=g)
     sensitivity = Sensitivity((fisher[0], fisher[1], fisher[2]), slopes @ slopes.mT)
-    return Layer((gate / 5, up / 5, down / 5), x, experts, weights, sensitivity)
+    norms = 1 + torch.rand(TOKENS, generator=g)
+    return Layer((gate / 5, up / 5, down / 5), x, experts, weights, sensitivity, norms)
 
 
 @pytest.fixture(autouse=True)
@@ -126,8 +127,8 @@ def test_latent_factor_is_shared_and_counted_once() -> None:
 
 def test_compensation_lowers_the_output_error_of_the_same_neurons() -> None:
     chosen = [torch.arange(0, INTERMEDIATE, 2)] * EXPERTS
-    plain = pruning._rows(layer(), chosen)
-    refitted = pruning._rows(layer(), chosen, layer().activation_moments(weighted=True))
+    plain = pruning.narrowed(layer(), chosen)
+    refitted = pruning.narrowed(layer(), chosen, layer().activation_moments(weighted=True))
     assert plain.stored == refitted.stored
     assert output_error(layer(), refitted) < output_error(layer(), plain)
 
@@ -137,7 +138,7 @@ def test_compensation_of_a_neuron_that_repeats_another_is_exact() -> None:
     gate[:, 1], up[:, 1] = gate[:, 0], up[:, 0]
     twin = replace(layer(), stacks=(gate, up, down))
     rows = [torch.tensor([0, *range(2, INTERMEDIATE)])] * EXPERTS
-    refitted = pruning._rows(twin, rows, twin.activation_moments(weighted=True))
+    refitted = pruning.narrowed(twin, rows, twin.activation_moments(weighted=True))
     assert output_error(twin, refitted) < 1e-3
 
 
@@ -165,6 +166,57 @@ def test_heapr_deals_out_one_budget_over_the_layers() -> None:
     loud = replace(loud, stacks=(loud.stacks[0], loud.stacks[1], 3 * loud.stacks[2]))
     quiet, more = pruning.heapr([layer(0), loud], 0.5)
     assert quiet.stored < more.stored
+
+
+@pytest.mark.parametrize("count", [1, 7, 19, 30])
+def test_covering_sizes_are_those_of_a_search_for_the_share(count: int) -> None:
+    g = torch.Generator().manual_seed(count)
+    gains = [torch.rand(10, generator=g).double().sort(descending=True).values for _ in range(3)]
+    weights = torch.rand(3, generator=g).double() + 0.1
+
+    def sizes(share: float) -> list[int]:
+        """As published: the fewest steps that gain min(s w, 1) of all that a part could."""
+        wanted = [
+            min(share * float(w), 1.0) * gain.sum() for gain, w in zip(gains, weights, strict=True)
+        ]
+        return [
+            min(int(torch.searchsorted(gain.cumsum(0), want)) + 1, len(gain))
+            for gain, want in zip(gains, wanted, strict=True)
+        ]
+
+    shares = torch.linspace(0, 1 / float(weights.min()), 20001).tolist()
+    within = [found for found in map(sizes, shares) if sum(found) <= count]
+    found = covering_sizes(count, gains, weights)
+    assert sum(found) == count
+    if within:  # at least one step of every part
+        assert all(0 <= own - low <= 1 for own, low in zip(found, within[-1], strict=True))
+
+
+def test_attribution_of_channels_and_experts_is_that_of_autograd() -> None:
+    one = layer()
+    inner = [
+        torch.stack((x @ gate.T, x @ up.T)).requires_grad_()
+        for (x, _), gate, up in zip(one.tokens, one.stacks[0], one.stacks[1], strict=True)
+    ]
+    active = [torch.nn.functional.silu(gate) * up for gate, up in inner]
+    for own in active:
+        own.retain_grad()
+    scales = torch.full((EXPERTS,), 0.9, requires_grad=True)
+    routed = torch.zeros_like(one.x_TI)
+    for expert, (_, weights) in enumerate(one.tokens):
+        output = scales[expert] * active[expert] @ one.stacks[2][expert] * weights[:, None]
+        rows = (one.experts_Tk == expert).any(-1).nonzero()[:, 0]
+        routed = routed.index_add(0, rows, output)
+    loss = (one.output - routed).square().sum(-1) / one.decoder_norms_T.square()
+    loss.sum().backward()
+    saliency = slimming._Saliency(one)
+    torch.testing.assert_close(loss.mean().item() * 100, saliency.loss, rtol=1e-3, atol=0)
+    torch.testing.assert_close(-scales.grad / TOKENS / 0.2, saliency.experts, rtol=1e-3, atol=1e-6)
+    for expert, both in enumerate(inner):
+        parts = (*(both * both.grad), active[expert] * active[expert].grad)
+        mean = sum(part.abs().mean(0) for part in parts) / 3
+        mine = saliency.channels["attribution"][expert] * 0.2 * 0.9
+        torch.testing.assert_close(mine, mean, rtol=1e-3, atol=1e-6)
 
 
 def test_bases_of_a_mixture_are_found() -> None:

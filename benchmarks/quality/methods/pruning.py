@@ -59,7 +59,7 @@ def neurons(layer: Layer, keep: float) -> Compressed:
     the routing weight and d its row of down. Tuned: α of 0 or 1; the least important of a whole
     layer, as in the paper, or of every expert.
     """
-    return best_of(layer, (_rows(layer, chosen) for chosen in _by_energy(layer, keep)))
+    return best_of(layer, (narrowed(layer, chosen) for chosen in _by_energy(layer, keep)))
 
 
 @layer_by_layer
@@ -76,7 +76,7 @@ def compensated_neurons(layer: Layer, keep: float) -> Compressed:
         ridge_EHH = _ridge(moments_EHH, 1e-2)
         leverage_EH = (moments_EHH @ torch.linalg.inv(moments_EHH + ridge_EHH)).diagonal(0, 1, 2)
         for chosen in (*_by_energy(layer, keep), *_both_ways(layer, leverage_EH, keep)):
-            yield _rows(layer, chosen, moments_EHH)
+            yield narrowed(layer, chosen, moments_EHH)
 
     return best_of(layer, candidates())
 
@@ -93,7 +93,9 @@ def eliminated_neurons(layer: Layer, keep: float) -> Compressed:
     costs_EH = torch.stack(
         [_elimination_costs(m, d) for m, d in zip(moments_EHH, layer.stacks[2], strict=True)]
     )
-    return best_of(layer, (_rows(layer, s, moments_EHH) for s in _both_ways(layer, costs_EH, keep)))
+    return best_of(
+        layer, (narrowed(layer, s, moments_EHH) for s in _both_ways(layer, costs_EH, keep))
+    )
 
 
 @layer_by_layer
@@ -105,7 +107,7 @@ def equally_eliminated_neurons(layer: Layer, keep: float) -> Compressed:
         _elimination_costs(m, d).argsort(descending=True)
         for m, d in zip(moments_EHH, layer.stacks[2], strict=True)
     ]
-    return _rows(layer, [order[:width].sort().values for order in orders], moments_EHH)
+    return narrowed(layer, [order[:width].sort().values for order in orders], moments_EHH)
 
 
 def heapr(layers: Sequence[Layer], keep: float) -> list[Compressed]:
@@ -126,7 +128,9 @@ def heapr(layers: Sequence[Layer], keep: float) -> list[Compressed]:
         scores.append((slope_EH * _energies(layer, _total)).flatten())
     kept = int(keep * sum(layer.dense for layer in layers)) // (3 * layers[0].shape[2])
     chosen = largest(scores, kept)
-    return [_rows(layer, _per_expert(layer, of)) for layer, of in zip(layers, chosen, strict=True)]
+    return [
+        narrowed(layer, _per_expert(layer, of)) for layer, of in zip(layers, chosen, strict=True)
+    ]
 
 
 def _total(active_NH: Tensor) -> Tensor:
@@ -168,7 +172,7 @@ def _per_expert(layer: Layer, chosen: Tensor) -> list[Tensor]:
     return [chosen[chosen // intermediate == e] % intermediate for e in range(experts)]
 
 
-def _rows(layer: Layer, chosen: list[Tensor], moments_EHH: Tensor | None = None) -> Compressed:
+def narrowed(layer: Layer, chosen: list[Tensor], moments_EHH: Tensor | None = None) -> Compressed:
     """Keep some neurons of every expert; refit down where activation moments are given."""
     stacks = [torch.zeros_like(stack) for stack in layer.stacks]
     parts: list[Tensor] = []
