@@ -43,11 +43,12 @@ def quantise(
     quantised gate and up give. Neurons that are gone, rows of zeros, are not stored.
     """
     model.replace(compressed)
+    shared = iter(own.shared_EH for own in compressed)
     stored = 0
 
     def treat(layer: Layer) -> Stacks:
         nonlocal stored
-        stacks, bits = _round(layer, encoding, rounding)
+        stacks, bits = _round(layer, next(shared), encoding, rounding)
         stored += bits
         return stacks
 
@@ -55,36 +56,63 @@ def quantise(
     return stored
 
 
-def _round(layer: Layer, encoding: Encoding, rounding: str) -> tuple[Stacks, int]:
-    """The values of a layer's stacks as stored, and the bits that they take."""
-    rows = [_neurons(layer, expert) for expert in range(layer.shape[0])]
+def _round(
+    layer: Layer, shared_EH: Tensor | None, encoding: Encoding, rounding: str
+) -> tuple[Stacks, int]:
+    """The values of a layer's stacks as stored, and the bits that they take.
+
+    Neurons that experts share are rounded once, for the tokens of all that read them.
+    """
+    if rounding == LEARNED and shared_EH is not None:
+        raise ValueError("learned rounding is not made for shared neurons")
+    experts, _, hidden = layer.shape
+    sets = layer.stacks
+    readers: list[tuple[int, ...]] = [(expert,) for expert in range(experts)]
+    if shared_EH is not None:
+        sets = triple(_with_shared_set(stack, shared_EH) for stack in sets)
+        readers.append(tuple(range(experts)))
+    rows = [_neurons(sets, index) for index in range(len(readers))]
     widths = [len(own) for own in rows]
-    hidden = layer.shape[2]
-    gate_EKI, up_EKI, down_EKI = (_narrow(stack, rows) for stack in layer.stacks)
+    gate_SKI, up_SKI, down_SKI = (_narrow(stack, rows) for stack in sets)
     inputs_EII = layer.input_moments(weighted=True).float()
+    inputs_SII = torch.stack([inputs_EII[list(own)].sum(0) for own in readers])
     treat = ROUNDINGS[rounding]
-    gate, up = (treat(own, encoding, inputs_EII) for own in (gate_EKI, up_EKI))
+    gate, up = (treat(own, encoding, inputs_SII) for own in (gate_SKI, up_SKI))
     moments = []
-    for (x_NI, w_N), gate_KI, up_KI in zip(layer.tokens, gate.values, up.values, strict=True):
-        active_NK = silu(x_NI @ gate_KI.T) * (x_NI @ up_KI.T) * w_N[:, None]
-        moments.append(active_NK.T @ active_NK)
-    down = treat(down_EKI.mT.contiguous(), encoding, torch.stack(moments))
+    for own, members, gate_KI, up_KI in zip(rows, readers, gate.values, up.values, strict=True):
+        moment_KK = torch.zeros(len(gate_KI), len(gate_KI))
+        for expert in members:
+            x_NI, w_N = layer.tokens[expert]
+            active_NK = silu(x_NI @ gate_KI.T) * (x_NI @ up_KI.T) * w_N[:, None]
+            if shared_EH is not None and len(members) > 1:
+                active_NK[:, : len(own)] *= shared_EH[expert, own]
+            moment_KK += active_NK.T @ active_NK
+        moments.append(moment_KK)
+    down = treat(down_SKI.mT.contiguous(), encoding, torch.stack(moments))
     if rounding == LEARNED:
-        stored = learn(layer, (gate_EKI, up_EKI, down_EKI.mT), (gate, up, down), encoding)
+        stored = learn(layer, (gate_SKI, up_SKI, down_SKI.mT), (gate, up, down), encoding)
     else:
         stored = (gate.values, up.values, down.values.mT)
     bits = sum(
         2 * encoding.stored_bits(width, hidden) + encoding.stored_bits(hidden, width)
         for width in widths
     )
-    return triple(_widened(part, layer, rows) for part in stored), bits
+    found = triple(_widened(part, sets[0], rows) for part in stored)
+    if shared_EH is not None:
+        found = triple(s[:-1] + shared_EH[..., None] * s[-1] for s in found)
+    return found, bits
 
 
-def _neurons(layer: Layer, expert: int) -> Tensor:
+def _with_shared_set(stack_EHI: Tensor, shared_EH: Tensor) -> Tensor:
+    """Neurons of the experts' own, and as another set those that they share, (E + 1, H, I)."""
+    reader_H = shared_EH.int().argmax(0)
+    shared_HI = stack_EHI[reader_H, torch.arange(len(reader_H))] * shared_EH.any(0)[:, None]
+    return torch.cat((stack_EHI * ~shared_EH[..., None], shared_HI[None]))
+
+
+def _neurons(stacks: Stacks, index: int) -> Tensor:
     """Neurons of an expert that are there."""
-    return (
-        torch.stack([stack[expert].abs().sum(-1) for stack in layer.stacks]).sum(0).nonzero()[:, 0]
-    )
+    return torch.stack([stack[index].abs().sum(-1) for stack in stacks]).sum(0).nonzero()[:, 0]
 
 
 def _narrow(stack_EHI: Tensor, rows: Sequence[Tensor]) -> Tensor:
@@ -96,20 +124,27 @@ def _narrow(stack_EHI: Tensor, rows: Sequence[Tensor]) -> Tensor:
     return narrow
 
 
-def _widened(narrow_EKI: Tensor, layer: Layer, rows: Sequence[Tensor]) -> Tensor:
-    stack_EHI = torch.zeros_like(layer.stacks[0])
+def _widened(narrow_EKI: Tensor, like_EHI: Tensor, rows: Sequence[Tensor]) -> Tensor:
+    stack_EHI = torch.zeros_like(like_EHI)
     for expert, own in enumerate(rows):
         stack_EHI[expert, own] = narrow_EKI[expert, : len(own)]
     return stack_EHI
 
 
 def costs(layers: Sequence[Layer], compressed: Sequence[Compressed]) -> Costs:
-    """Of narrower experts; removed ones leave as many to every token as before."""
+    """Of narrower experts; removed ones leave as many to every token as before.
+
+    Shared neurons' gate and up are computed once for a token, and so is their down.
+    """
     shares = []
     for layer, own in zip(layers, compressed, strict=True):
         if own.kept_experts is not None:
             return Costs(1.0)
         uses_E = torch.bincount(layer.experts_Tk.flatten(), minlength=layer.shape[0]).double()
-        kept_E = (own.stacks[2].abs().sum(-1) > 0).double().mean(-1)
-        shares.append(float((uses_E * kept_E).sum() / uses_E.sum()))
+        kept_EH = own.stacks[2].abs().sum(-1) > 0
+        shared = 0.0
+        if own.shared_EH is not None:
+            kept_EH &= ~own.shared_EH
+            shared = float(own.shared_EH.any(0).double().mean()) / layer.experts_Tk.shape[1]
+        shares.append(float((uses_E * kept_EH.double().mean(-1)).sum() / uses_E.sum()) + shared)
     return Costs(sum(shares) / len(shares))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.quality.layer import Method
-from benchmarks.quality.methods import low_rank, mobe, pruning, slimming, tucker
+from benchmarks.quality.methods import low_rank, mobe, parser, pruning, slimming, tucker
 
 METHODS: dict[str, Method] = {
     "per-expert SVD": low_rank.svd,
@@ -21,6 +21,7 @@ METHODS: dict[str, Method] = {
     "neuron elimination": pruning.eliminated_neurons,
     "HEAPr": pruning.heapr,
     "MoE-Slimming": slimming.moe_slimming,
+    "PARSER": parser.parser,
 }
 """Competitors."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -134,6 +136,28 @@ def test_learned_rounding_is_nearer_and_of_as_many_levels(tiny: MoeModel) -> Non
     for values in (learned[0], learned[1], learned[2].mT):
         for part in torch.split(values, 8, dim=-1):
             assert all(len(row.unique()) <= 4 for row in part.flatten(0, 1))
+
+
+def test_shared_neurons_are_stored_once_and_rounded_alike(tiny: MoeModel) -> None:
+    tokens = torch.randint(0, 60, (1025,), generator=torch.Generator().manual_seed(0))
+    layers = tiny.layers(tokens)
+    encoding = Encoding(4, 32, zero=False)
+    compressed = METHODS["PARSER"](layers, 0.5)
+    stored = quantise_layers(tiny, compressed, tokens, encoding, "GPTQ")
+    after = tiny.layers(tokens)
+    tiny.restore()
+    expected = 0
+    for own, layer in zip(compressed, after, strict=True):
+        assert own.shared_EH is not None
+        for stack in layer.stacks:
+            for neuron, readers in enumerate(own.shared_EH.T):
+                assert all(torch.equal(a, b) for a, b in pairwise(stack[readers, neuron]))
+        used = int(own.shared_EH.any(0).sum())
+        for width in (*(~own.shared_EH).sum(1).tolist(), used):
+            expected += 2 * encoding.stored_bits(width, 32) + encoding.stored_bits(32, width)
+        exact, near = own.stacks[0], layer.stacks[0]
+        assert 0 < float((near - exact).norm() / exact.norm()) < 0.2
+    assert stored == expected
 
 
 def test_neurons_and_experts_that_are_gone_are_not_stored(tiny: MoeModel) -> None:
