@@ -231,7 +231,6 @@ def test_barycentre_of_experts_in_other_orders_is_the_expert() -> None:
     shared, found = parser.barycentre(points[orders])
     for order, back in zip(orders, found, strict=True):
         torch.testing.assert_close(points[order][back], shared)
-    assert {tuple(point) for point in shared.tolist()} == {tuple(p) for p in points.tolist()}
 
 
 def test_errors_of_shared_neurons_are_those_of_the_expert_without_its_own() -> None:
