@@ -73,29 +73,34 @@ class Dtype(Choice):
 class CoreType(Choice):
     """Encoding of cores as codes and scales.
 
-    `w8` is int8 with one scale per output; `w4` is 4 bits with one scale per output and group of
-    32 consecutive inputs; `fp8` is float8_e4m3fn with one scale per output. None stores zero
-    points.
+    `w8` is int8 with one scale per output; `w4` and `w3` are 4 and 3 bits with one scale per output
+    and group of 32 consecutive inputs; `fp8` is float8_e4m3fn with one scale per output. None
+    stores zero points.
     """
 
     W8 = "w8"
     W4 = "w4"
+    W3 = "w3"
     FP8 = "fp8"
 
     @property
     def bits(self) -> int:
         """Bits per value, without scales."""
-        return {"w8": 8, "w4": 4, "fp8": 8}[self]
+        return {"w8": 8, "w4": 4, "w3": 3, "fp8": 8}[self]
 
     @property
     def group_size(self) -> int | None:
         """Inputs that share a scale; None if all of an output do."""
-        return {"w8": None, "w4": 32, "fp8": None}[self]
+        return {"w8": None, "w4": 32, "w3": 32, "fp8": None}[self]
 
     @property
     def word_codes(self) -> int:
-        """Codes that are stored as one integer: eight of 4 bits, padded with zeros."""
-        return {"w8": 1, "w4": 8, "fp8": 1}[self]
+        """Codes that are packed together, padded with zeros; see `words`."""
+        return {"w8": 1, "w4": 8, "w3": 8, "fp8": 1}[self]
+
+    def words(self, codes: int) -> int:
+        """Integers that codes are stored as: eight of 4 bits as an int32, of 3 bits as 3 bytes."""
+        return -(-codes // self.word_codes) * (3 if self == CoreType.W3 else 1)
 
     @property
     def code_range(self) -> tuple[int, int]:
@@ -106,10 +111,15 @@ class CoreType(Choice):
 
 
 ENCODINGS = (None, CoreType.W8, CoreType.W4)
-"""Encodings that planners choose from, by falling bits; None is the type of the factors.
+"""Encodings that every engine has products for, by falling bits; None is the type of the factors.
 
 `fp8` has the bytes of `w8`, and rounds more coarsely: it is for who asks for it.
 """
+
+
+def encodings_for(target: Target) -> tuple[CoreType | None, ...]:
+    """Encodings that planners choose from: engines have 3 bits on CUDA only, we everywhere."""
+    return (*ENCODINGS, CoreType.W3) if target == Target.FREE else ENCODINGS
 
 
 class Part(Choice):

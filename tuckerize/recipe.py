@@ -188,8 +188,8 @@ class Recipe(_Schema):
         joint: `gate_up`: gate_proj and up_proj share one U_I.
         dtype: Type of factors and cores (`bfloat16`, `float16`, `float32`); the source's if absent.
         quantize: Encoding of the cores: `w8`, int8 with a scale per output, `fp8`, float8_e4m3fn
-            with one, or `w4`, 4 bits with a scale per group of 32 inputs; if absent, the type of
-            the factors, or what the bits of a rule are best spent on.
+            with one, or `w4` or `w3`, 4 or 3 bits with a scale per group of 32 inputs; if absent,
+            the type of the factors, or what the bits of a rule are best spent on.
         max_sweeps: HOOI sweeps at most.
         engine: `tuckerize`, or `tensorly` for the slow reference.
         calibration: Texts to calibrate with; without them the decomposition is data-free.

@@ -47,6 +47,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "w4": {"keep": 0.7, "quantize": "w4"},
     "fp8": {"keep": 0.7, "quantize": "fp8"},
     "dense": {"rank": "full,full,full", "quantize": "w4"},
+    "w3": {"keep": 0.7, "quantize": "w3"},
     "all modes": {"rank": "3,50,60", "quantize": "w4", "joint": "gate_up"},
     "groups": {"rank": "full,full,61", "quantize": "w8", "group_size": 2, "layers": "2"},
     "bits": {"bits": 3},

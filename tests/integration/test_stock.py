@@ -33,6 +33,7 @@ IDS = torch.arange(3, 43)[None]
 NARROW: dict[str, Any] = {"keep": 0.7, "calibration": {"target": "any-engine", "refine": 10}}
 WAYS: dict[str, dict[str, Any]] = {
     "w4": {**NARROW, "quantize": "w4"},
+    "w3": {**NARROW, "quantize": "w3"},
     "w8": {**NARROW, "quantize": "w8"},
     "fp8": {"rank": "full,full,full", "quantize": "fp8"},
     "groups": {"rank": "full,full,full", "quantize": "w4", "group_size": 4},
@@ -118,7 +119,7 @@ def test_compressed_tensors_reads_the_experts(
 @pytest.mark.parametrize(
     "options", [{}, {"quantization_config": CompressedTensorsConfig(dequantize=True)}]
 )
-@pytest.mark.parametrize("name", ["w4", "groups", "fp8"])
+@pytest.mark.parametrize("name", ["w4", "w3", "groups", "fp8"])
 def test_transformers_loads_what_is_not_int8(
     name: str, options: dict[str, Any], made: dict[str, ReconstructReport]
 ) -> None:
@@ -136,7 +137,7 @@ def test_sizes_and_hashes_are_those_of_the_tucker_checkpoint(
     assert report.dequantised_because is None
     assert report.size.routed_parameters == tucker.size.routed_parameters
     shapes = report.size.routed_bytes - tucker.size.routed_bytes
-    assert shapes == (0 if report.cores != CoreType.W4 else len(report.layers) * 3 * 8 * 16)
+    assert shapes == (0 if report.cores not in (CoreType.W4, CoreType.W3) else len(report.layers) * 3 * 8 * 16)
     assert check(report.output).passed
     assert inspect(report.output).size == report.size
 

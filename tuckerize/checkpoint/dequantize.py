@@ -7,12 +7,15 @@ checked before they are used: one that is missing, zero or NaN gives a model tha
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from tuckerize.checkpoint.gptq import unpack_awq, unpack_gptq
+from tuckerize.checkpoint.quantization_config import WORD_BITS
 from tuckerize.checkpoint.quantized import Coding, QuantizedWeight, Role
 from tuckerize.errors import CheckpointError
 
@@ -99,6 +102,11 @@ def _matrix(weight: QuantizedWeight, parts: Mapping[Role, Tensor]) -> Tensor:
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
+    if WORD_BITS % weight.bits and Version(version("compressed-tensors")) < Version("0.20"):
+        raise CheckpointError(
+            f"this release of compressed-tensors has another packing of {weight.bits} bits",
+            hint="pip install 'compressed-tensors>=0.20'",
+        )
     order = None
     if Role.GROUP_INDEX in parts and weight.coding == Coding.GPTQ:
         order = parts[Role.GROUP_INDEX].argsort(stable=True)

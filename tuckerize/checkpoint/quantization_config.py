@@ -62,7 +62,7 @@ class QuantizationDescription:
             if len(sizes) > 1:
                 groups = [group for group in groups if _targets(group, module)] or groups
             found = groups[0]["weights"].get("num_bits")
-        if not isinstance(found, int) or WORD_BITS % found:
+        if not isinstance(found, int) or not 1 <= found <= 8:
             raise CheckpointError(
                 f"config.json does not say how many bits the weights of {module} have: "
                 f"quantization_config gives {found!r}",

@@ -216,6 +216,8 @@ def _describe(
             hint="the checkpoint is incomplete: fetch it again" if missing else _READ,
         )
     bits = description.bits(module) if coding in _PACKED else 8
+    if WORD_BITS % bits and coding != Coding.PACKED_INT:
+        raise CheckpointError(f"{codes} holds {coding} codes of {bits} bits", hint=_READ)
     blocks = codes.endswith("_blocks")
     if blocks:  # gpt-oss: (E, rows, blocks, 16 bytes), used transposed
         experts, rows, count, size = tensors[codes].shape

@@ -11,7 +11,7 @@ from tuckerize.domain import Cores
 from tuckerize.report.plans import CurvePoint, CurveReport
 
 # Heads of a plan's columns.
-_WAYS = {"none": "16 bits", "w8": "w8", "w4": "w4", "best": "best"}
+_WAYS = {"none": "16 bits", "w8": "w8", "w4": "w4", "w3": "w3", "best": "best"}
 # Sizes at which other tools have whole experts in fewer bits than ours; docs/how-to/choosing.md.
 _THREE_BITS_FROM, _THREE_BITS_BELOW = 3.0, 4.5
 

@@ -141,8 +141,8 @@ Quantize = Annotated[
     CoreType | None,
     typer.Option(
         "--quantize",
-        help="Cores in 8 bits (int8 or float8) with a scale per output, or in 4 bits with one per "
-        "32 inputs.",
+        help="Cores in 8 bits (int8 or float8) with a scale per output, or in 4 or 3 bits with one "
+        "per 32 inputs.",
         rich_help_panel=STACKS,
     ),
 ]
@@ -166,7 +166,8 @@ Cores = Annotated[
     CoreType,
     typer.Option(
         "--cores",
-        help="4 bits with a scale per 32 inputs, or 8 bits (int8 or float8) with one per output.",
+        help="4 or 3 bits with a scale per 32 inputs, or 8 bits (int8 or float8) with one per "
+        "output.",
     ),
 ]
 MaxSweeps = Annotated[

@@ -1,9 +1,9 @@
 """Quantised cores as tensors, in the names and the packing of compressed-tensors.
 
 `<core>.weight` holds codes of 8 bits (int8 or float8_e4m3fn), `<core>.weight_packed` codes of 4
-bits, eight in an int32, and `<core>.weight_scale` the scales. Outputs are rows, inputs are columns:
-the core of down_proj is stored as (r_E, r_I, r_H), those of gate_proj and up_proj as (r_E, r_H,
-r_I).
+bits, eight in an int32, or of 3 bits, eight in three bytes (uint8), and `<core>.weight_scale` the
+scales. Outputs are rows, inputs are columns: the core of down_proj is stored as (r_E, r_I, r_H),
+those of gate_proj and up_proj as (r_E, r_H, r_I).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from tuckerize.names import CorePart, TensorName
 CODES = {
     CoreType.W8: CorePart.CODES,
     CoreType.W4: CorePart.PACKED_CODES,
+    CoreType.W3: CorePart.PACKED_CODES,
     CoreType.FP8: CorePart.CODES,
 }
 """Name of the codes in each encoding."""
@@ -29,6 +30,7 @@ CODES = {
 _FORMATS = {
     CoreType.W8: "int-quantized",
     CoreType.W4: "pack-quantized",
+    CoreType.W3: "pack-quantized",
     CoreType.FP8: "float-quantized",
 }
 
@@ -148,7 +150,7 @@ def core_tensor_shapes(
         replace(core, part=CODES[core_type]): (
             *experts,
             outputs,
-            -(-inputs // core_type.word_codes),
+            core_type.words(inputs),
         ),
         replace(core, part=CorePart.SCALES): (*experts, outputs, groups),
     }
@@ -159,7 +161,7 @@ def part_dtype(
 ) -> torch.dtype:
     """Type of a tensor: that of its codes, or the type of factors and scales."""
     if part == CorePart.PACKED_CODES:
-        return torch.int32
+        return torch.uint8 if core_type == CoreType.W3 else torch.int32
     return code_dtype(core_type) if part == CorePart.CODES and core_type else dtype
 
 
@@ -179,8 +181,9 @@ def quantised_matrices(
         core_type = CoreType.W8 if codes.dtype == torch.int8 else CoreType.FP8
         return QuantisedMatrices(codes, scales, core_type)
     words = parts[CorePart.PACKED_CODES]
-    room = words.shape[-1] * CoreType.W4.word_codes
-    return QuantisedMatrices(unpack(words, CoreType.W4, columns or room), scales, CoreType.W4)
+    core_type = CoreType.W4 if words.dtype == torch.int32 else CoreType.W3
+    room = words.shape[-1] // core_type.words(1) * core_type.word_codes
+    return QuantisedMatrices(unpack(words, core_type, columns or room), scales, core_type)
 
 
 def parts_of_cores(

@@ -69,7 +69,9 @@ class StockExperts:
             weights = tucker.family.stored(layer).tensors(self.shape, (projection,))
             for expert, (name, shape) in enumerate(weights.items()):
                 module = name.removesuffix(_WEIGHT)
-                found |= {f"{module}.{part}": own_E[expert] for part, own_E in parts_E.items()}
+                found |= {
+                    f"{module}.{part}": _in_words(own_E[expert]) for part, own_E in parts_E.items()
+                }
                 if CorePart.PACKED_CODES in parts_E:  # words do not tell the number of columns
                     found[f"{name}_shape"] = torch.tensor(shape)
         return found
@@ -78,6 +80,11 @@ class StockExperts:
     def description(self) -> dict[str, Any]:
         """`quantization_config` of the ordinary checkpoint."""
         return stock_scheme(self.core_type)
+
+
+def _in_words(own: Tensor) -> Tensor:
+    """Codes as compressed-tensors has them, those of 3 bits in int32 too."""
+    return own.contiguous().view(torch.int32) if own.dtype == torch.uint8 else own
 
 
 def _misfit(tucker: TuckerCheckpoint, width: int) -> str | None:

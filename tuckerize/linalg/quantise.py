@@ -29,7 +29,6 @@ _SCALE_SHARES = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68, 0.64)
 _DAMPING = 0.01
 # Columns whose rounding errors are passed on together.
 _BLOCK = 128
-_WORD_BITS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,16 +108,22 @@ def nearest_codes(values: Tensor, core_type: CoreType) -> Tensor:
 
 
 def pack(codes: Tensor, core_type: CoreType) -> Tensor:
-    """Pack codes along the last dimension, the first in the lowest bits (int32).
+    """Pack codes along the last dimension, the first in the lowest bits.
 
     Codes are stored with an offset, so that they are not negative; zeros fill the last word up.
+
+    Returns:
+        Eight codes of 4 bits an int32, or eight of 3 bits three bytes (uint8): the bytes of
+            compressed-tensors' words since 0.20.
     """
-    bits = core_type.bits
-    per_word = _WORD_BITS // bits
+    bits, per_word = core_type.bits, core_type.word_codes
     offset = _grouped(codes.to(torch.int32), per_word) + 2 ** (bits - 1)
-    shifts = torch.arange(0, _WORD_BITS, bits, dtype=torch.int32, device=codes.device)
-    words: Tensor = offset << shifts
-    return words.sum(-1, dtype=torch.int32)
+    shifts = torch.arange(0, per_word * bits, bits, dtype=torch.int32, device=codes.device)
+    words: Tensor = (offset << shifts).sum(-1, dtype=torch.int32)
+    if core_type.words(1) == 1:
+        return words
+    whole = words.unsqueeze(-1).view(torch.uint8)
+    return whole[..., : core_type.words(1)].flatten(-2)
 
 
 def unpack(words: Tensor, core_type: CoreType, columns: int) -> Tensor:
@@ -129,9 +134,15 @@ def unpack(words: Tensor, core_type: CoreType, columns: int) -> Tensor:
         core_type: Encoding.
         columns: Number of codes in a row.
     """
-    bits = core_type.bits
+    bits, mask = core_type.bits, 2**core_type.bits - 1
     read = words.contiguous().view(torch.uint8)  # the lowest bits first
-    parts = [(read >> place) & (2**bits - 1) for place in range(0, 8, bits)]
+    if 8 % bits == 0:
+        parts = [(read >> place) & mask for place in range(0, 8, bits)]
+    else:  # codes lie in two bytes
+        low, middle, high = (read[..., place::bits] for place in range(bits))
+        whole = low | (middle.to(torch.int32) << 8) | (high.to(torch.int32) << 16)
+        places = range(0, core_type.word_codes * bits, bits)
+        parts = [((whole >> place) & mask).to(torch.uint8) for place in places]
     offset = torch.stack(parts, -1).flatten(-2)
     codes: Tensor = offset[..., :columns].view(torch.int8) - 2 ** (bits - 1)
     return codes

@@ -215,7 +215,7 @@ def _split_of_quantised(
         return neurons, unit
     # Neurons are the inputs of down_proj: the last dimension.
     if name.part != CorePart.SCALES:
-        return neurons + 1, unit // core_type.word_codes or 1
+        return neurons + 1, core_type.words(unit)
     return (None if core_type.group_size is None else neurons + 1), 1
 
 

@@ -285,9 +285,11 @@ def _trained_values(found: _Prepared) -> int:
     count = 0
     for name in found.parts:
         factored = TensorName.find(name)
+        stored = found.tucker.checkpoint.tensors[name]
         is_packed = factored is not None and factored.part == CorePart.PACKED_CODES
-        codes = CoreType.W4.word_codes if is_packed else 1
-        count += found.tucker.checkpoint.tensors[name].parameters * codes
+        core_type = CoreType.W4 if stored.dtype == "I32" else CoreType.W3
+        codes = core_type.word_codes if is_packed else 1
+        count += stored.parameters * codes // (core_type.words(1) if is_packed else 1)
     return count
 
 

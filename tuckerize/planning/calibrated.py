@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tuckerize.calibration.layer_profile import LayerProfile
-from tuckerize.domain import ENCODINGS, CoreType, StackShape, Target, WeightType
+from tuckerize.domain import CoreType, StackShape, Target, WeightType, encodings_for
 from tuckerize.errors import UsageError
 from tuckerize.planning.allocation import Allocator, SearchSpace, check_budget
 from tuckerize.planning.budget import Budget
@@ -94,7 +94,8 @@ class RuleBudget:
         if rule.bits is None:
             return None
         budget = Budget.of_bits(rule.bits, dense_bits=model.weights.bits)
-        return cls(model, budget, ENCODINGS if quantize is None else (quantize,), None)
+        choices = encodings_for(model.settings.target) if quantize is None else (quantize,)
+        return cls(model, budget, choices, None)
 
     def check(self) -> None:
         """Refuse a budget that does not pay for the smallest sizes.

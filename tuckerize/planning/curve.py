@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tuckerize.calibration.calibration_pass import CalibrationPass
 from tuckerize.calibration.layer_profile import LayerProfile
-from tuckerize.domain import ENCODINGS, Target, cores_by_layer
+from tuckerize.domain import Target, cores_by_layer, encodings_for
 from tuckerize.errors import UsageError
 from tuckerize.planning.budget import Budget
 from tuckerize.planning.calibrated import CalibratedModel, Encodings, best_choices
@@ -18,12 +18,12 @@ from tuckerize.report.plans import CurvePoint, CurveReport
 BITS = (14.0, 12.0, 10.0, 8.0, 7.0, 6.0, 5.0, 4.5, 4.0, 3.5, 3.0, 2.5, 2.0, 1.5)
 """Budgets of the curve, in bits per routed weight."""
 
-_WAYS: dict[str, Encodings] = {
-    "none": (None,),
-    **{core_type.value: (core_type,) for core_type in ENCODINGS if core_type},
-    "best": ENCODINGS,
-}
-"""Encodings that a budget may be spent on, by the names of `CurvePoint`."""
+
+def _ways(target: Target) -> dict[str, Encodings]:
+    """Encodings that a budget may be spent on, by the names of `CurvePoint`."""
+    encodings = encodings_for(target)
+    alone: dict[str, Encodings] = {own.value if own else "none": (own,) for own in encodings}
+    return {**alone, "best": encodings}
 
 
 def kl_curve(
@@ -50,7 +50,7 @@ def kl_curve(
     for target in targets or (calibration.settings.target,):
         settings = _made_for(target, calibration.settings)
         model = CalibratedModel(settings, shape, groups, weights)
-        for way, encodings in _WAYS.items():
+        for way, encodings in _ways(target).items():
             allocators = model.allocators(profiles, encodings)
             for size in bits:
                 budget = Budget.of_bits(size, dense_bits=weights.bits)

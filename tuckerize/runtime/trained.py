@@ -65,7 +65,7 @@ def rounded(codes: Tensor, core_type: CoreType) -> Tensor:
 
 
 def encode(codes: Tensor, core_type: CoreType) -> Tensor:
-    """Tensor that is stored of trained codes, shape (..., O, K) or (..., O, K / 8)."""
+    """Tensor that is stored of trained codes, shape (..., O, K) or as words."""
     whole = rounded(codes, core_type).to(code_dtype(core_type))
     return whole if core_type.word_codes == 1 else pack(whole, core_type)
 

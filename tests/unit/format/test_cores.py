@@ -48,10 +48,10 @@ def test_stored_tensors_have_the_announced_shapes_and_values(
 
 
 @settings(max_examples=20, deadline=None)
-@given(sizes)
-def test_codes_beyond_the_inputs_are_zero(columns: int) -> None:
+@given(st.sampled_from([CoreType.W4, CoreType.W3]), sizes)
+def test_codes_beyond_the_inputs_are_zero(core_type: CoreType, columns: int) -> None:
     matrix = torch.randn(1, 2, columns, generator=torch.Generator().manual_seed(1))
-    stored = core_tensors(TensorName.core(Projection.UP), quantise(matrix, CoreType.W4))
+    stored = core_tensors(TensorName.core(Projection.UP), quantise(matrix, core_type))
     parts = {name.part: tensor for name, tensor in stored if name.part}
     room = quantised_matrices(parts).codes
     assert room.shape[-1] == -(-columns // 8) * 8
@@ -75,5 +75,6 @@ def test_codes_have_types_of_their_own() -> None:
     assert part_dtype(None, None, torch.float16) == torch.float16
     assert part_dtype(CorePart.SCALES, CoreType.FP8, torch.float16) == torch.float16
     assert part_dtype(CorePart.PACKED_CODES, CoreType.W4, torch.float16) == torch.int32
+    assert part_dtype(CorePart.PACKED_CODES, CoreType.W3, torch.float16) == torch.uint8
     assert part_dtype(CorePart.CODES, CoreType.W8, torch.float16) == torch.int8
     assert part_dtype(CorePart.CODES, CoreType.FP8, torch.float16) == torch.float8_e4m3fn

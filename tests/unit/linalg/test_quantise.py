@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional
 
 from tuckerize.domain import CoreType
 from tuckerize.linalg.quantise import (
@@ -42,7 +44,9 @@ def packing() -> Any:  # noqa: ANN401
 PACKING = packing()
 
 core_types = st.sampled_from(CoreType)
-integers = st.sampled_from([CoreType.W8, CoreType.W4])
+# Codes of 3 bits: releases before 0.20 leave two bits of a word empty.
+IS_DENSE = tuple(map(int, version("compressed-tensors").split(".")[:2])) >= (0, 20)
+packed = st.sampled_from([CoreType.W4, CoreType.W3] if IS_DENSE else [CoreType.W4])
 
 
 def nearest(values: Tensor, core_type: CoreType) -> Tensor:
@@ -73,7 +77,7 @@ def total_error(matrices: Tensor, found: QuantisedMatrices, moments_EKK: Tensor)
 
 
 @settings(deadline=None)
-@given(core_type=integers, columns=st.integers(1, 70), seed=st.integers(0, 99))
+@given(core_type=packed, columns=st.integers(1, 70), seed=st.integers(0, 99))
 def test_packing_is_that_of_compressed_tensors(
     core_type: CoreType, columns: int, seed: int
 ) -> None:
@@ -81,14 +85,13 @@ def test_packing_is_that_of_compressed_tensors(
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(low, high + 1, (2, 3, columns), generator=generator).to(torch.int8)
     words = pack(codes, core_type)
-    expected = PACKING.pack_to_int32(codes, core_type.bits)
-    assert words.shape == expected.shape
-    # What fills the last word up is free.
-    assert torch.equal(PACKING.unpack_from_int32(words, core_type.bits, codes.shape), codes)
+    assert words.shape[-1] == core_type.words(columns)
     assert torch.equal(unpack(words, core_type, columns), codes)
-    assert torch.equal(unpack(expected, core_type, columns), codes)
-    if columns % (32 // core_type.bits) == 0:
-        assert torch.equal(words, expected)
+    # What fills the last word up is free; codes of 3 bits fill words of theirs in groups of 32.
+    padded = functional.pad(codes, (0, -columns % 32))
+    theirs = PACKING.pack_to_int32(padded, core_type.bits)
+    assert torch.equal(pack(padded, core_type).view(torch.int32), theirs)
+    assert torch.equal(PACKING.unpack_from_int32(theirs, core_type.bits, padded.shape), padded)
 
 
 @settings(max_examples=30, deadline=None)

@@ -93,6 +93,8 @@ class LatentKernel:
         for name, own in cores.items():
             down = name.projection == Projection.DOWN
             weight = getattr(layer, f"{'w2' if down else 'w13'}_{name.part or 'weight'}").data
+            if own.dtype == torch.uint8:  # codes of 3 bits, which the engine has in int32
+                weight = weight.view(torch.uint8)
             if name.projection == Projection.UP:
                 weight = weight[:, neurons:]
             else:
