@@ -48,7 +48,7 @@ class Wanted:
         structure: A method of the registry, `dense` for quantisation alone, or `tuckerize`.
         keep: Kept share of the parameters.
         rounding: RTN, GPTQ, learned, or our own.
-        encoding: How the matrices are stored; for our own rows `w4` or `w8`.
+        encoding: How the matrices are stored; for our own rows `w8`, `w4` or `w3`.
         target: Target of our own rows.
     """
 
@@ -98,12 +98,14 @@ def _ours(quantize: str, *keeps: float, target: str = "free") -> list[Wanted]:
 WANTED = (
     *_alone("GPTQ", 4, 3, 2),
     *_ours("w4", *KEEPS),
+    *_ours("w3", *KEEPS),
     *(Wanted(DENSE, 1, LEARNED, str(Encoding(bits, 32, zero=True))) for bits in (2, 3, 4)),
     *_pruned("neuron elimination", "REAP", "MoE-Slimming", "PARSER"),
     Wanted(DENSE, 1, "GPTQ", str(Encoding(8, None, zero=False))),
     *_ours("w4", 0.8, 0.5, target="fused-kernels"),
     *_ours("w8", 0.9, 0.75, 0.65, 0.5),
     *_ours("w4", 0.8, 0.5, target="any-engine"),
+    *_ours("w3", 0.8, 0.65, target="any-engine"),
     *_pruned(EQUAL_WIDTHS),
     *_alone("GPTQ", 3, 2, 4, groups=(128,)),
     *_alone("GPTQ", 6, 5),

@@ -25,11 +25,14 @@ _STOCK = ("dense", "REAP", "neuron elimination, equal widths")
 def is_servable(row: Row, platform: str) -> bool:
     """Whether engines of a platform have kernels for a row.
 
-    Our own are W4 in groups of 32 and W8: the targets any-engine and fused-kernels on all
-    platforms, free, whose experts differ in width, on CPU and CUDA with our own products.
+    Our own are W4 and W3 in groups of 32 and W8: the targets any-engine and fused-kernels where
+    engines have the weights, free, whose experts differ in width, on CPU and CUDA with our own
+    products.
     """
     if row["structure"] == "tuckerize":
-        return row["target"] != "free" or platform != "Ascend"
+        if row["target"] == "free":
+            return platform != "Ascend"
+        return int(row["encoding"][1:]) in WEIGHTS[platform]
     if row["structure"] not in _STOCK:  # experts of different widths: no engine
         return False
     bits, group, zero = encoding_of(row)

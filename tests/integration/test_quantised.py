@@ -48,7 +48,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "fp8": {"keep": 0.7, "quantize": "fp8"},
     "dense": {"rank": "full,full,full", "quantize": "w4"},
     "w3": {"keep": 0.7, "quantize": "w3"},
-    "all modes": {"rank": "3,50,60", "quantize": "w4", "joint": "gate_up"},
+    "all modes": {"rank": "3,50,60", "quantize": "w3", "joint": "gate_up"},
     "groups": {"rank": "full,full,61", "quantize": "w8", "group_size": 2, "layers": "2"},
     "bits": {"bits": 3},
     "mixed": {"bits": 7, "calibration": CALIBRATION},
@@ -245,25 +245,26 @@ def test_checkpoint_without_quantised_cores_says_nothing_of_them(outputs: dict[s
     assert config["quantization_config"]["format_version"] == 2
 
 
-def test_shards_are_cut_between_groups_of_inputs(outputs: dict[str, Path]) -> None:
+@pytest.mark.parametrize("cores", [CoreType.W4, CoreType.W3])
+def test_shards_are_cut_between_groups_of_inputs(cores: CoreType, outputs: dict[str, Path]) -> None:
     """72 neurons are 3 groups: 64 and 8 for two processes, in all three projections."""
-    report = shard(ShardRequest(folder=outputs["w4"], tp=2))
+    report = shard(ShardRequest(folder=outputs[cores], tp=2))
     assert report.layout == "intermediate"
     files = sorted(Path(report.folder).glob("layer-00001*.safetensors"))
     parts = [load_file(file) for file in files]
-    tucker = TuckerCheckpoint.open(outputs["w4"])
+    tucker = TuckerCheckpoint.open(outputs[cores])
     for name, whole in tucker.read_group(1, 0).items():
         own = [part[str(name.within(0, tucker.family.experts_prefix(1)))] for part in parts]
         if name.part is not None:
             dimension = 2 if name.projection == Projection.DOWN else 1
-            unit = {CorePart.PACKED_CODES: 4, CorePart.SCALES: 1}[name.part]
-            sizes = (2 * unit, -(-unit // 4)) if dimension == 2 else (64, 8)
+            inputs = (2, 1) if name.part == CorePart.SCALES else (cores.words(64), cores.words(8))
+            sizes = inputs if dimension == 2 else (64, 8)
             assert tuple(part.shape[dimension] for part in own) == sizes
             assert torch.equal(torch.cat(own, dimension), whole)
     with pytest.raises(UsageError, match="splits a size of 3"):
-        shard(ShardRequest(folder=outputs["w4"], tp=4))
+        shard(ShardRequest(folder=outputs[cores], tp=4))
     with pytest.raises(UsageError, match="cores that are not quantised only"):
-        shard(ShardRequest(folder=outputs["w4"], tp=2, layout="rank"))
+        shard(ShardRequest(folder=outputs[cores], tp=2, layout="rank"))
 
 
 def test_shards_compute_the_same_together(outputs: dict[str, Path]) -> None:

@@ -62,6 +62,12 @@ GROUPS = {
         True,
         CoreType.W4,
     ),
+    "w3, widths": GroupShape(
+        (72, 96, 80, 72, 88, 96),
+        dict.fromkeys(Projection, MultilinearRank(6, 84, 8)),
+        True,
+        CoreType.W3,
+    ),
 }
 
 
