@@ -21,9 +21,9 @@ from tuckerize.linalg.tucker import on_solver
 # narrow blocks save more work, but still narrower ones run at a lower rate.
 _BLOCK_COLUMNS = 128
 # (minimum columns, threads). `eigh` is not bitwise reproducible across thread counts, so the count
-# depends on the matrix size alone. It is small, since the threads meet at every step of the solver,
-# which is slow where another process holds a core.
-_EIGENSOLVER_THREADS = ((4096, 8), (512, 2), (0, 1))
+# depends on the matrix size alone. The threads meet at every step of the solver, and wait there
+# where another process holds a core: two then take ten times the time of one at 512 columns.
+_EIGENSOLVER_THREADS = ((4096, 8), (2048, 2), (0, 1))
 
 
 def add_gram(gram_NN: Tensor, matrix_MN: Tensor, workers: Workers) -> None:
