@@ -211,7 +211,8 @@ class _Remaining(NamedTuple):
         exact_EHH = in_float64(moments_EHH)
         mean_E = exact_EHH.diagonal(dim1=1, dim2=2).mean(1)
         ridge_E = torch.where(mean_E > 0, _RIDGE * mean_E, torch.ones_like(mean_E))
-        inverse_EHH = torch.cholesky_inverse(_root(exact_EHH, ridge_E))
+        # Symmetric, and LAPACK's matrices are transposed: rows that are read are contiguous here.
+        inverse_EHH = torch.cholesky_inverse(_root(exact_EHH, ridge_E)).mT.contiguous()
         gram_EHH = torch.empty_like(inverse_EHH)
         for own_HH, down_HI in zip(gram_EHH, down_EHI, strict=True):
             own_HH.copy_(down_HI @ down_HI.T)
@@ -221,16 +222,16 @@ class _Remaining(NamedTuple):
     def eliminate(self, block: int, count: int) -> tuple[Tensor, Tensor, Self]:
         """Eliminate a block of neurons of every expert, in rounds of `count`.
 
-        The matrices are updated at its end only; a round reads its own columns of them, less what
-        the rounds before it in the block have changed: V Vᵀ of the inverse, K Lᵀ + L Kᵀ of the
-        Gram matrix.
+        The matrices are updated at its end only; a round reads its own rows of them, less what
+        the rounds before it in the block have changed: VᵀV of the inverse, KᵀL + LᵀK of the Gram
+        matrix, whose rows are those of the rounds.
 
         Returns:
             Order and costs, each of shape (E, block), and what remains.
         """
         inverse_ENN, gram_ENN = self.inverse_ENN, self.gram_ENN
         experts, left, _ = inverse_ENN.shape
-        lows = inverse_ENN.new_zeros(3, experts, left, block)
+        lows = inverse_ENN.new_zeros(3, experts, block, left)
         diagonal_EN = inverse_ENN.diagonal(dim1=1, dim2=2).clone()
         norms_EN = gram_ENN.diagonal(dim1=1, dim2=2).clone()
         gone_EN = torch.zeros_like(norms_EN, dtype=torch.bool)
@@ -241,20 +242,22 @@ class _Remaining(NamedTuple):
             costs_EN.masked_fill_(gone_EN, torch.inf)
             take = min(count, block - first)
             picked_EM = costs_EN.topk(take, largest=False, sorted=True).indices
-            V_ENB, K_ENB, L_ENB = lows[..., :first]
-            V_EMB, K_EMB, L_EMB = (_rows(low_ENB, picked_EM)[..., :first] for low_ENB in lows)
+            V_EBN, K_EBN, L_EBN = lows[:, :, :first]
+            V_EMB, K_EMB, L_EMB = (_columns(low_EBN, picked_EM).mT for low_EBN in lows[:, :, :first])
             # Both matrices are symmetric: their rows are their columns.
-            inverse_ENM = _rows(inverse_ENN, picked_EM).mT - V_ENB @ V_EMB.mT
-            gram_ENM = _rows(gram_ENN, picked_EM).mT - K_ENB @ L_EMB.mT - L_ENB @ K_EMB.mT
-            inverse_EMM, gram_EMM = _rows(inverse_ENM, picked_EM), _rows(gram_ENM, picked_EM)
+            inverse_EMN = _rows(inverse_ENN, picked_EM).baddbmm_(V_EMB, V_EBN, alpha=-1)
+            gram_EMN = _rows(gram_ENN, picked_EM)
+            gram_EMN.baddbmm_(K_EMB, L_EBN, alpha=-1).baddbmm_(L_EMB, K_EBN, alpha=-1)
+            inverse_EMM = _columns(inverse_EMN, picked_EM)
+            gram_EMM = _columns(gram_EMN, picked_EM)
             root_EMM = torch.linalg.cholesky_ex(inverse_EMM).L
-            V_ENM = torch.linalg.solve_triangular(root_EMM.mT, inverse_ENM, upper=True, left=False)
-            K_ENM = torch.linalg.solve_triangular(root_EMM, V_ENM, upper=False, left=False)
-            L_ENM = gram_ENM - K_ENM @ gram_EMM / 2
-            for low_ENB, own_ENM in zip(lows, (V_ENM, K_ENM, L_ENM), strict=True):
-                low_ENB[..., first : first + take] = own_ENM
-            diagonal_EN -= V_ENM.square().sum(2)
-            norms_EN -= 2 * (K_ENM * L_ENM).sum(2)
+            V_EMN = torch.linalg.solve_triangular(root_EMM, inverse_EMN, upper=False)
+            K_EMN = torch.linalg.solve_triangular(root_EMM.mT, V_EMN, upper=True)
+            L_EMN = gram_EMN - gram_EMM @ K_EMN / 2
+            for low_EBN, own_EMN in zip(lows, (V_EMN, K_EMN, L_EMN), strict=True):
+                low_EBN[:, first : first + take] = own_EMN
+            diagonal_EN -= V_EMN.square().sum(1)
+            norms_EN -= 2 * (K_EMN * L_EMN).sum(1)
             gone_EN.scatter_(1, picked_EM, value=True)
             solved_EMM = torch.cholesky_solve(gram_EMM, root_EMM)
             lost_E1 = solved_EMM.diagonal(dim1=1, dim2=2).sum(1, keepdim=True).clamp_min(0)
@@ -263,11 +266,11 @@ class _Remaining(NamedTuple):
             costs.append((lost_E1 / take).expand(-1, take))
         order_EM = torch.cat(picked, dim=1)
         kept_EN = gone_EN.byte().argsort(dim=1, stable=True)[:, : left - block]
-        V_ENB, K_ENB, L_ENB = (_rows(low_ENB, kept_EN) for low_ENB in lows)
-        inverse_ENN = _rows(_rows(inverse_ENN, kept_EN).mT, kept_EN)
-        inverse_ENN.baddbmm_(V_ENB, V_ENB.mT, alpha=-1)
-        gram_ENN = _rows(_rows(gram_ENN, kept_EN).mT, kept_EN)
-        gram_ENN.baddbmm_(K_ENB, L_ENB.mT, alpha=-1).baddbmm_(L_ENB, K_ENB.mT, alpha=-1)
+        V_EBN, K_EBN, L_EBN = (_columns(low_EBN, kept_EN) for low_EBN in lows)
+        inverse_ENN = _columns(_rows(inverse_ENN, kept_EN), kept_EN)
+        inverse_ENN.baddbmm_(V_EBN.mT, V_EBN, alpha=-1)
+        gram_ENN = _columns(_rows(gram_ENN, kept_EN), kept_EN)
+        gram_ENN.baddbmm_(K_EBN.mT, L_EBN, alpha=-1).baddbmm_(L_EBN.mT, K_EBN, alpha=-1)
         remaining = type(self)(self.places_EN.gather(1, kept_EN), inverse_ENN, gram_ENN)
         return self.places_EN.gather(1, order_EM), torch.cat(costs, dim=1), remaining
 
@@ -291,6 +294,11 @@ def _rows(matrices_ENX: Tensor, places_EM: Tensor) -> Tensor:
     firsts_E1 = size * torch.arange(experts, device=places_EM.device)[:, None]
     rows_FX = matrices_ENX.flatten(0, 1).index_select(0, (places_EM + firsts_E1).flatten())
     return rows_FX.view(*places_EM.shape, width)
+
+
+def _columns(matrices_EXN: Tensor, places_EM: Tensor) -> Tensor:
+    """Columns at each expert's own places, shape (E, X, M)."""
+    return matrices_EXN.gather(2, places_EM[:, None].expand(-1, matrices_EXN.shape[1], -1))
 
 
 def refit_down(
