@@ -29,7 +29,8 @@ from tuckerize.recipe import CalibrationSettings, Recipe
 from tuckerize.runtime.activations import Activation, activation_of
 from tuckerize.runtime.experts import TuckerExperts
 
-_WINDOWS_AT_ONCE = 8
+# Attention of more takes buffers so large that the system maps them anew for every call.
+_WINDOWS_AT_ONCE = 2
 _SEED = 0
 _STATES = "states"
 # Lower bound on relative norms: tokens with small hidden states must not dominate.

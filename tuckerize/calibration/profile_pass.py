@@ -46,7 +46,6 @@ _PROFILE_VERSION = 12
 _STATES = "hidden.safetensors"
 # Names of states that are carried along.
 _HIDDEN = "hidden"
-_CLEAN = "clean"
 _ERROR = "error "
 
 
@@ -193,20 +192,20 @@ def profile_model(run: CalibrationPass, progress: Progress) -> list[LayerProfile
     saved = {name: tensor.to(device) for name, tensor in saved.items()}
     errors = {name: tensor for name, tensor in saved.items() if name.startswith(_ERROR)}
     probes = States.of(saved)
-    hidden = probes.pop(_HIDDEN) if probes else run.embed()
+    whole = probes.pop(_HIDDEN) if probes else run.embed()
     windows = spread(run.text_windows, num_probe_windows(len(layers)))
-    if not probes:
-        probes[_CLEAN] = hidden[windows]
-    hidden, probes = run.own(hidden), {name: run.own(own) for name, own in probes.items()}
+    probes = {name: run.own(own) for name, own in probes.items()}
     progress.advance(start, "continued")
     for layer in range(start, run.model.layers):
+        hidden = run.own(whole)
         if layer in layers:
             hidden, errors[f"{_ERROR}{layer}"] = _profile_layer(
                 run,
                 layer,
                 hidden,
+                run.own(whole[windows]),
+                windows,
                 probes,
-                len(windows),
                 cache,
                 LayerProgress(progress, layer, 10),
             )
@@ -214,11 +213,11 @@ def profile_model(run: CalibrationPass, progress: Progress) -> list[LayerProfile
             probes.update({k: run.run_layer(layer, v, None) for k, v in probes.items()})
             hidden = run.run_layer(layer, hidden, None)
             progress.advance(1, f"layer {layer}")
-        whole = {name: run.whole(own, len(windows)) for name, own in probes.items()}
-        whole[_HIDDEN] = run.whole(hidden, len(run.windows_SL))
-        tensors = [own.named(name) for name, own in whole.items()]
+        whole = run.whole(hidden, len(run.windows_SL))
+        named = {name: run.whole(own, len(windows)) for name, own in probes.items()}
+        tensors = [own.named(name) for name, own in {**named, _HIDDEN: whole}.items()]
         cache.save_states(layer + 1, dict(ChainMap(errors, *tensors)))
-    divergences = _divergences(run, probes, len(windows))
+    divergences = _divergences(run, run.own(whole[windows]), probes, len(windows))
     profiles = []
     known = sharing.of_first(lambda: [cache.load(layer) for layer in layers])
     for layer, profile in zip(layers, known, strict=True):
@@ -237,15 +236,27 @@ def _profile_layer(
     run: CalibrationPass,
     layer: int,
     hidden: States,
+    clean: States,
+    windows: Sequence[int],
     probes: dict[str, States],
-    num_probe_windows: int,
     cache: ProfileCache,
     stages: LayerProgress,
 ) -> tuple[States, Tensor]:
     """Profile a layer and carry all states through it.
 
-    Returns the states of the calibration set after it, and the relative squared output
-    error of the pruned layer. The sensitivity stays open until the end of the pass.
+    Args:
+        run: The model and its text.
+        layer: Index of the layer.
+        hidden: States of the calibration set before it.
+        clean: Those of the windows that are probed.
+        windows: Indices of these.
+        probes: States of the same windows, of models with one earlier layer pruned.
+        cache: Receives the profile, whose sensitivity stays open until the end of the pass.
+        stages: Is told what begins.
+
+    Returns:
+        The states of the calibration set after the layer, and the relative squared output error of
+        the pruned layer on the windows that are probed.
     """
     stages.stage("tokens")
     groups = run.groups(layer)
@@ -261,14 +272,14 @@ def _profile_layer(
     pruned = run.module(
         layer, [_pruned(group, own) for group, own in zip(groups, moments, strict=True)]
     )
-    clean = probes.pop(_CLEAN)
-    for number, (name, states) in enumerate(probes.items()):
-        stages.stage(f"probe {number + 1} of {len(probes) + 2}", 0 if number else 2)
-        probes[name] = run.run_layer(layer, states, experts_call(dense))
-    exact = run.capture(layer, clean, num_probe_windows, dense)
-    probes[_CLEAN] = exact.after
-    probes[str(layer)] = run.run_layer(layer, clean, experts_call(pruned))
-    missed = (run.output(pruned, exact.tokens) - exact.output_TI).square().sum()
+    calls = dict.fromkeys(probes, experts_call(dense)) | {str(layer): experts_call(pruned)}
+    for number, (name, call) in enumerate(calls.items()):
+        stages.stage(f"probe {number + 1} of {len(calls)}", 0 if number else 2)
+        probes[name] = run.run_layer(layer, probes.get(name, clean), call)
+    places_T = torch.arange(len(seen.output_TI), device=run.model.device)
+    places_T = places_T.view(len(run.windows_SL), -1)[windows].flatten()
+    exact_TI = seen.output_TI[places_T]
+    missed = (run.output(pruned, seen.tokens.part(places_T)) - exact_TI).square().sum()
     profile = profile_layer(
         layer,
         groups,
@@ -281,7 +292,7 @@ def _profile_layer(
     )
     stages.finish(f"profile of layer {layer}")
     cache.save(profile)
-    return seen.after, missed / exact.output_TI.square().sum()
+    return seen.after, missed / exact_TI.square().sum()
 
 
 def num_probe_windows(layers: int) -> int:
@@ -303,13 +314,15 @@ def _pruned(group: DenseGroup, moments: GroupMoments) -> dict[TensorName, Tensor
     }
 
 
-def _divergences(run: CalibrationPass, probes: dict[str, States], windows: int) -> dict[int, float]:
+def _divergences(
+    run: CalibrationPass, clean: States, probes: dict[str, States], windows: int
+) -> dict[int, float]:
     """Mean Kullback-Leibler divergence (nats per token) from the clean prediction, by layer."""
     totals = dict.fromkeys(run.source.moe.layers, 0.0)
     count = 0
     with run.model.head() as head:
         for window in range(num_own_windows(windows, run.sharing)):
-            clean_LV = head(probes[_CLEAN][window : window + 1])[0].float().log_softmax(-1)
+            clean_LV = head(clean[window : window + 1])[0].float().log_softmax(-1)
             count += len(clean_LV)
             for layer in run.source.moe.layers:
                 other_LV = head(probes[str(layer)][window : window + 1])[0].float().log_softmax(-1)

@@ -55,8 +55,10 @@ def rounding_errors(
         biased = _after_biases(group, place, activation)
         exact_NI = _neurons(new, gate_HI, up_HI, biased) @ down_HI
         energy += float(exact_NI.square().sum())
+        weighted_NI = seen.weights_N[:, None] * seen.x_NI
+        moment_II = weighted_NI.T @ weighted_NI
         for index, core_type in enumerate(CoreType):
-            rounded = _rounded(dense, seen, core_type, biased)
+            rounded = _rounded(dense, seen, moment_II, core_type, biased)
             output_NI = _neurons(new, rounded[0], rounded[1], biased) @ rounded[2]
             missed[index] += float((output_NI - exact_NI).square().sum())
     parts = sharing.of_all((missed, energy))
@@ -74,15 +76,16 @@ def _after_biases(group: DenseGroup, place: int, activation: Activation) -> Acti
 
 
 def _rounded(
-    dense: Sequence[Tensor], tokens: ExpertTokens, core_type: CoreType, activation: Activation
+    dense: Sequence[Tensor],
+    tokens: ExpertTokens,
+    moment_II: Tensor,
+    core_type: CoreType,
+    activation: Activation,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gate, up and down of an expert, rounded for its tokens, as the last step of a compression."""
-    weighted_NI = tokens.weights_N[:, None] * tokens.x_NI
-    moment_II = weighted_NI.T @ weighted_NI
-    gate_HI, up_HI = (
-        quantise(matrix_HI[None], core_type, [moment_II]).dequantised()[0]
-        for matrix_HI in dense[:2]
-    )
+    # Outputs are rounded independently of each other: those of both at once.
+    both_GI = quantise(torch.cat([*dense[:2]])[None], core_type, [moment_II]).dequantised()[0]
+    gate_HI, up_HI = both_GI.chunk(2)
     neurons_NH = _neurons(tokens, gate_HI, up_HI, activation)
     down = quantise(dense[2].T[None], core_type, [neurons_NH.T @ neurons_NH])
     return gate_HI, up_HI, down.dequantised()[0].T

@@ -237,20 +237,20 @@ def gptq(matrix_OK: Tensor, scales_OG: Tensor, moment_KK: Tensor, core_type: Cor
     columns = matrix_OK.shape[-1]
     order_K = moment_KK.diagonal().argsort(descending=True, stable=True)
     inverse_KK = _inverse_root(moment_KK[order_K][:, order_K]).to(matrix_OK)
-    left_OK = matrix_OK[:, order_K].clone()
-    scales_OK = _per_column(scales_OG.to(matrix_OK.dtype), columns, core_type)[:, order_K]
-    codes_OK = torch.empty_like(left_OK)
+    left_KO = matrix_OK.T[order_K]  # one row after another is read and written
+    scales_KO = _per_column(scales_OG.to(matrix_OK.dtype), columns, core_type).T[order_K]
+    codes_KO = torch.empty_like(left_KO)
     for start in range(0, columns, _BLOCK):
         stop = min(start + _BLOCK, columns)
-        missed_OB = torch.empty_like(left_OK[:, start:stop])
+        missed_BO = torch.empty_like(left_KO[start:stop])
         for k in range(start, stop):
-            scale_O1 = scales_OK[:, k : k + 1]
-            codes_OK[:, k : k + 1] = code_O1 = _encoded(left_OK[:, k : k + 1], scale_O1, core_type)
-            missed_O1 = (left_OK[:, k : k + 1] - code_O1 * scale_O1) / inverse_KK[k, k]
-            left_OK[:, k + 1 : stop] -= missed_O1 * inverse_KK[k, k + 1 : stop]
-            missed_OB[:, k - start : k - start + 1] = missed_O1
-        left_OK[:, stop:] -= missed_OB @ inverse_KK[start:stop, stop:]
-    return codes_OK[:, order_K.argsort()].to(code_dtype(core_type))
+            codes_KO[k] = code_O = _encoded(left_KO[k], scales_KO[k], core_type)
+            missed_BO[k - start] = missed_O = (left_KO[k] - code_O * scales_KO[k]) / inverse_KK[
+                k, k
+            ]
+            left_KO[k + 1 : stop] -= inverse_KK[k, k + 1 : stop, None] * missed_O
+        left_KO[stop:] -= inverse_KK[start:stop, stop:].T @ missed_BO
+    return codes_KO[order_K.argsort()].T.contiguous().to(code_dtype(core_type))
 
 
 def _inverse_root(moment_KK: Tensor) -> Tensor:

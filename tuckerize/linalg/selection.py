@@ -243,7 +243,9 @@ class _Remaining(NamedTuple):
             take = min(count, block - first)
             picked_EM = costs_EN.topk(take, largest=False, sorted=True).indices
             V_EBN, K_EBN, L_EBN = lows[:, :, :first]
-            V_EMB, K_EMB, L_EMB = (_columns(low_EBN, picked_EM).mT for low_EBN in lows[:, :, :first])
+            V_EMB, K_EMB, L_EMB = (
+                _columns(low_EBN, picked_EM).mT for low_EBN in lows[:, :, :first]
+            )
             # Both matrices are symmetric: their rows are their columns.
             inverse_EMN = _rows(inverse_ENN, picked_EM).baddbmm_(V_EMB, V_EBN, alpha=-1)
             gram_EMN = _rows(gram_ENN, picked_EM)
