@@ -24,7 +24,7 @@ from tuckerize.domain import (
     stored_bytes,
 )
 from tuckerize.planning.budget import Budget
-from tuckerize.planning.knapsack import Choice, Frontier, knapsack
+from tuckerize.planning.knapsack import Choice, Frontier, Knapsack
 
 Array = npt.NDArray[np.float64]
 
@@ -101,13 +101,13 @@ class Allocator:
     Attributes:
         frontiers: Candidates of the layers.
         dense_bytes: Bytes of one dense layer.
-        finest: Bytes of one value.
+        knapsack: The best of them within a budget.
         how: `uniform` gives every layer the same share.
     """
 
     frontiers: tuple[Frontier, ...]
     dense_bytes: int
-    finest: float
+    knapsack: Knapsack
     how: Allocation
 
     @classmethod
@@ -125,7 +125,8 @@ class Allocator:
             how: Distribution over the layers.
         """
         frontiers = tuple(_frontier(profile, spaces) for profile in profiles)
-        return cls(frontiers, spaces[0].dense_bytes, spaces[0].weights.bits / 8, how)
+        knapsack = Knapsack(frontiers, finest=spaces[0].weights.bits / 8)
+        return cls(frontiers, spaces[0].dense_bytes, knapsack, how)
 
     def choose(self, budget: Budget) -> list[Choice]:
         """Targets of all layers within a budget.
@@ -139,7 +140,7 @@ class Allocator:
             even = budget.bytes(self.dense_bytes)
             return [frontier.choice(frontier.best_within(even)) for frontier in self.frontiers]
         total = budget.bytes(self.dense_bytes * len(self.frontiers))
-        return knapsack(self.frontiers, total, finest=self.finest)
+        return self.knapsack.choose(total)
 
 
 def check_budget(spaces: Sequence[SearchSpace], budget: Budget) -> None:
@@ -155,7 +156,7 @@ def _least_bytes(space: SearchSpace) -> float:
     """Bytes of a layer of the smallest sizes."""
     least = np.inf
     if space.truncation != Truncation.FULL:
-        least = _latent_grid(space, space.multiples[0])[1].min()
+        least = _latent_grid(space, space.multiples[0])[2].min()
     if space.truncation in (Truncation.AUTO, Truncation.FULL):
         smallest = sum(_tucker_grid(space, coupled=n)[1].min() for n in (1, 2))
         least = min(least, smallest)
@@ -191,40 +192,42 @@ def _latent_points(profile: LayerProfile, space: SearchSpace) -> _Points:
         profile = replace(profile, selection_H=profile.equal_selection_H)
     # Widths of experts are multiples; their mean need not be one.
     aligned = 1 if space.equal_widths else math.gcd(space.multiples[0], space.shape.experts)
-    sizes, stored = _latent_grid(space, space.multiples[0] // aligned)
-    widths, gate_up, down = np.unique(sizes[:, 0]), np.unique(sizes[:, 3]), np.unique(sizes[:, 6])
-    table = profile.errors(widths, gate_up, down)
-    errors = table[
-        np.searchsorted(widths, sizes[:, 0]),
-        np.searchsorted(gate_up, sizes[:, 3]),
-        np.searchsorted(down, sizes[:, 6]),
-    ]
-    return _undominated(sizes, stored, errors)
+    widths, hidden, stored_WGD = _latent_grid(space, space.multiples[0] // aligned)
+    stored, errors = stored_WGD.ravel(), profile.errors(widths, hidden, hidden).ravel()
+    chosen = _front(stored, errors)
+    chosen = chosen[np.isfinite(stored[chosen])]
+    own = np.unravel_index(chosen, stored_WGD.shape)
+    neurons, gate_up, down = widths[own[0]], hidden[own[1]], hidden[own[2]]
+    experts = np.full_like(neurons, space.shape.experts)
+    sizes = np.stack([neurons, experts, neurons, gate_up, experts, neurons, down], axis=1)
+    return _Points(sizes, stored[chosen], errors[chosen])
 
 
-def _latent_grid(space: SearchSpace, width_step: int) -> tuple[Array, Array]:
-    """Sizes of all mean widths with truncated hidden modes, and the bytes that a group stores."""
+def _latent_grid(space: SearchSpace, width_step: int) -> tuple[Array, Array, Array]:
+    """Mean widths, truncated hidden modes, and the bytes that a group stores of all their choices.
+
+    The latter are those of a width and of core sizes r_I of gate and up, and of down, shape
+    (W, G, G); infinite where a core cannot be used.
+    """
     shape, multiples, truncation = space.shape, space.multiples, space.truncation
     widths = _steps(
         shape.intermediate, multiples[0], truncate=truncation != Truncation.LATENT, step=width_step
     )
     hidden = _steps(shape.hidden, multiples[1], truncate=truncation != Truncation.NEURONS)
-    grid = np.meshgrid(widths, hidden, hidden, indexing="ij")
-    neurons, gate_up, down = (axis.reshape(-1) for axis in grid)
-    experts = np.full_like(neurons, shape.experts)
-    sizes = np.stack([neurons, experts, neurons, gate_up, experts, neurons, down], axis=1)
-    slim = (experts, neurons, np.full_like(neurons, shape.hidden))
+    neurons, gate_up, down = np.ix_(widths, hidden, hidden)
+    experts, whole = (np.full((1, 1, 1), float(n)) for n in (shape.experts, shape.hidden))
+    slim = (experts, neurons, whole)
     stored = stored_bytes(slim, (experts, neurons, gate_up), space.weights, coupled=2)
     rank, step = (experts, neurons, down), None if space.equal_widths else multiples[0]
     even = stored_bytes(slim, rank, space.weights, transposed=True)
     uneven = stored_bytes(slim, rank, space.weights, transposed=True, width_step=step)
-    stored += np.where(neurons == shape.intermediate, even, uneven)
+    stored = stored + np.where(neurons == shape.intermediate, even, uneven)
     # A core cannot use more columns than it has rows, over all experts (and gate and up).
     usable = (gate_up == shape.hidden) | (gate_up <= 2 * shape.experts * neurons)
-    usable &= (down == shape.hidden) | (down <= shape.experts * neurons)
+    usable = usable & ((down == shape.hidden) | (down <= shape.experts * neurons))
     if truncation == Truncation.NARROW_LATENT:  # one latent size, or no factor
-        usable &= gate_up == down
-    return sizes[usable], stored[usable]
+        usable = usable & (gate_up == down)
+    return widths, hidden, np.where(usable, stored, np.inf)
 
 
 def _full_points(profile: LayerProfile, space: SearchSpace) -> _Points:
@@ -302,10 +305,17 @@ def _undominated(sizes: Array, stored: Array, errors: Array) -> _Points:
 
 def _front(stored: Array, errors: Array) -> npt.NDArray[np.intp]:
     """Indices of the Pareto front of bytes and error, by ascending bytes."""
-    order = np.lexsort((errors, stored))
-    smallest = np.minimum.accumulate(errors[order])
-    chosen: npt.NDArray[np.intp] = order[np.append(True, smallest[1:] < smallest[:-1])]
+    order = np.argsort(stored, kind="stable")
+    order = order[_falling(errors[order])]
+    order = order[np.lexsort((errors[order], stored[order]))]  # of equal bytes the smallest error
+    chosen: npt.NDArray[np.intp] = order[_falling(errors[order])]
     return chosen
+
+
+def _falling(errors: Array) -> npt.NDArray[np.bool_]:
+    """Whether each is smaller than all before it."""
+    smallest = np.minimum.accumulate(errors)
+    return np.append(True, smallest[1:] < smallest[:-1])
 
 
 def _steps(size: int, multiple: int, *, truncate: bool, step: int = 0) -> Array:

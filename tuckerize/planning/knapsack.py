@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -64,44 +65,62 @@ class Frontier:
         return int(np.searchsorted(self.bytes, budget, side="right")) - 1
 
 
-def knapsack(frontiers: Sequence[Frontier], budget: float, *, finest: float) -> list[Choice]:
-    """Dynamic programming over the budget, layer by layer.
+class Knapsack:
+    """Dynamic programming over the budget, layer by layer, once for all budgets.
 
     Units do not depend on the budget and costs are rounded up to them, so that what fits a budget
     fits a larger one as well.
 
     Args:
         frontiers: Candidates of every layer.
-        budget: Bytes of all layers together.
         finest: Bytes of one value, below which a unit makes no sense.
 
     Source:
         The multiple-choice knapsack problem (Kellerer, Pferschy & Pisinger 2004, chapter 11).
     """
-    left = budget - sum(frontier.bytes[0] for frontier in frontiers)
-    most = sum(frontier.bytes[-1] - frontier.bytes[0] for frontier in frontiers)
-    if most <= left:
-        return [frontier.choice(len(frontier.bytes) - 1) for frontier in frontiers]
-    unit = max(finest, most / _UNITS)
-    units = int(left // unit)
-    least = np.zeros(units + 1)  # KL divergence of the layers so far, by cost
-    tables = []
-    for frontier in frontiers:
-        costs = np.ceil((frontier.bytes - frontier.bytes[0]) / unit).astype(int)
-        with_own = np.full(units + 1, np.inf)
-        places = np.zeros(units + 1, dtype=int)
-        useful = np.append(np.diff(costs) > 0, True) & (costs <= units)
-        for place in np.flatnonzero(useful).tolist():
-            cost = costs[place]
-            total = least[: units + 1 - cost] + frontier.errors[place] * frontier.sensitivity
-            better = total < with_own[cost:]
-            with_own[cost:][better] = total[better]
-            places[cost:][better] = place
-        least = with_own
-        tables.append((costs, places))
-    choices = []
-    for frontier, (costs, places) in zip(reversed(frontiers), reversed(tables), strict=True):
-        place = int(places[units])
-        choices.append(frontier.choice(place))
-        units -= int(costs[place])
-    return choices[::-1]
+
+    def __init__(self, frontiers: Sequence[Frontier], *, finest: float) -> None:
+        self.frontiers = frontiers
+        self.least = sum(frontier.bytes[0] for frontier in frontiers)
+        self.most = sum(frontier.bytes[-1] - frontier.bytes[0] for frontier in frontiers)
+        self.unit = max(finest, self.most / _UNITS)
+
+    def choose(self, budget: float) -> list[Choice]:
+        """The choice of every layer with the smallest sum of KL divergences.
+
+        Args:
+            budget: Bytes of all layers together.
+        """
+        left = budget - self.least
+        if self.most <= left:
+            return [frontier.choice(len(frontier.bytes) - 1) for frontier in self.frontiers]
+        units = int(left // self.unit)
+        choices = []
+        for frontier, (costs, places) in zip(
+            reversed(self.frontiers), reversed(self._tables), strict=True
+        ):
+            place = int(places[units])
+            choices.append(frontier.choice(place))
+            units -= int(costs[place])
+        return choices[::-1]
+
+    @cached_property
+    def _tables(self) -> list[tuple[Array, Array]]:
+        """Costs of every layer's candidates, and the best one by cost of the layers so far."""
+        units = int(self.most // self.unit)
+        least = np.zeros(units + 1)  # KL divergence of the layers so far, by cost
+        tables = []
+        for frontier in self.frontiers:
+            costs = np.ceil((frontier.bytes - frontier.bytes[0]) / self.unit).astype(int)
+            with_own = np.full(units + 1, np.inf)
+            places = np.zeros(units + 1, dtype=int)
+            useful = np.append(np.diff(costs) > 0, True) & (costs <= units)
+            for place in np.flatnonzero(useful).tolist():
+                cost = costs[place]
+                total = least[: units + 1 - cost] + frontier.errors[place] * frontier.sensitivity
+                better = total < with_own[cost:]
+                with_own[cost:][better] = total[better]
+                places[cost:][better] = place
+            least = with_own
+            tables.append((costs, places))
+        return tables
