@@ -274,6 +274,23 @@ def test_shards_compute_the_same_together(outputs: dict[str, Path]) -> None:
     assert all(layer["sharding_error"] < 1e-5 for layer in json.loads(result.stdout)["layers"])
 
 
+def test_experts_of_one_group_belong_to_the_first_process(
+    source: Path, text: Path, tmp_path: Path
+) -> None:
+    """The others compute with no neurons of them, for their share of the wider experts."""
+    settings = {"texts": [str(text)], **CALIBRATION, "refine": 0, "shape": "neurons"}
+    out = tmp_path / "out"
+    decompose(
+        DecomposeRequest(model=source, output=out, keep=0.5, quantize="w4", calibration=settings)
+    )
+    manifest = TuckerCheckpoint.open(out).manifest
+    assert min(width for layer in manifest.layers for width in manifest.widths(layer, 0)) <= 32
+    shard(ShardRequest(folder=out, tp=2))
+    result = torchrun(2, "-m", "tuckerize", "verify", out, "--json")
+    assert result.returncode == 0, result.stderr
+    assert all(layer["sharding_error"] < 1e-5 for layer in json.loads(result.stdout)["layers"])
+
+
 def test_tolerance_and_quantisation_exclude_each_other(source: Path, tmp_path: Path) -> None:
     request = DecomposeRequest(
         model=source, output=tmp_path / "out", tolerance=0.5, quantize="w4"

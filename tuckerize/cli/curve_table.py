@@ -12,7 +12,7 @@ from tuckerize.report.plans import CurvePoint, CurveReport
 
 # Heads of a plan's columns.
 _WAYS = {"none": "16 bits", "w8": "w8", "w4": "w4", "w3": "w3", "best": "best"}
-# Sizes at which other tools have whole experts in fewer bits than ours; docs/how-to/choosing.md.
+# Sizes at which 3 bits and nothing truncated are an alternative: docs/how-to/choosing.md.
 _THREE_BITS_FROM, _THREE_BITS_BELOW = 3.0, 4.5
 
 
@@ -49,9 +49,9 @@ def show_curve(report: CurveReport) -> None:
     )
     if any(_THREE_BITS_FROM <= point.bits < _THREE_BITS_BELOW for point in report.points):
         print_all(
-            "from 3 to 4.5 bits per weight, 3-bit weights of another tool with nothing truncated "
-            "lost less on the largest model that was measured, and have kernels on CUDA; Ascend "
-            "and CPUs have none below 4 bits: truncate there"
+            "from 3 to 4.5 bits per weight, 3-bit weights with nothing truncated lost less than w4 "
+            "on the largest model that was measured, and have kernels on CUDA; Ascend and CPUs "
+            "have none below 4 bits: truncate there"
         )
 
 

@@ -287,7 +287,7 @@ def _fit_scales(
 def _grouped(values: Tensor, group: int) -> Tensor:
     """Values in groups along the last dimension, zero-padded, shape (..., G, group)."""
     padded = functional.pad(values, (0, -values.shape[-1] % group))
-    return padded.view(*padded.shape[:-1], -1, group)
+    return padded.view(*padded.shape[:-1], padded.shape[-1] // group, group)
 
 
 def _encoded(values: Tensor, scales: Tensor, core_type: CoreType) -> Tensor:

@@ -262,7 +262,8 @@ def smallest_split_size(
     Args:
         layout: The layout.
         ranks: Core sizes of the projections of a group.
-        shape: Sizes of one stack of the group, H being the width of the narrowest expert.
+        shape: Sizes of one stack of the group, H being the width of the widest expert: of narrower
+            ones the last processes may own nothing.
         core_type: Encoding of quantised cores, whose groups stay together.
     """
     unit = (core_type and core_type.group_size) or 1

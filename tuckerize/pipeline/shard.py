@@ -80,7 +80,7 @@ def choose_layout(tucker: TuckerCheckpoint, mesh: Parallelism, layout: Layout | 
         smallest_split_size(
             layout,
             ranks,
-            manifest.shape._replace(intermediate=min(manifest.widths(layer, group))),
+            manifest.shape._replace(intermediate=max(manifest.widths(layer, group))),
             cores_of(manifest.cores, layer),
         )
         for layer in manifest.layers

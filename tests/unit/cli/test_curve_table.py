@@ -11,7 +11,7 @@ from tuckerize.report.plans import CurvePoint, CurveReport
 WHOLE = "no encoding here stores whole experts"
 ALONE = "quantisation alone loses least"
 WORSE = "quantisation alone is predicted to lose more"
-OTHERS = "3-bit weights of another tool"
+OTHERS = "3-bit weights with nothing truncated"
 
 
 def point(bits: float, *, truncated: bool, encodings: str = "best") -> CurvePoint:
