@@ -10,18 +10,25 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUExpertsInt8
 from vllm.model_executor.layers.fused_moe.oracle import fp8, int8, int_wna16
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+    compressed_tensors_moe_wna16,
+)
 
 
 def values(codes_EOK: Tensor, scales_EOG: Tensor) -> Tensor:
-    """Values of codes, of 4 bits in words or bytes, the first in the lowest bits, or of 8 bits."""
+    """Values of codes: of 4 or 3 bits in groups of 32, the first in the lowest bits, or of 8."""
     if codes_EOK.dtype in (torch.int32, torch.uint8):
         read = codes_EOK.contiguous().view(torch.uint8)
-        codes_EOK = torch.stack((read & 15, read >> 4), -1).flatten(-2).to(torch.int8) - 8
+        bits = 8 * read.shape[-1] // (32 * scales_EOG.shape[-1])
+        bools = np.unpackbits(read.numpy(), axis=-1, bitorder="little")
+        codes = bools.reshape(*bools.shape[:-1], -1, bits) @ (1 << np.arange(bits))
+        codes_EOK = torch.from_numpy(codes) - 2 ** (bits - 1)
     group = codes_EOK.shape[-1] // scales_EOG.shape[-1]
     return codes_EOK.float() * scales_EOG.float().repeat_interleave(group, -1)
 
@@ -89,3 +96,8 @@ def offer() -> None:
         oracle._get_priority_backends = lambda *_, backend=backend: [backend]
         oracle.backend_to_kernel_cls = lambda _: [ReferenceExperts]
     int_wna16.TritonWNA16Experts = ReferenceExperts  # one of those that it allows
+    # That backend has no 3 bits; of the number of bits nothing but scales follows.
+    describe = compressed_tensors_moe_wna16.make_wna16_moe_quant_config
+    compressed_tensors_moe_wna16.make_wna16_moe_quant_config = lambda *positional, **named: (
+        describe(*positional, **{**named, "num_bits": max(4, named["num_bits"])})
+    )

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.vllm
 METHODS = {
     "w8": "CompressedTensorsW8A8Int8MoEMethod",
     "w4": "CompressedTensorsWNA16MoEMethod",
+    "w3": "CompressedTensorsWNA16MoEMethod",
     "fp8": "CompressedTensorsW8A8Fp8MoEMethod",
 }
 """vLLM's own for the formats of our cores."""
@@ -83,6 +84,11 @@ def test_vllm_ascends_methods_get_quantised_layers(cores: str, latent: Path) -> 
     if cores == "fp8":
         pytest.skip("Ascend A2 and A3 have no float8")
     [expected] = run([latent])
+    if cores == "w3":  # no scheme there takes it
+        [found] = run([latent], "--ascend", "main")
+        assert found["kernels"] == [["AscendMoEMethod"] * 2]
+        assert_same_up_to_ties(found, expected, EXACT)
+        return
     for workers in (1, 2):
         options = ("--tp", "2", "--ep") if workers > 1 else ()
         [found] = run([latent], "--ascend", "main", *options)
