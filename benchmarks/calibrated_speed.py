@@ -29,6 +29,14 @@ from benchmarks.full_width import CALIBRATION_TOKENS, EXAMPLE, lite_config, writ
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "calibrated_speed.json"
 STEPS = 8
+# Most steps by default, and a program that prints how many of them a version makes.
+MOST_STEPS = 300
+STEPS_MADE = f"""
+from tuckerize.calibration import refine
+tokens = {CALIBRATION_TOKENS} * 15 // 16
+known = hasattr(refine, "batch_and_steps")
+print(refine.batch_and_steps(tokens, {MOST_STEPS})[1] if known else {MOST_STEPS})
+"""
 
 
 @dataclass(frozen=True)
@@ -39,11 +47,13 @@ class Times:
         plan: `tuckerize plan`.
         closed_form: `tuckerize decompose --keep 0.75 --refine 0`, with the profile in the cache.
         refinement_step: One step of refinement.
+        steps: Steps that `--refine 300` makes.
     """
 
     plan: float
     closed_form: float
     refinement_step: float
+    steps: int
 
 
 @contextmanager
@@ -88,7 +98,12 @@ def measure(tree: Path, model: Path, folder: Path) -> Times:
     decompose = ["decompose", *options, "--output", str(output), "--keep", "0.75", "--overwrite"]
     closed = seconds(tree, [*decompose, "--refine", "0"], cache)
     refined = seconds(tree, [*decompose, "--refine", str(STEPS)], cache)
-    return Times(round(plan, 1), round(closed, 1), round((refined - closed) / STEPS, 2))
+    made = subprocess.run(
+        [sys.executable, "-c", STEPS_MADE], check=True, cwd=tree, stdout=subprocess.PIPE
+    )
+    return Times(
+        round(plan, 1), round(closed, 1), round((refined - closed) / STEPS, 2), int(made.stdout)
+    )
 
 
 def main() -> None:
@@ -103,10 +118,10 @@ def main() -> None:
         config = lite_config(2, dense_layers=1, narrow=arguments.narrow)
         write_checkpoint(folder / "model", config)
         now = measure(ROOT, folder / "model", folder / "now")
+        print(f"now      {now}", flush=True)
         with checked_out(arguments.baseline, folder / "tree") as tree:
             before = measure(tree, folder / "model", folder / "before")
-    for name, own in (("before", before), ("now", now)):
-        print(f"{name:8} {own}")
+    print(f"before   {before}")
     if arguments.write:
         result = {
             "command": " ".join(["python", "-m", "benchmarks.calibrated_speed", *sys.argv[1:]]),

@@ -269,9 +269,12 @@ class TuckerExperts(nn.Module):
         middles, factors = [], []
         own = iter(low)
         for group, rows in zip(self.groups, assigned, strict=True):
+            chosen: dict[int, Tensor] = {}  # gate and up may read the same
             for projection in GATE_UP:
                 stack, low_TR = group.stack(projection), next(own)
-                low_NR = low_TR.index_select(0, rows.tokens_N)
+                if id(low_TR) not in chosen:
+                    chosen[id(low_TR)] = low_TR.index_select(0, rows.tokens_N)
+                low_NR = chosen[id(low_TR)]
                 middles.append(stack.multiply(low_NR, rows, transposed=False))
                 factors.append(None if stack.U_H is None else _own(stack.U_H))
         completed = self.exchange.gate_up(middles, [factor is not None for factor in factors])
