@@ -65,27 +65,27 @@ class _Saliency:
         missed_TI = few.output_of(compressed.stacks) - few.output
         return float((missed_TI.square().sum(-1) / _squared_norms(few)).mean())
 
-    @cached_property
+    @property
     def experts(self) -> Tensor:
-        """Attribution of every expert to the loss, (E,)."""
-        found = []
-        for expert, (_, w_N) in enumerate(self.layer.tokens):
-            output_NI = self.layer.activations(expert) @ self.layer.stacks[2][expert]
-            found.append(float((output_NI * self._slopes(expert)).sum(-1) @ w_N))
-        return torch.tensor(found) / len(self.layer.x_TI)
+        """Attribution of every expert to the loss, Σ_t ⟨y, w f_e(x)⟩ over squared norms, (E,)."""
+        return self._scores["expert"]
 
-    def _slopes(self, expert: int) -> Tensor:
-        """Gradients of the loss by the routed output of an expert's tokens, over −0.2, (N, I)."""
-        rows = (self.layer.experts_Tk == expert).any(-1).nonzero()[:, 0]
-        return (self.layer.output / _squared_norms(self.layer)[:, None])[rows]
-
-    @cached_property
+    @property
     def channels(self) -> dict[str, Tensor]:
         """Scores of every channel, means of gate's and up's outputs and down's input, (E, H) each.
 
         Norms over an expert's tokens; |value × gradient|; Σ |weight| × norm of the weight's input.
         """
-        activations, attributions, magnitudes = [], [], []
+        return {name: own for name, own in self._scores.items() if name != "expert"}
+
+    def _slopes(self, expert: int) -> Tensor:
+        """Gradients of the loss by the routed output of an expert's tokens, over −0.2, (N, I)."""
+        rows = (self.layer.experts_Tk == expert).any(-1).nonzero()[:, 0]
+        return self.layer.output[rows] / _squared_norms(self.layer)[rows, None]
+
+    @cached_property
+    def _scores(self) -> dict[str, Tensor]:
+        activations, attributions, magnitudes, experts = [], [], [], []
         for expert, (x_NI, w_N) in enumerate(self.layer.tokens):
             gate_HI, up_HI, down_HI = (stack[expert] for stack in self.layer.stacks)
             gate_NH, up_NH = x_NI @ gate_HI.T, x_NI @ up_HI.T
@@ -94,16 +94,17 @@ class _Saliency:
             activations.append((gate_NH.norm(dim=0) + up_NH.norm(dim=0) + down_norm_H) / 3)
             slope_NH = self._slopes(expert) @ down_HI.T * w_N[:, None]
             # Up is a factor of the activation: value times gradient is that of down's input.
-            of_down_H = (active_NH * slope_NH).abs().sum(0)
+            of_down_NH = active_NH * slope_NH
+            experts.append(of_down_NH.sum() / len(self.layer.x_TI))
             sigmoid_NH = gate_NH.sigmoid()
             derivative_NH = sigmoid_NH * (1 + gate_NH * (1 - sigmoid_NH))
             of_gate_H = (gate_NH * derivative_NH * up_NH * slope_NH).abs().sum(0)
-            attributions.append((2 * of_down_H + of_gate_H) / (3 * max(len(w_N), 1)))
+            attributions.append((2 * of_down_NH.abs().sum(0) + of_gate_H) / (3 * max(len(w_N), 1)))
             inputs_I = x_NI.norm(dim=0)
             of_down_H = down_HI.abs().sum(-1) * down_norm_H
             magnitudes.append(((gate_HI.abs() + up_HI.abs()) @ inputs_I + of_down_H) / 3)
         scores = {"norm": activations, "attribution": attributions, "magnitude": magnitudes}
-        return {name: torch.stack(own) for name, own in scores.items()}
+        return {name: torch.stack(own) for name, own in (*scores.items(), ("expert", experts))}
 
 
 def _squared_norms(layer: Layer) -> Tensor:
