@@ -157,7 +157,7 @@ def planned(name: str) -> dict[str, Any]:
     for recipe in recipes_of(name):
         target = str(recipe.calibration.target) if recipe.calibration else "free"
         data_free = recipe.model_copy(update={"calibration": None, "joint": Joint.GATE_UP})
-        found = describe_plan(make_plan(source, data_free)).after
+        found = describe_plan(make_plan(source, data_free), peak=0).after
         after[target] = {
             "routed_bytes": found.routed_bytes,
             "total_bytes": found.total_bytes,

@@ -165,6 +165,11 @@ class CalibrationSettings(_Schema):
                 raise ValueError(f"the target {target} implies {key}: {own}, not {value[key]}")
         return {**value, **implied} if implied else value
 
+    @property
+    def has_factors(self) -> bool:
+        """Whether a budget may truncate modes, and not only the width of the experts."""
+        return self.shape != Truncation.NEURONS
+
     def multiple_for(self, size: int, cores: CoreType | None = None) -> int:
         """Multiple of the truncated sizes of a mode, with cores of an encoding.
 
@@ -237,6 +242,11 @@ class Recipe(_Schema):
                 "any-engine takes one keep or bits for all layers: experts are equally wide"
             )
         return self
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether a budget is shared out over the layers, which needs their profiles."""
+        return any(rule.keep is not None or rule.bits is not None for rule in self.rules)
 
     def rule_index(self, layer: int, projection: Projection) -> int | None:
         """Index of the rule that decides about a stack."""

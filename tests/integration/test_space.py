@@ -121,7 +121,7 @@ def test_memory_that_does_not_suffice_is_told_before_the_work(
     (tmp_path / "proc/meminfo").write_text("MemAvailable: 8000000 kB\n")
     (tmp_path / "proc/self/cgroup").write_text("0::/\n")
     (group / "memory.current").write_text("0\n")
-    command = importlib.import_module("tuckerize.pipeline.decompose")
+    command = importlib.import_module("tuckerize.pipeline.memory")
     monkeypatch.setattr(command, "available_bytes", lambda: available_bytes(tmp_path))
     out = tmp_path / "out"
     for limit, code in ((1000, 2), (2**30, 0)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from tuckerize.calibration.sharing import all_windows, exchange_for, own_windows
 from tuckerize.calibration.states import States
 from tuckerize.calibration.stream import ExpertsCall, StreamedModel
 from tuckerize.calibration.text import parse_source, read_windows
-from tuckerize.calibration.tokens import DenseGroup, LayerTokens, fewest_tokens
+from tuckerize.calibration.tokens import DenseGroup, LayerTokens, StacksOnDisk, fewest_tokens
 from tuckerize.checkpoint.sealed_tensors import read_sealed, write_sealed
 from tuckerize.domain import Projection, group_experts
 from tuckerize.errors import NonFiniteError, UsageError, located
@@ -28,6 +28,7 @@ from tuckerize.parallel.processes import Processes
 from tuckerize.recipe import CalibrationSettings, Recipe
 from tuckerize.runtime.activations import Activation, activation_of
 from tuckerize.runtime.experts import TuckerExperts
+from tuckerize.runtime.quantised import CoreOnDisk
 
 # Attention of more takes buffers so large that the system maps them anew for every call.
 _WINDOWS_AT_ONCE = 2
@@ -64,6 +65,8 @@ class CalibrationPass:
         settings: Settings of the calibration.
         notes: Notes on the text for the user.
         sharing: The processes that share its windows and the experts of its layers.
+        held: Whether the dense experts of a layer are in memory while it is worked on; otherwise
+            each is read whenever it is used.
     """
 
     source: SourceModel
@@ -74,6 +77,7 @@ class CalibrationPass:
     settings: CalibrationSettings
     notes: tuple[str, ...] = ()
     sharing: Sharing = ALONE
+    held: bool = True
 
     @classmethod
     def open(
@@ -140,6 +144,10 @@ class CalibrationPass:
             tuple(notes),
             sharing_of(processes, group_size),
         )
+
+    def with_held(self, held: bool) -> CalibrationPass:  # noqa: FBT001
+        """The same pass, with dense experts in memory or on disk; as the first process has it."""
+        return replace(self, held=self.sharing.of_first(lambda: held))
 
     @property
     def has_validation(self) -> bool:
@@ -216,7 +224,7 @@ class CalibrationPass:
         return output_TI
 
     def groups(self, layer: int) -> list[DenseGroup]:
-        """This process's dense experts of a layer, in float32 on the device.
+        """This process's dense experts of a layer, in float32 on the device, or on disk.
 
         Raises:
             NonFiniteError: A stack holds NaN or infinity.
@@ -228,17 +236,31 @@ class CalibrationPass:
         group = group_experts(self.source.moe.shape, self.group_size, index)
         own = self.sharing.own(len(group))
         experts = group[own]
-        stacks = {}
-        for projection in Projection:
-            stack = self.source.stack(layer, projection, experts)
+
+        def read(projection: Projection, some: range) -> Tensor:
+            stack = self.source.stack(layer, projection, some)
             with located(f"layer {layer}, group {index}, {projection}"):
-                check_finite(stack)
-            stacks[projection] = stack.to(self.model.device, torch.float32)
+                check_finite(stack, some.start - experts.start)
+            return stack.to(self.model.device, torch.float32)
+
+        shape = self.source.moe.shape._replace(experts=len(experts))
+        stacks: Mapping[Projection, Tensor] = StacksOnDisk(read, experts, shape)
+        if self.held:
+            stacks = dict(stacks)
         found = self.source.biases(layer, group, dtype=torch.float32)
         whole = {projection: bias.to(self.model.device) for projection, bias in found.items()}
         # Those of down are added where the tokens are, which may be of any expert.
         biases = {p: b if p == Projection.DOWN else b[own] for p, b in whole.items()}
         return DenseGroup(stacks, experts, biases)
+
+    def dense(self, layer: int, groups: Sequence[DenseGroup]) -> TuckerExperts:
+        """The dense experts of a layer as a module, which reads those that are on disk."""
+        module = self.module(layer, [group.as_tensors() for group in groups])
+        for own, group in zip(module.groups, groups, strict=True):
+            if isinstance(group.stacks, StacksOnDisk):
+                for projection in Projection:
+                    own.stack(projection).read_core(_core_on_disk(group, projection))
+        return module
 
     def module(self, layer: int, groups: Sequence[Mapping[TensorName, Tensor]]) -> TuckerExperts:
         """The routed experts of a layer from the tensors of its groups."""
@@ -248,6 +270,14 @@ class CalibrationPass:
             activation=self.activation(layer),
             exchange=exchange_for(groups, self.sharing, self.group_size),
         )
+
+
+def _core_on_disk(group: DenseGroup, projection: Projection) -> CoreOnDisk:
+    """Experts' matrices of one projection; outputs are rows, as in quantised cores."""
+    experts, neurons, hidden = group.shape
+    if projection == Projection.DOWN:
+        return CoreOnDisk(lambda place: group.matrix(projection, place).mT, experts, hidden)
+    return CoreOnDisk(lambda place: group.matrix(projection, place), experts, neurons)
 
 
 def token_norms(hidden_SLI: Tensor) -> Tensor:

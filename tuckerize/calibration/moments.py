@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,7 +23,8 @@ class GroupMoments:
 
     Attributes:
         pooled_II: Second moment of the inputs of all experts together, shape (I, I).
-        neurons_EHH: Second moment of every expert's neurons (activated gate times up).
+        energy_EH: Second moment of every neuron (activated gate times up) by itself.
+        row_norms_EH: Squared norm of every neuron's row of down.
         gate_sensitivity_EH: Change of the squared output with a neuron's gate, to first order:
             the mean over tokens of (g ∂h/∂gate)² times the squared norm of its row of down.
         up_sensitivity_EH: The same for up.
@@ -32,11 +33,16 @@ class GroupMoments:
     """
 
     pooled_II: Tensor
-    neurons_EHH: Tensor
+    energy_EH: Tensor
+    row_norms_EH: Tensor
     gate_sensitivity_EH: Tensor
     up_sensitivity_EH: Tensor
     output_II: Tensor
     routed_E: Tensor
+
+
+NeuronMoment = Callable[[Tensor, Tensor], None]
+"""Takes the second moment (H, H) of the neurons of the next expert, and its down (H, I)."""
 
 
 class _Neurons(NamedTuple):
@@ -48,9 +54,16 @@ class _Neurons(NamedTuple):
 
 
 def gather_moments(
-    group: DenseGroup, tokens: LayerTokens, *, activation: Activation, sharing: Sharing = ALONE
+    group: DenseGroup,
+    tokens: LayerTokens,
+    *,
+    activation: Activation,
+    neurons: NeuronMoment,
+    sharing: Sharing = ALONE,
 ) -> GroupMoments:
     """Second moments of a group of experts on a layer's tokens.
+
+    Those of the neurons, which together are large, go to the caller one by one.
 
     Experts with few tokens get others of the layer as well, see `LayerTokens.of_expert`.
 
@@ -58,22 +71,24 @@ def gather_moments(
         group: The dense experts, in float32.
         tokens: Tokens of the layer.
         activation: From gate and up to neurons.
+        neurons: Takes the second moment of every expert's neurons.
         sharing: The processes that share the group.
     """
-    experts, neurons, _ = group.shape
     squared_T = tokens.x_TI.new_zeros(len(tokens.x_TI))
-    neurons_EHH = tokens.x_TI.new_empty(experts, neurons, neurons)
-    gates, ups, routed = [], [], []
+    energies, row_norms, gates, ups, routed = [], [], [], [], []
     output_TI = tokens.x_TI.new_zeros(tokens.x_TI.shape)
     for place, expert in enumerate(group.experts):
         own = tokens.of_expert(expert, least=group.enough_tokens)
-        down_HI = group.stacks[Projection.DOWN][place]
+        down_HI = group.matrix(Projection.DOWN, place)
         found = _neurons(*group.gate_up(place, own.x_NI), activation)
         weight_N1 = own.weights_N[:, None]
         weighted_NH = weight_N1 * found.h_NH
         squared_T.index_add_(0, own.places_N, own.weights_N.square())
-        torch.mm(weighted_NH.T, weighted_NH, out=neurons_EHH[place])
+        moment_HH = weighted_NH.T @ weighted_NH
+        energies.append(moment_HH.diagonal().clone())
+        neurons(moment_HH, down_HI)
         row_norms_H = down_HI.square().sum(1)
+        row_norms.append(row_norms_H)
         # The moments hold the weights already; sensitivities are means over tokens without them.
         shares_N = own.counts_N / own.counts_N.sum()
         gates.append(shares_N @ found.by_gate_NH.square() * row_norms_H)
@@ -85,12 +100,29 @@ def gather_moments(
     x_TI, squared_T = tokens.x_TI[part], sharing.sum(squared_T)[part]
     return GroupMoments(
         pooled_II=sharing.sum(x_TI.T @ (squared_T[:, None] * x_TI)),
-        neurons_EHH=neurons_EHH,
+        energy_EH=torch.stack(energies),
+        row_norms_EH=torch.stack(row_norms),
         gate_sensitivity_EH=torch.stack(gates),
         up_sensitivity_EH=torch.stack(ups),
         output_II=second_moment(output_TI, sharing),
         routed_E=sharing.gather(torch.tensor(routed)),
     )
+
+
+def neuron_moments(
+    group: DenseGroup, tokens: LayerTokens, *, activation: Activation
+) -> Iterator[Tensor]:
+    """Second moment of the neurons of one expert after another, shape (H, H).
+
+    Args:
+        group: The dense experts.
+        tokens: Tokens of the layer.
+        activation: From gate and up to neurons.
+    """
+    for place, expert in enumerate(group.experts):
+        own = tokens.of_expert(expert, least=group.enough_tokens)
+        weighted_NH = own.weights_N[:, None] * activation(*group.gate_up(place, own.x_NI))
+        yield weighted_NH.T @ weighted_NH
 
 
 def second_moment(partial_TI: Tensor, sharing: Sharing) -> Tensor:

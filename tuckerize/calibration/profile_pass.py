@@ -23,16 +23,16 @@ import torch
 from torch import Tensor
 
 from tuckerize.calibration.calibration_pass import CalibrationPass, SavedStates, experts_call
-from tuckerize.calibration.layer_profile import LayerProfile, profile_layer, spread
-from tuckerize.calibration.moments import GroupMoments, gather_moments
+from tuckerize.calibration.group_statistics import GroupStatistics
+from tuckerize.calibration.layer_profile import LayerProfile, profile_layer
+from tuckerize.calibration.moments import GroupMoments
 from tuckerize.calibration.sharing import num_own_windows
+from tuckerize.calibration.spectra import spread
 from tuckerize.calibration.states import States
 from tuckerize.calibration.text import fingerprint
 from tuckerize.calibration.tokens import DenseGroup
 from tuckerize.checkpoint.output import remove_temporaries
 from tuckerize.checkpoint.sealed_tensors import read_sealed, write_sealed
-from tuckerize.domain import Projection
-from tuckerize.names import TensorName
 from tuckerize.progress import LayerProgress, Progress
 from tuckerize.version import __version__
 
@@ -60,17 +60,33 @@ class ProfileCache:
         folder: Where they are; None if nowhere.
         key: Hash of all that they depend on.
         note: Receives the note.
+        spectra: Whether modes may be truncated.
         known: Those of this run, by layer.
     """
 
     folder: Path | None
     key: str
     note: Callable[[str], object]
+    spectra: bool = True
     known: dict[int, LayerProfile] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, run: CalibrationPass, note: Callable[[str], object] = lambda _: None) -> Self:
-        """The cache of a model, text and settings, in `$XDG_CACHE_HOME/tuckerize`."""
+    def of(
+        cls,
+        run: CalibrationPass,
+        note: Callable[[str], object] = lambda _: None,
+        *,
+        spectra: bool = True,
+    ) -> Self:
+        """The cache of a model, text and settings, in `$XDG_CACHE_HOME/tuckerize`.
+
+        Args:
+            run: The model, its text and settings.
+            note: Receives a note.
+            spectra: Whether profiles must have spectra; those that have do for all.
+        """
+        if not spectra and (whole := cls.of(run, note)).complete(run.source.moe.layers):
+            return whole
         key = {
             "version": [__version__, _PROFILE_VERSION],
             "config": run.source.checkpoint.config,
@@ -79,8 +95,10 @@ class ProfileCache:
             "group_size": run.group_size,
             "dtype": str(run.model.dtype),
         }
+        if not spectra:
+            key["spectra"] = spectra
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-        cache = cls(None, digest, note)
+        cache = cls(None, digest, note, spectra)
         try:
             base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         except RuntimeError:  # an unknown user without HOME
@@ -159,12 +177,15 @@ class ProfileCache:
         return folder / f"layer-{layer:05d}.safetensors"
 
 
-def is_profiled(run: CalibrationPass) -> bool:
+def is_profiled(run: CalibrationPass, *, spectra: bool = True) -> bool:
     """Whether the cache has the profiles of all layers."""
-    return ProfileCache.of(run).complete(run.source.moe.layers) is not None
+    cache = ProfileCache.of(run, spectra=spectra)
+    return cache.complete(run.source.moe.layers) is not None
 
 
-def profile_model(run: CalibrationPass, progress: Progress) -> list[LayerProfile]:
+def profile_model(
+    run: CalibrationPass, progress: Progress, *, spectra: bool = True
+) -> list[LayerProfile]:
     """Profiles of all layers with routed experts, from the cache or from a pass over the text.
 
     An interrupted pass continues after the last finished layer.
@@ -172,12 +193,13 @@ def profile_model(run: CalibrationPass, progress: Progress) -> list[LayerProfile
     Args:
         run: The model and its text.
         progress: Shows how far the pass is.
+        spectra: Whether modes may be truncated; without, a profile of widths takes less.
     """
     sharing, device = run.sharing, run.model.device
     cache = (
-        ProfileCache.of(run, progress.note)
+        ProfileCache.of(run, progress.note, spectra=spectra)
         if sharing.is_first
-        else ProfileCache(None, "", progress.note)
+        else ProfileCache(None, "", progress.note, spectra)
     )
     layers = run.source.moe.layers
     found = sharing.of_first(lambda: cache.complete(layers))
@@ -260,21 +282,21 @@ def _profile_layer(
     """
     stages.stage("tokens")
     groups = run.groups(layer)
-    dense = run.module(layer, [group.as_tensors() for group in groups])
+    dense = run.dense(layer, groups)
     seen = run.capture(layer, hidden, len(run.windows_SL), dense)
-    stages.stage("moments", 1)
+    stages.stage("moments and elimination of neurons", 1)
     activation = run.activation(layer)
     sharing = run.sharing
-    moments = [
-        gather_moments(group, seen.tokens, activation=activation, sharing=sharing)
+    statistics = [
+        GroupStatistics.gather(group, seen.tokens, activation=activation, sharing=sharing)
         for group in groups
     ]
-    pruned = run.module(
-        layer, [_pruned(group, own) for group, own in zip(groups, moments, strict=True)]
+    pruned = run.dense(
+        layer, [_pruned(group, own.moments) for group, own in zip(groups, statistics, strict=True)]
     )
     calls = dict.fromkeys(probes, experts_call(dense)) | {str(layer): experts_call(pruned)}
     for number, (name, call) in enumerate(calls.items()):
-        stages.stage(f"probe {number + 1} of {len(calls)}", 0 if number else 2)
+        stages.stage(f"probe {number + 1} of {len(calls)}", 0 if number else 3)
         probes[name] = run.run_layer(layer, probes.get(name, clean), call)
     places_T = torch.arange(len(seen.output_TI), device=run.model.device)
     places_T = places_T.view(len(run.windows_SL), -1)[windows].flatten()
@@ -282,11 +304,11 @@ def _profile_layer(
     missed = (run.output(pruned, seen.tokens.part(places_T)) - exact_TI).square().sum()
     profile = profile_layer(
         layer,
-        groups,
-        moments,
+        statistics,
         seen.tokens,
         activation=activation,
         output_energy=float(seen.output_TI.square().sum()),
+        spectra=cache.spectra,
         stage=stages.stage,
         sharing=sharing,
     )
@@ -301,17 +323,11 @@ def num_probe_windows(layers: int) -> int:
     return max(least, min(most, _PROBE_WINDOWS_OF_ALL_LAYERS // layers))
 
 
-def _pruned(group: DenseGroup, moments: GroupMoments) -> dict[TensorName, Tensor]:
-    """The tensors of a group without the neurons of least output energy."""
-    down_EHI = group.stacks[Projection.DOWN]
-    energy_EH = moments.neurons_EHH.diagonal(dim1=1, dim2=2) * down_EHI.square().sum(2)
+def _pruned(group: DenseGroup, moments: GroupMoments) -> DenseGroup:
+    """A group without the neurons of least output energy."""
     count = max(1, round(_PRUNED_SHARE * group.shape.intermediate))
-    least_EM = energy_EH.topk(count, dim=1, largest=False).indices
-    places = least_EM[:, :, None].expand(-1, -1, group.shape.hidden)
-    return {
-        **group.as_tensors(),
-        TensorName.core(Projection.DOWN): down_EHI.scatter(1, places, 0.0),
-    }
+    energy_EH = moments.energy_EH * moments.row_norms_EH
+    return group.without_neurons(energy_EH.topk(count, dim=1, largest=False).indices)
 
 
 def _divergences(

@@ -48,7 +48,7 @@ def rounding_errors(
     places = [(group, expert) for group in groups for expert in group.experts if expert in probed]
     for group, expert in places:
         place = expert - group.experts.start
-        dense = tuple(group.stacks[projection][place] for projection in Projection)
+        dense = tuple(group.matrix(projection, place) for projection in Projection)
         least = group.enough_tokens
         seen, new = fit.of_expert(expert, least), held_out.of_expert(expert, least)
         gate_HI, up_HI, down_HI = dense

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -26,6 +26,11 @@ _POOLED_WEIGHT = 0.3
 def fewest_tokens() -> int:
     """Smallest number of tokens of which some are in the validation set."""
     return HELD_OUT_BLOCK * (_HELD_OUT_EVERY - 1) + 1
+
+
+def enough_tokens(shape: StackShape) -> int:
+    """Tokens of one expert that determine least squares of all its projections."""
+    return _TOKENS_PER_UNKNOWN * max(shape.intermediate, shape.hidden)
 
 
 class ExpertTokens(NamedTuple):
@@ -95,6 +100,37 @@ class LayerTokens(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class StacksOnDisk(Mapping[Projection, Tensor]):
+    """Stacks that are read again whenever they are used, for layers that memory cannot hold.
+
+    Attributes:
+        read: Reads the matrices (E, H, I) of some experts of the layer, in float32.
+        experts: Which experts of the layer they are.
+        shape: Sizes (E, H, I).
+    """
+
+    read: Callable[[Projection, range], Tensor]
+    experts: range
+    shape: StackShape
+
+    def __getitem__(self, projection: Projection) -> Tensor:
+        """A whole stack, which is as large as memory is asked for it."""
+        return self.read(projection, self.experts)
+
+    def __iter__(self) -> Iterator[Projection]:
+        """The projections."""
+        return iter(Projection)
+
+    def __len__(self) -> int:
+        """Number of projections."""
+        return len(Projection)
+
+    def matrix(self, projection: Projection, place: int) -> Tensor:
+        """The matrix of one expert, shape (H, I)."""
+        return self.read(projection, self.experts[place : place + 1])[0]
+
+
+@dataclass(frozen=True, slots=True)
 class DenseGroup:
     """The dense experts of one group, all in stack orientation.
 
@@ -112,16 +148,66 @@ class DenseGroup:
     @property
     def shape(self) -> StackShape:
         """Sizes (E, H, I)."""
+        if isinstance(self.stacks, StacksOnDisk):
+            return self.stacks.shape
         return StackShape(*self.stacks[Projection.GATE].shape)
 
     @property
     def enough_tokens(self) -> int:
         """Tokens of one expert that determine least squares of all its projections."""
-        return _TOKENS_PER_UNKNOWN * max(self.shape.intermediate, self.shape.hidden)
+        return enough_tokens(self.shape)
+
+    def matrix(self, projection: Projection, place: int) -> Tensor:
+        """The matrix of one expert, shape (H, I): no other one is read where they are on disk.
+
+        Args:
+            projection: Which of its matrices.
+            place: Index of the expert in the group.
+        """
+        if isinstance(self.stacks, StacksOnDisk):
+            return self.stacks.matrix(projection, place)
+        return self.stacks[projection][place]
+
+    def part(self, place: int) -> DenseGroup:
+        """One expert alone, in memory.
+
+        Args:
+            place: Index of the expert in the group.
+        """
+        own = slice(place, place + 1)
+        stacks = {projection: self.matrix(projection, place)[None] for projection in Projection}
+        biases = {p: b if p == Projection.DOWN else b[own] for p, b in self.biases.items()}
+        return DenseGroup(stacks, self.experts[own], biases)
+
+    def without_neurons(self, gone_EM: Tensor) -> DenseGroup:
+        """The same experts with some rows of down set to zero.
+
+        Args:
+            gone_EM: Indices of the neurons of every expert, shape (E, M).
+        """
+        stacks, first = self.stacks, self.experts.start
+
+        def zeroed(down_EHI: Tensor, experts: range) -> Tensor:
+            gone = gone_EM[experts.start - first : experts.stop - first, :, None]
+            return down_EHI.scatter(1, gone.expand(-1, -1, down_EHI.shape[2]), 0.0)
+
+        if not isinstance(stacks, StacksOnDisk):
+            down = zeroed(stacks[Projection.DOWN], self.experts)
+            return replace(self, stacks={**stacks, Projection.DOWN: down})
+
+        def read(projection: Projection, experts: range) -> Tensor:
+            found = stacks.read(projection, experts)
+            return zeroed(found, experts) if projection == Projection.DOWN else found
+
+        return replace(self, stacks=replace(stacks, read=read))
 
     def as_tensors(self) -> dict[TensorName, Tensor]:
-        """As the tensors of a group of which every mode is full."""
-        cores = {TensorName.core(projection): stack for projection, stack in self.stacks.items()}
+        """As the tensors of a group of which every mode is full; without values if on disk."""
+        stacks = self.stacks
+        if isinstance(stacks, StacksOnDisk):
+            empty = torch.empty(stacks.shape, device="meta")
+            stacks = dict.fromkeys(Projection, empty)
+        cores = {TensorName.core(projection): stack for projection, stack in stacks.items()}
         return cores | {
             TensorName.bias(projection): bias for projection, bias in self.biases.items()
         }
@@ -133,7 +219,7 @@ class DenseGroup:
             place: Index of the expert in the group.
             x_NI: Its tokens.
         """
-        gate_NH, up_NH = (x_NI @ self.stacks[projection][place].T for projection in GATE_UP)
+        gate_NH, up_NH = (x_NI @ self.matrix(projection, place).T for projection in GATE_UP)
         if not self.biases:
             return gate_NH, up_NH
         gate_H, up_H = (self.biases[projection][place] for projection in GATE_UP)

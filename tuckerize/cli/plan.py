@@ -25,6 +25,7 @@ def plan(
     sequences: options.Sequences = None,
     group_size: options.GroupSize = None,
     device: options.DeviceOption = Device.AUTO,
+    max_memory: options.MaxMemory = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Predict what every size costs, for every encoding of the cores, or what fits onto devices.
@@ -80,6 +81,7 @@ def plan(
             bits=bits,
             group_size=group_size,
             device=device,
+            max_memory=max_memory,
         )
         report = run(planned, progress)
     if report is not None:

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from tuckerize.calibration.calibration_pass import CalibrationPass
 from tuckerize.calibration.moments import (
-    GroupMoments,
-    gather_moments,
     input_moments,
+    neuron_moments,
     refit_moments,
     second_moment,
 )
@@ -32,8 +31,10 @@ from tuckerize.compression.factors import (
     Step,
     compress,
     for_each_group,
+    rounded_group,
     rounding,
 )
+from tuckerize.compression.parts import in_parts
 from tuckerize.compression.quantise import QuantiseForTokens
 from tuckerize.compression.target import LayerPiece
 from tuckerize.domain import (
@@ -47,7 +48,7 @@ from tuckerize.domain import (
 )
 from tuckerize.format.tucker_checkpoint import biases_of, factors_of
 from tuckerize.linalg.gram import leading_eigenvectors
-from tuckerize.linalg.selection import all_neurons, eliminate, refit_down, widened
+from tuckerize.linalg.selection import Eliminator, KeptNeurons, all_neurons, refit_down, widened
 from tuckerize.linalg.sharing import ALONE, Sharing
 from tuckerize.linalg.tucker import TuckerFactors, orthonormalised
 from tuckerize.linalg.weighted import weighted_tucker
@@ -57,7 +58,7 @@ from tuckerize.runtime.activations import Activation
 from tuckerize.runtime.experts import TuckerExperts
 
 # Work on a group, in steps of refinement; roughly, for what is left of the time.
-_EFFORTS = {"moments": 10.0, "neurons": 5.0, "gate and up": 15.0, "down": 10.0}
+_EFFORTS = {"neurons": 15.0, "gate and up": 15.0, "down": 10.0}
 
 
 def compress_layer(
@@ -99,14 +100,37 @@ def compress_layer(
         stage=stages.stage,
         sharing=sharing,
     )
+    quantise = piece.cores and QuantiseForTokens(
+        weights, piece.cores, fit, held_out, dense, calibration
+    )
     steps: list[Step] = [
         for_each_group(treat),
         Refine(calibration, dense, fit, held_out, stages.stage),
         orthonormalise(sharing),
+        *([quantise] if quantise else []),
+        rounding(weights),
     ]
-    if piece.cores:
-        steps.append(QuantiseForTokens(weights, piece.cores, fit, held_out, dense, calibration))
-    steps.append(rounding(weights))
+    if quantise and not calibration.held:
+        quantise_group, round_group = quantise.of_group(piece.layer), rounded_group(weights)
+
+        def treat_part(part: GroupFactors) -> GroupFactors:
+            if part.kept is not None:
+                part = refit(
+                    with_neurons(part, part.kept),
+                    fit,
+                    ALONE,
+                    activation=activation,
+                    max_sweeps=max_sweeps,
+                )
+            return round_group(quantise_group(part))
+
+        def treat_parts(group: GroupFactors) -> GroupFactors:
+            stages.stage("moments and elimination of neurons")
+            kept = select_neurons(group, fit, sharing, activation=activation)
+            stages.stage("down and rounding", _EFFORTS["neurons"])
+            return in_parts(group, kept, treat_part)
+
+        steps = [for_each_group(treat_parts), quantise.measured]
     layer = LayerFactors(
         piece.layer,
         tuple(
@@ -139,28 +163,38 @@ def closed_form(
     """
 
     def treat(group: GroupFactors) -> GroupFactors:
-        stage("moments")
-        moments = gather_moments(group.dense, tokens, activation=activation, sharing=sharing)
-        stage("elimination of neurons", _EFFORTS["moments"])
-        group = select_neurons(group, moments, sharing)
+        stage("moments and elimination of neurons")
+        kept = select_neurons(group, tokens, sharing, activation=activation)
+        if kept is not None:
+            group = with_neurons(group, kept)
         stage("gate and up", _EFFORTS["neurons"])
         group = factor_gate_up(group, tokens, sharing, max_sweeps=max_sweeps, stage=stage)
         stage("down", _EFFORTS["gate and up"])
-        group = refit(group, moments, tokens, sharing, activation=activation, max_sweeps=max_sweeps)
+        group = refit(group, tokens, sharing, activation=activation, max_sweeps=max_sweeps)
         stage("refinement", _EFFORTS["down"])
         return group
 
     return treat
 
 
-def select_neurons(group: GroupFactors, moments: GroupMoments, sharing: Sharing) -> GroupFactors:
-    """Keep the neurons without which the combined output would lose most."""
+def select_neurons(
+    group: GroupFactors, tokens: LayerTokens, sharing: Sharing, *, activation: Activation
+) -> KeptNeurons | None:
+    """The neurons without which the combined output would lose most; None if all are kept."""
     target = group.target
     if target.neurons == group.dense.shape.intermediate:
-        return group
-    elimination = eliminate(moments.neurons_EHH, group.dense.stacks[Projection.DOWN], sharing)
+        return None
+    eliminator = Eliminator()
+    moments = neuron_moments(group.dense, tokens, activation=activation)
+    for place, moment_HH in enumerate(moments):
+        eliminator.add(moment_HH, group.dense.matrix(Projection.DOWN, place))
+    elimination = eliminator.of_all(sharing)
     kept = elimination.kept(target.neurons, multiple=target.multiple, equal=target.equal_widths)
-    kept = kept.of_experts(sharing.own(len(kept.widths)))
+    return kept.of_experts(sharing.own(len(kept.widths)))
+
+
+def with_neurons(group: GroupFactors, kept: KeptNeurons) -> GroupFactors:
+    """A group of dense experts with some of their neurons."""
     slim = {p: TuckerFactors(kept.rows(stack)) for p, stack in group.dense.stacks.items()}
     biases = {
         p: bias if p == Projection.DOWN else kept.rows(bias[..., None])[..., 0]
@@ -197,7 +231,6 @@ def factor_gate_up(
 
 def refit(
     group: GroupFactors,
-    moments: GroupMoments,
     tokens: LayerTokens,
     sharing: Sharing,
     *,
@@ -213,7 +246,7 @@ def refit(
         MultilinearRankError: A core size does not fit its stack.
     """
     down_EKI = group.factors[Projection.DOWN].core
-    neurons_EKK = moments.neurons_EHH
+    neurons_EKK: Tensor | None = None
     if group.kept is not None or any(group.factors[p].truncated for p in GATE_UP):
         neurons_EKK, cross_EKH = refit_moments(
             group.dense,
@@ -228,13 +261,17 @@ def refit(
             group.kept or all_neurons(group.dense.shape),
         )
     rank = _work_rank(group, group.target.ranks[DOWN])
-    sweeps = 0
-    if rank.truncated_modes(_whole_shape(down_EKI, sharing)) == (Mode.HIDDEN,):
+    truncated = rank.truncated_modes(_whole_shape(down_EKI, sharing))
+    down, sweeps = TuckerFactors(down_EKI), 0
+    if truncated == (Mode.HIDDEN,):
         wide = _with_down(group, TuckerFactors(down_EKI))
         output_II = _output_moment(wide, tokens, activation, sharing)
         U_I = leading_eigenvectors(output_II, rank.hidden)
         down = TuckerFactors(down_EKI @ U_I, U_I=U_I)
-    else:
+    elif truncated:
+        if neurons_EKK is None:
+            moments = neuron_moments(group.dense, tokens, activation=activation)
+            neurons_EKK = torch.stack([*moments])
         down, sweeps = _weighted_down(down_EKI, neurons_EKK, rank, max_sweeps, sharing)
     return replace(_with_down(group, down), sweeps={**group.sweeps, Projection.DOWN: sweeps})
 

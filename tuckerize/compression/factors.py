@@ -54,8 +54,9 @@ class GroupFactors:
 
     @classmethod
     def of(cls, index: int, dense: DenseGroup, target: CompressionTarget) -> GroupFactors:
-        """A group before the first step."""
-        factors = {projection: TuckerFactors(stack) for projection, stack in dense.stacks.items()}
+        """A group before the first step; its cores have no values where the experts are on disk."""
+        cores = dense.as_tensors()
+        factors = {p: TuckerFactors(cores[TensorName.core(p)]) for p in dense.stacks}
         sweeps = dict.fromkeys(factors, 0)
         return cls(index, dense, target, factors, None, sweeps, biases=dense.biases)
 
@@ -181,6 +182,12 @@ def rounding(weights: WeightType) -> Step:
     Raises:
         NonFiniteError: A value overflows the type.
     """
+    round_group = rounded_group(weights)
+    return lambda layer: replace(layer, groups=tuple(map(round_group, layer.groups)))
+
+
+def rounded_group(weights: WeightType) -> GroupStep:
+    """The same for one group."""
     dtype = TORCH_DTYPES[weights.name]
 
     def rounded(factors: TuckerFactors) -> TuckerFactors:
@@ -199,4 +206,4 @@ def rounding(weights: WeightType) -> Step:
             check_no_overflow(bias, weights.name)
         return replace(group, factors={**group.factors, **exact}, biases=biases)
 
-    return lambda layer: replace(layer, groups=tuple(map(treat, layer.groups)))
+    return treat

@@ -49,7 +49,9 @@ def _gathered(group: GroupFactors, sharing: Sharing) -> GroupFactors:
 
 def _residual(group: GroupFactors, projection: Projection, sharing: Sharing) -> float:
     """Relative residual of the stack of all experts."""
-    total = squared_norm(group.dense.stacks[projection])
+    dense = group.dense
+    matrices = (dense.matrix(projection, place) for place in range(dense.shape.experts))
+    total = sum(map(squared_norm, matrices))
     own = group.residual(projection)
     both = torch.tensor([own**2 * total if total else 0.0, total], dtype=torch.float64)
     missed, total = sharing.sum(both).tolist()
@@ -57,6 +59,9 @@ def _residual(group: GroupFactors, projection: Projection, sharing: Sharing) -> 
 
 
 def _whole(factors: TuckerFactors, sharing: Sharing) -> TuckerFactors:
+    if factors.core.is_meta:  # its codes have the values
+        experts = sharing.total(len(factors.core))
+        return replace(factors, core=factors.core.new_empty(experts, *factors.core.shape[1:]))
     if factors.U_E is None:
         return replace(factors, core=sharing.gather(factors.core))
     return replace(factors, U_E=sharing.gather(factors.U_E))

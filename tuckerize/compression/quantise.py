@@ -20,7 +20,13 @@ from tuckerize.calibration.calibration_pass import CalibrationPass
 from tuckerize.calibration.refine import relative_output_error
 from tuckerize.calibration.tokens import LayerTokens
 from tuckerize.checkpoint.reader import TORCH_DTYPES
-from tuckerize.compression.factors import GroupFactors, LayerFactors, Step, for_each_group
+from tuckerize.compression.factors import (
+    GroupFactors,
+    GroupStep,
+    LayerFactors,
+    Step,
+    for_each_group,
+)
 from tuckerize.domain import GATE_UP, CoreType, Projection, WeightType
 from tuckerize.linalg.quantise import quantise
 from tuckerize.linalg.sharing import Sharing
@@ -71,8 +77,15 @@ class QuantiseForTokens:
     @torch.no_grad()
     def __call__(self, layer: LayerFactors) -> LayerFactors:
         """Quantise all cores of a layer."""
+        return self.measured(for_each_group(self.of_group(layer.layer))(layer))
+
+    def of_group(self, layer: int) -> GroupStep:
+        """The step for a group of a layer."""
+        return partial(self._quantise, self.calibration.activation(layer))
+
+    def measured(self, layer: LayerFactors) -> LayerFactors:
+        """A layer with its output error on the validation set."""
         run = self.calibration
-        layer = for_each_group(partial(self._quantise, run.activation(layer.layer)))(layer)
         module = run.module(layer.layer, [group.tensors() for group in layer.groups])
         target_TI = run.output(self.dense, self.held_out)
         error = relative_output_error(module, self.held_out, target_TI, run.sharing)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from tuckerize.calibration.tokens import DenseGroup
 
 # Trained experts differ by less; a forgotten or foreign scale is off by far more.
@@ -16,8 +18,9 @@ def notes_on_scales(layer: int, group: DenseGroup) -> list[str]:
         group: Dense experts of the layer.
     """
     notes: list[str] = []
-    for projection, stack_EHI in group.stacks.items():
-        rms_E = stack_EHI.float().square().mean(dim=(1, 2)).sqrt()
+    for projection in group.stacks:
+        matrices = (group.matrix(projection, place) for place in range(len(group.experts)))
+        rms_E = torch.stack([own.float().square().mean().sqrt() for own in matrices])
         usual = float(rms_E.median())
         far_E = (rms_E > _FAR * usual) | (rms_E * _FAR < usual)
         notes += (

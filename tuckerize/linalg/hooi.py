@@ -138,11 +138,16 @@ def _reachable(rank: MultilinearRank, mode: Mode, coupled: int) -> int:
     return math.prod(rank) // rank[mode] * (coupled if mode == Mode.HIDDEN else 1)
 
 
-def check_finite(stack_EHI: Tensor) -> None:
-    """Raise NonFiniteError with the first index if a stack holds NaN or infinity."""
+def check_finite(stack_EHI: Tensor, first: int = 0) -> None:
+    """Raise NonFiniteError with the first index if a stack holds NaN or infinity.
+
+    Args:
+        stack_EHI: The stack.
+        first: Index of its first expert.
+    """
     if math.isfinite(largest_magnitude(stack_EHI)):
         return
-    for expert, slice_HI in enumerate(stack_EHI):
+    for expert, slice_HI in enumerate(stack_EHI, first):
         bad = (~torch.isfinite(slice_HI)).nonzero()
         if len(bad):
             row, column = bad[0].tolist()

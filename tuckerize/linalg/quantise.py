@@ -29,6 +29,8 @@ _SCALE_SHARES = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68, 0.64)
 _DAMPING = 0.01
 # Columns whose rounding errors are passed on together.
 _BLOCK = 128
+SCALE_VALUES = 2**24
+"""Values of the normal equations of scales that are solved at once (128 MiB in float64)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +271,15 @@ def _fit_scales(
     """Scales of least weighted squared error for given codes, shape (O, G)."""
     columns = codes_OK.shape[-1]
     group = core_type.group_size or columns
+    count = max(1, SCALE_VALUES // (-(-columns // group)) ** 2)
+    rows = zip(torch.split(matrix_OK, count), torch.split(codes_OK, count), strict=True)
+    return torch.cat([_fit_scales_of_rows(*some, moment_KK, group) for some in rows])
+
+
+def _fit_scales_of_rows(
+    matrix_OK: Tensor, codes_OK: Tensor, moment_KK: Tensor, group: int
+) -> Tensor:
+    columns = codes_OK.shape[-1]
     codes_OK = codes_OK.to(matrix_OK.dtype)
     normal, right = [], []
     for start in range(0, columns, group):

@@ -7,6 +7,7 @@ where Σ is the routing-weighted second moment of h and d_j the (compensated) ro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -30,8 +31,9 @@ _RIDGES = 8
 _MAX_ROUNDS = 256
 # Rounds between updates of all that remains, which are GEMMs of this many rounds' neurons.
 _ROUNDS_PER_BLOCK = 16
-# Values of the matrices of the experts that are treated at once (256 MiB in float64).
-_CHUNK_VALUES = 2**25
+CHUNK_VALUES = 2**25
+"""Values of the matrices of the experts that are treated at once (256 MiB in float64)."""
+
 # Minimum width of an expert relative to the mean: calibration text may under-use it.
 _MIN_RELATIVE_WIDTH = 0.25
 
@@ -167,20 +169,47 @@ def eliminate(moments_EHH: Tensor, down_EHI: Tensor, sharing: Sharing = ALONE) -
         The optimal brain surgeon (Hassibi & Stork 1993) for whole columns, as Kurtic et al. 2023
         (ZipLM).
     """
-    experts, neurons, _ = down_EHI.shape
-    chunk = max(1, _CHUNK_VALUES // neurons**2)
-    results = [
-        _eliminate_of_experts(moments_EHH[first : first + chunk], down_EHI[first : first + chunk])
-        for first in range(0, experts, chunk)
-    ]
-    own = (torch.cat(parts) for parts in zip(*results, strict=True))
-    return Elimination(*map(sharing.gather, own))
+    eliminator = Eliminator()
+    for moment_HH, down_HI in zip(moments_EHH, down_EHI, strict=True):
+        eliminator.add(moment_HH, down_HI)
+    return eliminator.of_all(sharing)
 
 
-def _eliminate_of_experts(moments_EHH: Tensor, down_EHI: Tensor) -> tuple[Tensor, Tensor]:
+class Eliminator:
+    """Eliminates the neurons of experts that come one by one, of some at once; see `eliminate`."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._found: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, moment_HH: Tensor, down_HI: Tensor) -> None:
+        """Take the next expert.
+
+        Args:
+            moment_HH: Routing-weighted second moment of its neurons, shape (H, H).
+            down_HI: Its down_proj in stack orientation, shape (H, I).
+        """
+        self._waiting.append((moment_HH, down_HI))
+        if len(self._waiting) == max(1, CHUNK_VALUES // len(moment_HH) ** 2):
+            self._eliminate()
+
+    def of_all(self, sharing: Sharing = ALONE) -> Elimination:
+        """The order of all neurons of all experts, those of other processes with them."""
+        if self._waiting:
+            self._eliminate()
+        own = (torch.cat(parts) for parts in zip(*self._found, strict=True))
+        return Elimination(*map(sharing.gather, own))
+
+    def _eliminate(self) -> None:
+        moments, downs = zip(*self._waiting, strict=True)
+        self._waiting = []
+        self._found.append(_eliminate_of_experts(torch.stack(moments), downs))
+
+
+def _eliminate_of_experts(moments_EHH: Tensor, downs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Elimination order of the neurons of some experts at once, and their costs."""
     neurons = moments_EHH.shape[1]
-    state = _Remaining.of(moments_EHH, down_EHI)
+    state = _Remaining.of(moments_EHH, downs)
     orders: list[Tensor] = []
     costs: list[Tensor] = []
     count = -(-neurons // _MAX_ROUNDS)
@@ -206,7 +235,7 @@ class _Remaining(NamedTuple):
     gram_ENN: Tensor
 
     @classmethod
-    def of(cls, moments_EHH: Tensor, down_EHI: Tensor) -> Self:
+    def of(cls, moments_EHH: Tensor, downs: Sequence[Tensor]) -> Self:
         """All neurons."""
         exact_EHH = in_float64(moments_EHH)
         mean_E = exact_EHH.diagonal(dim1=1, dim2=2).mean(1)
@@ -214,7 +243,7 @@ class _Remaining(NamedTuple):
         # Symmetric, and LAPACK's matrices are transposed: rows that are read are contiguous here.
         inverse_EHH = torch.cholesky_inverse(_root(exact_EHH, ridge_E)).mT.contiguous()
         gram_EHH = torch.empty_like(inverse_EHH)
-        for own_HH, down_HI in zip(gram_EHH, down_EHI, strict=True):
+        for own_HH, down_HI in zip(gram_EHH, downs, strict=True):
             own_HH.copy_(down_HI @ down_HI.T)
         places_H = torch.arange(exact_EHH.shape[1], device=exact_EHH.device)
         return cls(places_H.expand(len(exact_EHH), -1), inverse_EHH, gram_EHH)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,13 @@ from tuckerize.domain import Device
 from tuckerize.errors import UsageError
 from tuckerize.moe.source import SourceModel
 from tuckerize.parallel.backends import check_encoding, choose_device
-from tuckerize.parallel.memory import available_bytes, parse_bytes
 from tuckerize.parallel.processes import Processes, process_group
 from tuckerize.pipeline.inspect import bytes_to_write, describe_plan
 from tuckerize.pipeline.left_alone import notes_on_what_stays
+from tuckerize.pipeline.memory import fit_memory, most_bytes
 from tuckerize.pipeline.run_plan import compress_model
 from tuckerize.planning.duration import announce, plan_duration, profiles_of
-from tuckerize.planning.estimate import BASE_BYTES, threads_that_fit
+from tuckerize.planning.estimate import Need, peak_bytes
 from tuckerize.planning.plan import Plan, make_plan, output_fingerprint
 from tuckerize.progress import Progress, SilentProgress
 from tuckerize.recipe import Recipe, recipe_of_options
@@ -71,8 +71,9 @@ class DecomposeRequest:
         device: Where the products run: auto, npu, cuda or cpu.
         collective_timeout: Seconds that a process waits for the others; by default 7200 on npu,
             otherwise 86400.
-        max_memory: Host memory that a process may take, as "16GiB": fewer threads, or a refusal
-            with the figure; what is free by default.
+        max_memory: Memory that a process may take, as "16GiB": dense experts that are read again
+            whenever they are used, fewer threads, or a refusal with the figure; what is free by
+            default.
         overwrite: Begin anew: replace an earlier result, finished or not.
     """
 
@@ -154,14 +155,14 @@ def decompose(
         >>> report.after.routed_parameters  # doctest: +SKIP
     """
     progress = progress or SilentProgress()
-    recipe, most = request.to_recipe(), _most_bytes(request)
+    recipe, most = request.to_recipe(), most_bytes(request.max_memory)
     if request.output is None:
         raise UsageError("--output is missing", hint="name a new folder, or add --dry-run")
     output = Path(request.output)
     with _processes_of(request, recipe) as (processes, device), ExitStack() as held:
         held.callback(torch.set_num_threads, torch.get_num_threads())
 
-        def begin() -> tuple[SourceModel, CalibrationPass | None]:
+        def begin() -> tuple[SourceModel, CalibrationPass | None, Need]:
             source, calibration = _open(request, recipe, device, processes)
             refuse_overlap(output, source.checkpoint.folder)
             folder = OutputFolder(output)
@@ -173,11 +174,12 @@ def decompose(
             else:
                 folder.join(contents)
             # Before a profile is made: what a calibrated layer needs depends on its shape alone.
-            _fit_memory(make_plan(source, recipe), processes, device, most)
-            return source, calibration
+            need = fit_memory(make_plan(source, recipe), processes, device, most)
+            return source, calibration, need
 
-        source, calibration = processes.leader_first(begin)
-        profiles = _profiles(recipe, calibration, progress)
+        source, calibration, need = processes.leader_first(begin)
+        profiled = calibration and calibration.with_held(need.profile_held)
+        profiles = _profiles(recipe, profiled, progress)
 
         def prepare() -> Plan:
             plan = _plan(source, recipe, calibration, profiles)
@@ -195,7 +197,7 @@ def decompose(
             device=device,
             processes=processes,
             progress=progress,
-            calibration=calibration,
+            calibration=calibration and calibration.with_held(need.held),
         )
 
 
@@ -218,17 +220,26 @@ def preview(request: DecomposeRequest, progress: Progress | None = None) -> Plan
         >>> preview(DecomposeRequest(model="DeepSeek-V2-Lite", keep=0.75))  # doctest: +SKIP
     """
     progress = progress or SilentProgress()
-    recipe = request.to_recipe()
-    with _processes_of(request, recipe) as (processes, device):
-        source, calibration = processes.leader_first(
-            lambda: _open(request, recipe, device, processes)
-        )
-        profiles = _profiles(recipe, calibration, progress)
+    recipe, most = request.to_recipe(), most_bytes(request.max_memory)
+    with _processes_of(request, recipe) as (processes, device), ExitStack() as held:
+        held.callback(torch.set_num_threads, torch.get_num_threads())
+
+        def begin() -> tuple[SourceModel, CalibrationPass | None, int]:
+            source, calibration = _open(request, recipe, device, processes)
+            plan = make_plan(source, recipe)
+            if calibration is None:
+                return source, None, peak_bytes(plan)
+            need = fit_memory(plan, processes, device, most)
+            return source, replace(calibration, held=need.profile_held), need.bytes
+
+        source, calibration, peak = processes.leader_first(begin)
+        profiled = calibration and calibration.with_held(calibration.held)
+        profiles = _profiles(recipe, profiled, progress)
         plan = processes.leader_first(lambda: _plan(source, recipe, calibration, profiles))
         if not processes.is_leader:
             return None
         _note(plan, progress)
-        return describe_plan(plan)
+        return describe_plan(plan, peak)
 
 
 def _note(plan: Plan, progress: Progress) -> None:
@@ -268,35 +279,13 @@ def _open(
     return source, CalibrationPass.open(source, recipe, device, processes)
 
 
-def _most_bytes(request: DecomposeRequest) -> int | None:
-    """Host memory that the user allows a process; None without a limit."""
-    if request.max_memory is None:
-        return None
-    most = parse_bytes(request.max_memory)
-    if not most:
-        raise UsageError(
-            f"--max-memory {request.max_memory!r} is not an amount of memory",
-            hint="use the form 16GiB; the units are MB, MiB, GB, GiB and TiB",
-        )
-    return most
-
-
-def _fit_memory(plan: Plan, processes: Processes, device: torch.device, most: int | None) -> None:
-    """Use as many threads as memory allows; refuse what does not fit with one."""
-    free = available_bytes() if device.type == "cpu" else None
-    bounds = [] if free is None else [free // processes.local_size]
-    if most is not None:
-        bounds.append(max(0, most - BASE_BYTES))
-    if bounds:
-        torch.set_num_threads(threads_that_fit(plan, min(bounds), processes.size))
-
-
 def _profiles(
     recipe: Recipe, calibration: CalibrationPass | None, progress: Progress
 ) -> Sequence[LayerProfile]:
     """Profiles that calibrated budgets are allocated by; all processes call this."""
-    has_budget = any(rule.keep is not None or rule.bits is not None for rule in recipe.rules)
-    return profiles_of(calibration, progress) if calibration and has_budget else ()
+    if calibration is None or not recipe.has_budget:
+        return ()
+    return profiles_of(calibration, progress, spectra=calibration.settings.has_factors)
 
 
 def _plan(

@@ -257,8 +257,7 @@ def _moments(
         states = calibration.embed()
         for layer in range(calibration.model.layers):
             if layer in source.moe.layers:
-                groups = [group.as_tensors() for group in calibration.groups(layer)]
-                module = calibration.module(layer, groups)
+                module = calibration.dense(layer, calibration.groups(layer))
                 found = calibration.capture(layer, states, len(states), module)
                 weights_T1 = found.tokens.weights_Tk.double().square().sum(1, keepdim=True).sqrt()
                 inputs_TN = weights_T1 * found.tokens.x_TI.double()

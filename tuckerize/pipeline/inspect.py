@@ -17,7 +17,6 @@ from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 from tuckerize.format.warnings import warnings_of
 from tuckerize.moe.source import SourceModel
 from tuckerize.planning.duration import plan_duration
-from tuckerize.planning.estimate import peak_bytes
 from tuckerize.planning.plan import Plan
 from tuckerize.report.checkpoint import InspectReport, TuckerFacts
 from tuckerize.report.plans import PlanReport, StackPlan
@@ -58,8 +57,13 @@ def inspect(model: str | Path) -> InspectReport:
     )
 
 
-def describe_plan(plan: Plan) -> PlanReport:
-    """Sizes that a plan will store, and its estimated memory and time."""
+def describe_plan(plan: Plan, peak: int) -> PlanReport:
+    """Sizes that a plan will store, and its estimated memory and time.
+
+    Args:
+        plan: The plan.
+        peak: Bytes that one process will need.
+    """
     before = plan.source.size
     stacks = [stack for piece in plan.layer_pieces for stack in _describe_piece(plan, piece)]
     saved_bytes = sum(stack.bytes_before - stack.bytes_after for stack in stacks)
@@ -71,9 +75,7 @@ def describe_plan(plan: Plan) -> PlanReport:
         total_parameters=before.total_parameters - dense + stored,
         total_bytes=before.total_bytes - saved_bytes + _bytes_of_dequantizing(plan),
     )
-    return PlanReport(
-        tuple(stacks), before, after, peak_bytes(plan), plan_duration(plan), plan.predicted_kl
-    )
+    return PlanReport(tuple(stacks), before, after, peak, plan_duration(plan), plan.predicted_kl)
 
 
 def _bytes_of_dequantizing(plan: Plan) -> int:
@@ -91,7 +93,7 @@ def _bytes_of_dequantizing(plan: Plan) -> int:
 
 def bytes_to_write(plan: Plan, calibration: CalibrationPass | None) -> int:
     """Bytes of the files that a plan certainly needs, with the hidden states of a calibration."""
-    report = describe_plan(plan)
+    report = describe_plan(plan, peak=0)
     unsure = sum(stack.bytes_after for stack in report.stacks if stack.tolerance is not None)
     states = 0
     if calibration is not None:

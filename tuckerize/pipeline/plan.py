@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tuckerize.calibration.calibration_pass import CalibrationPass
 from tuckerize.calibration.tokens import fewest_tokens
@@ -15,8 +18,10 @@ from tuckerize.errors import UsageError
 from tuckerize.moe.source import SourceModel
 from tuckerize.parallel.backends import choose_device
 from tuckerize.parallel.processes import process_group
-from tuckerize.planning.curve import BITS, kl_curve
+from tuckerize.pipeline.memory import fit_memory, most_bytes
+from tuckerize.planning.curve import BITS, kl_curve, needs_spectra
 from tuckerize.planning.duration import profiles_of
+from tuckerize.planning.estimate import Need
 from tuckerize.planning.plan import make_plan
 from tuckerize.progress import Progress, SilentProgress
 from tuckerize.recipe import recipe_of_options
@@ -36,6 +41,9 @@ class PlanRequest:
         bits: Bits per routed weight; sizes from 14 to 1.5 by default.
         group_size: Experts that share a decomposition; all of a layer by default.
         device: Where the products run: auto, npu, cuda or cpu.
+        max_memory: Memory that a process may take, as "16GiB": dense experts that are read again
+            whenever they are used, fewer threads, or a refusal with the figure; what is free by
+            default.
     """
 
     model: str | Path
@@ -44,6 +52,7 @@ class PlanRequest:
     bits: float | None = None
     group_size: int | None = None
     device: str = Device.AUTO
+    max_memory: str | None = None
 
 
 def plan(request: PlanRequest, progress: Progress | None = None) -> CurveReport | None:
@@ -73,19 +82,19 @@ def plan(request: PlanRequest, progress: Progress | None = None) -> CurveReport 
         where={},
         how={"group_size": request.group_size, "calibration": request.calibration},
     )
-    choice = Device.parse(request.device)
+    choice, most = Device.parse(request.device), most_bytes(request.max_memory)
     targets = [Target.parse(target) for target in request.targets]
-    with process_group(lambda local: choose_device(choice, local_rank=local)) as (
-        processes,
-        device,
-    ):
+    group = process_group(lambda local: choose_device(choice, local_rank=local))
+    with group as (processes, device), ExitStack() as held:
 
-        def begin() -> CalibrationPass:
+        def begin() -> tuple[CalibrationPass, Need]:
             source = SourceModel.open(resolve_model(str(request.model)))
-            make_plan(source, recipe)  # refuse an impossible recipe before reading the text
+            made = make_plan(source, recipe)  # refuse an impossible recipe before reading the text
             opened = CalibrationPass.open(source, recipe, device, processes)
+            spectra = needs_spectra(opened.settings, targets)
+            need = fit_memory(made, processes, device, most, profile_of=spectra)
             if opened.has_validation:
-                return opened
+                return opened, need
             raise UsageError(
                 f"{opened.windows_SL.numel()} calibration tokens leave none for validation, and "
                 "nothing can be predicted",
@@ -93,11 +102,15 @@ def plan(request: PlanRequest, progress: Progress | None = None) -> CurveReport 
                 "--calibration-tokens out",
             )
 
-        opened = processes.leader_first(begin)
+        held.callback(torch.set_num_threads, torch.get_num_threads())
+        opened, need = processes.leader_first(begin)
+        opened = opened.with_held(need.profile_held)
+        spectra = needs_spectra(opened.settings, targets)
+        profiles = profiles_of(opened, progress or SilentProgress(), spectra=spectra)
         curve = kl_curve(
             recipe,
             opened,
-            profiles_of(opened, progress or SilentProgress()),
+            profiles,
             targets=targets,
             bits=BITS if request.bits is None else (request.bits,),
         )

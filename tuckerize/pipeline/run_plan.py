@@ -209,7 +209,7 @@ def _pass_layer(
     if layer not in plan.source.moe.layers:
         return calibration.run_layer(layer, hidden, None), None
     groups = calibration.groups(layer)
-    dense = calibration.module(layer, [group.as_tensors() for group in groups])
+    dense = calibration.dense(layer, groups)
     tokens, _, after = calibration.capture(layer, hidden, len(calibration.windows_SL), dense)
     if piece is None:
         return after, None

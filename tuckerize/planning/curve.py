@@ -63,6 +63,12 @@ def kl_curve(
     return CurveReport(str(source.checkpoint.folder), source.size, tuple(points), calibration.notes)
 
 
+def needs_spectra(settings: CalibrationSettings, targets: Sequence[Target]) -> bool:
+    """Whether modes may be truncated for one of the engines; those of the settings by default."""
+    made_for = [_made_for(target, settings) for target in targets] or [settings]
+    return any(own.has_factors for own in made_for)
+
+
 def _made_for(target: Target, settings: CalibrationSettings) -> CalibrationSettings:
     """The same settings for other engines."""
     if target == settings.target:

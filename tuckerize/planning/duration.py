@@ -58,17 +58,20 @@ def announce(expected: Duration, what: str, device: torch.device, progress: Prog
         progress.note(f"{what} takes {expected.text}")
 
 
-def profiles_of(calibration: CalibrationPass, progress: Progress) -> Sequence[LayerProfile]:
+def profiles_of(
+    calibration: CalibrationPass, progress: Progress, *, spectra: bool = True
+) -> Sequence[LayerProfile]:
     """Profiles of all layers, from the cache or from a pass that is announced.
 
     Args:
         calibration: The model and its text.
         progress: Shows how far the pass is.
+        spectra: Whether modes may be truncated.
     """
-    if not is_profiled(calibration):
-        expected = duration(profile_work(calibration))
+    if not is_profiled(calibration, spectra=spectra):
+        expected = duration(profile_work(calibration, spectra=spectra))
         announce(expected, "the profile", calibration.model.device, progress)
-    return profile_model(calibration, progress)
+    return profile_model(calibration, progress, spectra=spectra)
 
 
 def plan_duration(plan: Plan) -> Duration:
@@ -144,8 +147,13 @@ def _calibrated_work(plan: Plan, piece: LayerPiece, settings: CalibrationSetting
     return total + _rest_of_layer(plan.source.size, len(plan.source.moe.layers)) * settings.tokens
 
 
-def profile_work(calibration: CalibrationPass) -> float:
-    """Floating-point operations of the profile of a model, roughly."""
+def profile_work(calibration: CalibrationPass, *, spectra: bool = True) -> float:
+    """Floating-point operations of the profile of a model, roughly.
+
+    Args:
+        calibration: The model and its text.
+        spectra: Whether modes may be truncated.
+    """
     moe, settings = calibration.source.moe, calibration.settings
     experts, neurons, hidden = moe.shape
     tokens, layers = calibration.windows_SL.numel(), len(moe.layers)
@@ -154,9 +162,11 @@ def profile_work(calibration: CalibrationPass) -> float:
     layer = 2.0 * 3 * neurons * hidden
     total = tokens * moe.routing.top_k * (2.0 * (hidden**2 + neurons**2) + 3 * layer)
     total += probed * moe.routing.top_k * layer
-    total += experts * (2 * 3.0 * neurons**3 + 8 * neurons * hidden * (neurons + hidden))
-    # Eigenvalues and vectors of some ten (I, I) matrices, in float64.
-    total += 10 * 2 * 9.0 * hidden**3
+    total += experts * (2 * 3.0 * neurons**3 + 2 * neurons**2 * hidden)
+    if spectra:
+        total += experts * neurons * hidden * (6.0 * neurons + 8 * hidden)
+        # Eigenvalues and vectors of some ten (I, I) matrices, in float64.
+        total += 10 * 2 * 9.0 * hidden**3
     total += _rest_of_layer(calibration.source.size, layers) * (tokens + probed)
     return total * layers
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -11,12 +12,12 @@ from tuckerize.domain import (
     WEIGHT_TYPES,
     Coupling,
     MultilinearRank,
-    Projection,
     StackShape,
     WeightType,
     stored_bytes,
 )
 from tuckerize.errors import UsageError
+from tuckerize.planning.calibrated_memory import LayerWork, has_parts_of
 from tuckerize.planning.plan import Plan
 
 BASE_BYTES = 450 * 2**20
@@ -29,48 +30,118 @@ _MATRICES_PER_THREAD = 8
 _WORK_BYTES = 4
 
 
+class Need(NamedTuple):
+    """Peak bytes of a process, and how it comes to need no more.
+
+    Attributes:
+        bytes: Host and device together.
+        threads: Threads that work side by side.
+        profile_held: Whether a layer's dense experts are in memory while it is profiled.
+        held: The same while it is compressed.
+    """
+
+    bytes: int
+    threads: int
+    profile_held: bool = True
+    held: bool = True
+
+
 def peak_bytes(plan: Plan, threads: int | None = None, processes: int = 1) -> int:
-    """Estimated peak memory of one process, host and device together.
+    """Estimated peak memory of one process that holds what it works on.
 
     Args:
         plan: The plan.
         threads: Threads that work side by side; those of torch by default.
         processes: Processes that share the experts of a calibrated layer.
     """
-    shape, layer = plan.group_shape, plan.source.moe.shape
-    own = layer._replace(experts=layer.experts // shape.experts * -(-shape.experts // processes))
-    source = WEIGHT_TYPES[plan.source.moe.dtype]
-    pieces = [
-        data_free_bytes(shape, piece, source, plan.weights)
-        if piece.calibration is None
-        else calibrated_bytes(own, tokens=piece.calibration.tokens)
-        for piece in plan.layer_pieces
-    ]
-    threads = threads or torch.get_num_threads()
-    return process_bytes(shape, threads) + max(pieces, default=0)
+    return peak_need(plan, threads or torch.get_num_threads(), processes).bytes
 
 
-def threads_that_fit(plan: Plan, available: int, processes: int = 1) -> int:
-    """Most threads, up to those of torch, with which a plan's estimated peak fits in memory.
+def need_within(
+    plan: Plan, available: int, processes: int = 1, *, profile_of: bool | None = None
+) -> Need:
+    """The quickest way to carry out a plan in memory: what is held, and the number of threads.
+
+    A layer's dense experts are in memory if they fit with one thread, otherwise they are read
+    whenever they are used, in the profile and in the compression each. Then as many threads work as
+    fit, up to those of torch. None of this changes the result.
 
     Args:
         plan: The plan.
         available: Bytes that this process may still take.
         processes: Processes that share the experts of a calibrated layer.
+        profile_of: Whether modes may be truncated, where a profile is all that is wanted.
 
     Raises:
-        UsageError: One thread does not fit either.
+        UsageError: Nothing fits.
     """
-    for threads in range(torch.get_num_threads(), 0, -1):
-        needed = peak_bytes(plan, threads, processes) - BASE_BYTES  # which is taken already
-        if needed <= available:
-            return threads
+    ways: list[tuple[bool, bool]] = [(True, True)]
+    if profile_of is not None:
+        ways.append((False, True))
+    elif plan.recipe.calibration is not None:
+        ways += [(False, True), *([(True, False), (False, False)] if has_parts_of(plan) else [])]
+    least = math.inf
+    for profile_held, held in ways:
+        for threads in range(torch.get_num_threads(), 0, -1):
+            need = peak_need(
+                plan,
+                threads,
+                processes,
+                profile_held=profile_held,
+                held=held,
+                profile_of=profile_of,
+            )
+            if need.bytes - BASE_BYTES <= available:  # the base is taken already
+                return need
+        least = min(least, need.bytes - BASE_BYTES)
     raise UsageError(
-        f"a process needs about {needed / 2**30:.1f} GiB more, and {available / 2**30:.1f} GiB of "
+        f"a process needs about {least / 2**30:.1f} GiB more, and {available / 2**30:.1f} GiB of "
         "memory are free for it, of the host or of its control group",
         hint="raise the limit, or start fewer processes; less is needed by smaller core sizes, by "
         "--group-size, and by a calibration of fewer tokens (--calibration-tokens)",
     )
+
+
+def peak_need(
+    plan: Plan,
+    threads: int,
+    processes: int,
+    *,
+    profile_held: bool = True,
+    held: bool = True,
+    profile_of: bool | None = None,
+) -> Need:
+    """Estimated peak memory of one process.
+
+    Args:
+        plan: The plan.
+        threads: Threads that work side by side.
+        processes: Processes that share the experts of a calibrated layer.
+        profile_held: Whether a layer's dense experts are in memory while it is profiled.
+        held: The same while it is compressed.
+        profile_of: Whether modes may be truncated, where a profile is all that is wanted.
+    """
+    shape, layer = plan.group_shape, plan.source.moe.shape
+    own = layer._replace(experts=layer.experts // shape.experts * -(-shape.experts // processes))
+    source = WEIGHT_TYPES[plan.source.moe.dtype]
+    process, found = process_bytes(shape, threads), [BASE_BYTES]
+    for piece in plan.layer_pieces:
+        settings = piece.calibration
+        if settings is None:
+            found.append(process + data_free_bytes(shape, piece, source, plan.weights))
+            continue
+        work = LayerWork(own, settings.tokens, settings.window, plan.source.moe.routing.top_k)
+        if profile_of is not None or plan.recipe.has_budget:
+            spectra = settings.has_factors if profile_of is None else profile_of
+            found.append(BASE_BYTES + work.profile_bytes(spectra=spectra, held=profile_held))
+        if profile_of is not None:
+            continue
+        if held:
+            found.append(BASE_BYTES + work.compression_bytes())
+        else:
+            stored = piece.stored_bytes(shape, plan.weights)
+            found.append(BASE_BYTES + work.parts_bytes(piece, stored))
+    return Need(max(found), threads, profile_held, held)
 
 
 def process_bytes(shape: StackShape, threads: int) -> int:
@@ -121,22 +192,3 @@ def _hooi_bytes(
     )
     dense = stored_bytes(shape, shape, source, coupled=stacks)
     return dense + max(alive * _WORK_BYTES, stacks * core * _WORK_BYTES + written)
-
-
-def calibrated_bytes(shape: StackShape, *, tokens: int) -> int:
-    """Peak bytes while a layer is calibrated and compressed, on host and device together.
-
-    The dense layer and the tokens stay in float32; beside them the moments and the weighted least
-    squares of gate and up: some fifteen copies of a stack, two of the moments. Refinement needs
-    less: parameters, start, gradients and two moments of Adam are at most as much as those copies.
-
-    Args:
-        shape: Sizes (E, H, I) of the layer's stacks.
-        tokens: Tokens of the calibration set.
-    """
-    experts, neurons, hidden = shape
-    dense = len(Projection) * shape.parameters * _WORK_BYTES
-    states = tokens * hidden * _WORK_BYTES
-    moments = experts * (hidden**2 + neurons**2) * _WORK_BYTES
-    least_squares = experts * (15 * neurons * hidden + 2 * hidden**2) * _WORK_BYTES
-    return dense + 5 * states + moments + least_squares

@@ -33,7 +33,7 @@ from tuckerize.runtime.grouped import (
     multiply,
     multiply_uneven,
 )
-from tuckerize.runtime.quantised import QuantisedCore, QuantisedRows, multiply_quantised
+from tuckerize.runtime.quantised import CoreOnDisk, QuantisedCore, QuantisedRows, multiply_quantised
 
 
 def named_tensors(
@@ -111,6 +111,11 @@ class TuckerStack(nn.Module):
         if rows := expert_rows(plain, TensorKind.BIAS):
             del self.bias
             self.bias = nn.ParameterList(_parameter(tensors[name]) for name in rows)
+
+    def read_core(self, core: CoreOnDisk) -> None:
+        """Read matrices whenever they are used, in place of a core in memory."""
+        del self.core  # a name is that of a parameter or of a module
+        self.core = core
 
     def multiply(self, rows_NX: Tensor, assigned: Assignments, *, transposed: bool) -> Tensor:
         """Multiply every row by the C_e of its expert, or by C_eᵀ.

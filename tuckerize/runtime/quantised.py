@@ -6,7 +6,7 @@ device, where the host does not know them, a grouped GEMM multiplies the expande
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +71,36 @@ class QuantisedCore(nn.Module):
         return quantised_matrices(parts).dequantised(dtype).mT
 
 
+class CoreOnDisk(QuantisedCore):
+    """The matrices of dense experts, each read when a product needs it.
+
+    Args:
+        read: Reads the matrix (outputs, inputs) of an expert.
+        count: Number of experts.
+        outputs: Outputs of a matrix.
+    """
+
+    def __init__(self, read: Callable[[int], Tensor], count: int, outputs: int) -> None:
+        super().__init__({})
+        self.read = read
+        self.count = count
+        self._outputs = outputs
+
+    @property
+    def outputs(self) -> int:
+        """Outputs of a matrix."""
+        return self._outputs
+
+    def __len__(self) -> int:
+        return self.count
+
+    def matrices(self, dtype: torch.dtype, expert: int | None = None) -> Tensor:
+        """The matrix of one expert, shape (inputs, outputs)."""
+        if expert is None:
+            raise TypeError("experts on disk are read one by one")
+        return self.read(expert).to(dtype).mT
+
+
 class QuantisedRows(nn.ModuleList):
     """One quantised matrix per expert, where experts differ in width."""
 
@@ -131,7 +161,7 @@ def multiply_quantised(
         matrices_PXY = core.matrices(rows_NX.dtype)[:, : rows_NX.shape[1]]
         return mix_and_multiply(rows_NX, U_E, matrices_PXY, assigned)
     matrices = _Expanding(core, rows_NX.dtype, rows_NX.shape[1])
-    if rows_NX.device.type == "cpu":
+    if rows_NX.device.type == "cpu" or isinstance(core, CoreOnDisk):
         return multiply_one_by_one(rows_NX, matrices, assigned, width=matrices.outputs)
     whole = (
         core.matrices(rows_NX.dtype)[:, : rows_NX.shape[1]]

@@ -17,17 +17,17 @@ from tests.expert_cases import (
     make_tokens,
     target_of,
 )
-from tuckerize.calibration.layer_profile import LayerProfile, _gate_up_energies, profile_layer
-from tuckerize.calibration.moments import GroupMoments, gather_moments
+from tuckerize.calibration.group_statistics import GroupStatistics
+from tuckerize.calibration.layer_profile import LayerProfile, profile_layer
+from tuckerize.calibration.spectra import _gate_up_energies
 from tuckerize.calibration.tokens import DenseGroup, LayerTokens
 from tuckerize.domain import Projection
-from tuckerize.linalg.selection import eliminate
 
 
 def profile_of(group: DenseGroup, tokens: LayerTokens) -> LayerProfile:
-    moments = gather_moments(group, tokens, activation=SWIGLU)
+    moments = GroupStatistics.gather(group, tokens, activation=SWIGLU)
     energy = float(exact_output(group, tokens).square().sum())
-    return profile_layer(3, [group], [moments], tokens, activation=SWIGLU, output_energy=energy)
+    return profile_layer(3, [moments], tokens, activation=SWIGLU, output_energy=energy)
 
 
 def test_profile_is_zero_at_full_size_and_falls_with_core_sizes() -> None:
@@ -73,9 +73,9 @@ def test_profile_of_down_is_exact_and_of_selection_nearly() -> None:
 
 def test_first_order_energies_of_nested_widths_are_those_of_their_rows() -> None:
     group, tokens = make_group(SHAPE), make_tokens(200, 8, 3)
-    moments = gather_moments(group, tokens, activation=SWIGLU)
-    found = eliminate(moments.neurons_EHH, group.stacks[Projection.DOWN])
-    kept = [found.kept(width) for width in (10, 7, 7, 2)]
+    statistics = GroupStatistics.gather(group, tokens, activation=SWIGLU)
+    moments = statistics.moments
+    kept = [statistics.elimination.kept(width) for width in (10, 7, 7, 2)]
     for own, energy_II in zip(kept, _gate_up_energies(group, moments, kept), strict=True):
         expected_II = torch.zeros(8, 8).double()
         for projection, sensitivity_EH in (
@@ -92,12 +92,11 @@ def test_first_order_energies_of_nested_widths_are_those_of_their_rows() -> None
 def test_profile_of_groups_is_of_their_common_output() -> None:
     tokens = make_tokens(200, 8, 6)
     groups = [make_group(SHAPE), make_group(SHAPE, first=3, seed=9)]
-    moments: list[GroupMoments] = [gather_moments(g, tokens, activation=SWIGLU) for g in groups]
+    moments = [GroupStatistics.gather(g, tokens, activation=SWIGLU) for g in groups]
     energy = float(sum(exact_output(g, tokens) for g in groups).square().sum())  # type: ignore[union-attr]
-    both = profile_layer(1, groups, moments, tokens, activation=SWIGLU, output_energy=energy)
+    both = profile_layer(1, moments, tokens, activation=SWIGLU, output_energy=energy)
     alone = [
-        profile_layer(1, [g], [m], tokens, activation=SWIGLU, output_energy=energy)
-        for g, m in zip(groups, moments, strict=True)
+        profile_layer(1, [m], tokens, activation=SWIGLU, output_energy=energy) for m in moments
     ]
     # What truncated inputs cost beyond first order is measured over all groups together.
     for name, tolerance in (("equal_selection_H", 1e-9), ("gate_up_KI", 0.3), ("down_I", 1e-9)):
@@ -108,6 +107,6 @@ def test_profile_of_groups_is_of_their_common_output() -> None:
 
 def test_layer_without_any_token_has_finite_errors() -> None:
     group, tokens = make_group(SHAPE, first=6), make_tokens(30, 8, 6)
-    moments = gather_moments(group, tokens, activation=SWIGLU)
-    profile = profile_layer(1, [group], [moments], tokens, activation=SWIGLU, output_energy=0.0)
+    moments = GroupStatistics.gather(group, tokens, activation=SWIGLU)
+    profile = profile_layer(1, [moments], tokens, activation=SWIGLU, output_energy=0.0)
     assert np.isfinite(profile.errors(np.arange(11.0), np.arange(9.0), np.arange(9.0))).all()

@@ -10,7 +10,13 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tests.expert_cases import SWIGLU, exact_output, make_group, make_tokens
-from tuckerize.calibration.moments import gather_moments, input_moments, refit_moments
+from tuckerize.calibration.moments import (
+    GroupMoments,
+    gather_moments,
+    input_moments,
+    neuron_moments,
+    refit_moments,
+)
 from tuckerize.calibration.tokens import DenseGroup, LayerTokens
 from tuckerize.domain import Projection, StackShape
 
@@ -44,11 +50,29 @@ def seen(group: DenseGroup, tokens: LayerTokens) -> list[list[tuple[int, float, 
     return experts
 
 
+def gathered(group: DenseGroup, tokens: LayerTokens) -> tuple[GroupMoments, Tensor]:
+    """Moments of a group, and those of the neurons of all its experts."""
+    neurons: list[Tensor] = []
+    downs: list[Tensor] = []
+
+    def take(moment_HH: Tensor, down_HI: Tensor) -> None:
+        neurons.append(moment_HH)
+        downs.append(down_HI)
+
+    found = gather_moments(group, tokens, activation=SWIGLU, neurons=take)
+    assert torch.equal(torch.stack(downs), group.stacks[Projection.DOWN])
+    neurons_EHH = torch.stack(neurons)
+    again = torch.stack([*neuron_moments(group, tokens, activation=SWIGLU)])
+    assert_close(again, neurons_EHH)
+    assert torch.equal(found.energy_EH, neurons_EHH.diagonal(dim1=1, dim2=2))
+    return found, neurons_EHH
+
+
 @pytest.mark.parametrize("count", [FEW, 40])
 @pytest.mark.parametrize("first", [0, 3])
 def test_moments_are_the_naive_sums(count: int, first: int) -> None:
     group, tokens = make_group(SHAPE, first=first), make_tokens(count, 5, 6)
-    found = gather_moments(group, tokens, activation=SWIGLU)
+    found, neurons_EHH = gathered(group, tokens)
     inputs_EII = input_moments(group, tokens)
     assert_close(found.pooled_II, inputs_EII.sum(0), rtol=1e-4, atol=1e-5)
     for place, own in enumerate(seen(group, tokens)):
@@ -70,7 +94,7 @@ def test_moments_are_the_naive_sums(count: int, first: int) -> None:
                 up_H[n] += silu_of(gates[n]) ** 2 * norm
         for result, expected in (
             (inputs_EII, hidden_II),
-            (found.neurons_EHH, neurons_HH),
+            (neurons_EHH, neurons_HH),
             (found.gate_sensitivity_EH, gate_H),
             (found.up_sensitivity_EH, up_H),
         ):
@@ -83,23 +107,23 @@ def test_moments_are_the_naive_sums(count: int, first: int) -> None:
 def test_output_moment_is_that_of_the_dense_layer(first: int) -> None:
     """Without what fills rare experts up."""
     group, tokens = make_group(SHAPE, first=first), make_tokens(FEW, 5, 6)
-    found = gather_moments(group, tokens, activation=SWIGLU)
+    found, _ = gathered(group, tokens)
     output_TI = exact_output(group, tokens)
     assert_close(found.output_II.double(), output_TI.T @ output_TI, rtol=1e-4, atol=1e-5)
 
 
 def test_group_without_any_token_has_finite_moments() -> None:
     group, tokens = make_group(SHAPE, first=6), make_tokens(20, 5, 6)
-    found = gather_moments(group, tokens, activation=SWIGLU)
+    found, neurons_EHH = gathered(group, tokens)
     assert found.routed_E.tolist() == [0, 0, 0]
     assert not found.output_II.any()
-    assert bool(found.neurons_EHH.isfinite().all())
-    assert bool((found.neurons_EHH.diagonal(dim1=1, dim2=2) > 0).all())
+    assert bool(neurons_EHH.isfinite().all())
+    assert bool((neurons_EHH.diagonal(dim1=1, dim2=2) > 0).all())
 
 
 def test_refit_moments_of_the_dense_gate_and_up_are_the_neurons_own() -> None:
     group, tokens = make_group(SHAPE), make_tokens(40, 5, 6)
-    moments = gather_moments(group, tokens, activation=SWIGLU)
+    _, neurons_EHH = gathered(group, tokens)
     kept_K = torch.tensor([0, 3])
 
     def dense(place: int, x_NI: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,5 +131,5 @@ def test_refit_moments_of_the_dense_gate_and_up_are_the_neurons_own() -> None:
         return gate_NH[:, kept_K], up_NH[:, kept_K]
 
     now_EKK, cross_EKH = refit_moments(group, tokens, dense, activation=SWIGLU)
-    assert_close(now_EKK, moments.neurons_EHH[:, kept_K][:, :, kept_K])
-    assert_close(cross_EKH, moments.neurons_EHH[:, kept_K])
+    assert_close(now_EKK, neurons_EHH[:, kept_K][:, :, kept_K])
+    assert_close(cross_EKH, neurons_EHH[:, kept_K])

@@ -13,8 +13,8 @@ import torch
 
 from tests.expert_cases import SWIGLU, make_group, make_tokens
 from tests.shared_in_threads import in_threads
+from tuckerize.calibration.group_statistics import GroupStatistics
 from tuckerize.calibration.layer_profile import LayerProfile, profile_layer
-from tuckerize.calibration.moments import gather_moments
 from tuckerize.calibration.tokens import DenseGroup, LayerTokens
 from tuckerize.compression.calibrated import closed_form
 from tuckerize.compression.factors import GroupFactors, LayerFactors, for_each_group
@@ -80,9 +80,9 @@ def test_closed_form_is_that_of_one_process(
 
 def profiled(sharing: Sharing) -> LayerProfile:
     group = own_group(sharing, torch.float32)
-    moments = gather_moments(group, TOKENS, activation=SWIGLU, sharing=sharing)
+    moments = GroupStatistics.gather(group, TOKENS, activation=SWIGLU, sharing=sharing)
     return profile_layer(
-        1, [group], [moments], TOKENS, activation=SWIGLU, output_energy=9.0, sharing=sharing
+        1, [moments], TOKENS, activation=SWIGLU, output_energy=9.0, sharing=sharing
     )
 
 

@@ -198,3 +198,14 @@ def test_zeros_stay_zero(core_type: CoreType, with_inputs: bool) -> None:
     found = quantise(zeros, core_type, unseen)
     assert not found.dequantised().any()
     assert found.scales.isfinite().all()
+
+
+def test_scales_of_some_outputs_are_those_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large matrices are treated some outputs at a time."""
+    matrix_OK = normal(24, 96, seed=0)
+    moment_KK = moments(1, 96, tokens=200, seed=1)[0]
+    expected = quantise(matrix_OK[None], CoreType.W4, [moment_KK])
+    monkeypatch.setattr("tuckerize.linalg.quantise.SCALE_VALUES", 5 * 3**2)
+    found = quantise(matrix_OK[None], CoreType.W4, [moment_KK])
+    assert torch.equal(found.codes, expected.codes)
+    torch.testing.assert_close(found.scales, expected.scales)

@@ -25,12 +25,13 @@ from tuckerize.domain import (
 from tuckerize.errors import UsageError
 from tuckerize.moe.source import SourceModel
 from tuckerize.planning.budget import Budget
+from tuckerize.planning.calibrated_memory import LayerWork
 from tuckerize.planning.estimate import (
-    calibrated_bytes,
+    BASE_BYTES,
     data_free_bytes,
+    need_within,
     peak_bytes,
     process_bytes,
-    threads_that_fit,
 )
 from tuckerize.planning.plan import Plan, make_plan
 from tuckerize.planning.uniform import BudgetUnit, ranks_for_budget
@@ -85,7 +86,7 @@ def test_memory_of_core_sizes_in_all_modes_is_what_was_measured() -> None:
 
 
 def test_memory_of_a_calibrated_layer_is_what_was_measured() -> None:
-    estimated = process_bytes(LITE, CORES) + calibrated_bytes(LITE, tokens=8192)
+    estimated = BASE_BYTES + LayerWork(LITE, 8192, 512, 6).compression_bytes()
     measured = measured_bytes(
         "full_width_calibrated.json",
         "tuckerize decompose --model model --calibration held_out.txt --calibration-tokens 8192 "
@@ -131,11 +132,11 @@ def test_threads_are_as_many_as_memory_allows(tiny_model: Path) -> None:
         libraries = process_bytes(plan.group_shape, 0)
         for threads in (1, 2, 4):
             least = peak_bytes(plan, threads) - libraries
-            assert threads_that_fit(plan, least) == threads
+            assert need_within(plan, least).threads == threads
             if threads > 1:
-                assert threads_that_fit(plan, least - 1) == threads - 1
+                assert need_within(plan, least - 1).threads == threads - 1
         with pytest.raises(UsageError, match="a process needs about") as caught:
-            threads_that_fit(plan, 0)
+            need_within(plan, 0)
         assert "0.0 GiB of memory are free" in caught.value.message
     finally:
         torch.set_num_threads(before)

@@ -37,7 +37,8 @@ def predictions(tucker: TuckerCheckpoint, of: str) -> list[str]:
         run = CalibrationPass.open(source, recipe, torch.device("cpu"))
     except TuckerizeError as error:
         return [section(heading, note(f"Not shown: {error.message}."))]
-    profiles = ProfileCache.of(run).complete(source.moe.layers) if run.has_validation else None
+    cache = ProfileCache.of(run, spectra=run.settings.has_factors)
+    profiles = cache.complete(source.moe.layers) if run.has_validation else None
     if profiles is None:
         return [section(heading, note("Not shown: this machine's cache has no profile of it."))]
     curve = kl_curve(recipe, run, profiles)
@@ -51,7 +52,8 @@ def predictions(tucker: TuckerCheckpoint, of: str) -> list[str]:
         along="bits per routed weight",
         marked=_chosen(tucker, make_plan(source, recipe, profiles)),
     )
-    return [section(heading, drawn, *_spectra(profiles))]
+    spectra = _spectra(profiles) if run.settings.has_factors else []
+    return [section(heading, drawn, *spectra)]
 
 
 def _chosen(tucker: TuckerCheckpoint, plan: Plan) -> dict[str, tuple[float, float]]:

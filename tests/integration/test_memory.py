@@ -1,0 +1,102 @@
+"""Experts that are read whenever they are used give what those in memory give."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+import tuckerize
+from tests.running import files_of
+from tuckerize.calibration import tokens as tokens_module
+from tuckerize.calibration.calibration_pass import CalibrationPass
+from tuckerize.calibration.layer_profile import LayerProfile
+from tuckerize.calibration.profile_pass import profile_model
+from tuckerize.calibration.tokens import StacksOnDisk
+from tuckerize.planning.estimate import Need
+from tuckerize.progress import SilentProgress
+
+memory = importlib.import_module("tuckerize.pipeline.memory")
+
+
+class Run(NamedTuple):
+    """Result of a decomposition, and the profiles that it made."""
+
+    files: dict[str, bytes]
+    profiles: list[LayerProfile]
+    whole_stacks: int
+
+
+def decompose(
+    model: Path, text: Path, folder: Path, patch: pytest.MonkeyPatch, target: str, *, held: bool
+) -> Run:
+    """Decompose with experts in memory or on disk; factors need them in memory."""
+    profiles: list[LayerProfile] = []
+    whole = 0
+
+    def profile(run: CalibrationPass, progress: object, *, spectra: bool) -> list[LayerProfile]:
+        assert run.held == held
+        del progress
+        profiles.extend(profile_model(run, SilentProgress(), spectra=spectra))
+        return profiles
+
+    def read_whole(stacks: StacksOnDisk, projection: object) -> object:
+        nonlocal whole
+        whole += 1
+        return stacks.read(projection, stacks.experts)  # type: ignore[arg-type]
+
+    need = Need(0, 1, held, held or target == "free")
+    patch.setattr(memory, "need_within", lambda *_args, **_how: need)
+    patch.setattr(StacksOnDisk, "__getitem__", read_whole)
+    patch.setattr(importlib.import_module("tuckerize.planning.duration"), "profile_model", profile)
+    patch.setattr(tokens_module, "HELD_OUT_BLOCK", 64)
+    patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    out = folder / "out"
+    tuckerize.decompose(
+        tuckerize.DecomposeRequest(
+            model=model,
+            output=out,
+            keep=0.5,
+            quantize="w4",
+            calibration={
+                "texts": [str(text)],
+                "tokens": 1024,
+                "refine": 0,
+                "multiple": 1,
+                "target": target,
+            },
+        )
+    )
+    return Run(files_of(out), profiles, whole)
+
+
+@pytest.mark.parametrize("target", ["any-engine", "free"])
+def test_experts_on_disk_give_the_bytes_of_those_in_memory(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    held, on_disk = (
+        decompose(model, text, tmp_path / str(held), monkeypatch, target, held=held)
+        for held in (True, False)
+    )
+    for one, other in zip(held.profiles, on_disk.profiles, strict=True):
+        for name in LayerProfile.__slots__:
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+    assert held.files.keys() == on_disk.files.keys()
+    for name, content in held.files.items():
+        if name.endswith(".safetensors"):
+            assert on_disk.files[name] == content
+    first, second = (json.loads(run.files["tuckerize.json"]) for run in (held, on_disk))
+    for one, other in zip(first.pop("stacks"), second.pop("stacks"), strict=True):
+        residuals = one.pop("relative_residual"), other.pop("relative_residual")
+        assert residuals[0] == pytest.approx(residuals[1], rel=1e-6)
+        assert one == other
+    del first["checksum"], second["checksum"]  # of the residuals too
+    assert first == second
+    # Whole stacks are read where they are held, and never otherwise.
+    layers, projections = 2, 3
+    assert held.whole_stacks == 2 * layers * projections
+    assert on_disk.whole_stacks == (0 if target == "any-engine" else layers * projections)

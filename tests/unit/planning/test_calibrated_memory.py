@@ -1,0 +1,79 @@
+"""Estimates of the parts of a calibrated layer's memory against what the system measures."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.expert_cases import SWIGLU, make_group, make_tokens
+from tuckerize.calibration.group_statistics import GroupStatistics
+from tuckerize.calibration.tokens import DenseGroup, LayerTokens, StacksOnDisk
+from tuckerize.domain import CoreType, Projection, StackShape
+from tuckerize.linalg.quantise import quantise
+from tuckerize.planning.calibrated_memory import LayerWork
+from tuckerize.runtime.experts import TuckerExperts
+
+STATUS = Path("/proc/self/status")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+_MMAP_THRESHOLD = -3  # of mallopt
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """Memory that some work takes at most, beside what there is before it."""
+
+    def read(name: str) -> int:
+        lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
+        return int(lines[name].split()[0]) * 1024
+
+    # Every larger tensor is given back at once.
+    library = ctypes.CDLL(None)
+    library.mallopt(_MMAP_THRESHOLD, 65536)
+    library.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = read("VmRSS")
+    work()
+    return read("VmHWM") - before
+
+
+def on_disk(group: DenseGroup) -> DenseGroup:
+    def read(projection: Projection, experts: range) -> torch.Tensor:
+        return group.stacks[projection][experts.start : experts.stop]
+
+    return DenseGroup(StacksOnDisk(read, group.experts, group.shape), group.experts)
+
+
+def layer(shape: StackShape, count: int) -> tuple[DenseGroup, LayerTokens, LayerWork]:
+    tokens = make_tokens(count, shape.hidden, shape.experts)
+    return make_group(shape), tokens, LayerWork(shape, count, 512, 2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "count"), [(StackShape(6, 768, 1024), 512), (StackShape(2, 512, 1024), 8192)]
+)
+def test_memory_of_moments_and_elimination(shape: StackShape, count: int) -> None:
+    group, tokens, work = layer(shape, count)
+    sums = 4 * (2 * shape.hidden**2 + tokens.x_TI.numel())  # moments of the layer, its output
+    found = peak_bytes(lambda: GroupStatistics.gather(on_disk(group), tokens, activation=SWIGLU))
+    assert found == pytest.approx(work.moments + sums, rel=0.25)
+
+
+def test_memory_of_a_layer_forward() -> None:
+    group, tokens, work = layer(StackShape(8, 512, 1024), 4096)
+    module = TuckerExperts([group.as_tensors()], group_size=8, activation=SWIGLU)
+    module(*tokens.part(slice(0, 8)))
+    assert peak_bytes(lambda: module(*tokens)) == pytest.approx(work.forward, rel=0.25)
+
+
+def test_memory_of_rounding_an_expert() -> None:
+    group, tokens, work = layer(StackShape(1, 256, 2048), 16)
+
+    def work_on() -> None:
+        moment_II = tokens.x_TI.T @ tokens.x_TI
+        quantise(group.stacks[Projection.GATE], CoreType.W4, [moment_II])
+
+    assert peak_bytes(work_on) == pytest.approx(work.rounding, rel=0.25)

@@ -1,0 +1,154 @@
+"""Memory of a layer that is profiled, or calibrated and compressed: estimates, from shapes.
+
+A layer's dense experts are in memory while they are worked on, or each is read whenever it is used.
+`benchmarks/full_width.py` and `benchmarks/wide_layer.py` measure both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tuckerize.calibration.profile_pass import num_probe_windows
+from tuckerize.calibration.spectra import ROW_VALUES
+from tuckerize.calibration.tokens import enough_tokens
+from tuckerize.compression.parts import has_parts
+from tuckerize.compression.target import LayerPiece
+from tuckerize.domain import Projection, StackShape
+from tuckerize.linalg.quantise import SCALE_VALUES
+from tuckerize.linalg.selection import CHUNK_VALUES
+from tuckerize.planning.plan import Plan
+
+# float32, the work type, and float64.
+_WORK_BYTES = 4
+_EXACT_BYTES = 8
+# Copies of matrices that are alive at once, as measured.
+_ROUTED_ROWS = (2, 3)  # rows of I and of H values of the tokens' experts
+_EXPERT_ROWS = (2, 7)  # the same of one expert's tokens, beside its outputs
+_ELIMINATION_COPIES = 6
+_SPECTRUM_COPIES = 11
+_READ_COPIES = 5
+_ROUNDING_COPIES = (4.5, 5, 4)  # moments and normal equations in float64, matrices
+_SMALLEST_GROUP = 32  # inputs that share a scale
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWork:
+    """A layer and the tokens that it is calibrated with.
+
+    Attributes:
+        shape: Sizes (E, H, I) of the layer's stacks, of this process's experts.
+        tokens: Tokens of the calibration set.
+        window: Tokens of a window.
+        top_k: Experts of a token.
+    """
+
+    shape: StackShape
+    tokens: int
+    window: int
+    top_k: int
+
+    def profile_bytes(self, *, spectra: bool, held: bool) -> int:
+        """Peak bytes while the layer is profiled, beside those of the process.
+
+        Args:
+            spectra: Whether modes may be truncated.
+            held: Whether the dense experts are in memory.
+        """
+        hidden = self.shape.hidden
+        spectrum = 0
+        if spectra:
+            rows = min(ROW_VALUES, self.shape.parameters) * _WORK_BYTES
+            spectrum = _SPECTRUM_COPIES * hidden**2 * _EXACT_BYTES + rows
+        moments = 2 * hidden**2 * _WORK_BYTES
+        after = moments + max(self.moments, spectrum, self.rounding)
+        dense = self._dense if held else self._read
+        return dense + self._states + max(self.forward, after)
+
+    def compression_bytes(self) -> int:
+        """Peak bytes while the layer is compressed with its dense experts in memory.
+
+        Beside these and the tokens, weighted least squares of gate and up: some fifteen copies of a
+        stack, three of the moments of the inputs. Refinement needs less: parameters, start,
+        gradients and two moments of Adam are at most as much as those copies.
+        """
+        experts, neurons, hidden = self.shape
+        least_squares = experts * (15 * neurons * hidden + 3 * hidden**2) * _WORK_BYTES
+        return self._dense + self._states + least_squares
+
+    def parts_bytes(self, piece: LayerPiece, stored: int) -> int:
+        """Peak bytes while the layer is compressed expert by expert.
+
+        Args:
+            piece: Its piece.
+            stored: Bytes that are stored of its groups.
+        """
+        experts, _, hidden = self.shape
+        codes = len(Projection) * experts * piece.targets[0].neurons * hidden
+        written = codes + 2 * stored  # packed, and their copy in the writer
+        measured = codes + stored + self.forward
+        alive = max(self.moments, codes + self.rounding, measured, written)
+        return self._read + self._states + alive
+
+    @property
+    def _dense(self) -> int:
+        """Bytes of the dense experts."""
+        return len(Projection) * self.shape.parameters * _WORK_BYTES
+
+    @property
+    def _read(self) -> int:
+        """Bytes of dense matrices that are being read."""
+        return _READ_COPIES * self.shape.intermediate * self.shape.hidden * _WORK_BYTES
+
+    @property
+    def _states(self) -> int:
+        """Bytes of hidden states, tokens and outputs."""
+        return 5 * self.tokens * self.shape.hidden * _WORK_BYTES
+
+    @property
+    def forward(self) -> int:
+        """Bytes of running the windows of a probe, which are the most, through the experts."""
+        rows = min(self.tokens, num_probe_windows(layers=1) * self.window) * self.top_k
+        of_hidden, of_neurons = _ROUTED_ROWS
+        values = of_hidden * self.shape.hidden + of_neurons * self.shape.intermediate
+        return rows * values * _WORK_BYTES
+
+    @property
+    def _tokens_of_expert(self) -> int:
+        """Tokens that an expert is fitted to."""
+        routed = self._routed
+        return max(routed, min(routed + self.tokens, enough_tokens(self.shape)))
+
+    @property
+    def _routed(self) -> int:
+        """Tokens of an expert where all have equally many."""
+        return self.tokens * self.top_k // self.shape.experts
+
+    @property
+    def moments(self) -> int:
+        """Bytes of the moments of neurons, and of their elimination."""
+        experts, neurons, hidden = self.shape
+        chunk = min(experts, max(1, CHUNK_VALUES // neurons**2))
+        of_hidden, of_neurons = _EXPERT_ROWS
+        values = self._tokens_of_expert * (of_hidden * hidden + of_neurons * neurons)
+        rows = (values + self._routed * hidden) * _WORK_BYTES
+        eliminated = _ELIMINATION_COPIES * chunk * neurons**2 * _EXACT_BYTES
+        return chunk * neurons * (neurons + hidden) * _WORK_BYTES + max(rows, eliminated)
+
+    @property
+    def rounding(self) -> int:
+        """Bytes of rounding the matrices of an expert for its inputs."""
+        _, neurons, hidden = self.shape
+        moments, equations, matrices = _ROUNDING_COPIES
+        groups = -(-hidden // _SMALLEST_GROUP)
+        solved = max(moments * hidden**2, equations * min(SCALE_VALUES, neurons * groups**2))
+        rows = self._tokens_of_expert * hidden
+        return int(solved * _EXACT_BYTES) + (matrices * neurons * hidden + rows) * _WORK_BYTES
+
+
+def has_parts_of(plan: Plan) -> bool:
+    """Whether all calibrated layers of a plan can be compressed expert by expert."""
+    return all(
+        has_parts(piece, plan.group_shape) and not piece.calibration.refine
+        for piece in plan.layer_pieces
+        if piece.calibration is not None
+    )
