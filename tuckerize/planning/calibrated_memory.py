@@ -140,7 +140,7 @@ class LayerWork:
         _, neurons, hidden = self.shape
         moments, equations, matrices = _ROUNDING_COPIES
         groups = -(-hidden // _SMALLEST_GROUP)
-        solved = max(moments * hidden**2, equations * min(SCALE_VALUES, neurons * groups**2))
+        solved = max(moments * hidden**2, equations * min(SCALE_VALUES, 2 * neurons * groups**2))
         rows = self._tokens_of_expert * hidden
         return int(solved * _EXACT_BYTES) + (matrices * neurons * hidden + rows) * _WORK_BYTES
 
