@@ -1,0 +1,28 @@
+"""Quantisation alone at a size between its rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks.quality.equal_bytes_tables import alone
+
+
+def row(bits: float, kl: float, structure: str = "dense") -> dict[str, Any]:
+    return {"bits": bits, "structure": structure, "in_domain": {"kl": kl}}
+
+
+ROWS = [row(2, 40), row(3, 10), row(4, 2), row(2.5, 1, "tuckerize")]
+
+
+@pytest.mark.parametrize(
+    ("bits", "kl"), [(1.9, None), (2, 40), (2.5, 25), (2.9, 13), (3.5, 6), (4, 2), (9, 2)]
+)
+def test_rows_are_mixed_to_the_size(bits: float, kl: float | None) -> None:
+    assert alone(ROWS, bits, "in_domain") == pytest.approx(kl)
+
+
+def test_the_better_of_two_ways_of_rounding_counts() -> None:
+    assert alone([*ROWS, row(2, 30)], 2.5, "in_domain") == pytest.approx(20)
+    assert alone([*ROWS, row(3.2, 90)], 3.5, "in_domain") == pytest.approx(6)
