@@ -106,10 +106,8 @@ def test_bits_are_exact_to_one_percent_from_below(
         largest = [unit.bytes(unit.shape.hidden - unit.step) for unit in units]
         assert 8 * total / routed >= min(0.99 * bits, 8 * sum(largest) / routed)
     else:
-        assert (
-            8 * total / routed
-            <= {None: 16, CoreType.W8: 8.1, CoreType.FP8: 8.1, CoreType.W4: 4.6}[cores]
-        )
+        scales = 16 / cores.group_size if cores and cores.group_size else 0.1
+        assert 8 * total / routed <= (cores.bits + scales if cores else 16)
 
 
 @given(wide_plans(), st.floats(1.0, 16.0))

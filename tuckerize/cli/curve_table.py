@@ -7,13 +7,13 @@ from collections import Counter
 from collections.abc import Sequence
 
 from tuckerize.cli.printing import make_table, print_all, size_text
-from tuckerize.domain import Cores
+from tuckerize.domain import Cores, CoreType, encodings_for
 from tuckerize.report.plans import CurvePoint, CurveReport
 
 # Heads of a plan's columns.
 _WAYS = {"none": "16 bits", "w8": "w8", "w4": "w4", "w3": "w3", "best": "best"}
-# Sizes at which 3 bits and nothing truncated are an alternative: docs/how-to/choosing.md.
-_THREE_BITS_FROM, _THREE_BITS_BELOW = 3.0, 4.5
+# Below this size cores of 3 bits lose less than those of 4: docs/how-to/choosing.md.
+_THREE_BITS_BELOW = 4.0
 
 
 def show_curve(report: CurveReport) -> None:
@@ -47,11 +47,11 @@ def show_curve(report: CurveReport) -> None:
         "the KL divergence; bytes, cores and kept parameters are those of the smallest",
         *(_advice(report.points, target, compared=compared) for target in targets),
     )
-    if any(_THREE_BITS_FROM <= point.bits < _THREE_BITS_BELOW for point in report.points):
+    small = [point for point in report.points if point.bits < _THREE_BITS_BELOW]
+    if any(CoreType.W3 not in encodings_for(point.target) for point in small):
         print_all(
-            "from 3 to 4.5 bits per weight, 3-bit weights with nothing truncated lost less than w4 "
-            "on the largest model that was measured, and have kernels on CUDA; Ascend and CPUs "
-            "have none below 4 bits: truncate there"
+            "engines have kernels for 3 bits on CUDA only, so 'best' leaves w3 out; where those "
+            f"are at hand, decompose with --quantize w3 below {_THREE_BITS_BELOW:g} bits per weight"
         )
 
 

@@ -21,9 +21,9 @@ BITS = (14.0, 12.0, 10.0, 8.0, 7.0, 6.0, 5.0, 4.5, 4.0, 3.5, 3.0, 2.5, 2.0, 1.5)
 
 def _ways(target: Target) -> dict[str, Encodings]:
     """Encodings that a budget may be spent on, by the names of `CurvePoint`."""
-    encodings = encodings_for(target)
-    alone: dict[str, Encodings] = {own.value if own else "none": (own,) for own in encodings}
-    return {**alone, "best": encodings}
+    every = encodings_for(Target.FREE)
+    alone: dict[str, Encodings] = {own.value if own else "none": (own,) for own in every}
+    return {**alone, "best": encodings_for(target)}
 
 
 def kl_curve(

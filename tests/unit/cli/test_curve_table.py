@@ -11,12 +11,14 @@ from tuckerize.report.plans import CurvePoint, CurveReport
 WHOLE = "no encoding here stores whole experts"
 ALONE = "quantisation alone loses least"
 WORSE = "quantisation alone is predicted to lose more"
-OTHERS = "3-bit weights with nothing truncated"
+OTHERS = "decompose with --quantize w3"
 
 
-def point(bits: float, *, truncated: bool, encodings: str = "best") -> CurvePoint:
+def point(
+    bits: float, *, truncated: bool, encodings: str = "best", target: Target = Target.FREE
+) -> CurvePoint:
     return CurvePoint(
-        bits, Target.FREE, encodings, CoreType.W4, 100, 50, 80, 0.01, 0.1, truncated=truncated
+        bits, target, encodings, CoreType.W4, 100, 50, 80, 0.01, 0.1, truncated=truncated
     )
 
 
@@ -30,8 +32,9 @@ def advice(capsys: pytest.CaptureFixture[str], *points: CurvePoint) -> set[str]:
     ("points", "said"),
     [
         ((point(8, truncated=False), point(6, truncated=False)), {ALONE}),
-        ((point(4.5, truncated=False), point(4, truncated=True)), {ALONE, OTHERS}),
-        ((point(3.1, truncated=True),), {WHOLE, OTHERS}),
+        ((point(4.5, truncated=False), point(4, truncated=True)), {ALONE}),
+        ((point(3.1, truncated=True),), {WHOLE}),
+        ((point(3.1, truncated=True, target=Target.ANY_ENGINE),), {WHOLE, OTHERS}),
         ((point(2, truncated=True),), {WHOLE}),
         ((point(5, truncated=True), point(5, truncated=False, encodings="w4")), {WORSE}),
     ],
