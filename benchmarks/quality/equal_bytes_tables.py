@@ -78,7 +78,8 @@ def _ratio_table(models: Mapping[str, Sequence[Row]]) -> list[str]:
 def name(row: Row) -> str:
     """What a row is, in a few words."""
     if row["structure"] == "tuckerize":
-        return f"tuckerize {row['keep']:g} × {row['encoding']}, {row['target']}"
+        keep = "" if row["encoding"].startswith("-") else f"{row['keep']:g} × "
+        return f"tuckerize {keep}{row['encoding']}, {row['target']}"
     structure = "" if row["structure"] == "dense" else f"{row['structure']} {row['keep']:g} × "
     return f"{structure}{row['rounding']} {row['encoding']}"
 
@@ -157,7 +158,7 @@ def curves(rows: Sequence[Row]) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: -float(row["bits"])):
         if row["structure"] == "tuckerize":
-            line = f"tuckerize {row['encoding']}, {row['target']}"
+            line = f"tuckerize {row['encoding'].split(' ')[0]}, {row['target']}"
         elif row["structure"] == "dense":
             zero = "zero points" if "zero" in row["encoding"] else "symmetric"
             group = row["encoding"].split(", ")[1]

@@ -27,7 +27,7 @@ def predicted_kl(row: Row, models: Path) -> float:
             models / "python_calibration.txt",
             CALIBRATION_TOKENS,
             keep=row["keep"],
-            quantize=row["encoding"],
+            encoding=row["encoding"],
             target=row["target"],
         )
     )

@@ -16,13 +16,28 @@ from tuckerize import DecomposeRequest, ReconstructRequest, decompose, reconstru
 from tuckerize.domain import Mode, Projection
 from tuckerize.format.manifest import TuckerManifest, read_tucker_manifest
 
+BITS = "--bits "
+"""Begins an encoding that is a size: how it is spent is the program's choice."""
+
 
 def request(
-    folder: Path, text: Path, tokens: int, *, keep: float, quantize: str | None, target: str
+    folder: Path, text: Path, tokens: int, *, keep: float, encoding: str | None, target: str
 ) -> DecomposeRequest:
-    """What `tuckerize decompose` is asked for."""
+    """What `tuckerize decompose` is asked for.
+
+    Args:
+        folder: The model.
+        text: Text to calibrate with.
+        tokens: Its tokens.
+        keep: Kept share of the parameters; of no meaning where the encoding is a size.
+        encoding: Encoding of the cores, or a size: `--bits 3.1`.
+        target: Engines to serve it.
+    """
     settings = {"texts": [str(text)], "tokens": tokens, "target": target}
-    return DecomposeRequest(model=folder, keep=keep, quantize=quantize, calibration=settings)
+    asked = DecomposeRequest(model=folder, calibration=settings)
+    if encoding is not None and encoding.startswith(BITS):
+        return replace(asked, bits=float(encoding.removeprefix(BITS)))
+    return replace(asked, keep=keep, quantize=encoding)
 
 
 def decomposed(asked: DecomposeRequest) -> tuple[MoeModel, float, TuckerManifest]:
