@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from tuckerize.pipeline.left_alone import notes_on_what_stays
 from tuckerize.pipeline.memory import fit_memory, most_bytes
 from tuckerize.pipeline.run_plan import compress_model
 from tuckerize.planning.duration import announce, plan_duration, profiles_of
-from tuckerize.planning.estimate import Need, peak_bytes
+from tuckerize.planning.estimate import Need, peak_need
 from tuckerize.planning.plan import Plan, make_plan, output_fingerprint
 from tuckerize.progress import Progress, SilentProgress
 from tuckerize.recipe import Recipe, recipe_of_options
@@ -224,22 +224,21 @@ def preview(request: DecomposeRequest, progress: Progress | None = None) -> Plan
     with _processes_of(request, recipe) as (processes, device), ExitStack() as held:
         held.callback(torch.set_num_threads, torch.get_num_threads())
 
-        def begin() -> tuple[SourceModel, CalibrationPass | None, int]:
+        def begin() -> tuple[SourceModel, CalibrationPass | None, Need]:
             source, calibration = _open(request, recipe, device, processes)
             plan = make_plan(source, recipe)
             if calibration is None:
-                return source, None, peak_bytes(plan)
-            need = fit_memory(plan, processes, device, most)
-            return source, replace(calibration, held=need.profile_held), need.bytes
+                return source, None, peak_need(plan, torch.get_num_threads(), processes=1)
+            return source, calibration, fit_memory(plan, processes, device, most)
 
-        source, calibration, peak = processes.leader_first(begin)
-        profiled = calibration and calibration.with_held(calibration.held)
+        source, calibration, need = processes.leader_first(begin)
+        profiled = calibration and calibration.with_held(need.profile_held)
         profiles = _profiles(recipe, profiled, progress)
         plan = processes.leader_first(lambda: _plan(source, recipe, calibration, profiles))
         if not processes.is_leader:
             return None
         _note(plan, progress)
-        return describe_plan(plan, peak)
+        return describe_plan(plan, need.bytes)
 
 
 def _note(plan: Plan, progress: Progress) -> None:

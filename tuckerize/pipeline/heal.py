@@ -288,8 +288,7 @@ def _trained_values(found: _Prepared) -> int:
         stored = found.tucker.checkpoint.tensors[name]
         is_packed = factored is not None and factored.part == CorePart.PACKED_CODES
         core_type = CoreType.W4 if stored.dtype == "I32" else CoreType.W3
-        codes = core_type.word_codes if is_packed else 1
-        count += stored.parameters * codes // (core_type.words(1) if is_packed else 1)
+        count += 8 * stored.bytes // core_type.bits if is_packed else stored.parameters
     return count
 
 
