@@ -157,26 +157,15 @@ class Elimination:
         return torch.cat([total.new_zeros(1), total])
 
 
-def eliminate(moments_EHH: Tensor, down_EHI: Tensor, sharing: Sharing = ALONE) -> Elimination:
-    """Order the neurons of each expert by the output error of removing them.
+class Eliminator:
+    """Orders the neurons of each expert by the output error of removing them.
 
-    Args:
-        moments_EHH: Routing-weighted second moment of each expert's neurons, shape (E, H, H).
-        down_EHI: down_proj of each expert in stack orientation, shape (E, H, I).
-        sharing: Processes that share the experts; the order is of all.
+    Experts come one by one, and are treated some at once.
 
     Source:
         The optimal brain surgeon (Hassibi & Stork 1993) for whole columns, as Kurtic et al. 2023
         (ZipLM).
     """
-    eliminator = Eliminator()
-    for moment_HH, down_HI in zip(moments_EHH, down_EHI, strict=True):
-        eliminator.add(moment_HH, down_HI)
-    return eliminator.of_all(sharing)
-
-
-class Eliminator:
-    """Eliminates the neurons of experts that come one by one, of some at once; see `eliminate`."""
 
     def __init__(self) -> None:
         self._waiting: list[tuple[Tensor, Tensor]] = []

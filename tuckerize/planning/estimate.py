@@ -46,17 +46,6 @@ class Need(NamedTuple):
     held: bool = True
 
 
-def peak_bytes(plan: Plan, threads: int | None = None, processes: int = 1) -> int:
-    """Estimated peak memory of one process that holds what it works on.
-
-    Args:
-        plan: The plan.
-        threads: Threads that work side by side; those of torch by default.
-        processes: Processes that share the experts of a calibrated layer.
-    """
-    return peak_need(plan, threads or torch.get_num_threads(), processes).bytes
-
-
 def need_within(
     plan: Plan, available: int, processes: int = 1, *, profile_of: bool | None = None
 ) -> Need:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from tests.cases import Kind, make_stack
+from tests.eliminating import eliminate
 from tuckerize.domain import MultilinearRank, StackShape
 from tuckerize.linalg.hooi import hooi
 from tuckerize.linalg.rank_choice import rank_for_tolerance
-from tuckerize.linalg.selection import all_neurons, eliminate, refit_down
+from tuckerize.linalg.selection import all_neurons, refit_down
 from tuckerize.linalg.tucker import TuckerFactors, expand, relative_residual
 from tuckerize.linalg.weighted import weighted_tucker
 

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.eliminating import eliminate
 from tuckerize.domain import StackShape
 from tuckerize.linalg.selection import (
     Elimination,
     KeptNeurons,
     all_neurons,
-    eliminate,
     kept_neurons,
     refit_down,
     refitted_energy,

@@ -30,7 +30,7 @@ from tuckerize.planning.estimate import (
     BASE_BYTES,
     data_free_bytes,
     need_within,
-    peak_bytes,
+    peak_need,
     process_bytes,
 )
 from tuckerize.planning.plan import Plan, make_plan
@@ -103,6 +103,10 @@ def test_memory_of_threads_is_eight_matrices_each() -> None:
 def plan_of(model: Path, rank: str, **how: object) -> Plan:
     recipe = parse_recipe({"rules": [{"rank": rank}], **how}, place="test")
     return make_plan(SourceModel.open(model), recipe)
+
+
+def peak_bytes(plan: Plan, threads: int | None = None) -> int:
+    return peak_need(plan, threads or torch.get_num_threads(), processes=1).bytes
 
 
 def test_memory_of_a_plan_is_that_of_its_process_and_largest_piece(tiny_model: Path) -> None:
