@@ -217,7 +217,10 @@ def _describe(
         )
     bits = description.bits(module) if coding in _PACKED else 8
     if WORD_BITS % bits and coding != Coding.PACKED_INT:
-        raise CheckpointError(f"{codes} holds {coding} codes of {bits} bits", hint=_READ)
+        raise CheckpointError(
+            f"{codes} holds {coding} codes of {bits} bits, of which only 2, 4 and 8 are read",
+            hint=_READ,
+        )
     blocks = codes.endswith("_blocks")
     if blocks:  # gpt-oss: (E, rows, blocks, 16 bytes), used transposed
         experts, rows, count, size = tensors[codes].shape

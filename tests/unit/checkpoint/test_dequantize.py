@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,6 +25,10 @@ from tuckerize.checkpoint.weight_set import CONFIG, SINGLE_FILE
 from tuckerize.errors import CheckpointError
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+
+
+# Releases of compressed-tensors before 0.20 leave bits of a word empty.
+DENSE_BITS = (3, 5, 6, 7) if Version(version("compressed-tensors")) >= Version("0.20") else ()
 
 
 def ct(bits: int) -> dict[str, Any]:
@@ -43,6 +49,10 @@ KINDS: dict[str, tuple[Callable[[Tensor], q.Quantized], dict[str, Any], Coding]]
     "int4 asymmetric": (q.packed_ints(4, symmetric=False), ct(4), Coding.PACKED_INT),
     "int4 act-order": (q.packed_ints(4, shuffled=True), ct(4), Coding.PACKED_INT),
     "int8 packed": (q.packed_ints(8), ct(8), Coding.PACKED_INT),
+    **{
+        f"int{bits} packed": (q.packed_ints(bits), ct(bits), Coding.PACKED_INT)
+        for bits in (2, *DENSE_BITS)
+    },
     "nvfp4": (q.nvfp4, {}, Coding.NVFP4),
     "mxfp4": (q.mxfp4, {}, Coding.MXFP4),
     "mxfp4 of DeepSeek": (q.mxfp4_deepseek, {}, Coding.MXFP4),
@@ -239,3 +249,10 @@ def test_bits_follow_the_group_that_names_the_module() -> None:
     description = QuantizationDescription(value)
     assert description.bits("model.layers.1.mlp.experts.3.up_proj") == 4
     assert description.bits("model.layers.1.self_attn.q_proj") == 8
+
+
+def test_gptq_of_three_bits_is_refused(tmp_path: Path) -> None:
+    stored, _ = q.gptq(torch.randn(64, 64))
+    description = {"quant_method": "gptq", "bits": 3}
+    with pytest.raises(CheckpointError, match="qweight holds GPTQ codes of 3 bits"):
+        write(tmp_path, named(stored), description)
