@@ -29,7 +29,7 @@ def tables(rows: Sequence[Row]) -> str:
     lines: list[str] = []
     for model, own in models.items():
         lines += [f"### {model}", "", *_best_table(own), "", *_row_table(own), ""]
-    return "\n".join([*lines, *_ratio_table(models), ""])
+    return "\n".join([*lines, *_ratio_table(models), "", *_structure_table(models), ""])
 
 
 def alone(rows: Iterable[Row], bits: float, kind: str) -> float | None:
@@ -44,6 +44,43 @@ def alone(rows: Iterable[Row], bits: float, kind: str) -> float | None:
         if low < bits < high:
             found.append(worse + (better - worse) * (bits - low) / (high - low))
     return min(found, default=None)
+
+
+def ours(rows: Iterable[Row], bits: float, kind: str) -> float | None:
+    """Our KL divergence at a size, of experts of any width; None outside our rows.
+
+    Its logarithm is interpolated over the bits between rows of one encoding, the least of them.
+    """
+    own = [row for row in rows if (row["structure"], row["target"]) == ("tuckerize", "free")]
+    found = []
+    for low, high in product(own, repeat=2):
+        if low["encoding"] == high["encoding"] and low["bits"] < bits <= high["bits"]:
+            share = (bits - low["bits"]) / (high["bits"] - low["bits"])
+            found.append(low[kind]["kl"] ** (1 - share) * high[kind]["kl"] ** share)
+    return min(found, default=None)
+
+
+def _structure_table(models: Mapping[str, Sequence[Row]]) -> list[str]:
+    """Other structures' divergence relative to ours at the same size."""
+    lines = [
+        "### Other structures and ours",
+        "",
+        "Their KL divergence over ours (`free`) at the same size (above 1: ours is less): in domain "
+        "· out of domain. Ours are interpolated between rows of one encoding; w3 has none above "
+        "keep 0.9.",
+        "",
+        "| model | bits | what | ratio |",
+        "| --- | --- | --- | --- |",
+    ]
+    for model, rows in models.items():
+        for row in sorted(rows, key=lambda row: -float(row["bits"])):
+            own = [ours(rows, row["bits"], kind) for kind in ("in_domain", "out_of_domain")]
+            if row["structure"] in ("dense", "tuckerize") or None in own:
+                continue
+            kinds = zip(("in_domain", "out_of_domain"), own, strict=True)
+            ratio = " · ".join(f"{row[kind]['kl'] / kl:.2f}" for kind, kl in kinds if kl)
+            lines.append(f"| {model} | {row['bits']:.2f} | {name(row)} | {ratio} |")
+    return lines
 
 
 def _ratio_table(models: Mapping[str, Sequence[Row]]) -> list[str]:

@@ -6,11 +6,17 @@ from typing import Any
 
 import pytest
 
-from benchmarks.quality.equal_bytes_tables import alone
+from benchmarks.quality.equal_bytes_tables import alone, ours
 
 
 def row(bits: float, kl: float, structure: str = "dense") -> dict[str, Any]:
-    return {"bits": bits, "structure": structure, "in_domain": {"kl": kl}}
+    return {
+        "bits": bits,
+        "structure": structure,
+        "target": "free",
+        "encoding": "w4",
+        "in_domain": {"kl": kl},
+    }
 
 
 ROWS = [row(2, 40), row(3, 10), row(4, 2), row(2.5, 1, "tuckerize")]
@@ -26,3 +32,12 @@ def test_rows_are_mixed_to_the_size(bits: float, kl: float | None) -> None:
 def test_the_better_of_two_ways_of_rounding_counts() -> None:
     assert alone([*ROWS, row(2, 30)], 2.5, "in_domain") == pytest.approx(20)
     assert alone([*ROWS, row(3.2, 90)], 3.5, "in_domain") == pytest.approx(6)
+
+
+def test_ours_is_interpolated_between_rows_of_one_encoding() -> None:
+    own = [row(2, 16, "tuckerize"), row(4, 4, "tuckerize"), row(9, 1)]
+    assert ours(own, 3, "in_domain") == pytest.approx(8)
+    assert ours(own, 4, "in_domain") == pytest.approx(4)
+    assert ours(own, 5, "in_domain") is None
+    other = {**row(5, 1, "tuckerize"), "encoding": "w3"}
+    assert ours([*own, other], 4.5, "in_domain") is None
