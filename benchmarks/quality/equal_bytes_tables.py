@@ -65,9 +65,9 @@ def _structure_table(models: Mapping[str, Sequence[Row]]) -> list[str]:
     lines = [
         "### Other structures and ours",
         "",
-        "Their KL divergence over ours (`free`) at the same size (above 1: ours is less): in domain "
-        "· out of domain. Ours are interpolated between rows of one encoding; w3 has none above "
-        "keep 0.9.",
+        "Their KL divergence over ours (`free`) at the same size (above 1: ours is less): in "
+        "domain · out of domain. Ours are interpolated between rows of one encoding; w3 has none "
+        "above keep 0.9.",
         "",
         "| model | bits | what | ratio |",
         "| --- | --- | --- | --- |",
