@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tuckerize.calibration.tokens import DenseGroup, LayerTokens
-from tuckerize.compression.calibrated import closed_form, group_output
+from tuckerize.compression.closed_form import closed_form, group_output
 from tuckerize.compression.factors import GroupFactors
 from tuckerize.compression.target import CompressionTarget
 from tuckerize.domain import DOWN, GATE_UP, Coupling, MultilinearRank, Projection, StackShape

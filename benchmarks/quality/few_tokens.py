@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from tuckerize.calibration.calibration_pass import CalibrationPass
-from tuckerize.compression.calibrated import closed_form, group_output
+from tuckerize.compression.closed_form import closed_form, group_output
 from tuckerize.compression.factors import GroupFactors
 from tuckerize.compression.target import CompressionTarget
 from tuckerize.domain import DOWN, GATE_UP, MultilinearRank

@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.expert_cases import SWIGLU, exact_output, make_group, make_tokens
 from tuckerize.calibration.refine import refine, relative_output_error
 from tuckerize.calibration.tokens import DenseGroup, LayerTokens
-from tuckerize.compression.calibrated import closed_form
+from tuckerize.compression.closed_form import closed_form
 from tuckerize.compression.factors import GroupFactors
 from tuckerize.compression.target import CompressionTarget
 from tuckerize.domain import DOWN, GATE_UP, MultilinearRank, StackShape

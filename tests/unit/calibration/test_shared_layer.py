@@ -16,7 +16,7 @@ from tests.shared_in_threads import in_threads
 from tuckerize.calibration.group_statistics import GroupStatistics
 from tuckerize.calibration.layer_profile import LayerProfile, profile_layer
 from tuckerize.calibration.tokens import DenseGroup, LayerTokens
-from tuckerize.compression.calibrated import closed_form
+from tuckerize.compression.closed_form import closed_form
 from tuckerize.compression.factors import GroupFactors, LayerFactors, for_each_group
 from tuckerize.compression.gather import gathered
 from tuckerize.compression.target import CompressionTarget

@@ -21,7 +21,7 @@ from tests.expert_cases import (
     target_of,
 )
 from tuckerize.calibration.tokens import DenseGroup, LayerTokens
-from tuckerize.compression.calibrated import closed_form, group_output
+from tuckerize.compression.closed_form import closed_form, group_output
 from tuckerize.compression.factors import GroupFactors
 from tuckerize.compression.target import CompressionTarget
 from tuckerize.domain import DOWN, GATE_UP, MultilinearRank, Projection, StackShape

@@ -11,7 +11,7 @@ import torch
 from tests.expert_cases import SWIGLU, make_group, make_tokens
 from tuckerize.checkpoint.files import sha256_of
 from tuckerize.checkpoint.reader import WeightFile, read_tensors
-from tuckerize.compression.calibrated import closed_form
+from tuckerize.compression.closed_form import closed_form
 from tuckerize.compression.factors import GroupFactors, LayerFactors, compress, for_each_group
 from tuckerize.compression.target import CompressionTarget, LayerPiece
 from tuckerize.compression.write import write_piece
