@@ -21,7 +21,7 @@ from tuckerize.checkpoint.quantization_config import QuantizationDescription
 from tuckerize.checkpoint.reader import Checkpoint
 from tuckerize.domain import Joint, StackShape, TensorHeader
 from tuckerize.moe.describe import describe_moe
-from tuckerize.moe.families import row_of
+from tuckerize.moe.lookup import row_of
 from tuckerize.moe.source import SourceModel
 from tuckerize.moe.storage import Packed
 from tuckerize.pipeline.inspect import describe_plan

@@ -38,8 +38,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin, Quan
 from tuckerize.errors import CheckpointError
 from tuckerize.format.config import METHOD, GroupShape, TuckerQuantization
 from tuckerize.format.cores import part_dtype
-from tuckerize.moe.families import glu_of, is_further, row_of
 from tuckerize.moe.family import Family
+from tuckerize.moe.lookup import glu_of, is_further, row_of
 from tuckerize.names import GROUP_PATTERN, TensorKind, TensorName
 from tuckerize.runtime.activations import Activation, activation_of
 from tuckerize.runtime.experts import TuckerExperts

@@ -23,8 +23,9 @@ from tuckerize.format.manifest import TuckerManifest
 from tuckerize.format.saved import read_or_describe, tucker_sha256
 from tuckerize.linalg.selection import KeptNeurons, kept_neurons
 from tuckerize.linalg.tucker import TuckerFactors
-from tuckerize.moe.families import FAMILIES, LAYERS
+from tuckerize.moe.families import FAMILIES
 from tuckerize.moe.family import Family
+from tuckerize.moe.lookup import LAYERS
 from tuckerize.moe.routing import Router, read_input_norm
 from tuckerize.moe.source import SourceModel
 from tuckerize.names import TensorKind, TensorName, expert_rows, group_module, in_group

@@ -9,7 +9,7 @@ from dataclasses import replace
 from tuckerize.checkpoint.quantized import FLOATS
 from tuckerize.domain import StackShape, TensorHeader
 from tuckerize.errors import CheckpointError
-from tuckerize.moe.families import FURTHER_LAYERS, LAYERS, UNSUPPORTED, row_of
+from tuckerize.moe.families import UNSUPPORTED
 from tuckerize.moe.family import (
     Config,
     Family,
@@ -20,6 +20,7 @@ from tuckerize.moe.family import (
     text_config,
 )
 from tuckerize.moe.inferred import infer_family
+from tuckerize.moe.lookup import FURTHER_LAYERS, LAYERS, row_of
 
 # Index of a layer or an expert.
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.)")

@@ -7,20 +7,11 @@ weights are transposed, the tensors tell. Nothing else in the package depends on
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from tuckerize.moe.family import (
-    Config,
-    FamilyRow,
-    Glu,
-    Latent,
-    model_types,
-    plain_glu,
-    text_config,
-)
+from tuckerize.moe.family import FamilyRow, Latent
 from tuckerize.moe.readers import (
     RoutingReader,
     clamped_glu,
@@ -34,34 +25,15 @@ from tuckerize.moe.readers import (
     router,
     step_glu,
 )
-from tuckerize.moe.storage import Packed, PerExpert, Storage
-
-LAYERS = (
-    "model.layers",
-    "backbone.layers",
-    "model.language_model.layers",
-    "language_model.model.layers",
-    "model.text_model.layers",
-    "model.llm.layers",
-    "layers",
+from tuckerize.moe.storage import (
+    GATE_UP_DOWN,
+    W1_W3_W2,
+    Packed,
+    PerExpert,
+    Storage,
+    packed,
+    per_expert,
 )
-"""Modules of the decoder layers in checkpoints, the first that has experts counts."""
-
-FURTHER_LAYERS = ("mtp.layers",)
-"""Modules of layers that predict further tokens, where decoder layers do not have them."""
-
-GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
-W1_W3_W2 = ("w1", "w3", "w2")
-
-
-def per_expert(experts: str, names: tuple[str, str, str] = GATE_UP_DOWN) -> PerExpert:
-    """One linear layer per expert and projection, below a module of experts."""
-    return PerExpert(*(f"{experts}.{{expert}}.{name}.weight" for name in names))
-
-
-def packed(experts: str) -> Packed:
-    """Transformers' own tensors of all experts, below a module of experts."""
-    return Packed(f"{experts}.gate_up_proj", f"{experts}.down_proj")
 
 
 def _row(
@@ -397,40 +369,3 @@ UNSUPPORTED: Mapping[str, str] = {
     "switch_transformers": "experts are those of an encoder and a decoder, without gate_proj",
 }
 """MoE families that are refused, and why."""
-
-
-def row_of(config: Config) -> FamilyRow | None:
-    """Row of the table for a config.json; None if its family is not in the table."""
-    names = model_types(config)
-    known = (name for own in names for name in (own, own.removesuffix("_text")) if name in FAMILIES)
-    return FAMILIES.get(next(known, ""))
-
-
-def glu_of(config: Config, experts: str) -> Glu:
-    """Gated linear unit of one module of experts.
-
-    Args:
-        config: Contents of config.json.
-        experts: Path of the module, `model.layers.3.mlp.experts` say.
-    """
-    row = row_of(config)
-    read = plain_glu if row is None else row.glu
-    return read(text_config(config), _layer_in(experts))
-
-
-def is_further(config: Config, experts: str) -> bool:
-    """Whether a module of experts belongs to a layer that predicts further tokens."""
-    beside = experts.startswith(tuple(f"{module}." for module in FURTHER_LAYERS))
-    return beside or is_after_last(config, experts)
-
-
-def is_after_last(config: Config, experts: str) -> bool:
-    """Whether a module of experts belongs to a layer after the last one of the decoder."""
-    depth = text_config(config).get("num_hidden_layers")
-    return isinstance(depth, int) and _layer_in(experts) >= depth
-
-
-def _layer_in(module: str) -> int:
-    """Index of the layer of a module, by its path."""
-    layer = re.search(r"\.(\d+)\.", f".{module}.")
-    return int(layer[1]) if layer else 0

@@ -14,7 +14,6 @@ from math import prod
 from typing import Literal
 
 from tuckerize.domain import TensorHeader
-from tuckerize.moe.families import GATE_UP_DOWN, W1_W3_W2, packed, per_expert
 from tuckerize.moe.family import (
     EXPERTS_KEYS,
     Config,
@@ -25,7 +24,7 @@ from tuckerize.moe.family import (
     text_config,
 )
 from tuckerize.moe.readers import router
-from tuckerize.moe.storage import Storage
+from tuckerize.moe.storage import GATE_UP_DOWN, W1_W3_W2, Storage, packed, per_expert
 
 # The first tensor of a layer's routed experts, as transformers saves or holds them.
 _FIRST = re.compile(

@@ -296,3 +296,17 @@ class Packed(Storage):
         """View of gate or of up in a tensor of both."""
         place = GATE_UP.index(projection)
         return both[:, place::2] if self.interleaved else both.chunk(2, dim=1)[place]
+
+
+GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
+W1_W3_W2 = ("w1", "w3", "w2")
+
+
+def per_expert(experts: str, names: tuple[str, str, str] = GATE_UP_DOWN) -> PerExpert:
+    """One linear layer per expert and projection, below a module of experts."""
+    return PerExpert(*(f"{experts}.{{expert}}.{name}.weight" for name in names))
+
+
+def packed(experts: str) -> Packed:
+    """Transformers' own tensors of all experts, below a module of experts."""
+    return Packed(f"{experts}.gate_up_proj", f"{experts}.down_proj")

@@ -10,8 +10,8 @@ from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 
 from tuckerize.errors import CheckpointError
-from tuckerize.moe.families import glu_of
 from tuckerize.moe.family import Glu
+from tuckerize.moe.lookup import glu_of
 from tuckerize.runtime.activations import activation_of
 
 CLAMPED = {

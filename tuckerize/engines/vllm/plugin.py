@@ -31,8 +31,8 @@ from tuckerize.engines.slices import WorkerGroup
 from tuckerize.engines.vllm.ascend import AscendMoEMethod, dense_method
 from tuckerize.engines.vllm.latent import LatentKernel
 from tuckerize.format.config import METHOD, GroupShape, TuckerQuantization
-from tuckerize.moe.families import glu_of, is_after_last
 from tuckerize.moe.family import Glu
+from tuckerize.moe.lookup import glu_of, is_after_last
 from tuckerize.names import GROUP_PATTERN, TensorName, group_module
 from tuckerize.runtime.activations import Activation, activation_of
 from tuckerize.runtime.experts import TuckerExperts
