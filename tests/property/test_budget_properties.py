@@ -7,10 +7,11 @@ from dataclasses import replace
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from tuckerize.domain import WEIGHT_TYPES, CoreType, StackShape
+from tuckerize.domain import CoreType, StackShape
 from tuckerize.errors import UsageError
 from tuckerize.planning.budget import Budget
 from tuckerize.planning.uniform import BudgetUnit, encoding_for_budget, ranks_for_budget
+from tuckerize.weight_types import WEIGHT_TYPES
 
 keeps = st.floats(0.01, 1.0)
 

@@ -14,8 +14,8 @@ from tuckerize.domain import (
     TensorHeader,
     coupling_name,
     group_experts,
-    stored_parameters,
 )
+from tuckerize.weight_types import stored_parameters
 
 SHAPE = StackShape(4, 3, 5)
 RANKS = [

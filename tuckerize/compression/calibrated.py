@@ -36,7 +36,7 @@ from tuckerize.compression.factors import (
 from tuckerize.compression.parts import in_parts
 from tuckerize.compression.quantise import QuantiseForTokens
 from tuckerize.compression.target import LayerPiece
-from tuckerize.domain import Mode, Projection, StackShape, WeightType
+from tuckerize.domain import Mode, Projection, StackShape
 from tuckerize.format.tucker_checkpoint import biases_of, factors_of
 from tuckerize.linalg.selection import widened
 from tuckerize.linalg.sharing import ALONE, Sharing
@@ -44,6 +44,7 @@ from tuckerize.linalg.tucker import TuckerFactors, orthonormalised
 from tuckerize.names import TensorName
 from tuckerize.progress import LayerProgress, Progress, Stage, silent
 from tuckerize.runtime.experts import TuckerExperts
+from tuckerize.weight_types import WeightType
 
 
 def compress_layer(

@@ -19,11 +19,12 @@ from tuckerize.compression.factors import (
 )
 from tuckerize.compression.quantise import round_cores
 from tuckerize.compression.target import CompressionTarget, LayerPiece
-from tuckerize.domain import Coupling, Engine, MultilinearRank, WeightType, group_experts
+from tuckerize.domain import Coupling, Engine, MultilinearRank, group_experts
 from tuckerize.linalg.hooi import hooi
 from tuckerize.linalg.rank_choice import rank_for_tolerance
 from tuckerize.linalg.tensorly_engine import tensorly_tucker
 from tuckerize.moe.source import SourceModel
+from tuckerize.weight_types import WeightType
 
 _ENGINES = {Engine.TUCKERIZE: hooi, Engine.TENSORLY: tensorly_tucker}
 

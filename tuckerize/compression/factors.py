@@ -14,7 +14,7 @@ from torch import Tensor
 from tuckerize.calibration.tokens import DenseGroup
 from tuckerize.checkpoint.reader import TORCH_DTYPES
 from tuckerize.compression.target import CompressionTarget
-from tuckerize.domain import GATE_UP, MultilinearRank, Projection, WeightType, coupling_name
+from tuckerize.domain import GATE_UP, MultilinearRank, Projection, coupling_name
 from tuckerize.errors import located
 from tuckerize.format.cores import core_tensors
 from tuckerize.linalg.quantise import QuantisedMatrices
@@ -22,6 +22,7 @@ from tuckerize.linalg.selection import KeptNeurons
 from tuckerize.linalg.tucker import TuckerFactors, check_no_overflow, relative_residual
 from tuckerize.names import TensorKind, TensorName
 from tuckerize.runtime.experts import named_biases, named_tensors
+from tuckerize.weight_types import WeightType
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,12 +27,13 @@ from tuckerize.compression.factors import (
     Step,
     for_each_group,
 )
-from tuckerize.domain import GATE_UP, CoreType, Projection, WeightType
+from tuckerize.domain import GATE_UP, CoreType, Projection
 from tuckerize.linalg.quantise import quantise
 from tuckerize.linalg.sharing import Sharing
 from tuckerize.linalg.tucker import check_no_overflow
 from tuckerize.runtime.activations import Activation
 from tuckerize.runtime.experts import TuckerExperts
+from tuckerize.weight_types import WeightType
 
 Inputs = Callable[[int], Tensor]
 """Inputs of one expert of a group, one per row, times the weights of its tokens."""

@@ -5,18 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from tuckerize.domain import (
-    DOWN,
-    CoreType,
-    Coupling,
-    MultilinearRank,
-    StackShape,
-    WeightType,
-    coupling_name,
-    stored_bytes,
-    stored_parameters,
-)
+from tuckerize.domain import DOWN, CoreType, Coupling, MultilinearRank, StackShape, coupling_name
 from tuckerize.recipe import CalibrationSettings
+from tuckerize.weight_types import WeightType, stored_bytes, stored_parameters
 
 
 @dataclass(frozen=True, slots=True)

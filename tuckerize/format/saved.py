@@ -17,14 +17,7 @@ from tuckerize.checkpoint.files import read_json_object, sha256_of
 from tuckerize.checkpoint.output import MANIFEST, OutputFolder
 from tuckerize.checkpoint.reader import TORCH_DTYPES, Checkpoint, measure_size
 from tuckerize.checkpoint.weight_set import CONFIG, find_weight_files
-from tuckerize.domain import (
-    WEIGHT_TYPES,
-    Projection,
-    Size,
-    StackResult,
-    StackShape,
-    cores_by_layer,
-)
+from tuckerize.domain import Projection, Size, StackResult, StackShape, cores_by_layer
 from tuckerize.errors import CheckpointError
 from tuckerize.format.config import GroupShape, TuckerQuantization, find_quantization
 from tuckerize.format.manifest import TuckerManifest, read_tucker_manifest
@@ -32,6 +25,7 @@ from tuckerize.format.records import LayerRecord, LayoutRecord, pack_neurons
 from tuckerize.moe.describe import describe_family
 from tuckerize.moe.family import Family, positive, text_config
 from tuckerize.names import TensorName
+from tuckerize.weight_types import WEIGHT_TYPES
 
 
 def is_tucker_checkpoint(folder: Path) -> bool:

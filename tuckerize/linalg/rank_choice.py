@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tuckerize.domain import Mode, MultilinearRank, StackShape, stored_parameters
+from tuckerize.domain import Mode, MultilinearRank, StackShape
 from tuckerize.linalg.gram import add_gram, eigenvalues_and_vectors
 from tuckerize.linalg.hooi import check_finite, is_reachable
 from tuckerize.linalg.threads import Workers, parallel_workers
@@ -19,6 +19,7 @@ from tuckerize.linalg.tucker import (
     scaled_slice,
     squared_norm,
 )
+from tuckerize.weight_types import stored_parameters
 
 # float32 Gram matrices resolve relative residuals down to about 3e-4; below 1e-2, use float64.
 _FLOAT32_TOLERANCE_FLOOR = 1e-2

@@ -22,7 +22,6 @@ from tuckerize.compression.write import write_piece
 from tuckerize.domain import (
     DOWN,
     GATE_UP,
-    WEIGHT_TYPES,
     CoreType,
     Projection,
     StackResult,
@@ -39,6 +38,7 @@ from tuckerize.pipeline.finish import finish_checkpoint, size_of_files
 from tuckerize.progress import Progress, SilentProgress
 from tuckerize.report.results import QuantizeReport
 from tuckerize.version import __version__
+from tuckerize.weight_types import WEIGHT_TYPES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

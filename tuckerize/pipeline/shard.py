@@ -12,7 +12,7 @@ from pathlib import Path
 from tuckerize.checkpoint.output import OutputFolder
 from tuckerize.checkpoint.space import require_space
 from tuckerize.checkpoint.writer import write_tensors
-from tuckerize.domain import WEIGHT_TYPES, Layout, MultilinearRank, Projection, cores_of
+from tuckerize.domain import Layout, MultilinearRank, Projection, cores_of
 from tuckerize.errors import UsageError
 from tuckerize.format.manifest import (
     ShardManifest,
@@ -35,6 +35,7 @@ from tuckerize.pipeline.group_slices import slices_of
 from tuckerize.progress import Progress, SilentProgress
 from tuckerize.report.results import LayoutCost, ShardReport
 from tuckerize.version import __version__
+from tuckerize.weight_types import WEIGHT_TYPES
 
 # Version that torch.distributed.checkpoint.hf_storage expects in a safetensors header.
 DCP_VERSION = "1.0"

@@ -20,11 +20,10 @@ from tuckerize.domain import (
     MultilinearRank,
     StackShape,
     Truncation,
-    WeightType,
-    stored_bytes,
 )
 from tuckerize.planning.budget import Budget
 from tuckerize.planning.knapsack import Choice, Frontier, Knapsack
+from tuckerize.weight_types import WeightType, stored_bytes
 
 Array = npt.NDArray[np.float64]
 

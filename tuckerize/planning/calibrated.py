@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tuckerize.calibration.layer_profile import LayerProfile
-from tuckerize.domain import CoreType, StackShape, Target, WeightType, encodings_for
+from tuckerize.domain import CoreType, StackShape, Target, encodings_for
 from tuckerize.errors import UsageError
 from tuckerize.planning.allocation import Allocator, SearchSpace, check_budget
 from tuckerize.planning.budget import Budget
 from tuckerize.planning.knapsack import Choice
 from tuckerize.recipe import CalibrationSettings, Rule
+from tuckerize.weight_types import WeightType
 
 Encodings = tuple[CoreType | None, ...]
 """Encodings of cores that may be chosen; None is the type of the factors."""

@@ -8,17 +8,11 @@ from typing import NamedTuple
 import torch
 
 from tuckerize.compression.target import LayerPiece
-from tuckerize.domain import (
-    WEIGHT_TYPES,
-    Coupling,
-    MultilinearRank,
-    StackShape,
-    WeightType,
-    stored_bytes,
-)
+from tuckerize.domain import Coupling, MultilinearRank, StackShape
 from tuckerize.errors import UsageError
 from tuckerize.planning.calibrated_memory import LayerWork, has_parts_of
 from tuckerize.planning.plan import Plan
+from tuckerize.weight_types import WEIGHT_TYPES, WeightType, stored_bytes
 
 BASE_BYTES = 450 * 2**20
 """Interpreter, torch and its libraries, measured after the imports of `tuckerize decompose`."""

@@ -8,17 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tuckerize.domain import (
-    ENCODINGS,
-    WEIGHT_TYPES,
-    MultilinearRank,
-    StackShape,
-    Target,
-    TensorHeader,
-    WeightType,
-    stored_bytes,
-    stored_parameters,
-)
+from tuckerize.domain import ENCODINGS, MultilinearRank, StackShape, Target, TensorHeader
 from tuckerize.errors import UsageError
 from tuckerize.moe.family import text_config
 from tuckerize.moe.source import SourceModel
@@ -26,6 +16,7 @@ from tuckerize.parallel.layouts import owned_slice
 from tuckerize.parallel.memory import parse_bytes
 from tuckerize.planning.uniform import BudgetUnit
 from tuckerize.report.plans import FitChoice, FitReport
+from tuckerize.weight_types import WEIGHT_TYPES, WeightType, stored_bytes, stored_parameters
 
 UNUSED_SHARE = 0.08
 """Share of a device that vLLM leaves alone by default (`gpu_memory_utilization` 0.92)."""

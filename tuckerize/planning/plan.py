@@ -13,7 +13,6 @@ from tuckerize.compression.target import CompressionTarget, LayerPiece
 from tuckerize.domain import (
     DOWN,
     GATE_UP,
-    WEIGHT_TYPES,
     Cores,
     CoreType,
     Coupling,
@@ -23,7 +22,6 @@ from tuckerize.domain import (
     Projection,
     StackShape,
     Target,
-    WeightType,
     cores_by_layer,
 )
 from tuckerize.errors import RecipeError, UsageError
@@ -36,6 +34,7 @@ from tuckerize.planning.uniform import BudgetUnit, encoding_for_budget, ranks_fo
 from tuckerize.recipe import Recipe
 from tuckerize.recipe_text import resolve_rank, select_layers
 from tuckerize.version import __version__
+from tuckerize.weight_types import WEIGHT_TYPES, WeightType
 
 _FULL = "full,full,full"
 

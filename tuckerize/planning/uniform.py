@@ -6,15 +6,9 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from tuckerize.domain import (
-    ENCODINGS,
-    CoreType,
-    MultilinearRank,
-    StackShape,
-    WeightType,
-    stored_bytes,
-)
+from tuckerize.domain import ENCODINGS, CoreType, MultilinearRank, StackShape
 from tuckerize.planning.budget import Budget
+from tuckerize.weight_types import WeightType, stored_bytes
 
 # Grouped GEMMs of devices need aligned sizes: 16 bytes. For small models, which run anywhere, the
 # step would be a large part of the budget.

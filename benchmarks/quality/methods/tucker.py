@@ -19,11 +19,12 @@ from benchmarks.quality.layer import (
     roots,
     triple,
 )
-from tuckerize.domain import MultilinearRank, StackShape, stored_parameters
+from tuckerize.domain import MultilinearRank, StackShape
 from tuckerize.linalg.gram import leading_eigenvectors
 from tuckerize.linalg.hooi import hooi, is_reachable
 from tuckerize.linalg.tensorly_engine import tensorly_tucker
 from tuckerize.linalg.tucker import TuckerFactors, expand
+from tuckerize.weight_types import stored_parameters
 
 
 @layer_by_layer

@@ -9,17 +9,11 @@ import torch
 
 from tuckerize.compression.data_free import decompose_piece
 from tuckerize.compression.target import CompressionTarget, LayerPiece
-from tuckerize.domain import (
-    DOWN,
-    GATE_UP,
-    WEIGHT_TYPES,
-    Coupling,
-    Engine,
-    MultilinearRank,
-)
+from tuckerize.domain import DOWN, GATE_UP, Coupling, Engine, MultilinearRank
 from tuckerize.linalg.hooi import hooi
 from tuckerize.linalg.tucker import relative_residual
 from tuckerize.moe.source import SourceModel
+from tuckerize.weight_types import WEIGHT_TYPES
 
 CPU = torch.device("cpu")
 FULL = MultilinearRank(4, 24, 32)  # of the tiny model, in two groups

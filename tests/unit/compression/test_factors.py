@@ -17,17 +17,10 @@ from tuckerize.compression.factors import (
     rounding,
 )
 from tuckerize.compression.target import CompressionTarget
-from tuckerize.domain import (
-    DOWN,
-    GATE_UP,
-    WEIGHT_TYPES,
-    Coupling,
-    MultilinearRank,
-    Projection,
-    StackShape,
-)
+from tuckerize.domain import DOWN, GATE_UP, Coupling, MultilinearRank, Projection, StackShape
 from tuckerize.errors import NonFiniteError
 from tuckerize.names import TensorName
+from tuckerize.weight_types import WEIGHT_TYPES
 
 SHAPE = StackShape(3, 10, 8)
 RANK = MultilinearRank(*SHAPE)

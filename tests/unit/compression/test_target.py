@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 
 from tuckerize.compression.target import CompressionTarget, LayerPiece
-from tuckerize.domain import DOWN, GATE_UP, WEIGHT_TYPES, MultilinearRank, Projection, StackShape
+from tuckerize.domain import DOWN, GATE_UP, MultilinearRank, Projection, StackShape
 from tuckerize.recipe import CalibrationSettings
+from tuckerize.weight_types import WEIGHT_TYPES
 
 SHAPE = StackShape(4, 10, 8)
 TARGET = CompressionTarget(6, {GATE_UP: MultilinearRank(4, 6, 5), DOWN: MultilinearRank(4, 6, 8)})

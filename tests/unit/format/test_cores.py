@@ -8,7 +8,7 @@ from compressed_tensors.quantization import QuantizationConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tuckerize.domain import WEIGHT_TYPES, CoreType, Projection, StackShape, WeightType
+from tuckerize.domain import CoreType, Projection, StackShape
 from tuckerize.format.cores import (
     core_tensor_shapes,
     core_tensors,
@@ -20,6 +20,7 @@ from tuckerize.format.cores import (
 )
 from tuckerize.linalg.quantise import quantise
 from tuckerize.names import CorePart, TensorName
+from tuckerize.weight_types import WEIGHT_TYPES, WeightType
 
 sizes = st.integers(1, 70)
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from tests.cases import NONZERO_CASES, Case, Kind, make_stack, naive_residual, singular_values
-from tuckerize.domain import Mode, MultilinearRank, StackShape, stored_parameters
+from tuckerize.domain import Mode, MultilinearRank, StackShape
 from tuckerize.errors import NonFiniteError
 from tuckerize.linalg.hooi import hooi, is_reachable
 from tuckerize.linalg.rank_choice import _cheapest, rank_for_tolerance
+from tuckerize.weight_types import stored_parameters
 
 SMALL_SHAPES = [(4, 5, 6), (2, 7, 5), (9, 2, 3), (1, 6, 5), (5, 3, 8)]
 TOLERANCES = [0.9, 0.7, 0.5, 0.3, 0.1, 0.03, 1e-3, 1e-5]

@@ -16,7 +16,6 @@ from tuckerize.domain import (
     DOWN,
     ENCODINGS,
     GATE_UP,
-    WEIGHT_TYPES,
     Allocation,
     CoreType,
     MultilinearRank,
@@ -28,6 +27,7 @@ from tuckerize.linalg.hooi import is_reachable
 from tuckerize.planning.allocation import Allocator, SearchSpace
 from tuckerize.planning.budget import Budget
 from tuckerize.planning.knapsack import Choice
+from tuckerize.weight_types import WEIGHT_TYPES
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 

@@ -13,15 +13,7 @@ import pytest
 import torch
 
 from tuckerize.compression.target import CompressionTarget, LayerPiece
-from tuckerize.domain import (
-    DOWN,
-    GATE_UP,
-    WEIGHT_TYPES,
-    Coupling,
-    MultilinearRank,
-    Projection,
-    StackShape,
-)
+from tuckerize.domain import DOWN, GATE_UP, Coupling, MultilinearRank, Projection, StackShape
 from tuckerize.errors import UsageError
 from tuckerize.moe.source import SourceModel
 from tuckerize.planning.budget import Budget
@@ -36,6 +28,7 @@ from tuckerize.planning.estimate import (
 from tuckerize.planning.plan import Plan, make_plan
 from tuckerize.planning.uniform import BudgetUnit, ranks_for_budget
 from tuckerize.recipe import parse_recipe
+from tuckerize.weight_types import WEIGHT_TYPES
 
 LITE = StackShape(64, 1408, 2048)
 BF16 = WEIGHT_TYPES["BF16"]

@@ -4,10 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuckerize.domain import WEIGHT_TYPES, MultilinearRank, StackShape
+from tuckerize.domain import MultilinearRank, StackShape
 from tuckerize.errors import UsageError
 from tuckerize.planning.budget import Budget
 from tuckerize.planning.uniform import BudgetUnit, ranks_for_budget
+from tuckerize.weight_types import WEIGHT_TYPES
 
 LITE = StackShape(64, 1408, 2048)
 BF16 = WEIGHT_TYPES["BF16"]
