@@ -28,7 +28,8 @@ from tuckerize.healing.training import Schedule
 from tuckerize.moe.source import SourceModel
 from tuckerize.planning.duration import product_rate, profile_work, training_work, work
 from tuckerize.planning.plan import make_plan
-from tuckerize.recipe import Recipe, recipe_of_options
+from tuckerize.recipe import Recipe
+from tuckerize.recipe_reader import recipe_of_options
 
 RESULTS = Path(__file__).parent / "results" / "durations.json"
 TEXT = EXAMPLE / "held_out.txt"

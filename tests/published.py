@@ -26,8 +26,9 @@ from tuckerize.moe.source import SourceModel
 from tuckerize.moe.storage import Packed
 from tuckerize.pipeline.inspect import describe_plan
 from tuckerize.planning.plan import make_plan
-from tuckerize.recipe import Recipe, read_recipe
+from tuckerize.recipe import Recipe
 from tuckerize.recipe_files import read_documents, shipped_recipes
+from tuckerize.recipe_reader import read_recipe
 
 LAYERS = "model.layers"
 FILE = "model.safetensors"

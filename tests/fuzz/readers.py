@@ -41,7 +41,7 @@ from tuckerize.format.card import write_hub_files
 from tuckerize.format.manifest import read_tucker_manifest
 from tuckerize.format.shards import Sharding
 from tuckerize.moe.source import SourceModel
-from tuckerize.recipe import read_recipe
+from tuckerize.recipe_reader import read_recipe
 
 MODEL, OUT, DENSE, TEXTS = "model", "out", "dense", "texts"
 CACHE, UNFINISHED = "cache", "unfinished"

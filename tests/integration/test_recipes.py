@@ -13,8 +13,9 @@ from tests.running import run_here, succeed
 from tests.tiny_models import add_tokenizer, make_tiny_model, write_text
 from tuckerize.domain import CoreType, Target
 from tuckerize.errors import RecipeError, UsageError
-from tuckerize.recipe import Recipe, recipe_of_options
+from tuckerize.recipe import Recipe
 from tuckerize.recipe_files import shipped_recipes
+from tuckerize.recipe_reader import recipe_of_options
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -30,7 +30,7 @@ from tuckerize.pipeline.inspect import describe_plan
 from tuckerize.pipeline.run_plan import compress_model as decompose
 from tuckerize.planning.plan import make_plan, output_fingerprint
 from tuckerize.progress import SilentProgress
-from tuckerize.recipe import parse_recipe
+from tuckerize.recipe_reader import parse_recipe
 
 json_values = st.recursive(
     st.none()

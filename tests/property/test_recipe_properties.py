@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from tuckerize.domain import StackShape
 from tuckerize.errors import RecipeError
-from tuckerize.recipe import Recipe, parse_recipe, read_recipe
+from tuckerize.recipe import Recipe
+from tuckerize.recipe_reader import parse_recipe, read_recipe
 from tuckerize.recipe_text import resolve_rank, select_layers
 
 VALID: dict[str, Any] = {

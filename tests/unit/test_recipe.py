@@ -9,7 +9,8 @@ import yaml
 
 from tuckerize.domain import MultilinearRank, Projection, StackShape, Target
 from tuckerize.errors import RecipeError
-from tuckerize.recipe import Recipe, parse_recipe, read_recipe
+from tuckerize.recipe import Recipe
+from tuckerize.recipe_reader import parse_recipe, read_recipe
 from tuckerize.recipe_text import resolve_rank, select_layers
 
 SHAPE = StackShape(64, 1408, 2048)

@@ -30,8 +30,9 @@ from tuckerize.planning.duration import announce, plan_duration, profiles_of
 from tuckerize.planning.estimate import Need, peak_need
 from tuckerize.planning.plan import Plan, make_plan, output_fingerprint
 from tuckerize.progress import Progress, SilentProgress
-from tuckerize.recipe import Recipe, recipe_of_options
+from tuckerize.recipe import Recipe
 from tuckerize.recipe_files import Texts
+from tuckerize.recipe_reader import recipe_of_options
 from tuckerize.report.plans import PlanReport
 from tuckerize.report.results import DecomposeReport
 from tuckerize.runtime.activations import activation_of

@@ -37,8 +37,9 @@ from tuckerize.parallel.backends import choose_device
 from tuckerize.parallel.memory import require_memory
 from tuckerize.planning.plan import output_fingerprint
 from tuckerize.progress import Progress, SilentProgress
-from tuckerize.recipe import Recipe, recipe_of_options
+from tuckerize.recipe import Recipe
 from tuckerize.recipe_files import Texts
+from tuckerize.recipe_reader import recipe_of_options
 from tuckerize.report.results import FoldedLayer, FoldReport
 from tuckerize.version import __version__
 

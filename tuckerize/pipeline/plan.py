@@ -24,8 +24,8 @@ from tuckerize.planning.duration import profiles_of
 from tuckerize.planning.estimate import Need
 from tuckerize.planning.plan import make_plan
 from tuckerize.progress import Progress, SilentProgress
-from tuckerize.recipe import recipe_of_options
 from tuckerize.recipe_files import Texts
+from tuckerize.recipe_reader import recipe_of_options
 from tuckerize.report.plans import CurveReport
 
 

@@ -24,7 +24,7 @@ from tuckerize.planning.duration import (
 )
 from tuckerize.planning.plan import Plan, make_plan
 from tuckerize.progress import SilentProgress
-from tuckerize.recipe import parse_recipe
+from tuckerize.recipe_reader import parse_recipe
 from tuckerize.report.plans import Duration
 
 MEASURED = Path(__file__).parents[3] / "benchmarks" / "results" / "durations.json"

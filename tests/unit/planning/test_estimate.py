@@ -27,7 +27,7 @@ from tuckerize.planning.estimate import (
 )
 from tuckerize.planning.plan import Plan, make_plan
 from tuckerize.planning.uniform import BudgetUnit, ranks_for_budget
-from tuckerize.recipe import parse_recipe
+from tuckerize.recipe_reader import parse_recipe
 from tuckerize.weight_types import WEIGHT_TYPES
 
 LITE = StackShape(64, 1408, 2048)

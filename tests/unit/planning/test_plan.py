@@ -11,7 +11,7 @@ from tuckerize.errors import MultilinearRankError, RecipeError, UsageError
 from tuckerize.moe.source import SourceModel
 from tuckerize.pipeline.inspect import describe_plan
 from tuckerize.planning.plan import CopyPiece, Plan, make_plan, output_fingerprint
-from tuckerize.recipe import parse_recipe
+from tuckerize.recipe_reader import parse_recipe
 
 
 def plan_of(model: Path, *rules: dict[str, object], **how: object) -> Plan:

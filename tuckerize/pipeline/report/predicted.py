@@ -17,7 +17,7 @@ from tuckerize.pipeline.report.charts import chart
 from tuckerize.pipeline.report.page import note, section
 from tuckerize.planning.curve import kl_curve
 from tuckerize.planning.plan import Plan, make_plan
-from tuckerize.recipe import parse_recipe
+from tuckerize.recipe_reader import parse_recipe
 
 
 def predictions(tucker: TuckerCheckpoint, of: str) -> list[str]:
