@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 
 from tuckerize.calibration.text import fingerprint, parse_source, read_split_windows
-from tuckerize.calibration.tokenizer import load_tokenizer
-from tuckerize.checkpoint.hub import resolve_model
 from tuckerize.checkpoint.identity import identities
 from tuckerize.checkpoint.output import OutputFolder, refuse_overlap
 from tuckerize.checkpoint.reader import TORCH_DTYPES, Checkpoint
@@ -37,8 +35,8 @@ from tuckerize.parallel.backends import check_encoding, choose_device
 from tuckerize.parallel.memory import require_memory
 from tuckerize.parallel.mesh import make_mesh
 from tuckerize.parallel.processes import Processes, process_group
-from tuckerize.pipeline.evaluate import Evaluated, open_evaluated
-from tuckerize.pipeline.teacher import bytes_of_predictions, predictions
+from tuckerize.pipeline.evaluate import Evaluated
+from tuckerize.pipeline.teacher import bytes_of_predictions, open_teacher, predictions
 from tuckerize.planning.duration import announce, duration, training_work
 from tuckerize.progress import Progress, SilentProgress
 from tuckerize.recipe_files import Texts, list_of_texts
@@ -194,7 +192,7 @@ def _prepare(request: HealRequest, processes: Processes) -> _Prepared:
             f"--batch {request.batch} windows cannot be shared evenly by {replicas} replicas",
             hint=f"use --batch {-(-request.batch // replicas) * replicas}",
         )
-    teacher = None if request.teacher is None else _open_teacher(request.teacher, tucker)
+    teacher = None if request.teacher is None else open_teacher(request.teacher, tucker)
     learned, held = read_split_windows(
         [parse_source(text) for text in list_of_texts(request.data)],
         tucker.folder,
@@ -226,26 +224,6 @@ def _prepare(request: HealRequest, processes: Processes) -> _Prepared:
         "seed": request.seed,
     }
     return _Prepared(tucker, parts, teacher, training_SL, validation_SL, schedule, plan, notes)
-
-
-def _open_teacher(name: str | Path, tucker: TuckerCheckpoint) -> Evaluated:
-    teacher = open_evaluated(resolve_model(str(name)))
-    sizes = [own.config.get("vocab_size") for own in (teacher.checkpoint, tucker.checkpoint)]
-    if sizes[0] != sizes[1]:
-        raise CheckpointError(
-            f"{name} has a vocabulary of {sizes[0]} tokens, {tucker.folder} one of {sizes[1]}",
-            hint="take the model that was compressed as the teacher",
-        )
-    folders = (teacher.checkpoint.folder, tucker.folder)
-    if any(folders[0].glob("tokenizer*")):
-        theirs, ours = (load_tokenizer(own).get_vocab() for own in folders)
-        if other := next((t for t in ours if theirs.get(t, ours[t]) != ours[t]), None):
-            raise CheckpointError(
-                f"{name} has another tokenizer than {tucker.folder}: {other!r} is the token "
-                f"{theirs[other]} of the one and {ours[other]} of the other",
-                hint="take the model that was compressed as the teacher",
-            )
-    return teacher
 
 
 def _identities(checkpoint: Checkpoint) -> dict[str, str]:

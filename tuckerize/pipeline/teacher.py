@@ -1,17 +1,23 @@
-"""A teacher's predictions, found once before training, with one of its layers in memory."""
+"""A teacher, and its predictions: found once before training, with one of its layers in memory."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tuckerize.calibration.stream import StreamedModel
+from tuckerize.calibration.tokenizer import load_tokenizer
+from tuckerize.checkpoint.hub import resolve_model
 from tuckerize.checkpoint.output import OutputFolder
 from tuckerize.checkpoint.reader import read_tensors
 from tuckerize.checkpoint.writer import write_tensors
+from tuckerize.errors import CheckpointError
+from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 from tuckerize.healing.objective import Predictions
 from tuckerize.parallel.processes import Processes
-from tuckerize.pipeline.evaluate import Evaluated, run_layers
+from tuckerize.pipeline.evaluate import Evaluated, open_evaluated, run_layers
 from tuckerize.progress import Progress
 
 # The rest of the vocabulary counts as one token, which is all that is lost.
@@ -22,6 +28,35 @@ _PIECE = "teacher"
 def bytes_of_predictions(tokens: int) -> int:
     """Bytes of the predictions of so many tokens, on disk and in each process's host memory."""
     return tokens * 4 * (2 * _KEPT + 1)
+
+
+def open_teacher(name: str | Path, tucker: TuckerCheckpoint) -> Evaluated:
+    """Open the teacher of a Tucker checkpoint.
+
+    Args:
+        name: Folder, Hugging Face id or short name.
+        tucker: The checkpoint that learns from it.
+
+    Raises:
+        CheckpointError: It cannot be read, or its tokens are not those of the checkpoint.
+    """
+    teacher = open_evaluated(resolve_model(str(name)))
+    sizes = [own.config.get("vocab_size") for own in (teacher.checkpoint, tucker.checkpoint)]
+    if sizes[0] != sizes[1]:
+        raise CheckpointError(
+            f"{name} has a vocabulary of {sizes[0]} tokens, {tucker.folder} one of {sizes[1]}",
+            hint="take the model that was compressed as the teacher",
+        )
+    folders = (teacher.checkpoint.folder, tucker.folder)
+    if any(folders[0].glob("tokenizer*")):
+        theirs, ours = (load_tokenizer(own).get_vocab() for own in folders)
+        if other := next((t for t in ours if theirs.get(t, ours[t]) != ours[t]), None):
+            raise CheckpointError(
+                f"{name} has another tokenizer than {tucker.folder}: {other!r} is the token "
+                f"{theirs[other]} of the one and {ours[other]} of the other",
+                hint="take the model that was compressed as the teacher",
+            )
+    return teacher
 
 
 def predictions(
