@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from tuckerize.calibration.attention import FusedAttention
 from tuckerize.calibration.skeleton import (
     NamesOnDisk,
     OnDisk,
@@ -198,7 +199,7 @@ class StreamedModel:
         @torch.no_grad()
         def run(states: States) -> States:
             args, kwargs = self._calls_of(states)[index].of(states)
-            with self._explained():
+            with self._explained(), FusedAttention():
                 output = layer(states.hidden_SLI, *args, **kwargs)
             attended = None
             if self._indexers:
