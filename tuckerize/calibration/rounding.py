@@ -17,6 +17,8 @@ from tuckerize.runtime.activations import Activation
 
 # Experts of a layer that are rounded; their relative errors hardly differ.
 _PROBES = 4
+# Tokens that each is rounded for, in multiples of those that are enough.
+_MOST_TOKENS = 2
 
 
 def rounding_errors(
@@ -50,7 +52,8 @@ def rounding_errors(
         place = expert - group.experts.start
         dense = tuple(group.matrix(projection, place) for projection in Projection)
         least = group.enough_tokens
-        seen, new = fit.of_expert(expert, least), held_out.of_expert(expert, least)
+        seen = fit.of_expert(expert, least).thinned(_MOST_TOKENS * least)
+        new = held_out.of_expert(expert, least)
         gate_HI, up_HI, down_HI = dense
         biased = _after_biases(group, place, activation)
         exact_NI = _neurons(new, gate_HI, up_HI, biased) @ down_HI

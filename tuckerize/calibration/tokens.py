@@ -55,6 +55,18 @@ class ExpertTokens(NamedTuple):
         counts_N[self.routed :] = _POOLED_WEIGHT**2
         return counts_N
 
+    def thinned(self, most: int) -> ExpertTokens:
+        """Every n-th token, so that fewer than twice as many are left.
+
+        Args:
+            most: Number of tokens of which all are kept.
+        """
+        step = max(1, len(self.weights_N) // most)
+        x_NI, weights_N, places_N = (
+            own[::step] for own in (self.x_NI, self.weights_N, self.places_N)
+        )
+        return ExpertTokens(x_NI, weights_N, -(-self.routed // step), places_N)
+
 
 class LayerTokens(NamedTuple):
     """Tokens before the routed experts of a layer.

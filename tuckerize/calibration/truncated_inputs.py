@@ -25,6 +25,8 @@ Array = npt.NDArray[np.float64]
 
 # Core sizes, as shares of the hidden size, at which truncated inputs are tried.
 _MEASURED_SHARES = (0.25, 0.5, 0.75)
+# Tokens of an expert that are tried, in multiples of the unknowns of a row.
+_TOKENS_PER_UNKNOWN = 8
 
 
 @dataclass(slots=True)
@@ -129,10 +131,12 @@ def _refitted_errors(
 ) -> list[float]:
     """Squared output errors of an expert with truncated gate and up, and down refitted to them.
 
-    Core sizes are nested: what a larger one adds is added to the neurons of the one before.
+    Core sizes are nested: what a larger one adds is added to the neurons of the one before. Shares
+    of the energy are measured, on some of its tokens where there are many.
     """
     group, (basis_IR, onto_IR) = statistics.group, bases
     own = tokens.of_expert(group.experts[place], least=group.enough_tokens)
+    own = own.thinned(_TOKENS_PER_UNKNOWN * max(group.shape[1:]))
     gate_HI, up_HI, down_HI = (group.matrix(p, place) for p in Projection)
     weight_N1 = own.weights_N[:, None]
     exact_NH = weight_N1 * activation(*group.gate_up(place, own.x_NI))
@@ -142,11 +146,12 @@ def _refitted_errors(
     if group.biases:
         gate_NH += group.biases[Projection.GATE][place]
         up_NH += group.biases[Projection.UP][place]
+    energy = max(float((exact_NH @ down_HI).square().sum()), torch.finfo(torch.float32).tiny)
     errors = []
     for start, stop in itertools.pairwise([0, *sizes]):
         gate_NH.addmm_(low_NR[:, start:stop], gate_HR[:, start:stop].T)
         up_NH.addmm_(low_NR[:, start:stop], up_HR[:, start:stop].T)
         now_NH = weight_N1 * activation(gate_NH, up_NH)
         recovered = refitted_energy(now_NH.T @ now_NH, now_NH.T @ exact_NH, down_HI)
-        errors.append(statistics.output_energies[place] - recovered)
+        errors.append(statistics.output_energies[place] * (1 - recovered / energy))
     return errors

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from tuckerize.calibration.calibration_pass import CalibrationPass
 from tuckerize.calibration.layer_profile import LayerProfile
-from tuckerize.domain import Target, cores_by_layer, encodings_for
+from tuckerize.domain import Size, Target, cores_by_layer, encodings_for
 from tuckerize.errors import UsageError
+from tuckerize.moe.source import SourceModel
 from tuckerize.planning.budget import Budget
 from tuckerize.planning.calibrated import CalibratedModel, Encodings, best_choices
 from tuckerize.planning.knapsack import Choice
@@ -44,6 +45,7 @@ def kl_curve(
         bits: Budgets in bits per routed weight, the largest first.
     """
     source = calibration.source
+    before = source.size
     shape = source.moe.shape._replace(experts=calibration.group_size)
     groups, weights = source.moe.shape.experts // shape.experts, stored_type(recipe, source.moe)
     points = []
@@ -58,9 +60,9 @@ def kl_curve(
                     choices = best_choices(allocators, budget)
                 except UsageError:
                     break
-                points.append(_point(calibration, model, choices, size, way))
+                points.append(_point(source, before, model, choices, size, way))
     points.sort(key=lambda point: -point.bits)
-    return CurveReport(str(source.checkpoint.folder), source.size, tuple(points), calibration.notes)
+    return CurveReport(str(source.checkpoint.folder), before, tuple(points), calibration.notes)
 
 
 def needs_spectra(settings: CalibrationSettings, targets: Sequence[Target]) -> bool:
@@ -77,13 +79,13 @@ def _made_for(target: Target, settings: CalibrationSettings) -> CalibrationSetti
 
 
 def _point(
-    calibration: CalibrationPass,
+    source: SourceModel,
+    before: Size,
     model: CalibratedModel,
     choices: Sequence[Choice],
     bits: float,
     encodings: str,
 ) -> CurvePoint:
-    before = calibration.source.size
     space = model.space(None)
     routed_bytes = sum(choice.bytes for choice in choices)
     return CurvePoint(
@@ -93,7 +95,7 @@ def _point(
         cores=cores_by_layer(
             {
                 layer: choice.target.cores
-                for layer, choice in zip(calibration.source.moe.layers, choices, strict=True)
+                for layer, choice in zip(source.moe.layers, choices, strict=True)
             }
         ),
         routed_parameters=sum(space.stored_parameters(choice.target) for choice in choices),
