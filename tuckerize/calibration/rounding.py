@@ -17,8 +17,6 @@ from tuckerize.runtime.activations import Activation
 
 # Experts of a layer that are rounded; their relative errors hardly differ.
 _PROBES = 4
-# Tokens that each is rounded for, in multiples of those that are enough.
-_MOST_TOKENS = 2
 
 
 def rounding_errors(
@@ -52,7 +50,7 @@ def rounding_errors(
         place = expert - group.experts.start
         dense = tuple(group.matrix(projection, place) for projection in Projection)
         least = group.enough_tokens
-        seen = fit.of_expert(expert, least).thinned(_MOST_TOKENS * least)
+        seen = fit.of_expert(expert, least).thinned(group.profiled_tokens)
         new = held_out.of_expert(expert, least)
         gate_HI, up_HI, down_HI = dense
         biased = _after_biases(group, place, activation)

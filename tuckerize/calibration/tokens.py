@@ -21,6 +21,8 @@ _HELD_OUT_EVERY = 16
 # layers (docs/explanation/calibration.md): without them, few tokens are interpolated, not fitted.
 _TOKENS_PER_UNKNOWN = 4
 _POOLED_WEIGHT = 0.3
+# The same of a profile, where fewer do not change an error by more than some percent.
+_PROFILED_TOKENS_PER_UNKNOWN = 32
 
 
 def fewest_tokens() -> int:
@@ -168,6 +170,11 @@ class DenseGroup:
     def enough_tokens(self) -> int:
         """Tokens of one expert that determine least squares of all its projections."""
         return enough_tokens(self.shape)
+
+    @property
+    def profiled_tokens(self) -> int:
+        """Tokens of one expert on which a profile tries sizes and encodings."""
+        return _PROFILED_TOKENS_PER_UNKNOWN * max(self.shape.intermediate, self.shape.hidden)
 
     def matrix(self, projection: Projection, place: int) -> Tensor:
         """The matrix of one expert, shape (H, I): no other one is read where they are on disk.

@@ -25,8 +25,6 @@ Array = npt.NDArray[np.float64]
 
 # Core sizes, as shares of the hidden size, at which truncated inputs are tried.
 _MEASURED_SHARES = (0.25, 0.5, 0.75)
-# Tokens of an expert that are tried, in multiples of the unknowns of a row.
-_TOKENS_PER_UNKNOWN = 8
 
 
 @dataclass(slots=True)
@@ -136,7 +134,7 @@ def _refitted_errors(
     """
     group, (basis_IR, onto_IR) = statistics.group, bases
     own = tokens.of_expert(group.experts[place], least=group.enough_tokens)
-    own = own.thinned(_TOKENS_PER_UNKNOWN * max(group.shape[1:]))
+    own = own.thinned(group.profiled_tokens)
     gate_HI, up_HI, down_HI = (group.matrix(p, place) for p in Projection)
     weight_N1 = own.weights_N[:, None]
     exact_NH = weight_N1 * activation(*group.gate_up(place, own.x_NI))

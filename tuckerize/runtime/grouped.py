@@ -14,9 +14,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
@@ -206,19 +208,78 @@ def multiply_one_by_one(
             gradients; None for tensors.
     """
     largest = max(matrix.shape[1] for matrix in matrices_EXY) if width is None else width
-    # Not slices: the gradient of each would be as large as all rows.
-    others = len(rows_NX) - sum(assigned.counts)
-    *own, others_NX = torch.split(rows_NX, [*assigned.counts, others])
-    results: list[Tensor] = []
-    for expert, own_NX in enumerate(own):
-        # A gradient of zeros where there are no rows: DDP waits for every one.
-        if len(own_NX) or (width is None and matrices_EXY[expert].requires_grad):
-            matrix_XY = matrices_EXY[expert]
-            product = gemm(own_NX[:, : len(matrix_XY)], matrix_XY)
-            results.append(functional.pad(product, (0, largest - product.shape[1])))
-    if len(others_NX) or not results:
-        results.append(rows_NX.new_zeros(len(others_NX), largest))
-    return torch.cat(results)
+    own = () if width is not None or not torch.is_grad_enabled() else (rows_NX, *matrices_EXY)
+    if any(tensor.requires_grad for tensor in own):
+        product_NY: Tensor = _OneByOne.apply(rows_NX, assigned.counts, largest, *matrices_EXY)
+        return product_NY
+    return _products(rows_NX, matrices_EXY, assigned.counts, largest)
+
+
+class _OneByOne(torch.autograd.Function):
+    """Products of the rows of every expert, as one operation: theirs need no padding and joining.
+
+    A matrix without rows has a gradient of zeros: DDP waits for every one.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        rows_NX: Tensor,
+        counts: list[int],
+        width: int,
+        *matrices_EXY: Tensor,
+    ) -> Tensor:
+        """The products, shape (N, width)."""
+        ctx.save_for_backward(rows_NX, *matrices_EXY)
+        ctx.counts = counts
+        return _products(rows_NX, matrices_EXY, counts, width)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NY: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        """Gradients of the rows and of the matrices."""
+        rows_NX, *matrices_EXY = ctx.saved_tensors
+        by_rows, _, _, *by_matrices = ctx.needs_input_grad
+        grad_NX: Tensor | None = None
+        if by_rows:
+            transposed = [matrix.mT for matrix in matrices_EXY]
+            grad_NX = _products(grad_NY, transposed, ctx.counts, rows_NX.shape[1])
+        grads: list[Tensor | None] = []
+        others = len(rows_NX) - sum(ctx.counts)
+        parts = (torch.split(own, [*ctx.counts, others]) for own in (rows_NX, grad_NY))
+        for matrix_XY, wanted, x_NX, y_NY in zip(matrices_EXY, by_matrices, *parts):
+            inner, outer = matrix_XY.shape
+            x_NX, y_NY = x_NX[:, :inner], y_NY[:, :outer]
+            if not wanted:
+                grads.append(None)
+            elif matrix_XY.stride(0) == 1:  # as the matrix lies, so that it need not be copied
+                grads.append(gemm(y_NY.mT, x_NX).mT)
+            else:
+                grads.append(gemm(x_NX.mT, y_NY))
+        return grad_NX, None, None, *grads
+
+
+def _products(
+    rows_NX: Tensor, matrices_EXY: Sequence[Tensor], counts: Sequence[int], width: int
+) -> Tensor:
+    """Products of the rows of every expert, zero-padded; zeros for those of other groups."""
+    product_NY = rows_NX.new_empty(len(rows_NX), width)
+    others = len(rows_NX) - sum(counts)
+    *rows, _ = torch.split(rows_NX, [*counts, others])
+    *products, others_NY = torch.split(product_NY, [*counts, others])
+    others_NY.zero_()
+    for expert, (own_NX, own_NY) in enumerate(zip(rows, products, strict=True)):
+        if not len(own_NX):
+            continue
+        matrix_XY = matrices_EXY[expert]
+        inner, outer = matrix_XY.shape
+        own_NX, into_NY = own_NX[:, :inner], own_NY[:, :outer]
+        own_NY[:, outer:].zero_()
+        if _is_slow(own_NX):
+            into_NY.copy_(gemm(own_NX, matrix_XY))
+        else:
+            torch.mm(own_NX, matrix_XY, out=into_NY)
+    return product_NY
 
 
 def mix_and_multiply(

@@ -17,6 +17,7 @@ from tests.expert_cases import (
     make_tokens,
     target_of,
 )
+from tuckerize.calibration import tokens as tokens_module
 from tuckerize.calibration.group_statistics import GroupStatistics
 from tuckerize.calibration.layer_profile import LayerProfile, profile_layer
 from tuckerize.calibration.spectra import _gate_up_energies
@@ -69,6 +70,17 @@ def test_profile_of_down_is_exact_and_of_selection_nearly() -> None:
         assert profile.gate_up_KI[0, size] == pytest.approx(error**2, rel=1 / 3)
         next_error = compress(group, tokens, target_of(10, size + 1, 8))[1]
         assert next_error < 5 / 6 * error
+
+
+def test_some_of_many_tokens_tell_what_truncated_inputs_cost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    group, tokens = make_group(SHAPE), make_tokens(6000, 8, 3)
+    some = profile_of(group, tokens)
+    monkeypatch.setattr(tokens_module, "_PROFILED_TOKENS_PER_UNKNOWN", 6000)
+    every = profile_of(group, tokens)
+    assert not np.array_equal(some.gate_up_KI, every.gate_up_KI)
+    np.testing.assert_allclose(some.gate_up_KI, every.gate_up_KI, rtol=0.25, atol=1e-9)
 
 
 def test_first_order_energies_of_nested_widths_are_those_of_their_rows() -> None:

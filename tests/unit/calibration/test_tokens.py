@@ -87,3 +87,19 @@ def test_group_as_tensors_holds_full_cores() -> None:
     tensors = group.as_tensors()
     assert tensors.keys() == {TensorName.core(projection) for projection in Projection}
     assert tensors[TensorName.core(Projection.UP)] is group.stacks[Projection.UP]
+
+
+@quick
+@given(count=st.integers(1, 60), least=st.integers(1, 60), most=st.integers(1, 60))
+def test_thinned_tokens_are_of_the_same_expert_at_even_distances(
+    count: int, least: int, most: int
+) -> None:
+    own = make_tokens(count, 3, 5).of_expert(1, least)
+    few = own.thinned(most)
+    step = max(1, len(own.x_NI) // most)
+    kept = list(range(0, len(own.x_NI), step))
+    assert len(kept) < 2 * most
+    assert torch.equal(few.x_NI, own.x_NI[kept])
+    assert torch.equal(few.weights_N, own.weights_N[kept])
+    assert few.places_N.tolist() == own.places_N[kept].tolist()
+    assert few.routed == sum(place < own.routed for place in kept)
