@@ -28,6 +28,7 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Rotar
 
 from tests.expert_cases import SWIGLU
 from tests.tiny_models import make_tiny_model
+from tuckerize.calibration.attention import FusedAttention
 from tuckerize.calibration.states import States
 from tuckerize.calibration.stream import ExpertsCall, StreamedModel
 from tuckerize.calibration.text import TextSource, read_windows
@@ -127,8 +128,9 @@ def test_streamed_states_and_logits_equal_those_of_transformers(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_streaming_itself_does_not_round(tiny_sharded_model: Path, dtype: torch.dtype) -> None:
-    """With transformers' own experts, every bit is the same."""
-    expected = whole(tiny_sharded_model, TOKENS, dtype)
+    """With transformers' own experts, and attention by the same kernel, every bit is the same."""
+    with FusedAttention():
+        expected = whole(tiny_sharded_model, TOKENS, dtype)
     reference = AutoModelForCausalLM.from_pretrained(tiny_sharded_model, dtype=dtype)
     source = Checkpoint.open(tiny_sharded_model)
     model = StreamedModel.open(source, DEEPSEEK, device=CPU, dtype=dtype)

@@ -114,7 +114,11 @@ class Assignments:
         rows_PX = rows_NX.new_zeros(weights_Tk.numel(), width)
         rows_PX.index_add_(0, self.places_N, rows_NX)
         rows_TkX = rows_PX.view(*weights_Tk.shape, width)
-        return torch.einsum("tkx,tk->tx", rows_TkX, weights_Tk.to(rows_NX.dtype))
+        weights_T1k = weights_Tk.to(rows_NX.dtype).unsqueeze(1)
+        if _is_slow(rows_NX):
+            return torch.einsum("tkx,tok->tx", rows_TkX, weights_T1k)
+        summed_T1X: Tensor = weights_T1k @ rows_TkX  # by einsum ten times as long on a CPU
+        return summed_T1X.squeeze(1)
 
 
 def assign(experts_Tk: Tensor, experts: range) -> Assignments:
@@ -247,9 +251,11 @@ class _OneByOne(torch.autograd.Function):
         grads: list[Tensor | None] = []
         others = len(rows_NX) - sum(ctx.counts)
         parts = (torch.split(own, [*ctx.counts, others]) for own in (rows_NX, grad_NY))
-        for matrix_XY, wanted, x_NX, y_NY in zip(matrices_EXY, by_matrices, *parts):
+        for matrix_XY, wanted, all_NX, all_NY in zip(  # the last part is of other groups
+            matrices_EXY, by_matrices, *parts, strict=False
+        ):
             inner, outer = matrix_XY.shape
-            x_NX, y_NY = x_NX[:, :inner], y_NY[:, :outer]
+            x_NX, y_NY = all_NX[:, :inner], all_NY[:, :outer]
             if not wanted:
                 grads.append(None)
             elif matrix_XY.stride(0) == 1:  # as the matrix lies, so that it need not be copied
@@ -268,17 +274,18 @@ def _products(
     *rows, _ = torch.split(rows_NX, [*counts, others])
     *products, others_NY = torch.split(product_NY, [*counts, others])
     others_NY.zero_()
-    for expert, (own_NX, own_NY) in enumerate(zip(rows, products, strict=True)):
-        if not len(own_NX):
+    for expert, (all_NX, all_NY) in enumerate(zip(rows, products, strict=True)):
+        if not len(all_NX):
             continue
         matrix_XY = matrices_EXY[expert]
         inner, outer = matrix_XY.shape
-        own_NX, into_NY = own_NX[:, :inner], own_NY[:, :outer]
-        own_NY[:, outer:].zero_()
+        own_NX, own_NY = all_NX[:, :inner], all_NY[:, :outer]
+        if outer < width:
+            all_NY[:, outer:].zero_()
         if _is_slow(own_NX):
-            into_NY.copy_(gemm(own_NX, matrix_XY))
+            own_NY.copy_(gemm(own_NX, matrix_XY))
         else:
-            torch.mm(own_NX, matrix_XY, out=into_NY)
+            torch.mm(own_NX, matrix_XY, out=own_NY)
     return product_NY
 
 

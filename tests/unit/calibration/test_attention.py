@@ -16,7 +16,7 @@ def random(*shape: int, seed: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(("keys", "values"), [(12, 8), (8, 8), (8, 12)])
 @pytest.mark.parametrize("masked", [False, True])
-def test_result_is_that_of_the_plain_call(keys: int, values: int, masked: bool) -> None:  # noqa: FBT001
+def test_result_is_that_of_the_plain_call(keys: int, values: int, masked: bool) -> None:
     query, key = (random(2, 4, 9, keys, seed=seed) for seed in (0, 1))
     value = random(2, 4, 9, values, seed=2)
     mask = random(2, 1, 9, 9, seed=3) > 0 if masked else None
