@@ -72,7 +72,8 @@ def refine(
     spread = sharing.total(len(module.groups) * module.group_size) / fit.experts_Tk.shape[1]
     batch, steps = batch_and_steps(len(fit.x_TI), steps, spread)
     target_TI = dense(fit)
-    before = relative_output_error(module, held_out, dense(held_out), sharing)
+    held_out_TI = dense(held_out)
+    before = relative_output_error(module, held_out, held_out_TI, sharing)
     parameters = dict(module.named_parameters())
     start = {name: value.detach().clone() for name, value in parameters.items()}
     for value in parameters.values():
@@ -81,7 +82,7 @@ def refine(
     for value in parameters.values():
         value.requires_grad_(False)  # noqa: FBT003
         value.grad = None
-    after = relative_output_error(module, held_out, dense(held_out), sharing)
+    after = relative_output_error(module, held_out, held_out_TI, sharing)
     kept = after < before
     if not kept:
         with torch.no_grad():
