@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import torch
@@ -208,12 +209,12 @@ def multiply_one_by_one(
         rows_NX: Rows, shape (N, X).
         matrices_EXY: One matrix per expert; those of experts with rows are looked up.
         assigned: Assignment of rows to experts.
-        width: The largest Y, of matrices that are made when they are looked up, and have no
-            gradients; None for tensors.
+        width: The largest Y, of matrices that are made when they are looked up; None for tensors.
+            Where there are gradients, all are looked up.
     """
     largest = max(matrix.shape[1] for matrix in matrices_EXY) if width is None else width
-    own = () if width is not None or not torch.is_grad_enabled() else (rows_NX, *matrices_EXY)
-    if any(tensor.requires_grad for tensor in own):
+    some = matrices_EXY if width is None else islice(matrices_EXY, 1)
+    if torch.is_grad_enabled() and any(own.requires_grad for own in (rows_NX, *some)):
         product_NY: Tensor = _OneByOne.apply(rows_NX, assigned.counts, largest, *matrices_EXY)
         return product_NY
     return _products(rows_NX, matrices_EXY, assigned.counts, largest)
