@@ -215,7 +215,9 @@ def multiply_one_by_one(
     largest = max(matrix.shape[1] for matrix in matrices_EXY) if width is None else width
     some = matrices_EXY if width is None else islice(matrices_EXY, 1)
     if torch.is_grad_enabled() and any(own.requires_grad for own in (rows_NX, *some)):
-        product_NY: Tensor = _OneByOne.apply(rows_NX, assigned.counts, largest, *matrices_EXY)
+        product_NY: Tensor = _OneByOne.apply(  # type: ignore[no-untyped-call]
+            rows_NX, assigned.counts, largest, *matrices_EXY
+        )
         return product_NY
     return _products(rows_NX, matrices_EXY, assigned.counts, largest)
 

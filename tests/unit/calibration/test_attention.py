@@ -22,10 +22,15 @@ def test_result_is_that_of_the_plain_call(keys: int, values: int, masked: bool) 
     mask = random(2, 1, 9, 9, seed=3) > 0 if masked else None
     if mask is not None:
         mask |= torch.eye(9, dtype=torch.bool)
-    options = {"attn_mask": mask, "is_causal": not masked, "scale": 0.3}
-    expected = scaled_dot_product_attention(query, key, value, **options)
+
+    def attend() -> torch.Tensor:
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=not masked, scale=0.3
+        )
+
+    expected = attend()
     with FusedAttention():
-        found = scaled_dot_product_attention(query, key, value, **options)
+        found = attend()
     assert found.shape == expected.shape
     torch.testing.assert_close(found, expected)
 
