@@ -35,7 +35,7 @@ STEPS_MADE = f"""
 from tuckerize.calibration import refine
 tokens = {CALIBRATION_TOKENS} * 15 // 16
 known = hasattr(refine, "batch_and_steps")
-print(refine.batch_and_steps(tokens, {MOST_STEPS}, spread=64 / 6)[1] if known else {MOST_STEPS})
+print(refine.batch_and_steps(tokens, {MOST_STEPS})[1] if known else {MOST_STEPS})
 """
 
 

@@ -18,11 +18,9 @@ from tuckerize.progress import Stage, silent
 from tuckerize.runtime.experts import TuckerExperts
 
 # Step size of a tensor as a share of its root mean square; falls to 0 as a cosine.
-_STEP = 2.4e-2
+_STEP = 1.6e-2
 _WARM_UP_STEPS = 20
-# Tokens of a step: so many that an expert sees 256 on average, and no more than these.
 _BATCH_TOKENS = 2048
-_BATCH_TOKENS_OF_EXPERT = 256
 # Passes over the tokens after which the error of others rises again.
 _MAX_EPOCHS = 25
 # Weight of the ridge towards the closed-form solution, relative to the relative squared error.
@@ -69,8 +67,7 @@ def refine(
         stage: Is told the steps, some at a time.
         sharing: Processes that share the layer's experts, and the tokens of every step.
     """
-    spread = sharing.total(len(module.groups) * module.group_size) / fit.experts_Tk.shape[1]
-    batch, steps = batch_and_steps(len(fit.x_TI), steps, spread)
+    batch, steps = batch_and_steps(len(fit.x_TI), steps)
     target_TI = dense(fit)
     held_out_TI = dense(held_out)
     before = relative_output_error(module, held_out, held_out_TI, sharing)
@@ -91,15 +88,14 @@ def refine(
     return Refinement(before, after, kept)
 
 
-def batch_and_steps(tokens: int, most: int, spread: float) -> tuple[int, int]:
+def batch_and_steps(tokens: int, most: int) -> tuple[int, int]:
     """Tokens of a step, and the number of steps that are made of at most so many.
 
     Args:
         tokens: Tokens to fit.
         most: Upper bound on the steps.
-        spread: Experts of the layer for each that a token sees.
     """
-    batch = max(1, min(_BATCH_TOKENS, math.ceil(_BATCH_TOKENS_OF_EXPERT * spread), tokens))
+    batch = max(1, min(_BATCH_TOKENS, tokens))
     return batch, min(most, -(-_MAX_EPOCHS * tokens // batch))
 
 

@@ -75,8 +75,7 @@ def compress_layer(
     """
     fit, held_out = tokens.split()
     activation = calibration.activation(piece.layer)
-    spread = calibration.source.moe.shape.experts / tokens.experts_Tk.shape[1]
-    _, num_steps = batch_and_steps(len(fit.x_TI), calibration.settings.refine, spread)
+    _, num_steps = batch_and_steps(len(fit.x_TI), calibration.settings.refine)
     effort = len(groups) * sum(EFFORTS.values()) + num_steps
     stages = LayerProgress(progress, piece.layer, effort)
     sharing = calibration.sharing

@@ -142,8 +142,7 @@ def _calibrated_work(plan: Plan, piece: LayerPiece, settings: CalibrationSetting
         sweep = experts * 30 * 4.0 * hidden**2 * gate_rank.hidden
         total += min(_LIKELY_SWEEPS, plan.recipe.max_sweeps) * sweep
     # Forward and backward of one batch per step.
-    spread = experts / plan.source.moe.routing.top_k
-    batch, steps = batch_and_steps(settings.tokens, settings.refine, spread)
+    batch, steps = batch_and_steps(settings.tokens, settings.refine)
     total += steps * batch * plan.source.moe.routing.top_k * 3 * layer
     return total + _rest_of_layer(plan.source.size, len(plan.source.moe.layers)) * settings.tokens
 
