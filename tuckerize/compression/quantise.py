@@ -9,7 +9,7 @@ Without tokens, values are rounded to nearest.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -27,7 +27,7 @@ from tuckerize.compression.factors import (
     Step,
     for_each_group,
 )
-from tuckerize.domain import GATE_UP, CoreType, Projection
+from tuckerize.domain import DOWN, GATE_UP, CoreType, Coupling, Projection
 from tuckerize.linalg.quantise import quantise
 from tuckerize.linalg.sharing import Sharing
 from tuckerize.linalg.tucker import check_no_overflow
@@ -49,7 +49,7 @@ def round_cores(weights: WeightType, core_type: CoreType) -> Step:
 
     def treat(group: GroupFactors) -> GroupFactors:
         for projection in group.factors:
-            group = _quantised(group, projection, weights, core_type, None)
+            group = _quantised(group, (projection,), weights, core_type, None)
         return group
 
     return for_each_group(treat)
@@ -93,11 +93,11 @@ class QuantiseForTokens:
         return replace(layer, output_error=None if math.isnan(error) else error)
 
     def _quantise(self, activation: Activation, group: GroupFactors) -> GroupFactors:
-        for projection in Projection:
-            down = projection == Projection.DOWN
+        for projections in _of_same_inputs(group):
+            down = projections == DOWN
             inputs = self._neurons(group, activation) if down else self._tokens(group)
-            moments = list(_moments(group, projection, inputs, self.calibration.sharing))
-            group = _quantised(group, projection, self.weights, self.core_type, moments)
+            moments = _moments(group, projections[0], inputs, self.calibration.sharing)
+            group = _quantised(group, projections, self.weights, self.core_type, moments)
         return group
 
     def _tokens(self, group: GroupFactors) -> Inputs:
@@ -113,6 +113,20 @@ class QuantiseForTokens:
             return own.weights_N[:, None] * activation(*group.gate_up(place, own.x_NI))
 
         return of_expert
+
+
+def _of_same_inputs(group: GroupFactors) -> list[Coupling]:
+    """Projections whose matrices see the same inputs, in the order in which they are quantised."""
+    gate, up = (group.factors[projection] for projection in GATE_UP)
+    if gate.U_E is None and up.U_E is None and _are_same(gate.U_I, up.U_I):
+        return [GATE_UP, DOWN]
+    return [(projection,) for projection in Projection]
+
+
+def _are_same(first: Tensor | None, second: Tensor | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return torch.equal(first, second)
 
 
 def _moments(
@@ -140,21 +154,29 @@ def _moments(
 
 def _quantised(
     group: GroupFactors,
-    projection: Projection,
+    projections: Coupling,
     weights: WeightType,
     core_type: CoreType,
-    moments: list[Tensor] | None,
+    moments: Iterable[Tensor] | None,
 ) -> GroupFactors:
-    """A group with one core quantised, and replaced by the values that it stands for."""
-    factors = group.factors[projection]
-    down = projection == Projection.DOWN
-    matrices = factors.core.mT if down else factors.core
-    found = quantise(matrices, core_type, moments, scale_dtype=TORCH_DTYPES[weights.name])
-    check_no_overflow(found.scales, weights.name)
-    values = found.dequantised()
-    core = values.mT.contiguous() if down else values
-    return replace(
-        group,
-        factors={**group.factors, projection: replace(factors, core=core)},
-        quantised={**group.quantised, projection: found},
-    )
+    """A group with some cores quantised, and replaced by the values that they stand for.
+
+    Args:
+        group: The group.
+        projections: Whose cores, of the same inputs; all matrices of one expert at once.
+        weights: Type of the scales.
+        core_type: Encoding of the cores.
+        moments: Second moments of the inputs.
+    """
+    down = projections == DOWN
+    cores = [group.factors[projection].core for projection in projections]
+    matrices = torch.cat([core.mT if down else core for core in cores], dim=1)
+    whole = quantise(matrices, core_type, moments, scale_dtype=TORCH_DTYPES[weights.name])
+    check_no_overflow(whole.scales, weights.name)
+    factors, quantised = dict(group.factors), dict(group.quantised)
+    for projection, found in zip(projections, whole.split(len(projections)), strict=True):
+        values = found.dequantised()
+        core = values.mT.contiguous() if down else values
+        factors[projection] = replace(factors[projection], core=core)
+        quantised[projection] = found
+    return replace(group, factors=factors, quantised=quantised)

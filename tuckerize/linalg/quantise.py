@@ -13,7 +13,7 @@ Source:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,6 +29,8 @@ _SCALE_SHARES = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68, 0.64)
 _DAMPING = 0.01
 # Columns whose rounding errors are passed on together.
 _BLOCK = 128
+# Values of a matrix that scales are tried on at once: what a core's cache holds.
+_CACHED_VALUES = 2**18
 SCALE_VALUES = 2**24
 """Values of the normal equations of scales that are solved at once (128 MiB in float64)."""
 
@@ -53,6 +55,11 @@ class QuantisedMatrices:
         grouped = _grouped(self.codes.to(dtype), self.core_type.group_size or columns)
         return (grouped * self.scales.to(dtype).unsqueeze(-1)).flatten(-2)[..., :columns]
 
+    def split(self, count: int) -> list[QuantisedMatrices]:
+        """Equal parts of the outputs, one after another."""
+        parts = zip(self.codes.chunk(count, -2), self.scales.chunk(count, -2), strict=True)
+        return [replace(self, codes=codes, scales=scales) for codes, scales in parts]
+
     def of_expert(self, expert: int) -> QuantisedMatrices:
         """One of the matrices."""
         return replace(self, codes=self.codes[expert], scales=self.scales[expert])
@@ -73,7 +80,7 @@ class QuantisedMatrices:
 def quantise(
     matrices_EOK: Tensor,
     core_type: CoreType,
-    moments_EKK: Sequence[Tensor] | None = None,
+    moments_EKK: Iterable[Tensor] | None = None,
     *,
     scale_dtype: torch.dtype = torch.bfloat16,
 ) -> QuantisedMatrices:
@@ -86,12 +93,13 @@ def quantise(
         scale_dtype: Type of the scales.
     """
     wide_EOK = matrices_EOK.float()
-    found = [
-        _round_to_nearest(matrix_OK, core_type, scale_dtype)
-        if moments_EKK is None
-        else _for_inputs(matrix_OK, core_type, moments_EKK[place], scale_dtype)
-        for place, matrix_OK in enumerate(wide_EOK)
-    ]
+    if moments_EKK is None:
+        found = [_round_to_nearest(matrix_OK, core_type, scale_dtype) for matrix_OK in wide_EOK]
+    else:
+        found = [
+            _for_inputs(matrix_OK, core_type, moment_KK, scale_dtype)
+            for matrix_OK, moment_KK in zip(wide_EOK, moments_EKK, strict=True)
+        ]
     codes, scales = (torch.stack(parts) for parts in zip(*found, strict=True))
     return QuantisedMatrices(codes, scales, core_type)
 
@@ -154,74 +162,68 @@ Found = tuple[Tensor, Tensor]
 """Codes (O, K) and scales (O, G)."""
 
 
-def _round_to_nearest(
+def _round_to_nearest(matrix_OK: Tensor, core_type: CoreType, scale_dtype: torch.dtype) -> Found:
+    """Round with the scales of least squared error."""
+    scales_OG = _nearest_scales(matrix_OK, core_type, scale_dtype)
+    columns = matrix_OK.shape[-1]
+    of_columns_OK = _per_column(scales_OG.to(matrix_OK), columns, core_type)
+    codes_OK = _encoded(matrix_OK, of_columns_OK, core_type)
+    return codes_OK.to(code_dtype(core_type)), scales_OG
+
+
+def _nearest_scales(
     matrix_OK: Tensor,
     core_type: CoreType,
     scale_dtype: torch.dtype,
     energy_K: Tensor | None = None,
-) -> Found:
-    """Round with the scales of least squared error, weighted by the energy of the inputs."""
+) -> Tensor:
+    """Scales of least squared error, weighted by the energy of the inputs, shape (O, G)."""
     columns = matrix_OK.shape[-1]
     group = core_type.group_size or columns
-    grouped_OGg = _grouped(matrix_OK, group)
-    weight = torch.ones(columns) if energy_K is None else energy_K
-    weight = weight.to(matrix_OK).clamp_min(torch.finfo(matrix_OK.dtype).tiny)
-    weight_Gg = _grouped(weight, group)
+    weight_K = torch.ones(columns) if energy_K is None else energy_K
+    weight_K = weight_K.to(matrix_OK).clamp_min(torch.finfo(matrix_OK.dtype).tiny)
+    weight_Gg = _grouped(weight_K, group)
+    cached = _CACHED_VALUES if matrix_OK.device.type == "cpu" else matrix_OK.numel()
+    rows = torch.split(matrix_OK, max(1, cached // columns))
+    return torch.cat(
+        [_scales_of_rows(_grouped(own, group), weight_Gg, core_type, scale_dtype) for own in rows]
+    )
+
+
+def _scales_of_rows(
+    values_OGg: Tensor, weight_Gg: Tensor, core_type: CoreType, scale_dtype: torch.dtype
+) -> Tensor:
     low, high = core_type.code_range
-    extreme_OG1 = grouped_OGg.gather(-1, grouped_OGg.abs().argmax(-1, keepdim=True))
+    extreme_OG1 = values_OGg.gather(-1, values_OGg.abs().argmax(-1, keepdim=True))
     ends: tuple[int, ...] = (low, high)
     if low == -high:  # the sign of a scale makes no difference
         extreme_OG1, ends = extreme_OG1.abs(), (high,)
     best_OG1 = torch.full_like(extreme_OG1, math.inf)
-    scale_OG1 = torch.ones_like(extreme_OG1)
+    scales_OG1 = torch.ones_like(extreme_OG1)
     for share in _SCALE_SHARES:
         for last_code in ends:
             # For the codes of a scale, the scale by least squares.
-            codes = _encoded(grouped_OGg, extreme_OG1 * (share / last_code), core_type)
-            weighted = weight_Gg * codes
-            fitted = (weighted * grouped_OGg).sum(-1, keepdim=True) / (weighted * codes).sum(
-                -1, keepdim=True
-            )
-            tried = fitted.nan_to_num(1.0).to(scale_dtype).to(matrix_OK.dtype)
-            missed = grouped_OGg - tried * _encoded(grouped_OGg, tried, core_type)
-            error_OG1 = (weight_Gg * missed.square()).sum(-1, keepdim=True)
-            better = error_OG1 < best_OG1
-            best_OG1 = torch.where(better, error_OG1, best_OG1)
-            scale_OG1 = torch.where(better, tried, scale_OG1)
-    codes_OGg = _encoded(grouped_OGg, scale_OG1, core_type)
-    codes_OK = codes_OGg.flatten(-2)[..., :columns].to(code_dtype(core_type))
-    return codes_OK, scale_OG1.squeeze(-1).to(scale_dtype)
+            codes_OGg = _encoded(values_OGg, extreme_OG1 * (share / last_code), core_type)
+            weighted_OGg = weight_Gg * codes_OGg
+            mixed_OG1 = (weighted_OGg * values_OGg).sum(-1, keepdim=True)
+            fitted_OG1 = mixed_OG1 / (weighted_OGg * codes_OGg).sum(-1, keepdim=True)
+            tried_OG1 = fitted_OG1.nan_to_num(1.0).to(scale_dtype).to(values_OGg)
+            missed_OGg = values_OGg - tried_OG1 * _encoded(values_OGg, tried_OG1, core_type)
+            error_OG1 = (weight_Gg * missed_OGg.square()).sum(-1, keepdim=True)
+            better_OG1 = error_OG1 < best_OG1
+            best_OG1 = torch.where(better_OG1, error_OG1, best_OG1)
+            scales_OG1 = torch.where(better_OG1, tried_OG1, scales_OG1)
+    return scales_OG1[..., 0].to(scale_dtype)
 
 
 def _for_inputs(
     matrix_OK: Tensor, core_type: CoreType, moment_KK: Tensor, scale_dtype: torch.dtype
 ) -> Found:
-    """GPTQ, then scales by least squares; every output takes the best of what was found."""
+    """GPTQ, then scales by least squares where an output gains by them."""
     moment_KK = moment_KK.to(matrix_OK)
-    nearest = _round_to_nearest(matrix_OK, core_type, scale_dtype, moment_KK.diagonal())
-    codes_OK = gptq(matrix_OK, nearest[1], moment_KK, core_type)
-    fitted_OG = _fit_scales(matrix_OK, codes_OK, moment_KK, core_type).to(scale_dtype)
-    found = (
-        nearest,
-        _round_to_nearest(matrix_OK, core_type, scale_dtype),
-        (codes_OK, nearest[1]),
-        (codes_OK, fitted_OG),
-    )
-    errors_FO = torch.stack(
-        [weighted_error(matrix_OK, QuantisedMatrices(*f, core_type), moment_KK) for f in found]
-    )
-    best_O = errors_FO.nan_to_num(math.inf).argmin(0)
-    rows_O = torch.arange(len(best_O), device=best_O.device)
-    return (
-        torch.stack([codes for codes, _ in found])[best_O, rows_O],
-        torch.stack([scales for _, scales in found])[best_O, rows_O],
-    )
-
-
-def weighted_error(matrix_OK: Tensor, found: QuantisedMatrices, moment_KK: Tensor) -> Tensor:
-    """Squared error of every output, summed over the inputs of a second moment, shape (O,)."""
-    missed_OK = matrix_OK - found.dequantised(matrix_OK.dtype)
-    return ((missed_OK @ moment_KK.to(missed_OK)) * missed_OK).sum(-1)
+    scales_OG = _nearest_scales(matrix_OK, core_type, scale_dtype, moment_KK.diagonal())
+    codes_OK = gptq(matrix_OK, scales_OG, moment_KK, core_type)
+    return codes_OK, fit_scales(matrix_OK, codes_OK, scales_OG, moment_KK, core_type)
 
 
 def gptq(matrix_OK: Tensor, scales_OG: Tensor, moment_KK: Tensor, core_type: CoreType) -> Tensor:
@@ -238,7 +240,7 @@ def gptq(matrix_OK: Tensor, scales_OG: Tensor, moment_KK: Tensor, core_type: Cor
     """
     columns = matrix_OK.shape[-1]
     order_K = moment_KK.diagonal().argsort(descending=True, stable=True)
-    inverse_KK = _inverse_root(moment_KK[order_K][:, order_K]).to(matrix_OK)
+    inverse_KK = _inverse_root(moment_KK[order_K][:, order_K])
     left_KO = matrix_OK.T[order_K]  # one row after another is read and written
     scales_KO = _per_column(scales_OG.to(matrix_OK.dtype), columns, core_type).T[order_K]
     codes_KO = torch.empty_like(left_KO)
@@ -256,43 +258,85 @@ def gptq(matrix_OK: Tensor, scales_OG: Tensor, moment_KK: Tensor, core_type: Cor
 
 
 def _inverse_root(moment_KK: Tensor) -> Tensor:
-    """Upper triangular R with RᵀR the inverse of the damped moment (float64)."""
-    damped_KK = in_float64(moment_KK).clone()
-    mean = float(damped_KK.diagonal().mean())
+    """Upper triangular R with RᵀR the inverse of the damped moment."""
+    mean = float(moment_KK.diagonal().mean())
+    damped_KK = moment_KK.flip(0, 1)
     damped_KK.diagonal().add_(_DAMPING * mean if mean > 0 else 1.0)
-    inverse_KK = torch.cholesky_inverse(torch.linalg.cholesky(damped_KK))
-    root_KK: Tensor = torch.linalg.cholesky(inverse_KK, upper=True)
-    return root_KK
+    # With the moment UUᵀ, of which U is upper triangular, R is the inverse of U.
+    return _inverse_of_lower(torch.linalg.cholesky(damped_KK)).flip(0, 1)
 
 
-def _fit_scales(
-    matrix_OK: Tensor, codes_OK: Tensor, moment_KK: Tensor, core_type: CoreType
+def _inverse_of_lower(lower_NN: Tensor) -> Tensor:
+    """Inverse of a lower triangular matrix, in products of its halves."""
+    size = len(lower_NN)
+    if size <= _BLOCK:
+        unit_NN = torch.eye(size, dtype=lower_NN.dtype, device=lower_NN.device)
+        inverse: Tensor = torch.linalg.solve_triangular(lower_NN, unit_NN, upper=False)
+        return inverse
+    half = size // 2
+    inverse_NN = torch.zeros_like(lower_NN)
+    first, last = inverse_NN[:half, :half], inverse_NN[half:, half:]
+    first.copy_(_inverse_of_lower(lower_NN[:half, :half]))
+    last.copy_(_inverse_of_lower(lower_NN[half:, half:]))
+    torch.mm(last @ lower_NN[half:, :half], -first, out=inverse_NN[half:, :half])
+    return inverse_NN
+
+
+def fit_scales(
+    matrix_OK: Tensor,
+    codes_OK: Tensor,
+    scales_OG: Tensor,
+    moment_KK: Tensor,
+    core_type: CoreType,
 ) -> Tensor:
-    """Scales of least weighted squared error for given codes, shape (O, G)."""
-    columns = codes_OK.shape[-1]
-    group = core_type.group_size or columns
-    count = max(1, SCALE_VALUES // (-(-columns // group)) ** 2)
-    rows = zip(torch.split(matrix_OK, count), torch.split(codes_OK, count), strict=True)
-    return torch.cat([_fit_scales_of_rows(*some, moment_KK, group) for some in rows])
+    """Scales of least weighted squared error for given codes, where they are better than others.
+
+    Args:
+        matrix_OK: The matrix, shape (O, K).
+        codes_OK: Its codes.
+        scales_OG: Scales that an output keeps, unless it gains by new ones.
+        moment_KK: Second moment of its inputs, shape (K, K).
+        core_type: Encoding.
+
+    Returns:
+        Scales, of the type and shape of the given ones.
+    """
+    group = core_type.group_size or codes_OK.shape[-1]
+    count = max(1, SCALE_VALUES // scales_OG.shape[-1] ** 2)
+    parts = (torch.split(own, count) for own in (matrix_OK, codes_OK, scales_OG))
+    return torch.cat([
+        _fit_scales_of_rows(matrix, codes, scales, moment_KK, group)
+        for matrix, codes, scales in zip(*parts, strict=True)
+    ])  # fmt: skip
 
 
 def _fit_scales_of_rows(
-    matrix_OK: Tensor, codes_OK: Tensor, moment_KK: Tensor, group: int
+    matrix_OK: Tensor, codes_OK: Tensor, scales_OG: Tensor, moment_KK: Tensor, group: int
 ) -> Tensor:
-    columns = codes_OK.shape[-1]
     codes_OK = codes_OK.to(matrix_OK.dtype)
-    normal, right = [], []
-    for start in range(0, columns, group):
-        stop = min(start + group, columns)
-        seen_OK = codes_OK[:, start:stop] @ moment_KK[start:stop]
-        normal.append(_grouped(seen_OK * codes_OK, group).sum(-1))
-        right.append((seen_OK * matrix_OK).sum(-1))
-    normal_OGG, right_OG = in_float64(torch.stack(normal, -2)), in_float64(torch.stack(right, -1))
+    normal_OGG = matrix_OK.new_zeros(*scales_OG.shape, scales_OG.shape[-1])
+    right_OG = _grouped((matrix_OK @ moment_KK) * codes_OK, group).sum(-1)
+    for place, start in enumerate(range(0, codes_OK.shape[-1], group)):
+        own = slice(start, start + group)
+        seen_OK = codes_OK[:, own] @ moment_KK[own, start:]
+        products_OG = _grouped(seen_OK.mul_(codes_OK[:, start:]), group).sum(-1)
+        normal_OGG[:, place, place:] = products_OG  # it is symmetric
+        normal_OGG[:, place:, place] = products_OG
+    normal_OGG, right_OG1 = in_float64(normal_OGG), in_float64(right_OG[..., None])
     energy_OG = normal_OGG.diagonal(dim1=-2, dim2=-1)
     ridge_O1 = 1e-6 * energy_OG.mean(-1, keepdim=True) + torch.finfo(torch.float32).tiny
-    normal_OGG = normal_OGG + torch.diag_embed(ridge_O1.expand_as(energy_OG))
-    scales_OG: Tensor = torch.linalg.solve(normal_OGG, right_OG)
-    return scales_OG.to(matrix_OK)
+    root_OGG = torch.linalg.cholesky_ex(
+        normal_OGG + torch.diag_embed(ridge_O1.expand_as(energy_OG))
+    )
+    fitted_OG1 = torch.cholesky_solve(right_OG1, root_OGG.L)
+    fitted_OG = fitted_OG1[..., 0].to(scales_OG)
+
+    # The squared errors, less what is the same for all scales.
+    fitted_O, given_O = (
+        (own_OG1 * (normal_OGG @ own_OG1 - 2 * right_OG1)).sum((-2, -1))
+        for own_OG1 in (in_float64(own_OG)[..., None] for own_OG in (fitted_OG, scales_OG))
+    )
+    return torch.where((fitted_O < given_O)[:, None], fitted_OG, scales_OG)
 
 
 def _grouped(values: Tensor, group: int) -> Tensor:

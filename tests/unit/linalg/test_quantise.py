@@ -20,11 +20,11 @@ from tuckerize.domain import CoreType
 from tuckerize.linalg.quantise import (
     QuantisedMatrices,
     code_dtype,
+    fit_scales,
     gptq,
     pack,
     quantise,
     unpack,
-    weighted_error,
 )
 
 
@@ -69,6 +69,12 @@ def moments(experts: int, columns: int, *, tokens: int, seed: int) -> Tensor:
     return inputs.mT @ inputs
 
 
+def weighted_error(matrix_OK: Tensor, found: QuantisedMatrices, moment_KK: Tensor) -> Tensor:
+    """Squared error of every output, summed over the inputs of a second moment, shape (O,)."""
+    missed_OK = matrix_OK.double() - found.dequantised(torch.float64)
+    return ((missed_OK @ moment_KK.double()) * missed_OK).sum(-1)
+
+
 def total_error(matrices: Tensor, found: QuantisedMatrices, moments_EKK: Tensor) -> Tensor:
     """Weighted squared error of every output, shape (E, O)."""
     return torch.stack([
@@ -102,14 +108,48 @@ def test_packing_is_that_of_compressed_tensors(
     tokens=st.integers(1, 90),
     seed=st.integers(0, 999),
 )
-def test_inputs_never_make_an_output_worse_than_rounding_to_nearest(
+def test_fitted_scales_never_make_an_output_worse(
     core_type: CoreType, columns: int, tokens: int, seed: int
 ) -> None:
-    matrices = normal(2, 5, columns, seed=seed)
-    moments_EKK = moments(2, columns, tokens=tokens, seed=seed)
-    nearest = total_error(matrices, quantise(matrices, core_type), moments_EKK)
-    found = total_error(matrices, quantise(matrices, core_type, list(moments_EKK)), moments_EKK)
-    assert (found <= nearest * (1 + 1e-4) + 1e-12).all()
+    (matrix_OK,) = normal(1, 5, columns, seed=seed)
+    (moment_KK,) = moments(1, columns, tokens=tokens, seed=seed)
+    given_ = quantise(matrix_OK[None], core_type).of_expert(0)
+    fitted_OG = fit_scales(matrix_OK, given_.codes, given_.scales, moment_KK, core_type)
+    before, after = (
+        weighted_error(matrix_OK, QuantisedMatrices(given_.codes, scales_OG, core_type), moment_KK)
+        for scales_OG in (given_.scales, fitted_OG)
+    )
+    assert (after <= before * (1 + 1e-3) + 1e-6 * float(moment_KK.trace())).all()
+
+
+@pytest.mark.parametrize("core_type", [CoreType.W4, CoreType.W3])
+def test_fitted_scales_are_those_of_least_squares(core_type: CoreType) -> None:
+    columns = 5 * 32
+    matrix_OK = normal(4, columns, seed=0)
+    inputs_NK = normal(400, columns, seed=1) @ normal(columns, columns, seed=2)
+    found = quantise(matrix_OK[None], core_type, scale_dtype=torch.float32).of_expert(0)
+    fitted_OG = fit_scales(matrix_OK, found.codes, found.scales, inputs_NK.T @ inputs_NK, core_type)
+    for row_K, codes_K, scales_G in zip(matrix_OK, found.codes, fitted_OG, strict=True):
+        parts_NG = (inputs_NK * codes_K).view(400, 5, 32).sum(-1).double()
+        expected_G = torch.linalg.lstsq(parts_NG, (inputs_NK @ row_K).double()[:, None]).solution
+        torch.testing.assert_close(scales_G.double(), expected_G[:, 0], rtol=1e-3, atol=1e-4)
+
+
+def test_scales_of_many_groups_are_solved_on_several_threads() -> None:
+    """The batched LU of MKL fails there: 224 groups, of hidden size 7168, on two threads."""
+    matrix_OK = normal(16, 224 * 32, seed=0)
+    found = quantise(matrix_OK[None], CoreType.W4, scale_dtype=torch.float32).of_expert(0)
+    moment_KK = torch.diag(normal(224 * 32, seed=1).square())
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        fitted_OG = fit_scales(matrix_OK, found.codes, found.scales, moment_KK, CoreType.W4)
+    finally:
+        torch.set_num_threads(before)
+    codes, values = (own.view(16, 224, 32) for own in (found.codes.double(), matrix_OK.double()))
+    weight = moment_KK.diagonal().double().view(224, 32)
+    expected = (weight * codes * values).sum(-1) / (weight * codes.square()).sum(-1)
+    torch.testing.assert_close(fitted_OG.double(), expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("core_type", CoreType)
@@ -177,7 +217,7 @@ def naive_gptq(
 @pytest.mark.parametrize("core_type", CoreType)
 @pytest.mark.parametrize("columns", [7, 32, 150])
 def test_gptq_is_that_of_a_naive_loop(core_type: CoreType, columns: int) -> None:
-    matrix_OK = normal(6, columns, seed=3)
+    matrix_OK = normal(24, columns, seed=3)
     (moment_KK,) = moments(1, columns, tokens=4 * columns, seed=4)
     scales_OG = quantise(matrix_OK[None], core_type).scales[0]
     codes_OK = gptq(matrix_OK, scales_OG, moment_KK, core_type)
