@@ -27,7 +27,8 @@ _EXPERT_ROWS = (2, 7)  # the same of one expert's tokens, beside its outputs
 _ELIMINATION_COPIES = 6
 _SPECTRUM_COPIES = 11
 _READ_COPIES = 5
-_ROUNDING_COPIES = (4.5, 5, 4)  # moments and normal equations in float64, matrices
+_ROUNDING_COPIES = (5, 7)  # moments and matrices of gate or up, while columns are rounded
+_SCALES_COPIES = (1, 4, 3)  # the same and normal equations in float64, while scales are fitted
 _SMALLEST_GROUP = 32  # inputs that share a scale
 
 
@@ -138,11 +139,15 @@ class LayerWork:
     def rounding(self) -> int:
         """Bytes of rounding the matrices of an expert for its inputs."""
         _, neurons, hidden = self.shape
-        moments, equations, matrices = _ROUNDING_COPIES
+        of_moment, of_matrix = _ROUNDING_COPIES
+        rounded = (of_moment * hidden**2 + of_matrix * neurons * hidden) * _WORK_BYTES
+        of_moment, of_matrix, of_equations = _SCALES_COPIES
         groups = -(-hidden // _SMALLEST_GROUP)
-        solved = max(moments * hidden**2, equations * min(SCALE_VALUES, 2 * neurons * groups**2))
-        rows = self._tokens_of_expert * hidden
-        return int(solved * _EXACT_BYTES) + (matrices * neurons * hidden + rows) * _WORK_BYTES
+        equations = min(SCALE_VALUES, 2 * neurons * groups**2)
+        fitted = (of_moment * hidden**2 + of_matrix * neurons * hidden) * _WORK_BYTES
+        fitted += of_equations * equations * _EXACT_BYTES
+        rows = self._tokens_of_expert * hidden * _WORK_BYTES
+        return max(rounded, fitted) + rows
 
 
 def has_parts_of(plan: Plan) -> bool:
