@@ -75,6 +75,8 @@ class SharedByProcesses(Sharing):
         """The rows of all processes, one process after another; counts of rows may differ."""
         counts = self._counts(len(rows), rows.device)
         most = max(counts)
+        if not most:
+            return rows
         # As bytes: not every backend sends every type.
         wide = rows.contiguous().view(len(rows), math.prod(rows.shape[1:])).view(torch.uint8)
         padded = functional.pad(wide, (0, 0, 0, most - len(rows)))
