@@ -163,7 +163,7 @@ def decompose(
     with _processes_of(request, recipe) as (processes, device), ExitStack() as held:
         held.callback(torch.set_num_threads, torch.get_num_threads())
 
-        def begin() -> tuple[SourceModel, CalibrationPass | None, Need]:
+        def begin() -> tuple[Plan, CalibrationPass | None, Need]:
             source, calibration = _open(request, recipe, device, processes)
             refuse_overlap(output, source.checkpoint.folder)
             folder = OutputFolder(output)
@@ -175,12 +175,13 @@ def decompose(
             else:
                 folder.join(contents)
             # Before a profile is made: what a calibrated layer needs depends on its shape alone.
-            need = fit_memory(make_plan(source, recipe), processes, device, most)
-            return source, calibration, need
+            plan = make_plan(source, recipe)
+            return plan, calibration, fit_memory(plan, processes, device, most)
 
-        source, calibration, need = processes.leader_first(begin)
+        plan, calibration, need = processes.leader_first(begin)
+        source = plan.source
         profiled = calibration and calibration.with_held(need.profile_held)
-        profiles = _profiles(recipe, profiled, progress)
+        profiles = _profiles(plan, profiled, progress)
 
         def prepare() -> Plan:
             plan = _plan(source, recipe, calibration, profiles)
@@ -225,16 +226,17 @@ def preview(request: DecomposeRequest, progress: Progress | None = None) -> Plan
     with _processes_of(request, recipe) as (processes, device), ExitStack() as held:
         held.callback(torch.set_num_threads, torch.get_num_threads())
 
-        def begin() -> tuple[SourceModel, CalibrationPass | None, Need]:
+        def begin() -> tuple[Plan, CalibrationPass | None, Need]:
             source, calibration = _open(request, recipe, device, processes)
             plan = make_plan(source, recipe)
             if calibration is None:
-                return source, None, peak_need(plan, torch.get_num_threads(), processes=1)
-            return source, calibration, fit_memory(plan, processes, device, most)
+                return plan, None, peak_need(plan, torch.get_num_threads(), processes=1)
+            return plan, calibration, fit_memory(plan, processes, device, most)
 
-        source, calibration, need = processes.leader_first(begin)
+        plan, calibration, need = processes.leader_first(begin)
+        source = plan.source
         profiled = calibration and calibration.with_held(need.profile_held)
-        profiles = _profiles(recipe, profiled, progress)
+        profiles = _profiles(plan, profiled, progress)
         plan = processes.leader_first(lambda: _plan(source, recipe, calibration, profiles))
         if not processes.is_leader:
             return None
@@ -280,10 +282,12 @@ def _open(
 
 
 def _profiles(
-    recipe: Recipe, calibration: CalibrationPass | None, progress: Progress
+    plan: Plan, calibration: CalibrationPass | None, progress: Progress
 ) -> Sequence[LayerProfile]:
-    """Profiles that calibrated budgets are allocated by; all processes call this."""
-    if calibration is None or not recipe.has_budget:
+    """Profiles that budgets wait for, or that predict errors; all processes call this."""
+    if calibration is None or not plan.recipe.has_budget:
+        return ()
+    if not plan.waits and not calibration.has_validation:  # nothing is predicted
         return ()
     return profiles_of(calibration, progress, spectra=calibration.settings.has_factors)
 

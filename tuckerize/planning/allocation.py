@@ -151,6 +151,20 @@ def check_budget(spaces: Sequence[SearchSpace], budget: Budget) -> None:
     budget.check(dense=spaces[0].dense_bytes, least=min(map(_least_bytes, spaces)), advice=_ADVICE)
 
 
+def widest_within(budget: Budget, space: SearchSpace) -> CompressionTarget:
+    """The widest experts that a budget pays for, of layers that differ in nothing else.
+
+    Args:
+        budget: A budget that pays for the narrowest; see `check_budget`.
+        space: Sizes of equally wide experts without factors.
+    """
+    experts, _, hidden = space.shape
+    widths, _, stored_WGD = _latent_grid(space, space.multiples[0])
+    paid_W = space.groups * stored_WGD[:, -1, -1] <= budget.bytes(space.dense_bytes)
+    width = widths[paid_W].max()
+    return space.target(np.array([width, experts, width, hidden, experts, width, hidden]))
+
+
 def _least_bytes(space: SearchSpace) -> float:
     """Bytes of a layer of the smallest sizes."""
     least = np.inf

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tuckerize.calibration.layer_profile import LayerProfile
+from tuckerize.compression.target import CompressionTarget
 from tuckerize.domain import CoreType, StackShape, Target, encodings_for
 from tuckerize.errors import UsageError
-from tuckerize.planning.allocation import Allocator, SearchSpace, check_budget
+from tuckerize.planning.allocation import Allocator, SearchSpace, check_budget, widest_within
 from tuckerize.planning.budget import Budget
 from tuckerize.planning.knapsack import Choice
 from tuckerize.recipe import CalibrationSettings, Rule
@@ -105,6 +106,20 @@ class RuleBudget:
             UsageError: It does not; the hint names the smallest that does.
         """
         check_budget([self.model.space(cores) for cores in self.encodings], self.budget)
+
+    def known(self) -> CompressionTarget | None:
+        """The target of every layer where it takes no profile: stock experts of one encoding.
+
+        None where layers share the budget, or an encoding is to be chosen.
+
+        Raises:
+            UsageError: The budget does not pay for the smallest sizes.
+        """
+        self.check()
+        if self.model.settings.target != Target.ANY_ENGINE or len(self.encodings) > 1:
+            return None
+        target = widest_within(self.budget, self.model.space(*self.encodings))
+        return target if self.quantize is None else replace(target, cores=self.quantize)
 
     def choose(self, profiles: Sequence[LayerProfile]) -> list[Choice]:
         """The choice of every layer.

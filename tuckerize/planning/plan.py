@@ -76,6 +76,7 @@ class Plan:
         layer_pieces: Stacks to compress. The weight files are those of the copies, then these.
         predicted_kl: Predicted KL divergence from the source, nats per token; None without a
             calibrated budget.
+        waits: Whether budgets wait for profiles, and their layers are dense until then.
     """
 
     source: SourceModel
@@ -85,6 +86,7 @@ class Plan:
     copies: tuple[CopyPiece, ...]
     layer_pieces: tuple[LayerPiece, ...]
     predicted_kl: float | None = None
+    waits: bool = False
 
     def without_predictions(self) -> Plan:
         """The plan without errors that no validation set will be compared with."""
@@ -151,7 +153,7 @@ def make_plan(source: SourceModel, recipe: Recipe, profiles: Sequence[LayerProfi
         source: The dense model.
         recipe: The recipe.
         profiles: Profiles of the layers, for calibrated budgets. Without them a budget is checked,
-            and its layers stay dense.
+            and its layers stay dense where their sizes depend on profiles.
 
     Raises:
         RecipeError: The recipe does not fit the model.
@@ -169,17 +171,17 @@ def make_plan(source: SourceModel, recipe: Recipe, profiles: Sequence[LayerProfi
     _check_tolerances(recipe, weights)
     groups = model.shape.experts // group_size
     shape = model.shape._replace(experts=group_size)
-    predicted_kl = None
+    predicted_kl, waits = None, False
     if recipe.calibration is None:
         pieces = _data_free_pieces(recipe, model.layers + further, shape, groups, weights)
     else:
         sizes = CalibratedModel(recipe.calibration, shape, groups, weights)
-        pieces, predicted_kl = _calibrated_pieces(recipe, model.layers, sizes, profiles)
+        pieces, predicted_kl, waits = _calibrated_pieces(recipe, model.layers, sizes, profiles)
         shared = any(GATE_UP in piece.couplings for piece in pieces)
         alike = recipe.model_copy(update={"joint": Joint.GATE_UP if shared else recipe.joint})
         pieces += _data_free_pieces(alike, further, shape, groups, weights)
     copies = _copies(source, {piece.layer for piece in pieces}, dequantize=recipe.dequantize_rest)
-    return Plan(source, recipe, weights, group_size, copies, tuple(pieces), predicted_kl)
+    return Plan(source, recipe, weights, group_size, copies, tuple(pieces), predicted_kl, waits)
 
 
 def _further_layers(recipe: Recipe, model: MoeModel) -> tuple[int, ...]:
@@ -316,8 +318,8 @@ def _calibrated_pieces(
     layers: Sequence[int],
     sizes: CalibratedModel,
     profiles: Sequence[LayerProfile],
-) -> tuple[list[LayerPiece], float | None]:
-    """One piece per layer that a rule decides, and the KL divergence predicted for budgets."""
+) -> tuple[list[LayerPiece], float | None, bool]:
+    """One piece per layer that a rule decides; see `Plan` for the rest."""
     members: dict[int, list[int]] = {}
     for layer in layers:
         index = recipe.rule_index(layer, Projection.GATE)
@@ -325,6 +327,7 @@ def _calibrated_pieces(
             members.setdefault(index, []).append(layer)
     pieces: list[LayerPiece] = []
     divergences: list[float] = []
+    waits = False
 
     def add(layer: int, target: CompressionTarget, predicted_error: float | None = None) -> None:
         pieces.append(LayerPiece(layer, (target,) * sizes.groups, sizes.settings, predicted_error))
@@ -333,9 +336,9 @@ def _calibrated_pieces(
         rule = recipe.rules[index]
         budget = RuleBudget.of(rule, sizes, recipe.quantize)
         if budget is None or not profiles:
-            if budget is not None:  # the budget is not shared out yet
-                budget.check()
-            target = _target_of_rank(recipe, rule.rank or _FULL, sizes.shape)
+            target = budget and budget.known()
+            waits |= budget is not None and target is None
+            target = target or _target_of_rank(recipe, rule.rank or _FULL, sizes.shape)
             for layer in own:
                 add(layer, target)
             continue
@@ -344,7 +347,7 @@ def _calibrated_pieces(
             add(layer, choice.target, choice.error**0.5)
         divergences += [choice.predicted_kl for choice in choices]
     pieces.sort(key=lambda piece: piece.layer)
-    return pieces, sum(divergences) if divergences else None
+    return pieces, sum(divergences) if divergences else None, waits
 
 
 def _target_of_rank(recipe: Recipe, text: str, shape: StackShape) -> CompressionTarget:
