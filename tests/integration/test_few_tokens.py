@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from tuckerize import (
 from tuckerize.calibration import tokens as tokens_module
 from tuckerize.calibration.text import parse_source, read_windows
 from tuckerize.errors import CheckpointError, UsageError
+from tuckerize.format.manifest import read_tucker_manifest
 from tuckerize.report.plans import PlanReport
 
 
@@ -178,3 +180,16 @@ def test_evaluate_of_a_model_with_nan_fails(
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"hold NaN or infinity$"):
         evaluate(EvaluateRequest(model=broken, text=str(text), tokens=1024))
+
+
+def test_stock_experts_that_nothing_is_predicted_of_need_no_profile(
+    model: Path, short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their width is known from the budget."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    settings: dict[str, Any] = {"texts": [str(short)], "refine": 0, "tokens": 1024}
+    for target, is_profiled in ("any-engine", False), ("free", True):
+        request = asked(model, short, 1024, tmp_path / target)
+        decompose(replace(request, calibration={**settings, "target": target}))
+        assert (tmp_path / "cache").exists() == is_profiled
+    assert set(read_tucker_manifest(tmp_path / "any-engine").widths(0, 0)) == {24}

@@ -24,7 +24,7 @@ from tuckerize.domain import (
 )
 from tuckerize.errors import UsageError
 from tuckerize.linalg.hooi import is_reachable
-from tuckerize.planning.allocation import Allocator, SearchSpace
+from tuckerize.planning.allocation import Allocator, SearchSpace, widest_within
 from tuckerize.planning.budget import Budget
 from tuckerize.planning.knapsack import Choice
 from tuckerize.weight_types import WEIGHT_TYPES
@@ -508,3 +508,29 @@ def test_experts_of_different_widths_never_store_more_than_was_counted(
     assert exact <= counted
     if multiple == 32:
         assert exact == counted
+
+
+@quick
+@given(
+    keep=st.floats(0.1, 1),
+    cores=st.sampled_from([None, CoreType.W8, CoreType.W4]),
+    groups=st.sampled_from([1, 2]),
+    multiple=st.sampled_from([8, 32]),
+)
+def test_equal_widths_without_profiles_are_those_with_them(
+    keep: float, cores: CoreType | None, groups: int, multiple: int
+) -> None:
+    space = search_space(
+        WIDE,
+        groups=groups,
+        multiples=(multiple, multiple),
+        truncation=Truncation.NEURONS,
+        equal_widths=True,
+    )
+    space = replace(space, weights=replace(space.weights, cores=cores))
+    profiles = make_profiles(3, WIDE)
+    try:
+        choices = allocate(profiles, space, keep=keep, how=Allocation.UNIFORM)
+    except UsageError:
+        assume(False)
+    assert all(choice.target == widest_within(Budget(keep), space) for choice in choices)
