@@ -46,6 +46,9 @@ from tuckerize.progress import LayerProgress, Progress, Stage, silent
 from tuckerize.runtime.experts import TuckerExperts
 from tuckerize.weight_types import WeightType
 
+# Experts that are compressed one by one, of which the first is told.
+_EXPERTS_PER_STAGE = 16
+
 
 def compress_layer(
     calibration: CalibrationPass,
@@ -100,6 +103,14 @@ def compress_layer(
         quantise_group, round_group = quantise.of_group(piece.layer), rounded_group(weights)
 
         def treat_part(part: GroupFactors) -> GroupFactors:
+            own = groups[part.index].experts
+            place = part.dense.experts.start - own.start
+            if place % _EXPERTS_PER_STAGE == 0:
+                before = EFFORTS["neurons"]
+                if place:
+                    before = (EFFORTS["gate and up"] + EFFORTS["down"]) / len(own)
+                    before *= _EXPERTS_PER_STAGE
+                stages.stage(f"down and rounding, expert {place + 1} of {len(own)}", before)
             if part.kept is not None:
                 part = refit(
                     with_neurons(part, part.kept),
@@ -113,7 +124,6 @@ def compress_layer(
         def treat_parts(group: GroupFactors) -> GroupFactors:
             stages.stage("moments and elimination of neurons")
             kept = select_neurons(group, fit, sharing, activation=activation)
-            stages.stage("down and rounding", EFFORTS["neurons"])
             return in_parts(group, kept, treat_part)
 
         steps = [for_each_group(treat_parts), quantise.measured]

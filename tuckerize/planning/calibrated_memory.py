@@ -114,7 +114,7 @@ class LayerWork:
         return rows * values * _WORK_BYTES
 
     @property
-    def _tokens_of_expert(self) -> int:
+    def tokens_of_expert(self) -> int:
         """Tokens that an expert is fitted to."""
         routed = self._routed
         return max(routed, min(routed + self.tokens, enough_tokens(self.shape)))
@@ -130,7 +130,7 @@ class LayerWork:
         experts, neurons, hidden = self.shape
         chunk = min(experts, max(1, CHUNK_VALUES // neurons**2))
         of_hidden, of_neurons = _EXPERT_ROWS
-        values = self._tokens_of_expert * (of_hidden * hidden + of_neurons * neurons)
+        values = self.tokens_of_expert * (of_hidden * hidden + of_neurons * neurons)
         rows = (values + self._routed * hidden) * _WORK_BYTES
         eliminated = _ELIMINATION_COPIES * chunk * neurons**2 * _EXACT_BYTES
         return chunk * neurons * (neurons + hidden) * _WORK_BYTES + max(rows, eliminated)
@@ -146,7 +146,7 @@ class LayerWork:
         equations = min(SCALE_VALUES, 2 * neurons * groups**2)
         fitted = (of_moment * hidden**2 + of_matrix * neurons * hidden) * _WORK_BYTES
         fitted += of_equations * equations * _EXACT_BYTES
-        rows = self._tokens_of_expert * hidden * _WORK_BYTES
+        rows = self.tokens_of_expert * hidden * _WORK_BYTES
         return max(rounded, fitted) + rows
 
 

@@ -18,7 +18,8 @@ from tuckerize.calibration.layer_profile import LayerProfile
 from tuckerize.calibration.profile_pass import is_profiled, num_probe_windows, profile_model
 from tuckerize.calibration.refine import batch_and_steps
 from tuckerize.compression.target import CompressionTarget, LayerPiece
-from tuckerize.domain import Coupling, MultilinearRank, Size
+from tuckerize.domain import DOWN, Coupling, MultilinearRank, Size
+from tuckerize.planning.calibrated_memory import LayerWork
 from tuckerize.planning.plan import CopyPiece, Piece, Plan
 from tuckerize.progress import Progress
 from tuckerize.recipe import CalibrationSettings
@@ -130,11 +131,13 @@ def _hooi_work(plan: Plan, target: CompressionTarget, coupling: Coupling) -> flo
 
 def _calibrated_work(plan: Plan, piece: LayerPiece, settings: CalibrationSettings) -> float:
     """Floating-point operations of calibrating and compressing a layer, roughly."""
-    experts, neurons, hidden = plan.source.moe.shape
-    rows = settings.tokens * plan.source.moe.routing.top_k
+    experts, neurons, hidden = shape = plan.source.moe.shape
+    top_k = plan.source.moe.routing.top_k
+    routed = settings.tokens * top_k
+    rows = experts * LayerWork(shape, settings.tokens, settings.window, top_k).tokens_of_expert
     layer = 2.0 * 3 * neurons * hidden
-    # Moments and their refit, and the layer forward some four times.
-    total = rows * (2.0 * (hidden**2 + 3 * neurons**2) + 4 * layer)
+    # Moments and their refit, two forwards of the tokens of all experts, and two of the layer.
+    total = rows * (2.0 * (hidden**2 + 3 * neurons**2) + 2 * layer) + routed * 2 * layer
     # Elimination: in float64, half as fast, the inverse and its updates; products of down's rows.
     total += experts * (2 * 3.0 * neurons**3 + 2 * neurons**2 * hidden)
     gate_rank = next(iter(piece.targets[0].ranks.values()))
@@ -143,8 +146,17 @@ def _calibrated_work(plan: Plan, piece: LayerPiece, settings: CalibrationSetting
         total += min(_LIKELY_SWEEPS, plan.recipe.max_sweeps) * sweep
     # Forward and backward of one batch per step.
     batch, steps = batch_and_steps(settings.tokens, settings.refine)
-    total += steps * batch * plan.source.moe.routing.top_k * 3 * layer
+    total += steps * batch * top_k * 3 * layer
+    if piece.cores is not None:
+        width, down_rank = piece.targets[0].neurons, piece.targets[0].ranks[DOWN]
+        total += experts * _rounding_work(2 * width, gate_rank.hidden)
+        total += experts * _rounding_work(down_rank.hidden, width)
     return total + _rest_of_layer(plan.source.size, len(plan.source.moe.layers)) * settings.tokens
+
+
+def _rounding_work(outputs: int, inputs: int) -> float:
+    """Operations of GPTQ and of the fit of scales, as measured at 7168 inputs."""
+    return inputs**2 * (1.2 * inputs + 11.0 * outputs)
 
 
 def profile_work(calibration: CalibrationPass, *, spectra: bool = True) -> float:
