@@ -212,6 +212,10 @@ def multiply_one_by_one(
         width: The largest Y, of matrices that are made when they are looked up; None for tensors.
             Where there are gradients, all are looked up.
     """
+    device = rows_NX.device.type
+    if torch.is_autocast_enabled(device):  # which does not know this operation
+        dtype = torch.get_autocast_dtype(device)
+        rows_NX, matrices_EXY = rows_NX.to(dtype), [own.to(dtype) for own in matrices_EXY]
     largest = max(matrix.shape[1] for matrix in matrices_EXY) if width is None else width
     some = matrices_EXY if width is None else islice(matrices_EXY, 1)
     if torch.is_grad_enabled() and any(own.requires_grad for own in (rows_NX, *some)):

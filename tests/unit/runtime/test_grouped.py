@@ -137,6 +137,23 @@ def test_gradients_are_those_of_the_naive_product(route: str, dtype: torch.dtype
     )
 
 
+def test_autocast_multiplies_in_16_bits() -> None:
+    assigned = assign(ROUTES["random"], range(EXPERTS))
+    matrices = [normal(24, 16, seed=seed).float().requires_grad_() for seed in range(EXPERTS)]
+    rows = normal(len(assigned.places_N), 24, dtype=torch.float32, seed=2).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        result = multiply_one_by_one(rows, matrices, assigned)
+    assert result.dtype == torch.bfloat16
+    exact = naive(rows, matrices, assigned)
+    found, expected = (
+        torch.autograd.grad(own.square().sum(), (rows, *matrices)) for own in (result, exact)
+    )
+    pairs = zip((result.detach(), *found), (exact.detach(), *expected), strict=True)
+    for own, other in pairs:
+        assert float((own - other).norm() / other.norm()) < 0.02
+    assert {own.dtype for own in found} == {torch.float32}
+
+
 def multiply_zero_padded(rows: Tensor, matrices: list[Tensor], assigned: Assignments) -> Tensor:
     """What `multiply_uneven` does on an accelerator."""
     return multiply(rows, zero_padded(matrices), assigned)
