@@ -48,7 +48,8 @@ class Wanted:
         structure: A method of the registry, `dense` for quantisation alone, or `tuckerize`.
         keep: Kept share of the parameters.
         rounding: RTN, GPTQ, learned, or our own.
-        encoding: How the matrices are stored; for our own rows `w8`, `w4`, `w3` or `--bits 4`.
+        encoding: How the matrices are stored; for our own rows `w8`, `w4`, `w3` or `--bits 4`, and
+            options.
         target: Target of our own rows.
     """
 
@@ -99,6 +100,7 @@ WANTED = (
     *_alone("GPTQ", 4, 3, 2),
     *_ours("w4", *KEEPS),
     *_ours("w3", *KEEPS),
+    *_ours(f"w3{tucker_rows.RANDOM}0.2", *KEEPS),
     *(Wanted(OURS, 1, "own", f"{tucker_rows.BITS}{bits}", "free") for bits in (4.05, 3.6)),
     *(Wanted(DENSE, 1, LEARNED, str(Encoding(bits, 32, zero=True))) for bits in (2, 3, 4)),
     *_pruned("neuron elimination", "REAP", "MoE-Slimming", "PARSER"),

@@ -14,6 +14,8 @@ Row = dict[str, Any]
 SIZES = (8.2, 7.0, 6.0, 5.0, 4.5, 4.1, 3.6, 3.2, 2.8, 2.5, 2.3)
 """Bits per weight that somebody may have room for."""
 
+KINDS = ("in_domain", "out_of_domain")
+"""Texts that are measured."""
 _NOTHING = "–"
 
 
@@ -46,18 +48,21 @@ def alone(rows: Iterable[Row], bits: float, kind: str) -> float | None:
     return min(found, default=None)
 
 
-def ours(rows: Iterable[Row], bits: float, kind: str) -> float | None:
-    """Our KL divergence at a size, of experts of any width; None outside our rows.
+def ours(rows: Iterable[Row], bits: float) -> dict[str, float]:
+    """Our KL divergence at a size, of experts of any width; empty outside our rows.
 
-    Its logarithm is interpolated over the bits between rows of one encoding, the least of them.
+    Its logarithm is interpolated over the bits between rows of one encoding and the same options,
+    of those that lose least in the domain.
     """
     own = [row for row in rows if (row["structure"], row["target"]) == ("tuckerize", "free")]
     found = []
     for low, high in product(own, repeat=2):
         if low["encoding"] == high["encoding"] and low["bits"] < bits <= high["bits"]:
             share = (bits - low["bits"]) / (high["bits"] - low["bits"])
-            found.append(low[kind]["kl"] ** (1 - share) * high[kind]["kl"] ** share)
-    return min(found, default=None)
+            found.append({
+                kind: low[kind]["kl"] ** (1 - share) * high[kind]["kl"] ** share for kind in KINDS
+            })  # fmt: skip
+    return min(found, key=lambda kls: kls[KINDS[0]], default={})
 
 
 def _structure_table(models: Mapping[str, Sequence[Row]]) -> list[str]:
@@ -66,19 +71,18 @@ def _structure_table(models: Mapping[str, Sequence[Row]]) -> list[str]:
         "### Other structures and ours",
         "",
         "Their KL divergence over ours (`free`) at the same size (above 1: ours is less): in "
-        "domain · out of domain. Ours are interpolated between rows of one encoding; w3 has none "
-        "above keep 0.9.",
+        "domain · out of domain. Ours are interpolated between rows of one encoding and the same "
+        "options, those that lose least in the domain; w3 has none above keep 0.9.",
         "",
         "| model | bits | what | ratio |",
         "| --- | --- | --- | --- |",
     ]
     for model, rows in models.items():
         for row in sorted(rows, key=lambda row: -float(row["bits"])):
-            own = [ours(rows, row["bits"], kind) for kind in ("in_domain", "out_of_domain")]
-            if row["structure"] in ("dense", "tuckerize") or None in own:
+            own = ours(rows, row["bits"])
+            if row["structure"] in ("dense", "tuckerize") or not own:
                 continue
-            kinds = zip(("in_domain", "out_of_domain"), own, strict=True)
-            ratio = " · ".join(f"{row[kind]['kl'] / kl:.2f}" for kind, kl in kinds if kl)
+            ratio = " · ".join(f"{row[kind]['kl'] / own[kind]:.2f}" for kind in KINDS)
             lines.append(f"| {model} | {row['bits']:.2f} | {name(row)} | {ratio} |")
     return lines
 
@@ -91,7 +95,7 @@ def _ratio_table(models: Mapping[str, Sequence[Row]]) -> list[str]:
             if row["structure"] != "tuckerize":
                 continue
             cells = []
-            for kind in ("in_domain", "out_of_domain"):
+            for kind in KINDS:
                 other = alone(rows, row["bits"], kind)
                 cells.append(_NOTHING if other is None else f"{row[kind]['kl'] / other:.2f}")
             key = (row["target"], row["encoding"], -float(row["keep"]))
@@ -195,7 +199,9 @@ def curves(rows: Sequence[Row]) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: -float(row["bits"])):
         if row["structure"] == "tuckerize":
-            line = f"tuckerize {row['encoding'].split(' ')[0]}, {row['target']}"
+            size = row["encoding"].startswith("-")
+            encoding = row["encoding"].split(" ")[0] if size else row["encoding"]
+            line = f"tuckerize {encoding}, {row['target']}"
         elif row["structure"] == "dense":
             zero = "zero points" if "zero" in row["encoding"] else "symmetric"
             group = row["encoding"].split(", ")[1]
@@ -219,7 +225,7 @@ def plot(rows: Sequence[Row], file: Path) -> None:
     figure, axes = plt.subplots(len(names), 2, figsize=size, squeeze=False, layout="constrained")
     for model, panels in zip(names, axes, strict=True):
         lines = curves([row for row in rows if row["model"] == model])
-        for panel, kind in zip(panels, ("in_domain", "out_of_domain"), strict=True):
+        for panel, kind in zip(panels, KINDS, strict=True):
             for line, points in lines.items():
                 ours = line.startswith("tuckerize")
                 panel.plot(

@@ -32,7 +32,7 @@ def is_servable(row: Row, platform: str) -> bool:
     if row["structure"] == "tuckerize":
         if row["target"] == "free":
             return platform != "Ascend"
-        return int(row["encoding"][1:]) in WEIGHTS[platform]
+        return int(row["encoding"].split()[0][1:]) in WEIGHTS[platform]
     if row["structure"] not in _STOCK:  # experts of different widths: no engine
         return False
     bits, group, zero = encoding_of(row)

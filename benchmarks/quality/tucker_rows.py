@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,6 +19,8 @@ from tuckerize.format.manifest import TuckerManifest, read_tucker_manifest
 
 BITS = "--bits "
 """Begins an encoding that is a size: how it is spent is the program's choice."""
+RANDOM = " --random-share "
+"""Ends an encoding with the share of random tokens, where that is not the program's choice."""
 
 
 def request(
@@ -30,10 +33,13 @@ def request(
         text: Text to calibrate with.
         tokens: Its tokens.
         keep: Kept share of the parameters; of no meaning where the encoding is a size.
-        encoding: Encoding of the cores, or a size: `--bits 3.1`.
+        encoding: Encoding of the cores, or a size: `--bits 3.1`; see also `RANDOM`.
         target: Engines to serve it.
     """
-    settings = {"texts": [str(text)], "tokens": tokens, "target": target}
+    settings: dict[str, Any] = {"texts": [str(text)], "tokens": tokens, "target": target}
+    if encoding is not None and RANDOM in encoding:
+        encoding, share = encoding.split(RANDOM)
+        settings["random_share"] = float(share)
     asked = DecomposeRequest(model=folder, calibration=settings)
     if encoding is not None and encoding.startswith(BITS):
         return replace(asked, bits=float(encoding.removeprefix(BITS)))

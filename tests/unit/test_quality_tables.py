@@ -16,6 +16,7 @@ def row(bits: float, kl: float, structure: str = "dense") -> dict[str, Any]:
         "target": "free",
         "encoding": "w4",
         "in_domain": {"kl": kl},
+        "out_of_domain": {"kl": 2 * kl},
     }
 
 
@@ -36,8 +37,14 @@ def test_the_better_of_two_ways_of_rounding_counts() -> None:
 
 def test_ours_is_interpolated_between_rows_of_one_encoding() -> None:
     own = [row(2, 16, "tuckerize"), row(4, 4, "tuckerize"), row(9, 1)]
-    assert ours(own, 3, "in_domain") == pytest.approx(8)
-    assert ours(own, 4, "in_domain") == pytest.approx(4)
-    assert ours(own, 5, "in_domain") is None
+    assert ours(own, 3) == pytest.approx({"in_domain": 8, "out_of_domain": 16})
+    assert ours(own, 4) == pytest.approx({"in_domain": 4, "out_of_domain": 8})
+    assert not ours(own, 5)
     other = {**row(5, 1, "tuckerize"), "encoding": "w3"}
-    assert ours([*own, other], 4.5, "in_domain") is None
+    assert not ours([*own, other], 4.5)
+
+
+def test_ours_are_rows_of_one_setting_in_both_domains() -> None:
+    first = [row(2, 16, "tuckerize"), row(4, 4, "tuckerize")]
+    second = [{**own, "encoding": "w3", "in_domain": {"kl": 5}} for own in first]
+    assert ours([*first, *second], 3) == pytest.approx({"in_domain": 5, "out_of_domain": 16})
