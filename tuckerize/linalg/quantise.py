@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tuckerize.domain import CoreType
-from tuckerize.linalg.tucker import in_float64
+from tuckerize.linalg.tucker import in_float64, on_solver
 
 # Scales that are tried, relative to one that just reaches the largest magnitude.
 _SCALE_SHARES = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68, 0.64)
@@ -220,7 +220,8 @@ def _for_inputs(
     matrix_OK: Tensor, core_type: CoreType, moment_KK: Tensor, scale_dtype: torch.dtype
 ) -> Found:
     """GPTQ, then scales by least squares where an output gains by them."""
-    moment_KK = moment_KK.to(matrix_OK)
+    mean = moment_KK.diagonal().mean()
+    moment_KK = moment_KK.to(matrix_OK) / torch.where(mean > 0, mean, 1.0)
     scales_OG = _nearest_scales(matrix_OK, core_type, scale_dtype, moment_KK.diagonal())
     codes_OK = gptq(matrix_OK, scales_OG, moment_KK, core_type)
     return codes_OK, fit_scales(matrix_OK, codes_OK, scales_OG, moment_KK, core_type)
@@ -263,7 +264,8 @@ def _inverse_root(moment_KK: Tensor) -> Tensor:
     damped_KK = moment_KK.flip(0, 1)
     damped_KK.diagonal().add_(_DAMPING * mean if mean > 0 else 1.0)
     # With the moment UUᵀ, of which U is upper triangular, R is the inverse of U.
-    return _inverse_of_lower(torch.linalg.cholesky(damped_KK)).flip(0, 1)
+    root_KK = torch.linalg.cholesky(on_solver(damped_KK))
+    return _inverse_of_lower(root_KK).flip(0, 1).to(moment_KK.device)
 
 
 def _inverse_of_lower(lower_NN: Tensor) -> Tensor:
@@ -336,7 +338,8 @@ def _fit_scales_of_rows(
         (own_OG1 * (normal_OGG @ own_OG1 - 2 * right_OG1)).sum((-2, -1))
         for own_OG1 in (in_float64(own_OG)[..., None] for own_OG in (fitted_OG, scales_OG))
     )
-    return torch.where((fitted_O < given_O)[:, None], fitted_OG, scales_OG)
+    better_O1 = (fitted_O < given_O).to(scales_OG.device)[:, None]
+    return torch.where(better_O1, fitted_OG, scales_OG)
 
 
 def _grouped(values: Tensor, group: int) -> Tensor:

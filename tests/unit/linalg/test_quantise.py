@@ -233,6 +233,15 @@ def test_gptq_is_that_of_a_naive_loop(core_type: CoreType, columns: int) -> None
 
 
 @pytest.mark.parametrize("core_type", CoreType)
+@pytest.mark.parametrize("size", [1e-37, 1e30])
+def test_inputs_of_any_size_give_the_same_codes(core_type: CoreType, size: float) -> None:
+    matrices, moments_EKK = normal(1, 24, 96, seed=0), moments(1, 96, tokens=300, seed=1)
+    expected = quantise(matrices, core_type, list(moments_EKK))
+    found = quantise(matrices, core_type, list(size * moments_EKK))
+    assert (found.codes.float() != expected.codes.float()).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("core_type", CoreType)
 @pytest.mark.parametrize("with_inputs", [True, False])
 def test_zeros_stay_zero(core_type: CoreType, with_inputs: bool) -> None:
     zeros, unseen = torch.zeros(1, 3, 40), [torch.zeros(40, 40)] if with_inputs else None
