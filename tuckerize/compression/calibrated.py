@@ -20,6 +20,7 @@ from tuckerize.calibration.tokens import DenseGroup, LayerTokens
 from tuckerize.compression.closed_form import (
     EFFORTS,
     closed_form,
+    in_batches,
     refit,
     select_neurons,
     with_neurons,
@@ -195,7 +196,7 @@ class Refine:
 
     @torch.no_grad()
     def _dense_output(self, tokens: LayerTokens) -> Tensor:
-        return self.calibration.output(self.dense, tokens)
+        return in_batches(partial(self.calibration.output, self.dense), tokens)
 
 
 def _own_tensors(group: GroupFactors) -> dict[TensorName, Tensor]:

@@ -6,7 +6,7 @@ dense experts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -30,6 +30,9 @@ from tuckerize.names import TensorName
 from tuckerize.progress import Stage, silent
 from tuckerize.runtime.activations import Activation
 from tuckerize.runtime.experts import TuckerExperts
+
+TOKENS_AT_ONCE = 8192
+"""Tokens that run through a layer at once."""
 
 EFFORTS = {"neurons": 15.0, "gate and up": 15.0, "down": 10.0}
 """Work on a group, in steps of refinement; roughly, for what is left of the time."""
@@ -137,34 +140,47 @@ def refit(
         MultilinearRankError: A core size does not fit its stack.
     """
     down_EKI = group.factors[Projection.DOWN].core
-    neurons_EKK: Tensor | None = None
+    rank = _work_rank(group, group.target.ranks[DOWN])
+    truncated = rank.truncated_modes(_whole_shape(down_EKI, sharing))
+    inputs_EKK: Tensor | None = None  # moments of down's inputs
+    if truncated and truncated != (Mode.HIDDEN,):
+        experts, width, _ = down_EKI.shape
+        inputs_EKK = down_EKI.new_empty(experts, width, width)
     if group.kept is not None or any(group.factors[p].truncated for p in GATE_UP):
-        neurons_EKK, cross_EKH = refit_moments(
-            group.dense,
-            tokens,
-            group.gate_up,
-            activation=activation,
-        )
         down_EKI = refit_down(
-            neurons_EKK,
-            cross_EKH,
+            _refit_moments(group, tokens, activation, inputs_EKK),
             group.dense.stacks[Projection.DOWN],
             group.kept or all_neurons(group.dense.shape),
         )
-    rank = _work_rank(group, group.target.ranks[DOWN])
-    truncated = rank.truncated_modes(_whole_shape(down_EKI, sharing))
+    elif inputs_EKK is not None:
+        moments = neuron_moments(group.dense, tokens, activation=activation)
+        for own_KK, moment_KK in zip(inputs_EKK, moments, strict=True):
+            own_KK.copy_(moment_KK)
     down, sweeps = TuckerFactors(down_EKI), 0
-    if truncated == (Mode.HIDDEN,):
+    if inputs_EKK is not None:
+        down, sweeps = _weighted_down(down_EKI, inputs_EKK, rank, max_sweeps, sharing)
+    elif truncated:
         wide = _with_down(group, TuckerFactors(down_EKI))
         output_II = _output_moment(wide, tokens, activation, sharing)
         U_I = leading_eigenvectors(output_II, rank.hidden)
         down = TuckerFactors(down_EKI @ U_I, U_I=U_I)
-    elif truncated:
-        if neurons_EKK is None:
-            moments = neuron_moments(group.dense, tokens, activation=activation)
-            neurons_EKK = torch.stack([*moments])
-        down, sweeps = _weighted_down(down_EKI, neurons_EKK, rank, max_sweeps, sharing)
     return replace(_with_down(group, down), sweeps={**group.sweeps, Projection.DOWN: sweeps})
+
+
+def _refit_moments(
+    group: GroupFactors, tokens: LayerTokens, activation: Activation, noted_EKK: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Moments that refitting down needs, of one expert after another; the first may be noted."""
+    for place in range(group.dense.shape.experts):
+
+        def compressed(_: int, x_NI: Tensor, own: int = place) -> tuple[Tensor, Tensor]:
+            return group.gate_up(own, x_NI)
+
+        part = group.dense.part(place)
+        now_1KK, cross_1KH = refit_moments(part, tokens, compressed, activation=activation)
+        if noted_EKK is not None:
+            noted_EKK[place] = now_1KK[0]
+        yield now_1KK[0], cross_1KH[0]
 
 
 def _work_rank(group: GroupFactors, rank: MultilinearRank) -> MultilinearRank:
@@ -216,5 +232,11 @@ def group_output(
 ) -> Tensor:
     """Combined routed output of some experts of one group alone, shape (T, I)."""
     module = TuckerExperts([tensors], group_size=len(experts), activation=activation)
-    output_TI: Tensor = module(tokens.x_TI, tokens.experts_Tk - experts.start, tokens.weights_Tk)
-    return output_TI
+    own = tokens._replace(experts_Tk=tokens.experts_Tk - experts.start)
+    return in_batches(lambda part: module(*part), own)
+
+
+def in_batches(output: Callable[[LayerTokens], Tensor], tokens: LayerTokens) -> Tensor:
+    """Outputs of tokens, shape (T, I), not of all at once: their rows would take much memory."""
+    firsts = range(0, max(1, len(tokens.x_TI)), TOKENS_AT_ONCE)
+    return torch.cat([output(tokens.part(slice(n, n + TOKENS_AT_ONCE))) for n in firsts])

@@ -7,7 +7,7 @@ where Σ is the routing-weighted second moment of h and d_j the (compensated) ro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -322,21 +322,21 @@ def _columns(matrices_EXN: Tensor, places_EM: Tensor) -> Tensor:
 
 
 def refit_down(
-    kept_moments_EKK: Tensor, cross_moments_EKH: Tensor, down_EHI: Tensor, kept: KeptNeurons
+    moments: Iterable[tuple[Tensor, Tensor]], down_EHI: Tensor, kept: KeptNeurons
 ) -> Tensor:
     """Refit down_proj on the kept neurons to the original outputs, shape (E, K, I).
 
     Least squares with a ridge towards the kept rows of down; narrower experts are zero-padded.
 
     Args:
-        kept_moments_EKK: Second moment of the compressed neurons, shape (E, K, K).
-        cross_moments_EKH: Their cross moment with the original neurons, shape (E, K, H).
+        moments: Of one expert after another, the second moment of the compressed neurons (K, K),
+            and their cross moment with the original neurons (K, H).
         down_EHI: Original down_proj in stack orientation, shape (E, H, I).
         kept: The kept neurons.
     """
-    result = []
-    for expert, (moment_KK, cross_KH, down_HI, width) in enumerate(
-        zip(kept_moments_EKK, cross_moments_EKH, down_EHI, kept.widths, strict=True)
+    result_EKI = down_EHI.new_zeros(len(down_EHI), kept.width, down_EHI.shape[2])
+    for expert, ((moment_KK, cross_KH), down_HI, width) in enumerate(
+        zip(moments, down_EHI, kept.widths, strict=True)
     ):
         exact_KK = in_float64(moment_KK[:width, :width])
         ridge = _REFIT_RIDGE * exact_KK.diagonal().mean().clamp_min(1e-30)
@@ -344,8 +344,8 @@ def refit_down(
         kept_KI = in_float64(down_HI[kept.of_expert(expert).to(down_HI.device)])
         # The ridge bounds what the rounding of this product can do to the outputs.
         right_KI = in_float64(cross_KH[:width] @ down_HI) + ridge * kept_KI
-        result.append(torch.cholesky_solve(right_KI, root_KK).to(down_EHI))
-    return widened(pad_sequence(result, batch_first=True), kept.width)
+        result_EKI[expert, :width] = torch.cholesky_solve(right_KI, root_KK).to(down_EHI)
+    return result_EKI
 
 
 def refitted_energy(moment_HH: Tensor, cross_HH: Tensor, down_HI: Tensor) -> float:
@@ -361,7 +361,7 @@ def refitted_energy(moment_HH: Tensor, cross_HH: Tensor, down_HI: Tensor) -> flo
     """
     places_1H = torch.arange(len(down_HI))[None]
     kept = KeptNeurons(places_1H, (len(down_HI),))
-    fitted_HI = refit_down(moment_HH[None], cross_HH[None], down_HI[None], kept)[0]
+    fitted_HI = refit_down([(moment_HH, cross_HH)], down_HI[None], kept)[0]
     mixed = (fitted_HI * (cross_HH @ down_HI)).sum()
     now = (fitted_HI * (moment_HH @ fitted_HI)).sum()
     return 2 * float(mixed) - float(now)

@@ -8,8 +8,9 @@ alternating least squares then uses each expert's own moment.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,11 +80,28 @@ def floored(moments_ENN: Tensor) -> Tensor:
 
     Experts without data get the identity.
     """
-    mean_E = moments_ENN.diagonal(dim1=-2, dim2=-1).mean(-1)
-    added_E = torch.where(mean_E > 0, EIGENVALUE_FLOOR * mean_E, torch.ones_like(mean_E))
     result = moments_ENN.clone()
-    result.diagonal(dim1=-2, dim2=-1).add_(added_E[:, None])
+    _add_floor(result)
     return result
+
+
+def _add_floor(moments_ENN: Tensor) -> None:
+    diagonal_EN = moments_ENN.diagonal(dim1=-2, dim2=-1)
+    mean_E = diagonal_EN.mean(-1)
+    added_E = torch.where(mean_E > 0, EIGENVALUE_FLOOR * mean_E, torch.ones_like(mean_E))
+    diagonal_EN.add_(added_E[:, None])
+
+
+@contextmanager
+def _floor_in_place(moments_ENN: Tensor) -> Iterator[None]:
+    """Floor second moments for a while: they are the largest tensor, and a copy is another one."""
+    diagonal_EN = moments_ENN.diagonal(dim1=-2, dim2=-1)
+    before_EN = diagonal_EN.clone()
+    _add_floor(moments_ENN)
+    try:
+        yield
+    finally:
+        diagonal_EN.copy_(before_EN)
 
 
 def weighted_tucker(
@@ -104,7 +122,8 @@ def weighted_tucker(
 
     Args:
         stacks: Coupled stacks of one shape (E, H, I); they share one U_I.
-        moments_EII: Second moment of each expert's inputs, shape (E, I, I), any scale.
+        moments_EII: Second moment of each expert's inputs, shape (E, I, I), any scale. Their
+            diagonals have the floor added while this runs.
         rank: Core sizes; a full mode gets no factor.
         max_sweeps: Maximum number of sweeps of weighted least squares.
         tolerance: Stop when a sweep reduces the relative error by less than this fraction.
@@ -128,22 +147,24 @@ def weighted_tucker(
     scale = power_of_two_scale(sharing.gather(magnitudes))
     if scale != 1.0:
         stacks = [stack * scale for stack in stacks]
-    problem = _Problem(stacks, floored(moments_EII.to(stacks[0].dtype)), sharing)
+    moments_EII = moments_EII.to(stacks[0].dtype)
     pooled_II = sharing.sum(moments_EII.sum(0))
     truncated = rank.truncated_modes(shape)
     start = _whitened_hooi if truncated != (Mode.HIDDEN,) else _best_hidden_factor
-    best = problem.state(start(stacks, pooled_II, rank, sharing))
-    errors = [best.error]
-    for sweep in range(max_sweeps):
-        stage(f"sweep {sweep + 1} of at most {max_sweeps}")
-        better = problem.sweep(best)
-        if not better.error < errors[-1]:
-            break
-        best = better
-        errors.append(best.error)
-        if errors[-2] - errors[-1] < tolerance * errors[-2]:
-            break
-    tensors = best.tensors
+    tensors = start(stacks, pooled_II, rank, sharing)
+    with _floor_in_place(moments_EII):
+        problem = _Problem(stacks, moments_EII, sharing)
+        errors = [problem.measure(tensors)]
+        for sweep in range(max_sweeps):
+            stage(f"sweep {sweep + 1} of at most {max_sweeps}")
+            better = problem.sweep(tensors)
+            error = problem.measure(better)
+            if not error < errors[-1]:
+                break
+            tensors = better
+            errors.append(error)
+            if errors[-2] - errors[-1] < tolerance * errors[-2]:
+                break
     if scale != 1.0:
         tensors = [TuckerFactors(factors.core / scale, *factors.factors) for factors in tensors]
     return WeightedDecomposition(tuple(tensors), tuple(errors))
@@ -208,27 +229,19 @@ def _of_own_experts(factors: TuckerFactors, sharing: Sharing) -> TuckerFactors:
     return replace(factors, U_E=factors.U_E[own])
 
 
-class _State(NamedTuple):
-    """Tucker tensors of a weighted least-squares problem.
+class _Problem:
+    """One weighted least-squares problem, and what its next sweep needs of the tensors so far.
 
     Attributes:
-        tensors: One per stack.
-        small_ERR: U_Iᵀ Σ_e U_I.
-        targets: X_e Σ_e U_I of each stack, shape (E, H, r_I).
-        error: Relative weighted error √(Σ_e ‖(X_e − X̂_e) Σ_e^{1/2}‖² / Σ_e ‖X_e Σ_e^{1/2}‖²).
+        weighted: X_e Σ_e of each stack.
+        targets: X_e Σ_e U_I of each stack, shape (E, H, r_I), with the U_I last measured.
+        small_ERR: U_Iᵀ Σ_e U_I, with the same.
     """
 
-    tensors: list[TuckerFactors]
-    small_ERR: Tensor
     targets: list[Tensor]
-    error: float
-
-
-class _Problem:
-    """The stacks and moments of one weighted least-squares problem."""
+    small_ERR: Tensor
 
     def __init__(self, stacks: list[Tensor], moments_EII: Tensor, sharing: Sharing = ALONE) -> None:
-        self.stacks = stacks
         self.moments_EII = moments_EII
         self.sharing = sharing
         pooled_II = sharing.sum(moments_EII.sum(0))
@@ -237,8 +250,8 @@ class _Problem:
         self.own_total = sum(map(_inner, stacks, self.weighted))
         self.total = self._sum(self.own_total)
 
-    def state(self, tensors: list[TuckerFactors]) -> _State:
-        """Tucker tensors with all that their error and the next sweep need of the moments."""
+    def measure(self, tensors: list[TuckerFactors]) -> float:
+        """Relative weighted error √(Σ_e ‖(X_e − X̂_e) Σ_e^{1/2}‖² / Σ_e ‖X_e Σ_e^{1/2}‖²)."""
         U_I = tensors[0].U_I
         small_ERR = self.moments_EII
         if U_I is not None:
@@ -246,33 +259,37 @@ class _Problem:
             small_ERR = U_I.new_empty(len(self.moments_EII), *[U_I.shape[1]] * 2)
             for small_RR, moment_II in zip(small_ERR, self.moments_EII, strict=True):
                 torch.mm(U_I.T, moment_II @ U_I, out=small_RR)
-        targets = [
+        self.small_ERR = small_ERR
+        self.targets = [
             weighted_EHI if U_I is None else weighted_EHI @ U_I for weighted_EHI in self.weighted
         ]
         missed = self.own_total
-        for target_EHR, factors in zip(targets, tensors, strict=True):
+        for target_EHR, factors in zip(self.targets, tensors, strict=True):
             projected = target_EHR if factors.U_H is None else factors.U_H.T @ target_EHR
             cores_EQR = _expert_cores(factors)
             missed -= 2 * _inner(projected, cores_EQR)
-            missed += _inner(cores_EQR @ small_ERR, cores_EQR)
+            missed += _inner(map(torch.mm, cores_EQR, small_ERR), cores_EQR)
         missed = self._sum(missed)
-        error = (max(0.0, missed) / self.total) ** 0.5 if self.total > 0 else 0.0
-        return _State(tensors, small_ERR, targets, error)
+        return (max(0.0, missed) / self.total) ** 0.5 if self.total > 0 else 0.0
 
-    def sweep(self, state: _State) -> _State:
-        """Update the cores, U_E and U_H of each stack once, then the shared U_I."""
+    def sweep(self, tensors: list[TuckerFactors]) -> list[TuckerFactors]:
+        """Update the cores, U_E and U_H of each stack once, then the shared U_I.
+
+        Args:
+            tensors: Those that were measured last.
+        """
         updated = [
-            _update_stack(factors, target_EHR, state.small_ERR, self.sharing)
-            for factors, target_EHR in zip(state.tensors, state.targets, strict=True)
+            _update_stack(factors, target_EHR, self.small_ERR, self.sharing)
+            for factors, target_EHR in zip(tensors, self.targets, strict=True)
         ]
+        del self.targets, self.small_ERR  # of tensors that are replaced
         U_I = updated[0].U_I
         if U_I is not None:
             shared_IR, mixing_RR = orthonormalised(self._hidden_factor(updated, U_I))
-            updated = [
-                TuckerFactors(factors.core @ mixing_RR.T, factors.U_E, factors.U_H, shared_IR)
-                for factors in updated
-            ]
-        return self.state(updated)
+            for place, factors in enumerate(updated):  # one core at a time
+                core = factors.core @ mixing_RR.T
+                updated[place] = TuckerFactors(core, factors.U_E, factors.U_H, shared_IR)
+        return updated
 
     def _hidden_factor(self, tensors: list[TuckerFactors], start_IR: Tensor) -> Tensor:
         """Solve Σ_e Σ_e U (C_eᵀ C_e) = Σ_e Σ_e X_eᵀ U_H C_e for U_I by conjugate gradients.
@@ -340,7 +357,7 @@ def _update_stack(
     return TuckerFactors(core_PQR, U_E, U_H, factors.U_I)
 
 
-def _inner(one: Tensor, other: Tensor) -> float:
+def _inner(one: Iterable[Tensor], other: Tensor) -> float:
     """Inner product, accumulated in float64 over experts."""
     pairs = zip(one, other, strict=True)
     return float(sum(in_float64((own * its).sum()) for own, its in pairs))

@@ -53,7 +53,8 @@ def eliminated(stack: Tensor) -> list[float]:
 
 def refitted(stack: Tensor) -> list[float]:
     moment = moments(SHAPE.intermediate).to(stack.device)
-    numbers: list[float] = refit_down(moment, moment, stack, all_neurons(SHAPE)).flatten().tolist()
+    pairs = zip(moment, moment, strict=True)
+    numbers: list[float] = refit_down(pairs, stack, all_neurons(SHAPE)).flatten().tolist()
     return numbers
 
 

@@ -66,6 +66,11 @@ def moments(h_ENH: Tensor) -> Tensor:
     return h_ENH.mT @ h_ENH
 
 
+def both(now_EKK: Tensor, cross_EKH: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Moments for the refit of one expert after another."""
+    return list(zip(now_EKK, cross_EKH, strict=True))
+
+
 def test_first_removal_is_the_cheapest_of_all_and_costs_what_a_refit_loses() -> None:
     h_ENH, down_EHI = make_neurons(3, 60, 7), make_down(3, 7, 5)
     found = eliminate(moments(h_ENH), down_EHI)
@@ -195,7 +200,7 @@ def test_moment_that_rounding_made_indefinite_is_no_obstacle() -> None:
     assert float(torch.linalg.eigvalsh(moments_EHH[1])[0]) < 0
     found = eliminate(moments_EHH, down_EHI)
     assert bool(found.errors_H.isfinite().all())
-    fitted = refit_down(moments_EHH, moments_EHH, down_EHI, all_neurons(StackShape(2, 5, 4)))
+    fitted = refit_down(both(moments_EHH, moments_EHH), down_EHI, all_neurons(StackShape(2, 5, 4)))
     assert bool(fitted.isfinite().all())
 
 
@@ -230,7 +235,7 @@ def test_refit_of_down_is_least_squares_with_a_ridge_towards_the_kept_rows(token
     kept = KeptNeurons(kept_EK, (4, 4))
     now_ENK = h_ENH.gather(2, kept_EK[:, None].expand(-1, tokens, -1))
     now_ENK = now_ENK + 0.1 * now_ENK.roll(1, 1)  # as compressed gate and up would make them
-    found_EKI = refit_down(now_ENK.mT @ now_ENK, now_ENK.mT @ h_ENH, down_EHI, kept)
+    found_EKI = refit_down(both(now_ENK.mT @ now_ENK, now_ENK.mT @ h_ENH), down_EHI, kept)
     for h_NH, now_NK, down_HI, kept_K, found_KI in zip(
         h_ENH, now_ENK, down_EHI, kept_EK, found_EKI, strict=True
     ):
@@ -247,7 +252,7 @@ def test_refit_recovers_what_its_error_lacks() -> None:
     recovered = refitted_energy(now_NH.T @ now_NH, now_NH.T @ h_NH, down_HI)
     shape = StackShape(1, 6, 4)
     fitted_HI = refit_down(
-        (now_NH.T @ now_NH)[None], (now_NH.T @ h_NH)[None], down_HI[None], all_neurons(shape)
+        [(now_NH.T @ now_NH, now_NH.T @ h_NH)], down_HI[None], all_neurons(shape)
     )[0]
     exact_NI = h_NH @ down_HI
     error = (now_NH @ fitted_HI - exact_NI).square().sum()
@@ -265,7 +270,7 @@ def test_refit_of_down_is_never_worse_than_the_rows_as_they_were(
     kept = eliminate(moments(h_ENH), down_EHI).kept(width)
     noise_ENK = noise * make_neurons(experts, tokens, neurons, seed=7)
     now_ENK = kept.rows((h_ENH + noise_ENK).mT).mT
-    found_EKI = refit_down(now_ENK.mT @ now_ENK, now_ENK.mT @ h_ENH, down_EHI, kept)
+    found_EKI = refit_down(both(now_ENK.mT @ now_ENK, now_ENK.mT @ h_ENH), down_EHI, kept)
     kept_EKI = kept.rows(down_EHI)
     exact_ENI = h_ENH @ down_EHI
     before = (now_ENK @ kept_EKI - exact_ENI).square().sum(dim=(1, 2))
@@ -276,5 +281,5 @@ def test_refit_of_down_is_never_worse_than_the_rows_as_they_were(
 def test_refit_of_all_neurons_as_they_were_changes_nothing() -> None:
     h_ENH, down_EHI = make_neurons(2, 30, 6, rank=3), make_down(2, 6, 4)
     kept = all_neurons(StackShape(2, 6, 4))
-    found = refit_down(moments(h_ENH), moments(h_ENH), down_EHI, kept)
+    found = refit_down(both(moments(h_ENH), moments(h_ENH)), down_EHI, kept)
     torch.testing.assert_close(found, down_EHI, rtol=1e-9, atol=1e-9)

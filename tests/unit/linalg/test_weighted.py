@@ -121,10 +121,18 @@ def test_error_is_not_above_that_of_the_unwhitened_hooi(
     assert found.errors[-1] <= naive_error(stacks, plain, moments)
 
 
+@pytest.mark.parametrize("rank", [SMALL, MultilinearRank(5, 6, 5)], ids=str)
+def test_moments_are_afterwards_what_they_were(rank: MultilinearRank) -> None:
+    stacks, moments = make_stacks(1), make_moments(5, 8)
+    before = moments.clone()
+    weighted_tucker(stacks, moments, rank)
+    assert torch.equal(moments, before)
+
+
 @pytest.mark.parametrize("rank", RANKS, ids=str)
 def test_identity_moments_give_what_hooi_gives(rank: MultilinearRank) -> None:
     stacks = make_stacks(1)
-    identity = torch.eye(8, dtype=F64).expand(5, 8, 8)
+    identity = torch.eye(8, dtype=F64).repeat(5, 1, 1)
     residual = hooi(stacks, rank, tolerance=0, max_sweeps=60).projected_residuals[-1]
     found = weighted_tucker(stacks, identity, rank, tolerance=0, max_sweeps=60)
     assert found.errors[-1] == pytest.approx(residual, rel=1e-3)
@@ -256,7 +264,7 @@ def test_hidden_factor_is_nearly_the_solution_of_its_normal_equations(decay: flo
 
     def squared_error(own_IR: Tensor) -> float:
         tensors = [TuckerFactors(factors.core, U_I=own_IR) for factors in start]
-        return problem.state(tensors).error ** 2
+        return problem.measure(tensors) ** 2
 
     found = squared_error(problem._hidden_factor(list(start), U_I))
     least = squared_error(exact_IR)
