@@ -174,7 +174,7 @@ def decompose(
                 held.enter_context(claim)
             else:
                 folder.join(contents)
-            # Before a profile is made: what a calibrated layer needs depends on its shape alone.
+            # Before a profile is made, by sizes that a budget pays for.
             plan = make_plan(source, recipe)
             return plan, calibration, fit_memory(plan, processes, device, most)
 

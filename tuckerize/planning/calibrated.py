@@ -7,13 +7,22 @@ from dataclasses import dataclass, replace
 
 from tuckerize.calibration.layer_profile import LayerProfile
 from tuckerize.compression.target import CompressionTarget
-from tuckerize.domain import CoreType, StackShape, Target, encodings_for
+from tuckerize.domain import (
+    DOWN,
+    GATE_UP,
+    CoreType,
+    MultilinearRank,
+    StackShape,
+    Target,
+    Truncation,
+    encodings_for,
+)
 from tuckerize.errors import UsageError
 from tuckerize.planning.allocation import Allocator, SearchSpace, check_budget, widest_within
 from tuckerize.planning.budget import Budget
 from tuckerize.planning.knapsack import Choice
 from tuckerize.recipe import CalibrationSettings, Rule
-from tuckerize.weight_types import WeightType
+from tuckerize.weight_types import WeightType, stored_bytes
 
 Encodings = tuple[CoreType | None, ...]
 """Encodings of cores that may be chosen; None is the type of the factors."""
@@ -120,6 +129,25 @@ class RuleBudget:
             return None
         target = widest_within(self.budget, self.model.space(*self.encodings))
         return target if self.quantize is None else replace(target, cores=self.quantize)
+
+    def presumed(self) -> CompressionTarget:
+        """Sizes of a layer that the budget pays for, while no profile says which are the best."""
+        shape, weights = self.model.shape, self.model.weights
+        dense, *encoded = (
+            stored_bytes(shape, shape, replace(weights, cores=cores))
+            for cores in (None, *self.encodings)
+        )
+        share = min(1.0, self.budget.share * dense / min(encoded))
+        neurons, hidden = {
+            Truncation.NEURONS: (share, 1.0),
+            Truncation.LATENT: (1.0, share),
+        }.get(self.model.settings.shape, (share**0.5, share**0.5))
+        width = max(1, int(neurons * shape.intermediate))
+        rank = MultilinearRank(shape.experts, width, max(1, int(hidden * shape.hidden)))
+        if self.model.settings.shape == Truncation.FULL:
+            width = shape.intermediate
+        cores = self.encodings[0] if len(self.encodings) == 1 else None
+        return CompressionTarget(width, {GATE_UP: rank, DOWN: rank}, cores=cores or self.quantize)
 
     def choose(self, profiles: Sequence[LayerProfile]) -> list[Choice]:
         """The choice of every layer.

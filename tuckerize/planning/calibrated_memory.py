@@ -9,13 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tuckerize.calibration.profile_pass import num_probe_windows
+from tuckerize.calibration.refine import batch_and_steps
 from tuckerize.calibration.spectra import ROW_VALUES
 from tuckerize.calibration.tokens import enough_tokens
+from tuckerize.compression.closed_form import TOKENS_AT_ONCE
 from tuckerize.compression.parts import has_parts
-from tuckerize.compression.target import LayerPiece
+from tuckerize.compression.target import CompressionTarget, LayerPiece
 from tuckerize.domain import Projection, StackShape
 from tuckerize.linalg.quantise import SCALE_VALUES
 from tuckerize.linalg.selection import CHUNK_VALUES
+from tuckerize.planning.closed_form_memory import closed_form_values
 from tuckerize.planning.plan import Plan
 
 # float32, the work type, and float64.
@@ -29,6 +32,7 @@ _SPECTRUM_COPIES = 11
 _READ_COPIES = 5
 _ROUNDING_COPIES = (5, 7)  # moments and matrices of gate or up, while columns are rounded
 _SCALES_COPIES = (1, 4, 3)  # the same and normal equations in float64, while scales are fitted
+_KEPT = 1.08  # of what is alive, with what the allocator keeps of what was freed
 _SMALLEST_GROUP = 32  # inputs that share a scale
 
 
@@ -65,16 +69,59 @@ class LayerWork:
         dense = self._dense if held else self._read
         return dense + self._states + max(self.forward, after)
 
-    def compression_bytes(self) -> int:
+    def compression_bytes(self, piece: LayerPiece) -> int:
         """Peak bytes while the layer is compressed with its dense experts in memory.
 
-        Beside these and the tokens, weighted least squares of gate and up: some fifteen copies of a
-        stack, three of the moments of the inputs. Refinement needs less: parameters, start,
-        gradients and two moments of Adam are at most as much as those copies.
+        The most of the elimination of neurons, the closed form of a group beside the factors of the
+        others, the dense outputs, the gradient steps, and the encoding of the cores.
+
+        Args:
+            piece: Its piece, of which all groups have one target.
         """
-        experts, neurons, hidden = self.shape
-        least_squares = experts * (15 * neurons * hidden + 3 * hidden**2) * _WORK_BYTES
-        return self._dense + self._states + least_squares
+        target, groups = piece.targets[0], len(piece.targets)
+        group = self._group(piece)
+        factors = piece.stored_parameters(group)
+        of_group = closed_form_values(group, target, self.fitted_rows(target, groups))
+        alive = max(
+            factors - factors // groups + of_group,
+            factors + self._rows(self.shape.intermediate, self.shape.hidden),
+            self.refinement(piece),
+        )
+        eliminated = self.moments if target.neurons < group.intermediate else 0
+        encoded = 0
+        if piece.cores is not None:  # the cores before and after, and codes
+            encoded = factors * (2 * _WORK_BYTES + 1) + self.rounding
+        alive = max(alive * _WORK_BYTES, eliminated, encoded)
+        return int(_KEPT * (self._dense + self._states + alive))
+
+    def refinement(self, piece: LayerPiece) -> int:
+        """Values of the gradient steps: parameters, their start, gradients, and Adam's moments."""
+        group, target = self._group(piece), piece.targets[0]
+        factors = piece.stored_parameters(group)
+        if piece.calibration is None or not piece.calibration.refine:
+            return 2 * factors
+        batch, _ = batch_and_steps(self.tokens, piece.calibration.refine)
+        rows = batch * self.top_k * (_latent(target) + 3 * target.neurons)
+        mixed = len(piece.targets) * sum(  # matrices of experts that share cores
+            len(coupling) * group.experts * rank.intermediate * rank.hidden
+            for coupling, rank in target.ranks.items()
+            if rank.expert < group.experts
+        )
+        gradient = mixed // len(Projection)
+        return 5 * factors + rows + mixed + gradient
+
+    def fitted_rows(self, target: CompressionTarget, groups: int = 1) -> int:
+        """Values of one expert's tokens, or of those that run through a compressed group."""
+        return max(self._expert_rows, self._rows(target.neurons, _latent(target)) // groups)
+
+    def _rows(self, neurons: int, hidden: int) -> int:
+        """Values of running tokens through experts: neurons, or outputs and their sum."""
+        rows = min(self.tokens, TOKENS_AT_ONCE) * self.top_k
+        return rows * max(4 * neurons + hidden, neurons + 3 * hidden)
+
+    def _group(self, piece: LayerPiece) -> StackShape:
+        """Sizes of the stacks of one group."""
+        return self.shape._replace(experts=self.shape.experts // len(piece.targets))
 
     def parts_bytes(self, piece: LayerPiece, stored: int) -> int:
         """Peak bytes while the layer is compressed expert by expert.
@@ -125,13 +172,18 @@ class LayerWork:
         return self.tokens * self.top_k // self.shape.experts
 
     @property
+    def _expert_rows(self) -> int:
+        """Values of the tokens of one expert, with its neurons and their derivatives."""
+        of_hidden, of_neurons = _EXPERT_ROWS
+        _, neurons, hidden = self.shape
+        return self.tokens_of_expert * (of_hidden * hidden + of_neurons * neurons)
+
+    @property
     def moments(self) -> int:
         """Bytes of the moments of neurons, and of their elimination."""
         experts, neurons, hidden = self.shape
         chunk = min(experts, max(1, CHUNK_VALUES // neurons**2))
-        of_hidden, of_neurons = _EXPERT_ROWS
-        values = self.tokens_of_expert * (of_hidden * hidden + of_neurons * neurons)
-        rows = (values + self._routed * hidden) * _WORK_BYTES
+        rows = (self._expert_rows + self._routed * hidden) * _WORK_BYTES
         eliminated = _ELIMINATION_COPIES * chunk * neurons**2 * _EXACT_BYTES
         return chunk * neurons * (neurons + hidden) * _WORK_BYTES + max(rows, eliminated)
 
@@ -148,6 +200,11 @@ class LayerWork:
         fitted += of_equations * equations * _EXACT_BYTES
         rows = self.tokens_of_expert * hidden * _WORK_BYTES
         return max(rounded, fitted) + rows
+
+
+def _latent(target: CompressionTarget) -> int:
+    """Largest size of the hidden mode."""
+    return max(rank.hidden for rank in target.ranks.values())
 
 
 def has_parts_of(plan: Plan) -> bool:

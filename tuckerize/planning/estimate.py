@@ -120,7 +120,7 @@ def peak_need(
         if profile_of is not None:
             continue
         if held:
-            found.append(BASE_BYTES + work.compression_bytes())
+            found.append(BASE_BYTES + work.compression_bytes(piece))
         else:
             stored = piece.stored_bytes(shape, plan.weights)
             found.append(BASE_BYTES + work.parts_bytes(piece, stored))

@@ -76,7 +76,7 @@ class Plan:
         layer_pieces: Stacks to compress. The weight files are those of the copies, then these.
         predicted_kl: Predicted KL divergence from the source, nats per token; None without a
             calibrated budget.
-        waits: Whether budgets wait for profiles, and their layers are dense until then.
+        waits: Whether budgets wait for profiles; their layers have presumed sizes until then.
     """
 
     source: SourceModel
@@ -153,7 +153,7 @@ def make_plan(source: SourceModel, recipe: Recipe, profiles: Sequence[LayerProfi
         source: The dense model.
         recipe: The recipe.
         profiles: Profiles of the layers, for calibrated budgets. Without them a budget is checked,
-            and its layers stay dense where their sizes depend on profiles.
+            and its layers have sizes that it pays for where these depend on profiles.
 
     Raises:
         RecipeError: The recipe does not fit the model.
@@ -336,9 +336,12 @@ def _calibrated_pieces(
         rule = recipe.rules[index]
         budget = RuleBudget.of(rule, sizes, recipe.quantize)
         if budget is None or not profiles:
-            target = budget and budget.known()
-            waits |= budget is not None and target is None
-            target = target or _target_of_rank(recipe, rule.rank or _FULL, sizes.shape)
+            if budget is None:
+                target = _target_of_rank(recipe, rule.rank or _FULL, sizes.shape)
+            else:
+                known = budget.known()
+                waits |= known is None
+                target = known or budget.presumed()
             for layer in own:
                 add(layer, target)
             continue

@@ -11,11 +11,21 @@ import pytest
 import torch
 
 from tests.expert_cases import SWIGLU, make_group, make_tokens
+from tests.live_tensors import live_bytes
 from tuckerize.calibration.group_statistics import GroupStatistics
+from tuckerize.calibration.refine import refine
 from tuckerize.calibration.tokens import DenseGroup, LayerTokens, StacksOnDisk
-from tuckerize.domain import GATE_UP, CoreType, Projection, StackShape
+from tuckerize.compression.closed_form import factor_gate_up, refit, with_neurons
+from tuckerize.compression.factors import GroupFactors
+from tuckerize.compression.target import CompressionTarget, LayerPiece
+from tuckerize.domain import DOWN, GATE_UP, CoreType, MultilinearRank, Projection, StackShape
 from tuckerize.linalg.quantise import quantise
+from tuckerize.linalg.selection import all_neurons, kept_neurons
+from tuckerize.linalg.sharing import ALONE
 from tuckerize.planning.calibrated_memory import LayerWork
+from tuckerize.planning.closed_form_memory import closed_form_values
+from tuckerize.progress import silent
+from tuckerize.recipe import CalibrationSettings
 from tuckerize.runtime.experts import TuckerExperts
 
 STATUS = Path("/proc/self/status")
@@ -86,3 +96,69 @@ def test_memory_of_rounding_an_expert(neurons: int, hidden: int) -> None:
         quantise(both, CoreType.W4, [tokens.x_TI.T @ tokens.x_TI])
 
     assert peak_bytes(work_on) == pytest.approx(work.rounding, rel=0.25)
+
+
+def test_what_is_freed_does_not_count() -> None:
+    def work() -> None:
+        for _ in range(3):
+            one = torch.ones(1000)
+            other = one.view(10, 100) + 1  # a view is nothing of its own
+            del one
+        del other
+
+    assert live_bytes(work) == 3 * 4000
+
+
+SIZES = StackShape(24, 88, 128)
+
+
+def target_of(neurons: int, *rank: int) -> CompressionTarget:
+    ranks = dict.fromkeys([GATE_UP, DOWN], MultilinearRank(*rank))
+    return CompressionTarget(neurons, ranks, equal_widths=True)
+
+
+TARGETS = {
+    "neurons": target_of(48, 24, 48, 128),
+    "hidden mode": target_of(88, 24, 88, 80),
+    "both": target_of(64, 24, 64, 96),
+    "all modes": target_of(88, 12, 56, 96),
+    "expert mode": target_of(88, 12, 88, 128),
+}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_values_of_the_closed_form_are_those_alive(name: str) -> None:
+    group, tokens, work = layer(SIZES, 256)
+    target = TARGETS[name]
+    kept_EH = torch.arange(SIZES.intermediate).expand(SIZES.experts, -1) < target.neurons
+
+    def work_on() -> None:
+        own = GroupFactors.of(0, group, target)
+        if target.neurons < SIZES.intermediate:
+            own = with_neurons(own, kept_neurons(kept_EH))
+        own = factor_gate_up(own, tokens, ALONE, max_sweeps=2, stage=silent)
+        refit(own, tokens, ALONE, activation=SWIGLU, max_sweeps=2)
+
+    expected = 4 * closed_form_values(SIZES, target, work.fitted_rows(target))
+    assert live_bytes(work_on) == pytest.approx(expected, rel=0.15)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_values_of_refinement_are_those_alive(name: str) -> None:
+    group, tokens, work = layer(SIZES, 256)
+    target = TARGETS[name]
+    own = GroupFactors.of(0, group, target)
+    if target.neurons < SIZES.intermediate:
+        own = with_neurons(own, all_neurons(SIZES._replace(intermediate=target.neurons)))
+    own = factor_gate_up(own, tokens, ALONE, max_sweeps=0, stage=silent)
+    tensors = refit(own, tokens, ALONE, activation=SWIGLU, max_sweeps=0).tensors()
+    held_out = tokens.part(slice(0, 16))
+
+    def work_on() -> None:
+        copied = {name: tensor.clone() for name, tensor in tensors.items()}
+        module = TuckerExperts([copied], group_size=SIZES.experts, activation=SWIGLU)
+        refine(module, tokens, held_out, lambda part: torch.ones_like(part.x_TI), steps=2)
+
+    settings = CalibrationSettings(texts=("text",), refine=2)
+    expected = 4 * work.refinement(LayerPiece(0, (target,), settings))
+    assert live_bytes(work_on) == pytest.approx(expected, rel=0.15)
