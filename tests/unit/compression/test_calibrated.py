@@ -96,6 +96,17 @@ def test_factored_output_is_that_of_the_expanded_experts(
         assert apart == (len(set(found.kept.widths)) > 1)
 
 
+def test_tokens_that_run_in_several_batches_have_the_outputs_of_the_dense_experts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tuckerize.compression.closed_form.TOKENS_AT_ONCE", 7)
+    group, tokens = make_group(SHAPE), make_tokens(30, SHAPE.hidden, SHAPE.experts)
+    for count in (30, 28, 0):
+        part = tokens.part(slice(0, count))
+        output_TI = group_output(group.as_tensors(), group.experts, part, SWIGLU)
+        assert_close(output_TI.double(), exact_output(group, part), rtol=1e-4, atol=1e-5)
+
+
 def test_experts_that_matter_more_keep_more_neurons() -> None:
     group, tokens = make_group(SHAPE), make_tokens(80, 8, 6)
     group.stacks[Projection.DOWN][1] *= 10
