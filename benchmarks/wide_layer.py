@@ -15,8 +15,8 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -118,56 +118,64 @@ def _save(folder: Path, file: str, tensors: dict[str, Tensor]) -> dict[str, str]
 
 
 def watch(words: list[str]) -> dict[str, Any]:
-    """Run a command; its clock and processor seconds, and its peak memory, resident and its own.
+    """Run a command; its clock, and the most that one of its processes takes.
 
-    Resident memory holds mapped pages of the source too, which the system can take away.
+    That is its processor seconds and its peak memory, resident and its own: resident memory holds
+    mapped pages of the source too, which the system can take away.
     """
     print("$", " ".join(words), file=sys.stderr, flush=True)
     started = time.monotonic()
     process = subprocess.Popen(words)
-    peaks = {"VmHWM": 0.0, "RssAnon": 0.0}
-    seconds = [0.0]
-    done = threading.Event()
-
-    def look() -> None:
-        while not done.wait(0.2):
-            try:
-                lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-                times = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                return
-            for line in lines:
-                name, _, value = line.partition(":")
-                if name in peaks:
-                    peaks[name] = max(peaks[name], int(value.split()[0]) / 2**20)
-            seconds[0] = (int(times[11]) + int(times[12])) / 100
-
-    watcher = threading.Thread(target=look)
-    watcher.start()
-    code = process.wait()
-    done.set()
-    watcher.join()
+    most = {"processor_seconds": 0.0, "resident_gib": 0.0, "own_gib": 0.0}
+    while process.poll() is None:
+        for pid in _family(process.pid):
+            with suppress(OSError, ValueError):
+                for name, value in _taken(pid).items():
+                    most[name] = max(most[name], value)
+        time.sleep(0.2)
     return {
         "command": " ".join(Path(word).name if "/" in word else word for word in words),
-        "code": code,
+        "code": process.returncode,
         "seconds": round(time.monotonic() - started, 1),
-        "processor_seconds": round(seconds[0], 1),
-        "resident_gib": round(peaks["VmHWM"], 2),
-        "own_gib": round(peaks["RssAnon"], 2),
+        **{name: round(value, 2) for name, value in most.items()},
     }
+
+
+def _family(pid: int) -> list[int]:
+    """A process and those that it has started, and theirs."""
+    try:
+        own = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:  # it has ended
+        own = []
+    return [pid, *(other for child in own for other in _family(child))]
+
+
+def _taken(pid: int) -> dict[str, float]:
+    """Processor seconds of a process, and its memory in GiB."""
+    lines = dict(
+        line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+    )
+    times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    peak, own = (int(lines[name].split()[0]) / 2**20 for name in ("VmHWM", "RssAnon"))
+    seconds = (int(times[11]) + int(times[12])) / os.sysconf("SC_CLK_TCK")
+    return {"processor_seconds": seconds, "resident_gib": peak, "own_gib": own}
 
 
 def commands(model: Path, output: Path, arguments: argparse.Namespace) -> list[list[str]]:
     """The plan, and the decomposition, of the model."""
-    python = [sys.executable, "-m", "tuckerize"]
+    python = [sys.executable, "-m"]
+    if arguments.processes > 1:
+        python += ["torch.distributed.run", "--nproc-per-node", str(arguments.processes), "-m"]
     text = EXAMPLE / "held_out.txt"
     options = ["--model", str(model), "--calibration", str(text), "--target", arguments.target]
     options += ["--max-memory", arguments.max_memory]
     options += ["--calibration-tokens", str(arguments.tokens)]
-    plan = [*python, "plan", *options]
-    decompose = [*python, "decompose", *options, "--output", str(output), "--refine", "0"]
+    plan = [*python, "tuckerize", "plan", *options]
+    decompose = [*python, "tuckerize", "decompose", *options, "--output", str(output)]
+    decompose += ["--refine", "0"]
     decompose += ["--keep", str(arguments.keep), "--quantize", "w4"]
-    return [own for own in (plan, decompose) if own[3] in arguments.commands]
+    both = {"plan": plan, "decompose": decompose}
+    return [both[name] for name in arguments.commands]
 
 
 def main() -> None:
@@ -176,6 +184,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--narrow", type=int, default=1, help="divisor of both sizes")
     parser.add_argument("--tokens", type=int, default=8192, help="plan needs 7681 at least")
+    parser.add_argument("--processes", type=int, default=1, help="that share the experts")
     parser.add_argument("--keep", type=float, default=0.5)
     parser.add_argument("--target", default="any-engine")
     parser.add_argument("--max-memory", default="12GiB")
@@ -192,7 +201,7 @@ def main() -> None:
         os.environ["XDG_CACHE_HOME"] = str(Path(temporary, "cache"))
         runs = [watch(words) for words in commands(model, Path(temporary, "out"), arguments)]
     for run in runs:
-        run |= {"experts": arguments.experts, "narrow": arguments.narrow}
+        run |= {name: getattr(arguments, name) for name in ("experts", "narrow", "processes")}
         print(json.dumps(run))
     if arguments.write:
         known = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
