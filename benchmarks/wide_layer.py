@@ -129,7 +129,7 @@ def watch(words: list[str]) -> dict[str, Any]:
     most = {"processor_seconds": 0.0, "resident_gib": 0.0, "own_gib": 0.0}
     while process.poll() is None:
         for pid in _family(process.pid):
-            with suppress(OSError, ValueError):
+            with suppress(OSError, KeyError):  # it has ended
                 for name, value in _taken(pid).items():
                     most[name] = max(most[name], value)
         time.sleep(0.2)
