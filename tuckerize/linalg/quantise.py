@@ -31,6 +31,8 @@ _DAMPING = 0.01
 _BLOCK = 128
 # Values of a matrix that scales are tried on at once: what a core's cache holds.
 _CACHED_VALUES = 2**18
+# Codes that are packed at once; they take eight bytes each meanwhile.
+_PACKED_VALUES = 2**22
 SCALE_VALUES = 2**24
 """Values of the normal equations of scales that are solved at once (128 MiB in float64)."""
 
@@ -126,6 +128,13 @@ def pack(codes: Tensor, core_type: CoreType) -> Tensor:
         Eight codes of 4 bits an int32, or eight of 3 bits three bytes (uint8): the bytes of
             compressed-tensors' words since 0.20.
     """
+    columns = codes.shape[-1]
+    rows = torch.split(codes.flatten(0, -2), max(1, _PACKED_VALUES // max(1, columns)))
+    packed = torch.cat([_packed(own, core_type) for own in rows])
+    return packed.view(*codes.shape[:-1], core_type.words(columns))
+
+
+def _packed(codes: Tensor, core_type: CoreType) -> Tensor:
     bits, per_word = core_type.bits, core_type.word_codes
     offset = _grouped(codes.to(torch.int32), per_word) + 2 ** (bits - 1)
     shifts = torch.arange(0, per_word * bits, bits, dtype=torch.int32, device=codes.device)

@@ -123,16 +123,18 @@ class LayerWork:
         """Sizes of the stacks of one group."""
         return self.shape._replace(experts=self.shape.experts // len(piece.targets))
 
-    def parts_bytes(self, piece: LayerPiece, stored: int) -> int:
+    def parts_bytes(self, piece: LayerPiece, stored: int, processes: int = 1) -> int:
         """Peak bytes while the layer is compressed expert by expert.
 
         Args:
             piece: Its piece.
-            stored: Bytes that are stored of its groups.
+            stored: Bytes that are stored of its groups, by the first process.
+            processes: Processes that share the experts.
         """
         experts, _, hidden = self.shape
         codes = len(Projection) * experts * piece.targets[0].neurons * hidden
-        written = codes + 2 * stored  # packed, and their copy in the writer
+        whole = processes * codes if processes > 1 else 0  # of all of them, gathered
+        written = codes + whole + 2 * stored  # packed, and their copy in the writer
         measured = codes + stored + self.forward
         alive = max(self.moments, codes + self.rounding, measured, written)
         return self._read + self._states + alive

@@ -123,7 +123,7 @@ def peak_need(
             found.append(BASE_BYTES + work.compression_bytes(piece))
         else:
             stored = piece.stored_bytes(shape, plan.weights)
-            found.append(BASE_BYTES + work.parts_bytes(piece, stored))
+            found.append(BASE_BYTES + work.parts_bytes(piece, stored, processes))
     return Need(max(found), threads, profile_held, held)
 
 

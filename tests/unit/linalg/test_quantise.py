@@ -16,6 +16,7 @@ from packaging.version import Version
 from torch import Tensor
 from torch.nn import functional
 
+from tests.live_tensors import live_bytes
 from tuckerize.domain import CoreType
 from tuckerize.linalg.quantise import (
     QuantisedMatrices,
@@ -99,6 +100,19 @@ def test_packing_is_that_of_compressed_tensors(
     theirs = PACKING.pack_to_int32(padded, core_type.bits)
     assert torch.equal(pack(padded, core_type).view(torch.int32), theirs)
     assert torch.equal(PACKING.unpack_from_int32(theirs, core_type.bits, padded.shape), padded)
+
+
+@pytest.mark.parametrize("core_type", [CoreType.W4, CoreType.W3])
+def test_packing_takes_little_more_than_its_result(
+    core_type: CoreType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes = torch.randint(-4, 4, (64, 256, 64), dtype=torch.int8)
+    expected = pack(codes, core_type)
+    monkeypatch.setattr("tuckerize.linalg.quantise._PACKED_VALUES", 2**12)
+    assert torch.equal(pack(codes, core_type), expected)
+    result = expected.numel() * expected.element_size()
+    assert live_bytes(lambda: pack(codes, core_type)) < 2.3 * result
+    assert pack(codes[:0], core_type).shape == (0, *expected.shape[1:])
 
 
 @settings(max_examples=30, deadline=None)
