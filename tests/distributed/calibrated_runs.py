@@ -59,7 +59,8 @@ def run(runs: list[dict[str, Any]]) -> None:
 def same(found: Path, expected: Path) -> None:
     """Compare two Tucker checkpoints by the neurons that are kept, and by their errors.
 
-    Float32 rounds sums in another order, and U_I is sensitive to that where spectra are flat;
+    Float32 rounds sums in another order, and U_I is sensitive to that where spectra are flat, the
+    residuals of weights, which nothing minimises, most of all;
     tests/unit/calibration/test_shared_layer.py compares the weights, in float64.
     """
     one, other = (read_tucker_manifest(folder) for folder in (expected, found))
@@ -71,7 +72,7 @@ def same(found: Path, expected: Path) -> None:
         assert near.refined == exact.refined
     for stack, its in zip(one.stacks, other.stacks, strict=True):
         assert its.multilinear_rank == stack.multilinear_rank
-        assert its.relative_residual == pytest.approx(stack.relative_residual, rel=2e-2)
+        assert its.relative_residual == pytest.approx(stack.relative_residual, rel=5e-2)
     assert TuckerCheckpoint.open(found).checkpoint.tensors.keys() == (
         TuckerCheckpoint.open(expected).checkpoint.tensors.keys()
     )
