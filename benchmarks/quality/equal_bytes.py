@@ -101,6 +101,7 @@ WANTED = (
     *_ours("w4", *KEEPS),
     *_ours("w3", *KEEPS),
     *_ours(f"w3{tucker_rows.RANDOM}0.2", *KEEPS),
+    *_ours(f"w3{tucker_rows.RANDOM}0", 0.9),
     *(Wanted(OURS, 1, "own", f"{tucker_rows.BITS}{bits}", "free") for bits in (4.05, 3.6)),
     *(Wanted(DENSE, 1, LEARNED, str(Encoding(bits, 32, zero=True))) for bits in (2, 3, 4)),
     *_pruned("neuron elimination", "REAP", "MoE-Slimming", "PARSER"),

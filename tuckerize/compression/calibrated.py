@@ -102,16 +102,17 @@ def compress_layer(
     ]
     if quantise and not calibration.held:
         quantise_group, round_group = quantise.of_group(piece.layer), rounded_group(weights)
+        effort_of_rounding = EFFORTS["gate and up"] + EFFORTS["down"]
 
         def treat_part(part: GroupFactors) -> GroupFactors:
             own = groups[part.index].experts
             place = part.dense.experts.start - own.start
             if place % _EXPERTS_PER_STAGE == 0:
-                before = EFFORTS["neurons"]
-                if place:
-                    before = (EFFORTS["gate and up"] + EFFORTS["down"]) / len(own)
-                    before *= _EXPERTS_PER_STAGE
-                stages.stage(f"down and rounding, expert {place + 1} of {len(own)}", before)
+                rounded = effort_of_rounding * _EXPERTS_PER_STAGE / len(own)
+                stages.stage(
+                    f"down and rounding, expert {place + 1} of {len(own)}",
+                    rounded if place else EFFORTS["neurons"],
+                )
             if part.kept is not None:
                 part = refit(
                     with_neurons(part, part.kept),
