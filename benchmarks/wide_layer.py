@@ -173,7 +173,9 @@ def commands(model: Path, output: Path, arguments: argparse.Namespace) -> list[l
     plan = [*python, "tuckerize", "plan", *options]
     decompose = [*python, "tuckerize", "decompose", *options, "--output", str(output)]
     decompose += ["--refine", "0"]
-    decompose += ["--keep", str(arguments.keep), "--quantize", "w4"]
+    decompose += ["--keep", str(arguments.keep)]
+    if arguments.quantize:
+        decompose += ["--quantize", arguments.quantize]
     both = {"plan": plan, "decompose": decompose}
     return [both[name] for name in arguments.commands]
 
@@ -186,6 +188,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192, help="plan needs 7681 at least")
     parser.add_argument("--processes", type=int, default=1, help="that share the experts")
     parser.add_argument("--keep", type=float, default=0.5)
+    parser.add_argument("--quantize", help="w4, for example; rounding takes most of the time")
     parser.add_argument("--target", default="any-engine")
     parser.add_argument("--max-memory", default="12GiB")
     parser.add_argument("--commands", nargs="+", default=["plan", "decompose"])

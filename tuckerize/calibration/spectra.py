@@ -29,7 +29,7 @@ Array = npt.NDArray[np.float64]
 # Widths, as shares of all neurons, at which the spectrum of gate and up is computed.
 _WIDTH_SHARES = (1.0, 0.8, 0.6, 0.4, 0.2)
 # Experts of a group that truncated inputs are tried with.
-_MEASURED_EXPERTS = 16
+_MEASURED_EXPERTS = 8
 ROW_VALUES = 2**29
 """Values of the rows of all experts that are multiplied with each other at once (2 GiB)."""
 

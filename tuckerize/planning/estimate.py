@@ -77,11 +77,19 @@ def need_within(
             if need.bytes - BASE_BYTES <= available:  # the base is taken already
                 return need
         least = min(least, need.bytes - BASE_BYTES)
+    hint = (
+        "raise the limit, or start fewer processes; less is needed by smaller core sizes, by "
+        "--group-size, and by a calibration of fewer tokens (--calibration-tokens)"
+    )
+    if profile_of is None and plan.recipe.calibration is not None and not has_parts_of(plan):
+        hint += (
+            "; --target any-engine with --quantize and --refine 0 goes expert by expert and needs "
+            "the least"
+        )
     raise UsageError(
         f"a process needs about {least / 2**30:.1f} GiB more, and {available / 2**30:.1f} GiB of "
         "memory are free for it, of the host or of its control group",
-        hint="raise the limit, or start fewer processes; less is needed by smaller core sizes, by "
-        "--group-size, and by a calibration of fewer tokens (--calibration-tokens)",
+        hint=hint,
     )
 
 

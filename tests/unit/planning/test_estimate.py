@@ -96,22 +96,24 @@ def test_memory_of_a_calibrated_layer_is_what_was_measured(narrow: int) -> None:
     assert estimated == pytest.approx(row["own_gib"] * 2**30, rel=0.15)
 
 
-@pytest.mark.parametrize(("target", "in_parts"), [("free", False), ("any-engine", True)])
-def test_only_layers_without_factors_are_planned_expert_by_expert(
-    tiny_model: Path, target: str, *, in_parts: bool
+@pytest.mark.parametrize(
+    ("target", "how", "in_parts"),
+    [
+        ("free", {"quantize": "w8"}, False),
+        ("any-engine", {}, False),
+        ("any-engine", {"quantize": "w8"}, True),
+    ],
+)
+def test_only_quantised_layers_without_factors_are_planned_expert_by_expert(
+    tiny_model: Path, target: str, how: dict[str, str], *, in_parts: bool
 ) -> None:
-    plan = make_plan(
-        SourceModel.open(tiny_model),
-        parse_recipe(
-            {
-                "rules": [{"keep": 0.5}],
-                "quantize": "w8",
-                "calibration": {"texts": ["text"], "refine": 0, "target": target},
-            },
-            place="test",
-        ),
-    )
+    calibration = {"texts": ["text"], "refine": 0, "target": target}
+    recipe = {"rules": [{"keep": 0.5}], "calibration": calibration, **how}
+    plan = make_plan(SourceModel.open(tiny_model), parse_recipe(recipe, place="test"))
     assert has_parts_of(plan) == in_parts
+    with pytest.raises(UsageError, match="a process needs about") as caught:
+        need_within(plan, 0)
+    assert ("goes expert by expert" in (caught.value.hint or "")) != in_parts
 
 
 @pytest.mark.parametrize("shape", ["latent", "neurons", "auto", "full"])
