@@ -21,7 +21,9 @@ from tuckerize.calibration import tokens
 from tuckerize.format.manifest import read_tucker_manifest
 from tuckerize.format.tucker_checkpoint import TuckerCheckpoint
 from tuckerize.parallel.processes import process_group
-from tuckerize.pipeline import decompose
+from tuckerize.pipeline import decompose, memory
+from tuckerize.planning.estimate import Need, need_within
+from tuckerize.planning.plan import Plan
 from tuckerize.progress import SilentProgress
 
 
@@ -42,18 +44,32 @@ class Stop(SilentProgress):
 
 
 def run(runs: list[dict[str, Any]]) -> None:
-    """Make all runs; one with a stage in `stop` is interrupted there."""
+    """Make all runs; one with a stage in `stop` is interrupted there.
+
+    Those with `files` have hidden states, tokens and outputs in files.
+    """
     tokens.HELD_OUT_BLOCK = 64  # 1024 tokens have a validation set
     for settings in runs:
         how = dict(settings)
         stop, continued = how.pop("stop", None), how.pop("continued", 0)
+        in_files = how.pop("files", False)
         progress = Stop(stop)
-        try:
-            decompose.decompose(DecomposeRequest(**how), progress)
-        except KeyboardInterrupt:
-            continue
+        with pytest.MonkeyPatch.context() as patch:
+            if in_files:
+                patch.setattr(memory, "need_within", _in_files)
+            try:
+                decompose.decompose(DecomposeRequest(**how), progress)
+            except KeyboardInterrupt:
+                continue
         assert stop is None
         assert progress.continued == continued
+
+
+def _in_files(
+    plan: Plan, available: int, processes: int, *, profile_of: bool | None, on_host: bool
+) -> Need:
+    need = need_within(plan, available, processes, profile_of=profile_of, on_host=on_host)
+    return need._replace(states_held=False)
 
 
 def same(found: Path, expected: Path) -> None:

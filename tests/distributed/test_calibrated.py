@@ -40,7 +40,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return {"model": model, "output": str(work / output), "calibration": calibration, **options}
 
     first = [settings(case, f"one/{case}") for case in CASES]
-    many = [settings(case, f"many/{case}") for case in CASES]
+    many = [settings(case, f"many/{case}", files=case == "biases") for case in CASES]
     stop = {"stop": "layer 2: tokens"}
     case = "all modes, groups"
     first.append(settings(case, "one, two", **stop))

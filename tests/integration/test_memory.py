@@ -1,9 +1,11 @@
-"""Experts that are read whenever they are used give what those in memory give."""
+"""Experts that are read whenever they are used, and states in files, give what memory gives."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import os
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,17 +31,18 @@ class Run(NamedTuple):
     files: dict[str, bytes]
     profiles: list[LayerProfile]
     whole_stacks: int
+    state_files: int
 
 
 def decompose(
     model: Path, text: Path, folder: Path, patch: pytest.MonkeyPatch, target: str, *, held: bool
 ) -> Run:
-    """Decompose with experts in memory or on disk; factors need them in memory."""
+    """Decompose with experts and states in memory or on disk; factors need experts in memory."""
     profiles: list[LayerProfile] = []
-    whole = 0
+    whole = files = 0
 
     def profile(run: CalibrationPass, progress: object, *, spectra: bool) -> list[LayerProfile]:
-        assert run.held == held
+        assert (run.held, run.scratch) == (held, None if held else temporary)
         del progress
         profiles.extend(profile_model(run, SilentProgress(), spectra=spectra))
         return profiles
@@ -49,7 +52,18 @@ def decompose(
         whole += 1
         return stacks.read(projection, stacks.experts)  # type: ignore[arg-type]
 
-    need = Need(0, 1, held, held or target == "free")
+    temporary = folder / "temporary"
+    temporary.mkdir(parents=True)
+    patch.setattr(tempfile, "tempdir", str(temporary))
+
+    def allocate(*where: int) -> None:
+        nonlocal files
+        files += 1
+        posix_fallocate(*where)
+
+    posix_fallocate = os.posix_fallocate
+    patch.setattr(os, "posix_fallocate", allocate)
+    need = Need(0, 1, held, held or target == "free", states_held=held)
     patch.setattr(memory, "need_within", lambda *_args, **_how: need)
     patch.setattr(StacksOnDisk, "__getitem__", read_whole)
     patch.setattr(importlib.import_module("tuckerize.planning.duration"), "profile_model", profile)
@@ -71,11 +85,13 @@ def decompose(
             },
         )
     )
-    return Run(files_of(out), profiles, whole)
+    assert not list(temporary.iterdir())
+    patch.setattr(os, "posix_fallocate", posix_fallocate)
+    return Run(files_of(out), profiles, whole, files)
 
 
 @pytest.mark.parametrize("target", ["any-engine", "free"])
-def test_experts_on_disk_give_the_bytes_of_those_in_memory(
+def test_experts_and_states_on_disk_give_the_bytes_of_those_in_memory(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
 ) -> None:
     held, on_disk = (
@@ -99,4 +115,5 @@ def test_experts_on_disk_give_the_bytes_of_those_in_memory(
     # Whole stacks are read where they are held, and never otherwise.
     layers, projections = 2, 3
     assert held.whole_stacks == 2 * layers * projections
+    assert (held.state_files > 0, on_disk.state_files > 0) == (False, True)
     assert on_disk.whole_stacks == (0 if target == "any-engine" else layers * projections)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tuckerize.calibration.rows import Rows, gathered
 from tuckerize.calibration.sharing import all_windows, exchange_for, own_windows, sharing_of
 from tuckerize.calibration.states import States
 from tuckerize.calibration.stream import ExpertsCall, StreamedModel
@@ -67,6 +69,8 @@ class CalibrationPass:
         sharing: The processes that share its windows and the experts of its layers.
         held: Whether the dense experts of a layer are in memory while it is worked on; otherwise
             each is read whenever it is used.
+        scratch: Folder of temporary files that hold what is as long as the calibration set; None
+            for memory.
     """
 
     source: SourceModel
@@ -78,6 +82,7 @@ class CalibrationPass:
     notes: tuple[str, ...] = ()
     sharing: Sharing = ALONE
     held: bool = True
+    scratch: Path | None = None
 
     @classmethod
     def open(
@@ -145,9 +150,16 @@ class CalibrationPass:
             sharing_of(processes, group_size),
         )
 
-    def with_held(self, held: bool) -> CalibrationPass:  # noqa: FBT001
-        """The same pass, with dense experts in memory or on disk; as the first process has it."""
-        return replace(self, held=self.sharing.of_first(lambda: held))
+    def with_held(self, *, experts: bool, states: bool) -> CalibrationPass:
+        """The same pass, with more or less in memory; all processes have it as the first one.
+
+        Args:
+            experts: Whether dense experts are in memory, or read from the source.
+            states: Whether what is as long as the calibration set is, or in temporary files.
+        """
+        held = self.sharing.of_first(lambda: experts)
+        scratch = None if self.sharing.of_first(lambda: states) else Path(tempfile.gettempdir())
+        return replace(self, held=held, scratch=scratch)
 
     @property
     def has_validation(self) -> bool:
@@ -162,7 +174,7 @@ class CalibrationPass:
         """States of all windows before the first layer."""
         with self.model.embedding() as embed:
             parts = torch.split(self.windows_SL.to(self.model.device), _WINDOWS_AT_ONCE)
-            return States.joined([embed(part) for part in parts])
+            return States.joined(map(embed, parts), len(self.windows_SL), self.scratch)
 
     def own(self, states: States) -> States:
         """This process's share of the windows of some states, which may have one twice."""
@@ -170,7 +182,7 @@ class CalibrationPass:
 
     def whole(self, states: States, windows: int) -> States:
         """The states of all windows, which are so many, from those of every process."""
-        return all_windows(states, self.sharing, windows)
+        return all_windows(states, self.sharing, windows, self.scratch)
 
     def run_layer(self, layer: int, states: States, experts: ExpertsCall | None) -> States:
         """States after a layer.
@@ -179,7 +191,8 @@ class CalibrationPass:
             NonFiniteError: They hold NaN or infinity.
         """
         with self.model.layer(layer, experts) as run:
-            after = States.joined([run(part) for part in states.split(_WINDOWS_AT_ONCE)])
+            parts = map(run, states.split(_WINDOWS_AT_ONCE))
+            after = States.joined(parts, len(states), self.scratch)
         if not math.isfinite(largest_magnitude(after.hidden_SLI)):
             raise NonFiniteError(
                 f"the hidden states after layer {layer} hold NaN or infinity",
@@ -200,22 +213,28 @@ class CalibrationPass:
             windows: Number of windows that the processes share.
             experts: Its routed experts.
         """
-        seen: list[LayerTokens] = []
-        outputs: list[Tensor] = []
+        num_tokens = states.tokens_SL.numel()
+        own = [Rows(num_tokens, self.scratch) for _ in LayerTokens._fields]
+        outputs = Rows(num_tokens, self.scratch)
 
         def noted(x_TI: Tensor, experts_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
-            seen.append(LayerTokens(x_TI.float(), experts_Tk, weights_Tk.float()))
-            outputs.append(experts(*seen[-1]))
-            return outputs[-1].to(x_TI.dtype)
+            seen = LayerTokens(x_TI.float(), experts_Tk, weights_Tk.float())
+            for rows, part in zip(own, seen, strict=True):
+                rows.add(part)
+            output_TI: Tensor = experts(*seen)
+            outputs.add(output_TI)
+            return output_TI.to(x_TI.dtype)
 
         after = self.run_layer(layer, states, noted)
         count = windows * states.tokens_SL.shape[1]
-        own = (*(torch.cat(p) for p in zip(*seen, strict=True)), token_norms(after.hidden_SLI))
-        x_TI, experts_Tk, weights_Tk, norms_T1 = (self.sharing.gather(part)[:count] for part in own)
-        output_TI = self.sharing.gather(torch.cat(outputs))[:count]
+        norms_T1 = token_norms(after.hidden_SLI)
+        parts = [*(rows.whole for rows in own), norms_T1, outputs.whole]
+        x_TI, experts_Tk, weights_Tk, norms_T1, output_TI = (
+            gathered(part, self.sharing, count, self.scratch) for part in parts
+        )
         norms_T1 = relative_norms(norms_T1)
         tokens = LayerTokens(x_TI, experts_Tk, weights_Tk / norms_T1)
-        return Captured(tokens, output_TI / norms_T1, after)
+        return Captured(tokens, output_TI.div_(norms_T1), after)
 
     def output(self, experts: TuckerExperts, tokens: LayerTokens) -> Tensor:
         """Routed output of tokens, shape (T, I); every process computes its share of them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
+from tuckerize.calibration.rows import gathered
 from tuckerize.calibration.states import States
 from tuckerize.domain import DOWN, GATE_UP, Coupling, coupling_name
 from tuckerize.errors import ParallelError
@@ -131,6 +133,8 @@ def sharing_of(processes: Processes | None, group_size: int) -> Sharing:
 
 def own_windows(states: States, sharing: Sharing) -> States:
     """The windows of this process, as many as every other's: the last one may be there again."""
+    if sharing.size == 1:
+        return states
     count = len(states)
     each = -(-count // sharing.size)
     places = range(sharing.rank * each, (sharing.rank + 1) * each)
@@ -143,12 +147,19 @@ def num_own_windows(count: int, sharing: Sharing) -> int:
     return min(each, max(0, count - sharing.rank * each))
 
 
-def all_windows(states: States, sharing: Sharing, count: int) -> States:
-    """The states of all windows, of which there are so many, from those of each process."""
+def all_windows(states: States, sharing: Sharing, count: int, folder: Path | None = None) -> States:
+    """The states of all windows, of which there are so many, from those of each process.
+
+    Args:
+        states: Those of this process's windows.
+        sharing: The processes.
+        count: Number of windows.
+        folder: Of files that hold them; see `Rows`.
+    """
     if sharing.size == 1:
         return states
     own: list[Any] = [getattr(states, field.name) for field in fields(states)]
-    whole: list[Any] = [None if t is None else sharing.gather(t)[:count] for t in own]
+    whole: list[Any] = [None if t is None else gathered(t, sharing, count, folder) for t in own]
     return States(*whole)
 
 

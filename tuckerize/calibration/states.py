@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from tuckerize.calibration.rows import Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +53,15 @@ class States:
         return [self[start : start + windows] for start in range(0, len(self), windows)]
 
     @classmethod
-    def joined(cls, parts: Sequence[States]) -> States:
-        """The states of all windows from those of some."""
-        own = [[getattr(part, field.name) for part in parts] for field in fields(cls)]
-        whole: list[Any] = [None if some[0] is None else torch.cat(some) for some in own]
-        return cls(*whole)
+    def joined(cls, parts: Iterable[States], count: int, folder: Path | None = None) -> States:
+        """The states of so many windows from those of some at a time; see `Rows`."""
+        whole: dict[str, Rows] = {}
+        for part in parts:
+            for name in (own.name for own in fields(cls)):
+                if (tensor := getattr(part, name)) is not None:
+                    whole.setdefault(name, Rows(count, folder)).add(tensor)
+        found: dict[str, Any] = {name: rows.whole for name, rows in whole.items()}
+        return cls(**found)
 
     def named(self, name: str) -> dict[str, Tensor]:
         """The tensors by a name of theirs, for a file."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from tuckerize.calibration.rows import joined
 from tuckerize.domain import GATE_UP, Projection, StackShape
 from tuckerize.names import TensorName
 
@@ -88,11 +90,19 @@ class LayerTokens(NamedTuple):
         """The tokens at some indices."""
         return LayerTokens(self.x_TI[places], self.experts_Tk[places], self.weights_Tk[places])
 
-    def split(self) -> tuple[LayerTokens, LayerTokens]:
-        """Tokens to fit, and the validation set, which is empty where there are few."""
+    def split(self, folder: Path | None = None) -> tuple[LayerTokens, LayerTokens]:
+        """Tokens to fit, and the validation set, which is empty where there are few.
+
+        Args:
+            folder: Of a file that holds those to fit; see `Rows`.
+        """
         block = torch.arange(len(self.x_TI), device=self.x_TI.device) // HELD_OUT_BLOCK
         held_out = block % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
-        return self.part((~held_out).nonzero()[:, 0]), self.part(held_out.nonzero()[:, 0])
+        places = (~held_out).nonzero()[:, 0]
+        blocks = torch.split(places, HELD_OUT_BLOCK)
+        x_TI = joined((self.x_TI[own] for own in blocks), len(places), folder)
+        fit = LayerTokens(x_TI, self.experts_Tk[places], self.weights_Tk[places])
+        return fit, self.part(held_out.nonzero()[:, 0])
 
     def of_expert(self, expert: int, least: int) -> ExpertTokens:
         """The tokens of one expert, filled up from the whole layer where there are too few.

@@ -77,7 +77,7 @@ def compress_layer(
     Raises:
         DecompositionError: A stack cannot be decomposed.
     """
-    fit, held_out = tokens.split()
+    fit, held_out = tokens.split(calibration.scratch)
     activation = calibration.activation(piece.layer)
     _, num_steps = batch_and_steps(len(fit.x_TI), calibration.settings.refine)
     effort = len(groups) * sum(EFFORTS.values()) + num_steps
@@ -197,7 +197,8 @@ class Refine:
 
     @torch.no_grad()
     def _dense_output(self, tokens: LayerTokens) -> Tensor:
-        return in_batches(partial(self.calibration.output, self.dense), tokens)
+        output = partial(self.calibration.output, self.dense)
+        return in_batches(output, tokens, self.calibration.scratch)
 
 
 def _own_tensors(group: GroupFactors) -> dict[TensorName, Tensor]:

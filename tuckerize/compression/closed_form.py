@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from tuckerize.calibration.moments import (
@@ -18,6 +18,7 @@ from tuckerize.calibration.moments import (
     refit_moments,
     second_moment,
 )
+from tuckerize.calibration.rows import joined
 from tuckerize.calibration.tokens import LayerTokens
 from tuckerize.compression.factors import GroupFactors, GroupStep
 from tuckerize.domain import DOWN, GATE_UP, Mode, MultilinearRank, Projection, StackShape
@@ -236,7 +237,17 @@ def group_output(
     return in_batches(lambda part: module(*part), own)
 
 
-def in_batches(output: Callable[[LayerTokens], Tensor], tokens: LayerTokens) -> Tensor:
-    """Outputs of tokens, shape (T, I), not of all at once: their rows would take much memory."""
-    firsts = range(0, max(1, len(tokens.x_TI)), TOKENS_AT_ONCE)
-    return torch.cat([output(tokens.part(slice(n, n + TOKENS_AT_ONCE))) for n in firsts])
+def in_batches(
+    output: Callable[[LayerTokens], Tensor], tokens: LayerTokens, folder: Path | None = None
+) -> Tensor:
+    """Outputs of tokens, shape (T, I), not of all at once: their rows would take much memory.
+
+    Args:
+        output: Computes the outputs of some.
+        tokens: The tokens.
+        folder: Of a file that holds the outputs; see `Rows`.
+    """
+    count = len(tokens.x_TI)
+    firsts = range(0, max(1, count), TOKENS_AT_ONCE)
+    parts = (output(tokens.part(slice(first, first + TOKENS_AT_ONCE))) for first in firsts)
+    return joined(parts, count, folder)

@@ -180,7 +180,9 @@ def decompose(
 
         plan, calibration, need = processes.leader_first(begin)
         source = plan.source
-        profiled = calibration and calibration.with_held(need.profile_held)
+        profiled = calibration and calibration.with_held(
+            experts=need.profile_held, states=need.states_held
+        )
         profiles = _profiles(plan, profiled, progress)
 
         def prepare() -> Plan:
@@ -199,7 +201,8 @@ def decompose(
             device=device,
             processes=processes,
             progress=progress,
-            calibration=calibration and calibration.with_held(need.held),
+            calibration=calibration
+            and calibration.with_held(experts=need.held, states=need.states_held),
         )
 
 
@@ -235,7 +238,9 @@ def preview(request: DecomposeRequest, progress: Progress | None = None) -> Plan
 
         plan, calibration, need = processes.leader_first(begin)
         source = plan.source
-        profiled = calibration and calibration.with_held(need.profile_held)
+        profiled = calibration and calibration.with_held(
+            experts=need.profile_held, states=need.states_held
+        )
         profiles = _profiles(plan, profiled, progress)
         plan = processes.leader_first(lambda: _plan(source, recipe, calibration, profiles))
         if not processes.is_leader:

@@ -54,6 +54,12 @@ def fit_memory(
         bounds.append(max(0, most - BASE_BYTES))
     if not bounds:
         return peak_need(plan, torch.get_num_threads(), processes.size)
-    need = need_within(plan, min(bounds), processes.size, profile_of=profile_of)
+    need = need_within(
+        plan,
+        min(bounds),
+        processes.size,
+        profile_of=profile_of,
+        on_host=device.type == "cpu",
+    )
     torch.set_num_threads(need.threads)
     return need

@@ -104,7 +104,7 @@ def plan(request: PlanRequest, progress: Progress | None = None) -> CurveReport 
 
         held.callback(torch.set_num_threads, torch.get_num_threads())
         opened, need = processes.leader_first(begin)
-        opened = opened.with_held(need.profile_held)
+        opened = opened.with_held(experts=need.profile_held, states=need.states_held)
         spectra = needs_spectra(opened.settings, targets)
         profiles = profiles_of(opened, progress or SilentProgress(), spectra=spectra)
         curve = kl_curve(

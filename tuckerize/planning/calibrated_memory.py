@@ -32,6 +32,8 @@ _SPECTRUM_COPIES = 11
 _READ_COPIES = 5
 _ROUNDING_COPIES = (5, 7)  # moments and matrices of gate or up, while columns are rounded
 _SCALES_COPIES = (1, 4, 3)  # the same and normal equations in float64, while scales are fitted
+_STATES_COPIES = 5  # hidden states, tokens and outputs of the calibration set
+_COPIES_BESIDE_FILES = 2  # of these, while files hold what stays
 _KEPT = 1.08  # of what is alive, with what the allocator keeps of what was freed
 _SMALLEST_GROUP = 32  # inputs that share a scale
 
@@ -45,12 +47,16 @@ class LayerWork:
         tokens: Tokens of the calibration set.
         window: Tokens of a window.
         top_k: Experts of a token.
+        layers: Layers of the model that are profiled.
+        states_held: Whether hidden states, tokens and outputs are in memory, or in files.
     """
 
     shape: StackShape
     tokens: int
     window: int
     top_k: int
+    layers: int = 1
+    states_held: bool = True
 
     def profile_bytes(self, *, spectra: bool, held: bool) -> int:
         """Peak bytes while the layer is profiled, beside those of the process.
@@ -67,7 +73,7 @@ class LayerWork:
         moments = 2 * hidden**2 * _WORK_BYTES
         after = moments + max(self.moments, spectrum, self.rounding)
         dense = self._dense if held else self._read
-        return dense + self._states + max(self.forward, after)
+        return dense + self._states + self._probes + max(self.forward, after)
 
     def compression_bytes(self, piece: LayerPiece) -> int:
         """Peak bytes while the layer is compressed with its dense experts in memory.
@@ -152,7 +158,16 @@ class LayerWork:
     @property
     def _states(self) -> int:
         """Bytes of hidden states, tokens and outputs."""
-        return 5 * self.tokens * self.shape.hidden * _WORK_BYTES
+        copies = _STATES_COPIES if self.states_held else _COPIES_BESIDE_FILES
+        return copies * self.tokens * self.shape.hidden * _WORK_BYTES
+
+    @property
+    def _probes(self) -> int:
+        """Bytes of the hidden states of the models with one layer pruned, but for one of them."""
+        if not self.states_held:
+            return 0
+        of_layer = min(self.tokens, num_probe_windows(self.layers) * self.window)
+        return (self.layers - 1) * of_layer * self.shape.hidden * _WORK_BYTES
 
     @property
     def forward(self) -> int:

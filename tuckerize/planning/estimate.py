@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -32,28 +33,37 @@ class Need(NamedTuple):
         threads: Threads that work side by side.
         profile_held: Whether a layer's dense experts are in memory while it is profiled.
         held: The same while it is compressed.
+        states_held: Whether what is as long as the calibration set is in memory, or in files.
     """
 
     bytes: int
     threads: int
     profile_held: bool = True
     held: bool = True
+    states_held: bool = True
 
 
 def need_within(
-    plan: Plan, available: int, processes: int = 1, *, profile_of: bool | None = None
+    plan: Plan,
+    available: int,
+    processes: int = 1,
+    *,
+    profile_of: bool | None = None,
+    on_host: bool = True,
 ) -> Need:
     """The quickest way to carry out a plan in memory: what is held, and the number of threads.
 
-    A layer's dense experts are in memory if they fit with one thread, otherwise they are read
-    whenever they are used, in the profile and in the compression each. Then as many threads work as
-    fit, up to those of torch. None of this changes the result.
+    What is as long as the calibration set is in files where it does not fit with one thread. A
+    layer's dense experts are in memory if they fit with that, otherwise they are read whenever they
+    are used, in the profile and in the compression each. Then as many threads work as fit, up to
+    those of torch. None of this changes the result.
 
     Args:
         plan: The plan.
         available: Bytes that this process may still take.
         processes: Processes that share the experts of a calibrated layer.
         profile_of: Whether modes may be truncated, where a profile is all that is wanted.
+        on_host: Whether it is the host's memory, whose pages can be those of files.
 
     Raises:
         UsageError: Nothing fits.
@@ -63,8 +73,10 @@ def need_within(
         ways.append((False, True))
     elif plan.recipe.calibration is not None:
         ways += [(False, True), *([(True, False), (False, False)] if has_parts_of(plan) else [])]
+    calibrated = plan.recipe.calibration is not None
+    states = (True, False) if on_host and calibrated else (True,)
     least = math.inf
-    for profile_held, held in ways:
+    for (profile_held, held), states_held in itertools.product(ways, states):
         for threads in range(torch.get_num_threads(), 0, -1):
             need = peak_need(
                 plan,
@@ -72,6 +84,7 @@ def need_within(
                 processes,
                 profile_held=profile_held,
                 held=held,
+                states_held=states_held,
                 profile_of=profile_of,
             )
             if need.bytes - BASE_BYTES <= available:  # the base is taken already
@@ -100,6 +113,7 @@ def peak_need(
     *,
     profile_held: bool = True,
     held: bool = True,
+    states_held: bool = True,
     profile_of: bool | None = None,
 ) -> Need:
     """Estimated peak memory of one process.
@@ -110,6 +124,7 @@ def peak_need(
         processes: Processes that share the experts of a calibrated layer.
         profile_held: Whether a layer's dense experts are in memory while it is profiled.
         held: The same while it is compressed.
+        states_held: Whether what is as long as the calibration set is in memory.
         profile_of: Whether modes may be truncated, where a profile is all that is wanted.
     """
     shape, layer = plan.group_shape, plan.source.moe.shape
@@ -121,7 +136,14 @@ def peak_need(
         if settings is None:
             found.append(process + data_free_bytes(shape, piece, source, plan.weights))
             continue
-        work = LayerWork(own, settings.tokens, settings.window, plan.source.moe.routing.top_k)
+        work = LayerWork(
+            own,
+            settings.tokens,
+            settings.window,
+            plan.source.moe.routing.top_k,
+            layers=len(plan.source.moe.layers),
+            states_held=states_held,
+        )
         if profile_of is not None or plan.recipe.has_budget:
             spectra = settings.has_factors if profile_of is None else profile_of
             found.append(BASE_BYTES + work.profile_bytes(spectra=spectra, held=profile_held))
@@ -132,7 +154,7 @@ def peak_need(
         else:
             stored = piece.stored_bytes(shape, plan.weights)
             found.append(BASE_BYTES + work.parts_bytes(piece, stored, processes))
-    return Need(max(found), threads, profile_held, held)
+    return Need(max(found), threads, profile_held, held, states_held)
 
 
 def process_bytes(shape: StackShape, threads: int) -> int:

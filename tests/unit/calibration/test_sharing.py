@@ -20,7 +20,7 @@ def test_windows_of_all_processes_are_all_in_order_and_equally_many(count: int, 
     processes = [SharedByProcesses(Axis(size, rank), group_size=9) for rank in range(size)]
     own = [own_windows(states, sharing) for sharing in processes]
     assert len({len(part) for part in own}) == 1
-    assert States.joined(own).tokens_SL[:count, 0].tolist() == list(range(count))
+    assert States.joined(own, size * count).tokens_SL[:count, 0].tolist() == list(range(count))
     once = [num_own_windows(count, sharing) for sharing in processes]
     kept = [part.tokens_SL[:num, 0] for part, num in zip(own, once, strict=True)]
     assert torch.cat(kept).tolist() == list(range(count))
