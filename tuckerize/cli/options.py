@@ -327,8 +327,9 @@ MaxMemory = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
-        help="Memory that a process may take, as 16GiB: experts are read again and again, fewer "
-        "threads work, or it is refused; what is free by default.",
+        help="Memory that a process may take, as 16GiB: hidden states go to temporary files, "
+        "experts are read again and again, fewer threads work, or it is refused; what is free by "
+        "default.",
         rich_help_panel=WHERE,
     ),
 ]

@@ -56,7 +56,7 @@ def compress_layer(
     piece: LayerPiece,
     groups: list[DenseGroup],
     dense: TuckerExperts,
-    tokens: LayerTokens,
+    tokens: tuple[LayerTokens, LayerTokens],
     weights: WeightType,
     *,
     max_sweeps: int,
@@ -69,7 +69,8 @@ def compress_layer(
         piece: Targets of its groups.
         groups: The dense experts of this process, in float32.
         dense: The same as a module.
-        tokens: Tokens before the routed experts of the layer.
+        tokens: Tokens before the routed experts of the layer: those to fit, and the validation
+            set.
         weights: Type of the stored cores and factors.
         max_sweeps: Upper bound on the sweeps of weighted least squares.
         progress: Shows the stages of the layer, which counts as one.
@@ -77,7 +78,7 @@ def compress_layer(
     Raises:
         DecompositionError: A stack cannot be decomposed.
     """
-    fit, held_out = tokens.split(calibration.scratch)
+    fit, held_out = tokens
     activation = calibration.activation(piece.layer)
     _, num_steps = batch_and_steps(len(fit.x_TI), calibration.settings.refine)
     effort = len(groups) * sum(EFFORTS.values()) + num_steps

@@ -72,9 +72,9 @@ class DecomposeRequest:
         device: Where the products run: auto, npu, cuda or cpu.
         collective_timeout: Seconds that a process waits for the others; by default 7200 on npu,
             otherwise 86400.
-        max_memory: Memory that a process may take, as "16GiB": dense experts that are read again
-            whenever they are used, fewer threads, or a refusal with the figure; what is free by
-            default.
+        max_memory: Memory that a process may take, as "16GiB": hidden states in temporary files,
+            dense experts that are read again whenever they are used, fewer threads, or a refusal
+            with the figure; what is free by default.
         overwrite: Begin anew: replace an earlier result, finished or not.
     """
 

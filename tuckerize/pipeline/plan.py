@@ -41,9 +41,9 @@ class PlanRequest:
         bits: Bits per routed weight; sizes from 14 to 1.5 by default.
         group_size: Experts that share a decomposition; all of a layer by default.
         device: Where the products run: auto, npu, cuda or cpu.
-        max_memory: Memory that a process may take, as "16GiB": dense experts that are read again
-            whenever they are used, fewer threads, or a refusal with the figure; what is free by
-            default.
+        max_memory: Memory that a process may take, as "16GiB": hidden states in temporary files,
+            dense experts that are read again whenever they are used, fewer threads, or a refusal
+            with the figure; what is free by default.
     """
 
     model: str | Path

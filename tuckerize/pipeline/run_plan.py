@@ -210,9 +210,12 @@ def _pass_layer(
         return calibration.run_layer(layer, hidden, None), None
     groups = calibration.groups(layer)
     dense = calibration.dense(layer, groups)
-    tokens, _, after = calibration.capture(layer, hidden, len(calibration.windows_SL), dense)
+    captured = calibration.capture(layer, hidden, len(calibration.windows_SL), dense)
+    after = captured.after
     if piece is None:
         return after, None
+    tokens = captured.tokens.split(calibration.scratch)
+    del captured  # its tokens were copied
     compressed = compress_layer(
         calibration,
         piece,

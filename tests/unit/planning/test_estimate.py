@@ -116,6 +116,30 @@ def test_only_quantised_layers_without_factors_are_planned_expert_by_expert(
     assert ("goes expert by expert" in (caught.value.hint or "")) != in_parts
 
 
+def test_states_leave_memory_before_experts_do(tiny_model: Path) -> None:
+    calibration = {"texts": ["text"], "refine": 0, "target": "any-engine", "tokens": 8192}
+    recipe = {"rules": [{"keep": 0.5}], "quantize": "w8", "calibration": calibration}
+    plan = make_plan(SourceModel.open(tiny_model), parse_recipe(recipe, place="test"))
+
+    def peak(*, states: bool, experts: bool) -> int:
+        held = {"states_held": states, "profile_held": experts, "held": experts}
+        return peak_need(plan, 1, 1, **held).bytes - BASE_BYTES
+
+    all_held = peak(states=True, experts=True)
+    of_states, of_nothing = (peak(states=False, experts=own) for own in (True, False))
+    assert of_nothing < of_states < all_held
+    for available, states, experts in (
+        (all_held, True, True),
+        (of_states, False, True),
+        (of_nothing, False, False),
+    ):
+        need = need_within(plan, available)
+        assert (need.states_held, need.held) == (states, experts)
+    # Memory of an accelerator has no files.
+    with pytest.raises(UsageError):
+        need_within(plan, of_nothing, on_host=False)
+
+
 @pytest.mark.parametrize("shape", ["latent", "neurons", "auto", "full"])
 def test_sizes_before_a_profile_are_those_that_a_budget_pays_for(
     tiny_model: Path, shape: str
