@@ -3,20 +3,24 @@
     python -m benchmarks.linalg.st_hosvd --write
 
 The textbook takes full Gram matrices of unfoldings in memory, expert mode first, and
-`torch.linalg.eigh`. Seconds depend on the machine and its load, the ratio hardly does.
+`torch.linalg.eigh`. `--pyttb` adds the ST-HOSVD of pyttb (`pip install pyttb`), which is in
+float64. Seconds depend on the machine and its load, the ratio hardly does.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +50,8 @@ def main() -> None:
     """Run, print, and write where asked."""
     options = _options()
     torch.set_num_threads(options.threads)
-    rows = _compare(_shape(options.divide), options.runs, sweep_runs=options.sweep_runs)
+    others = {"pyttb, ST-HOSVD": pyttb_st_hosvd} if options.pyttb else {}
+    rows = _compare(_shape(options.divide), options.runs, others, sweep_runs=options.sweep_runs)
     if options.tensorly:
         rows += _compare_tensorly(_shape(options.tensorly_divide))
     rate = _product_rate()
@@ -67,6 +72,16 @@ def plain_st_hosvd(stack_EHI: Tensor, rank: MultilinearRank) -> TuckerFactors:
         projected = (factor.T @ unfolding).view(size, *sizes).movedim(0, mode)
         factors.append(factor)
     return TuckerFactors(projected.contiguous(), *factors)
+
+
+def pyttb_st_hosvd(stack_EHI: Tensor, rank: MultilinearRank) -> TuckerFactors:
+    """ST-HOSVD of the Python Tensor Toolbox of Sandia, where TuckerMPI is from too."""
+    pyttb: Any = importlib.import_module("pyttb")
+    found = pyttb.hosvd(pyttb.tensor(stack_EHI.numpy()), tol=0.0, verbosity=-1, ranks=[*rank])
+    core, *factors = (
+        torch.from_numpy(part).float() for part in (found.core.double(), *found.factor_matrices)
+    )
+    return TuckerFactors(core.contiguous(), *factors)
 
 
 def planted_stack(shape: StackShape, rank: MultilinearRank) -> Tensor:
@@ -95,13 +110,20 @@ def _shape(divisor: int) -> StackShape:
     return StackShape(EXPERTS, INTERMEDIATE // divisor, HIDDEN // divisor)
 
 
-def _compare(shape: StackShape, runs: int, *, sweep_runs: int) -> list[Row]:
+def _compare(
+    shape: StackShape,
+    runs: int,
+    others: Mapping[str, Callable[[Tensor, MultilinearRank], TuckerFactors]],
+    *,
+    sweep_runs: int,
+) -> list[Row]:
     rank = MultilinearRank(*(size // 2 for size in shape))
     stack = planted_stack(shape, rank)
     methods: dict[str, Callable[[], TuckerFactors]] = {
         "plain ST-HOSVD": lambda: plain_st_hosvd(stack, rank),
         "hooi, 0 sweeps": lambda: hooi([stack], rank, max_sweeps=0).tensors[0],
         "hooi, 1 sweep": lambda: hooi([stack], rank, max_sweeps=1).tensors[0],
+        **{name: partial(decompose, stack, rank) for name, decompose in others.items()},
     }
     seconds: dict[str, list[float]] = {method: [] for method in methods}
     residuals: dict[str, float] = {}
@@ -194,6 +216,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--sweep-runs", type=int, default=1, help="runs with one sweep")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--divide", type=int, default=1, help="take H and I this much smaller")
+    parser.add_argument("--pyttb", action="store_true", help="add pyttb, which must be installed")
     parser.add_argument("--tensorly", action="store_true", help="add TensorLy with one sweep")
     parser.add_argument("--tensorly-divide", type=int, default=4, help="as --divide, for TensorLy")
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
