@@ -58,11 +58,15 @@ def _calibrated() -> str:
 
 
 def _shared() -> str:
-    rows = [
-        [f"`{name}`", f"{own['one']:.0f}", f"{own['busiest']:.0f}", f"{own['ratio']:.2f}"]
-        for name, own in _read("shared_speed")["seconds"].items()
-    ]
-    return _table(["", "one process, CPU s", "busiest of two, CPU s", "ratio"], rows)
+    rows = []
+    for name, own in _read("shared_speed")["seconds"].items():
+        clock = own["clock_of_one"], own["clock_of_all"]
+        found = [own["one"], own["busiest"], *clock]
+        ratios = own["ratio"], clock[0] / clock[1]
+        whole, shares = [f"{value:.0f}" for value in found], [f"{value:.2f}" for value in ratios]
+        rows.append([f"`{name}`", *whole[:2], shares[0], *whole[2:], shares[1]])
+    of_processor = ["one process, CPU s", "busiest of two, CPU s", "ratio"]
+    return _table(["", *of_processor, "one, by the clock", "two, by the clock", "ratio"], rows)
 
 
 def _data_free() -> str:

@@ -11,14 +11,17 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from torch import Tensor
 
 import tuckerize
 from tests.running import files_of
+from tuckerize.calibration import calibration_pass
 from tuckerize.calibration import tokens as tokens_module
 from tuckerize.calibration.calibration_pass import CalibrationPass
 from tuckerize.calibration.layer_profile import LayerProfile
 from tuckerize.calibration.profile_pass import profile_model
 from tuckerize.calibration.tokens import StacksOnDisk
+from tuckerize.domain import Projection
 from tuckerize.planning.estimate import Need
 from tuckerize.progress import SilentProgress
 
@@ -31,6 +34,7 @@ class Run(NamedTuple):
     files: dict[str, bytes]
     profiles: list[LayerProfile]
     whole_stacks: int
+    matrices: int
     state_files: int
 
 
@@ -39,7 +43,7 @@ def decompose(
 ) -> Run:
     """Decompose with experts and states in memory or on disk; factors need experts in memory."""
     profiles: list[LayerProfile] = []
-    whole = files = 0
+    whole = matrices = files = 0
 
     def profile(run: CalibrationPass, progress: object, *, spectra: bool) -> list[LayerProfile]:
         assert (run.held, run.scratch) == (held, None if held else temporary)
@@ -56,12 +60,18 @@ def decompose(
     temporary.mkdir(parents=True)
     patch.setattr(tempfile, "tempdir", str(temporary))
 
+    def read_matrix(stacks: StacksOnDisk, projection: Projection, place: int) -> Tensor:
+        nonlocal matrices
+        matrices += 1
+        return matrix(stacks, projection, place)
+
     def allocate(*where: int) -> None:
         nonlocal files
         files += 1
         posix_fallocate(*where)
 
-    posix_fallocate = os.posix_fallocate
+    posix_fallocate, matrix = os.posix_fallocate, StacksOnDisk.matrix
+    patch.setattr(StacksOnDisk, "matrix", read_matrix)
     patch.setattr(os, "posix_fallocate", allocate)
     need = Need(0, 1, held, held or target == "free", states_held=held)
     patch.setattr(memory, "need_within", lambda *_args, **_how: need)
@@ -79,6 +89,7 @@ def decompose(
             calibration={
                 "texts": [str(text)],
                 "tokens": 1024,
+                "window": 128,
                 "refine": 0,
                 "multiple": 1,
                 "target": target,
@@ -87,7 +98,8 @@ def decompose(
     )
     assert not list(temporary.iterdir())
     patch.setattr(os, "posix_fallocate", posix_fallocate)
-    return Run(files_of(out), profiles, whole, files)
+    patch.setattr(StacksOnDisk, "matrix", matrix)
+    return Run(files_of(out), profiles, whole, matrices, files)
 
 
 @pytest.mark.parametrize("target", ["any-engine", "free"])
@@ -117,3 +129,14 @@ def test_experts_and_states_on_disk_give_the_bytes_of_those_in_memory(
     assert held.whole_stacks == 2 * layers * projections
     assert (held.state_files > 0, on_disk.state_files > 0) == (False, True)
     assert on_disk.whole_stacks == (0 if target == "any-engine" else layers * projections)
+
+
+def test_experts_of_large_layers_are_read_for_many_windows_at_once(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = decompose(model, text, tmp_path / "few", monkeypatch, "any-engine", held=False)
+    monkeypatch.setattr(calibration_pass, "_LARGE_LAYER_VALUES", 0)
+    many = decompose(model, text, tmp_path / "many", monkeypatch, "any-engine", held=False)
+    # In both passes the text goes through the experts in one part, not in four.
+    layers, experts, projections = 2, 8, 3
+    assert few.matrices - many.matrices >= 2 * 3 * layers * experts * projections

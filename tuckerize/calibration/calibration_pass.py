@@ -32,8 +32,11 @@ from tuckerize.runtime.activations import Activation, activation_of
 from tuckerize.runtime.experts import TuckerExperts
 from tuckerize.runtime.quantised import CoreOnDisk
 
-# Attention of more takes buffers so large that the system maps them anew for every call.
-_WINDOWS_AT_ONCE = 2
+# Attention of more windows takes buffers so large that the system maps them anew for every call.
+# Experts of large layers may be read from files, and all of them for every call: those decide, and
+# not what is held, as sums of other tokens at once have other last bits.
+_WINDOWS_AT_ONCE, _WINDOWS_OF_LARGE_LAYERS = 2, 8
+_LARGE_LAYER_VALUES = 2**31  # 8 GiB in float32
 _SEED = 0
 _STATES = "states"
 # Lower bound on relative norms: tokens with small hidden states must not dominate.
@@ -162,6 +165,13 @@ class CalibrationPass:
         return replace(self, held=held, scratch=scratch)
 
     @property
+    def windows_at_once(self) -> int:
+        """Windows that go through a layer together."""
+        of_layer = len(Projection) * self.source.moe.shape.parameters
+        large = of_layer > _LARGE_LAYER_VALUES
+        return _WINDOWS_OF_LARGE_LAYERS if large else _WINDOWS_AT_ONCE
+
+    @property
     def has_validation(self) -> bool:
         """Whether there are enough tokens to validate with some."""
         return self.windows_SL.numel() >= fewest_tokens()
@@ -173,7 +183,7 @@ class CalibrationPass:
     def embed(self) -> States:
         """States of all windows before the first layer."""
         with self.model.embedding() as embed:
-            parts = torch.split(self.windows_SL.to(self.model.device), _WINDOWS_AT_ONCE)
+            parts = torch.split(self.windows_SL.to(self.model.device), self.windows_at_once)
             return States.joined(map(embed, parts), len(self.windows_SL), self.scratch)
 
     def own(self, states: States) -> States:
@@ -191,7 +201,7 @@ class CalibrationPass:
             NonFiniteError: They hold NaN or infinity.
         """
         with self.model.layer(layer, experts) as run:
-            parts = map(run, states.split(_WINDOWS_AT_ONCE))
+            parts = map(run, states.split(self.windows_at_once))
             after = States.joined(parts, len(states), self.scratch)
         if not math.isfinite(largest_magnitude(after.hidden_SLI)):
             raise NonFiniteError(
