@@ -71,7 +71,7 @@ class LayerWork:
             rows = min(ROW_VALUES, self.shape.parameters) * _WORK_BYTES
             spectrum = _SPECTRUM_COPIES * hidden**2 * _EXACT_BYTES + rows
         moments = 2 * hidden**2 * _WORK_BYTES
-        after = moments + max(self.moments, spectrum, self.rounding)
+        after = moments + max(self.moments, spectrum, self.rounding + self._beside_rounding)
         dense = self._dense if held else self._read
         return dense + self._states + self._probes + max(self.forward, after)
 
@@ -203,6 +203,14 @@ class LayerWork:
         rows = (self._expert_rows + self._routed * hidden) * _WORK_BYTES
         eliminated = _ELIMINATION_COPIES * chunk * neurons**2 * _EXACT_BYTES
         return chunk * neurons * (neurons + hidden) * _WORK_BYTES + max(rows, eliminated)
+
+    @property
+    def _beside_rounding(self) -> int:
+        """Bytes beside the rounding of gate: up with it, all dense, and the tokens to fit."""
+        _, neurons, hidden = self.shape
+        matrices = (_ROUNDING_COPIES[1] + len(Projection)) * neurons
+        rows = self.tokens + self.tokens_of_expert
+        return (hidden + matrices + rows) * hidden * _WORK_BYTES
 
     @property
     def rounding(self) -> int:
