@@ -32,7 +32,8 @@ _SPECTRUM_COPIES = 11
 _READ_COPIES = 5
 _ROUNDING_COPIES = (5, 7)  # moments and matrices of gate or up, while columns are rounded
 _SCALES_COPIES = (1, 4, 3)  # the same and normal equations in float64, while scales are fitted
-_STATES_COPIES = 5  # hidden states, tokens and outputs of the calibration set
+_PROBED_MATRICES = 10  # of an expert that a profile rounds: dense, rounded, and between
+_STATES_COPIES = 8  # hidden states, tokens and outputs of the calibration set
 _COPIES_BESIDE_FILES = 2  # of these, while files hold what stays
 _KEPT = 1.08  # of what is alive, with what the allocator keeps of what was freed
 _SMALLEST_GROUP = 32  # inputs that share a scale
@@ -206,11 +207,10 @@ class LayerWork:
 
     @property
     def _beside_rounding(self) -> int:
-        """Bytes beside the rounding of gate: up with it, all dense, and the tokens to fit."""
+        """Bytes that a profile has beside: a moment, matrices, the tokens to fit, the expert's."""
         _, neurons, hidden = self.shape
-        matrices = (_ROUNDING_COPIES[1] + len(Projection)) * neurons
-        rows = self.tokens + self.tokens_of_expert
-        return (hidden + matrices + rows) * hidden * _WORK_BYTES
+        rows = hidden + _PROBED_MATRICES * neurons + self.tokens + self.tokens_of_expert
+        return rows * hidden * _WORK_BYTES
 
     @property
     def rounding(self) -> int:

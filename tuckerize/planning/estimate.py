@@ -68,12 +68,12 @@ def need_within(
     Raises:
         UsageError: Nothing fits.
     """
+    calibrated = plan.recipe.calibration is not None
     ways: list[tuple[bool, bool]] = [(True, True)]
     if profile_of is not None:
         ways.append((False, True))
-    elif plan.recipe.calibration is not None:
+    elif calibrated:
         ways += [(False, True), *([(True, False), (False, False)] if has_parts_of(plan) else [])]
-    calibrated = plan.recipe.calibration is not None
     states = (True, False) if on_host and calibrated else (True,)
     least = math.inf
     for (profile_held, held), states_held in itertools.product(ways, states):
@@ -94,7 +94,7 @@ def need_within(
         "raise the limit, or start fewer processes; less is needed by smaller core sizes, by "
         "--group-size, and by a calibration of fewer tokens (--calibration-tokens)"
     )
-    if profile_of is None and plan.recipe.calibration is not None and not has_parts_of(plan):
+    if profile_of is None and calibrated and not has_parts_of(plan):
         hint += (
             "; --target any-engine with --quantize and --refine 0 goes expert by expert and needs "
             "the least"
