@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterable, Iterator
+from typing import Protocol, TypeVar
+
+_Expert = TypeVar("_Expert")
+
+# Experts that are treated one by one, of which the first is told.
+_EXPERTS_PER_STAGE = 16
 
 
 class Stage(Protocol):
@@ -14,6 +20,33 @@ class Stage(Protocol):
 
 def silent(_name: str, _effort: float = 0.0, /) -> None:
     """Tell nobody."""
+
+
+def scaled(stage: Stage, effort: float) -> Stage:
+    """A stage whose efforts are shares of one of the caller's."""
+
+    def begin(name: str, share: float = 0.0, /) -> None:
+        stage(name, effort * share)
+
+    return begin
+
+
+def told(experts: Iterable[_Expert], count: int, stage: Stage, name: str) -> Iterator[_Expert]:
+    """Some experts, of which every 16th begins a stage.
+
+    Args:
+        experts: What is treated one by one.
+        count: Number of them.
+        stage: Is told them, with shares of the whole as efforts, and the end.
+        name: Of the work.
+    """
+    done = 0
+    for place, expert in enumerate(experts):
+        if place % _EXPERTS_PER_STAGE == 0:
+            stage(f"{name}, expert {place + 1} of {count}", (place - done) / count)
+            done = place
+        yield expert
+    stage(name, (count - done) / count)
 
 
 class Progress(Protocol):

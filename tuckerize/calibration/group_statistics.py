@@ -12,6 +12,7 @@ from tuckerize.calibration.moments import GroupMoments, gather_moments
 from tuckerize.calibration.tokens import DenseGroup, LayerTokens
 from tuckerize.linalg.selection import Elimination, Eliminator
 from tuckerize.linalg.sharing import ALONE, Sharing
+from tuckerize.progress import Stage, silent
 from tuckerize.runtime.activations import Activation
 
 
@@ -38,6 +39,7 @@ class GroupStatistics:
         tokens: LayerTokens,
         *,
         activation: Activation,
+        stage: Stage = silent,
         sharing: Sharing = ALONE,
     ) -> Self:
         """Go through the experts once.
@@ -46,6 +48,7 @@ class GroupStatistics:
             group: The dense experts.
             tokens: Tokens of the layer.
             activation: From gate and up to neurons.
+            stage: Is told the experts, with shares of all of them as efforts.
             sharing: The processes that share the group.
         """
         eliminator, energies = Eliminator(), list[float]()
@@ -55,6 +58,6 @@ class GroupStatistics:
             eliminator.add(moment_HH, down_HI)
 
         moments = gather_moments(
-            group, tokens, activation=activation, neurons=take, sharing=sharing
+            group, tokens, activation=activation, neurons=take, stage=stage, sharing=sharing
         )
         return cls(group, moments, eliminator.of_all(sharing), energies)

@@ -12,6 +12,7 @@ from torch import Tensor
 from tuckerize.calibration.tokens import DenseGroup, LayerTokens
 from tuckerize.domain import Projection
 from tuckerize.linalg.sharing import ALONE, Sharing
+from tuckerize.progress import Stage, silent, told
 from tuckerize.runtime.activations import Activation
 
 
@@ -59,6 +60,7 @@ def gather_moments(
     *,
     activation: Activation,
     neurons: NeuronMoment,
+    stage: Stage = silent,
     sharing: Sharing = ALONE,
 ) -> GroupMoments:
     """Second moments of a group of experts on a layer's tokens.
@@ -72,12 +74,14 @@ def gather_moments(
         tokens: Tokens of the layer.
         activation: From gate and up to neurons.
         neurons: Takes the second moment of every expert's neurons.
+        stage: Is told the experts, with shares of all of them as efforts.
         sharing: The processes that share the group.
     """
     squared_T = tokens.x_TI.new_zeros(len(tokens.x_TI))
     energies, row_norms, gates, ups, routed = [], [], [], [], []
     output_TI = tokens.x_TI.new_zeros(tokens.x_TI.shape)
-    for place, expert in enumerate(group.experts):
+    experts = told(group.experts, len(group.experts), stage, "moments and elimination")
+    for place, expert in enumerate(experts):
         own = tokens.of_expert(expert, least=group.enough_tokens)
         down_HI = group.matrix(Projection.DOWN, place)
         found = _neurons(*group.gate_up(place, own.x_NI), activation)

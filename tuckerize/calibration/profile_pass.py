@@ -15,6 +15,7 @@ import os
 from collections import ChainMap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -33,7 +34,7 @@ from tuckerize.calibration.text import fingerprint
 from tuckerize.calibration.tokens import DenseGroup
 from tuckerize.checkpoint.output import remove_temporaries
 from tuckerize.checkpoint.sealed_tensors import read_sealed, write_sealed
-from tuckerize.progress import LayerProgress, Progress
+from tuckerize.progress import LayerProgress, Progress, scaled
 from tuckerize.version import __version__
 
 # Windows of text that the sensitivity is measured on: fewer where many layers make probes, each of
@@ -284,19 +285,22 @@ def _profile_layer(
     groups = run.groups(layer)
     dense = run.dense(layer, groups)
     seen = run.capture(layer, hidden, len(run.windows_SL), dense)
-    stages.stage("moments and elimination of neurons", 1)
+    stages.stage("moments and elimination", 1)
     activation = run.activation(layer)
     sharing = run.sharing
-    statistics = [
-        GroupStatistics.gather(group, seen.tokens, activation=activation, sharing=sharing)
-        for group in groups
-    ]
+    gather = partial(
+        GroupStatistics.gather,
+        activation=activation,
+        stage=scaled(stages.stage, 3 / len(groups)),
+        sharing=sharing,
+    )
+    statistics = [gather(group, seen.tokens) for group in groups]
     pruned = run.dense(
         layer, [_pruned(group, own.moments) for group, own in zip(groups, statistics, strict=True)]
     )
     calls = dict.fromkeys(probes, experts_call(dense)) | {str(layer): experts_call(pruned)}
     for number, (name, call) in enumerate(calls.items()):
-        stages.stage(f"probe {number + 1} of {len(calls)}", 0 if number else 3)
+        stages.stage(f"probe {number + 1} of {len(calls)}")
         probes[name] = run.run_layer(layer, probes.get(name, clean), call)
     places_T = torch.arange(len(seen.output_TI), device=run.model.device)
     places_T = places_T.view(len(run.windows_SL), -1)[windows].flatten()

@@ -43,12 +43,9 @@ from tuckerize.linalg.selection import widened
 from tuckerize.linalg.sharing import ALONE, Sharing
 from tuckerize.linalg.tucker import TuckerFactors, orthonormalised
 from tuckerize.names import TensorName
-from tuckerize.progress import LayerProgress, Progress, Stage, silent
+from tuckerize.progress import LayerProgress, Progress, Stage, scaled, silent
 from tuckerize.runtime.experts import TuckerExperts
 from tuckerize.weight_types import WeightType
-
-# Experts that are compressed one by one, of which the first is told.
-_EXPERTS_PER_STAGE = 16
 
 
 def compress_layer(
@@ -103,17 +100,8 @@ def compress_layer(
     ]
     if quantise and not calibration.held:
         quantise_group, round_group = quantise.of_group(piece.layer), rounded_group(weights)
-        effort_of_rounding = EFFORTS["gate and up"] + EFFORTS["down"]
 
         def treat_part(part: GroupFactors) -> GroupFactors:
-            own = groups[part.index].experts
-            place = part.dense.experts.start - own.start
-            if place % _EXPERTS_PER_STAGE == 0:
-                rounded = effort_of_rounding * _EXPERTS_PER_STAGE / len(own)
-                stages.stage(
-                    f"down and rounding, expert {place + 1} of {len(own)}",
-                    rounded if place else EFFORTS["neurons"],
-                )
             if part.kept is not None:
                 part = refit(
                     with_neurons(part, part.kept),
@@ -125,9 +113,10 @@ def compress_layer(
             return round_group(quantise_group(part))
 
         def treat_parts(group: GroupFactors) -> GroupFactors:
-            stages.stage("moments and elimination of neurons")
-            kept = select_neurons(group, fit, sharing, activation=activation)
-            return in_parts(group, kept, treat_part)
+            eliminating = scaled(stages.stage, EFFORTS["neurons"])
+            kept = select_neurons(group, fit, sharing, activation=activation, stage=eliminating)
+            rounding_parts = scaled(stages.stage, EFFORTS["gate and up"] + EFFORTS["down"])
+            return in_parts(group, kept, treat_part, stage=rounding_parts)
 
         steps = [for_each_group(treat_parts), quantise.measured]
     layer = LayerFactors(

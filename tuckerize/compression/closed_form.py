@@ -28,7 +28,7 @@ from tuckerize.linalg.sharing import ALONE, Sharing
 from tuckerize.linalg.tucker import TuckerFactors
 from tuckerize.linalg.weighted import weighted_tucker
 from tuckerize.names import TensorName
-from tuckerize.progress import Stage, silent
+from tuckerize.progress import Stage, scaled, silent, told
 from tuckerize.runtime.activations import Activation
 from tuckerize.runtime.experts import TuckerExperts
 
@@ -58,11 +58,11 @@ def closed_form(
     """
 
     def treat(group: GroupFactors) -> GroupFactors:
-        stage("moments and elimination of neurons")
-        kept = select_neurons(group, tokens, sharing, activation=activation)
+        eliminating = scaled(stage, EFFORTS["neurons"])
+        kept = select_neurons(group, tokens, sharing, activation=activation, stage=eliminating)
         if kept is not None:
             group = with_neurons(group, kept)
-        stage("gate and up", EFFORTS["neurons"])
+        stage("gate and up")
         group = factor_gate_up(group, tokens, sharing, max_sweeps=max_sweeps, stage=stage)
         stage("down", EFFORTS["gate and up"])
         group = refit(group, tokens, sharing, activation=activation, max_sweeps=max_sweeps)
@@ -73,15 +73,29 @@ def closed_form(
 
 
 def select_neurons(
-    group: GroupFactors, tokens: LayerTokens, sharing: Sharing, *, activation: Activation
+    group: GroupFactors,
+    tokens: LayerTokens,
+    sharing: Sharing,
+    *,
+    activation: Activation,
+    stage: Stage = silent,
 ) -> KeptNeurons | None:
-    """The neurons without which the combined output would lose most; None if all are kept."""
+    """The neurons without which the combined output would lose most; None if all are kept.
+
+    Args:
+        group: A group of dense experts.
+        tokens: Tokens of the layer to fit.
+        sharing: The processes that share the group.
+        activation: From gate and up to neurons.
+        stage: Is told the experts, with shares of all of them as efforts.
+    """
     target = group.target
     if target.neurons == group.dense.shape.intermediate:
         return None
     eliminator = Eliminator()
     moments = neuron_moments(group.dense, tokens, activation=activation)
-    for place, moment_HH in enumerate(moments):
+    experts = told(moments, group.dense.shape.experts, stage, "moments and elimination")
+    for place, moment_HH in enumerate(experts):
         eliminator.add(moment_HH, group.dense.matrix(Projection.DOWN, place))
     elimination = eliminator.of_all(sharing)
     kept = elimination.kept(target.neurons, multiple=target.multiple, equal=target.equal_widths)

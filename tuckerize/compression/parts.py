@@ -19,6 +19,7 @@ from tuckerize.domain import Projection, StackShape
 from tuckerize.linalg.quantise import QuantisedMatrices
 from tuckerize.linalg.selection import KeptNeurons
 from tuckerize.linalg.tucker import TuckerFactors, squared_norm
+from tuckerize.progress import Stage, silent, told
 
 
 def has_parts(piece: LayerPiece, shape: StackShape) -> bool:
@@ -36,13 +37,16 @@ def has_parts(piece: LayerPiece, shape: StackShape) -> bool:
     return piece.cores is not None and all(map(is_plain, piece.targets))
 
 
-def in_parts(group: GroupFactors, kept: KeptNeurons | None, step: GroupStep) -> GroupFactors:
+def in_parts(
+    group: GroupFactors, kept: KeptNeurons | None, step: GroupStep, *, stage: Stage = silent
+) -> GroupFactors:
     """Carry out a step on one expert of a group after another, with its dense matrices in memory.
 
     Args:
         group: The dense experts.
         kept: The neurons that they keep; None for all.
         step: Is given a group of one expert, and quantises its cores.
+        stage: Is told the experts, with shares of all of them as efforts.
 
     Returns:
         The group, with relative residuals. The values of its cores are left to their codes: the
@@ -52,7 +56,7 @@ def in_parts(group: GroupFactors, kept: KeptNeurons | None, step: GroupStep) -> 
     joined: dict[Projection, QuantisedMatrices] = {}
     biases: dict[Projection, list[Tensor]] = {p: [] for p in group.biases}
     lost: dict[Projection, list[tuple[float, float]]] = {p: [] for p in group.factors}
-    for place in range(experts):
+    for place in told(range(experts), experts, stage, "down and rounding"):
         dense = group.dense.part(place)
         own = GroupFactors.of(group.index, dense, group.target)
         part = step(replace(own, kept=kept and kept.of_experts(slice(place, place + 1))))

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from tuckerize.cli.progress import TerminalProgress, is_leader
-from tuckerize.progress import LayerProgress
+from tuckerize.progress import LayerProgress, scaled, told
 
 
 class Terminal(io.StringIO):
@@ -61,6 +61,19 @@ def test_single_process_writes_a_line_in_ten_seconds(
         layer.stage("down", 1)
         layer.finish("layer 7")
     assert capsys.readouterr().err == "   30.0 s: layer 7: neurons (25%, about 90 s left)\n"
+
+
+@pytest.mark.parametrize("count", [1, 16, 17, 40])
+def test_every_sixteenth_expert_begins_a_stage(count: int) -> None:
+    stages = list[tuple[str, float]]()
+    begin = scaled(lambda name, effort=0.0, /: stages.append((name, effort)), 6.0)
+    assert list(told(range(count), count, begin, "moments")) == list(range(count))
+    names, efforts = zip(*stages, strict=True)
+    firsts = range(1, count + 1, 16)
+    assert names == (*(f"moments, expert {first} of {count}" for first in firsts), "moments")
+    assert sum(efforts) == pytest.approx(6.0)
+    for place, effort in enumerate(efforts[1:-1]):
+        assert effort == pytest.approx(6.0 * 16 / count), names[place]
 
 
 def test_other_processes_write_nothing(
