@@ -20,7 +20,7 @@ def succeed(*arguments: str | Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_decompose_with_processes_writes_the_bytes_of_one(processes: int, tmp_path: Path) -> None:
     # In float32 and in these sizes products of one thread and of two differ in their last bits.
     model = make_tiny_model(
@@ -58,7 +58,9 @@ def test_several_calls_by_the_same_processes_do_all_their_work(
         assert len(read_tucker_manifest(tmp_path / rank).layers) == 2
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.long)]
+)
 def test_decompose_stopped_anywhere_continues_to_identical_bytes(
     how: signal.Signals, tmp_path: Path
 ) -> None:

@@ -14,7 +14,10 @@ SCRIPT = Path(__file__).parent / "layer_cases.py"
 
 @pytest.mark.parametrize(
     ("processes", "meshes"),
-    [(4, ["4x1x1", "2x1x2", "1x4x1", "2x2x1"]), (8, ["2x2x2"])],
+    [
+        (4, ["4x1x1", "2x1x2", "1x4x1", "2x2x1"]),
+        pytest.param(8, ["2x2x2"], marks=pytest.mark.long),
+    ],
     ids=str,
 )
 def test_layer_on_any_mesh_equals_dense_experts_in_output_gradients_and_traffic(

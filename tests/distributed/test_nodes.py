@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.distributed.calibrated_runs import same
@@ -13,6 +14,7 @@ from tests.tiny_models import add_tokenizer, make_tiny_model, write_text
 SIZE = ("--rank", "6,16,24", "--max-sweeps", "2", "--output")
 
 
+@pytest.mark.long
 def test_decompose_on_two_nodes_writes_the_bytes_of_one(tiny_model: Path, tmp_path: Path) -> None:
     command = ("decompose", "--model", tiny_model, *SIZE)
     first, second = torchrun_on_two_nodes(

@@ -195,7 +195,13 @@ def test_verify_with_a_killed_process_ends_and_says_that_it_was_killed(tucker: P
     assert "bug in tuckerize" not in result.stderr
 
 
-@pytest.mark.parametrize("mesh", [(2, 1), (2, 2)], ids=["whole run", "groups of a mesh"])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param((2, 1), id="whole run", marks=pytest.mark.long),
+        pytest.param((2, 2), id="groups of a mesh"),
+    ],
+)
 def test_verify_with_a_process_that_hangs_ends_after_the_time_out(
     mesh: tuple[int, int], tucker: Path
 ) -> None:

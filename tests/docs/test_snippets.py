@@ -2,7 +2,8 @@
 
 A page runs in a folder of its own that holds `MODEL` (the shipped model), `text.txt` and
 `validation.txt` (two parts of its held-out text), and the checkout's `examples` and `recipes`.
-`torchrun` starts real processes. Calibration takes fewer tokens than the pages say: `SHORTER`.
+`torchrun` starts real processes. Calibration takes fewer tokens than the pages say: `SHORTER`. The
+pages that take longest run in `make test-long`; of all pages `make test` reads the options.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.core import TyperGroup
+from typer.main import get_command
 
 from tests.docs.pages import (
     PAGES,
@@ -31,6 +34,7 @@ from tests.docs.pages import (
     read_blocks,
 )
 from tests.running import run_here
+from tuckerize.cli.app import app
 from tuckerize.calibration import tokens as tokens_module
 
 LANGUAGES = {"bash", "python", "text", "yaml", "json"}
@@ -43,8 +47,9 @@ SHELL = re.compile(r"[|&;<>$`*]")
 SECONDS = 240
 
 BLOCKS = [block for page in PAGES for block in read_blocks(page)]
+LONG = {"calibrate.md", "heal.md", "parallel.md", "quantise-cores.md"}
 RUN_PAGES = [
-    page
+    pytest.param(page, marks=pytest.mark.long) if page.name in LONG else page
     for page in PAGES
     if any(b.language in {"bash", "python"} and b.reason is None for b in read_blocks(page))
 ]
@@ -82,6 +87,29 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
         if not file.exists() or (anchor and anchor not in headings(file)):
             broken.append(target)
     assert not broken
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_and_options_exist(page: Path) -> None:
+    known = get_command(app)
+    assert isinstance(known, TyperGroup)
+    wrong = []
+    for block in read_blocks(page):
+        for command in commands(block.text) if block.language == "bash" else ():
+            words = shlex.split(command)
+            if "tuckerize" not in words[:-1]:
+                continue
+            name, *rest = words[words.index("tuckerize") + 1 :]
+            if name.startswith("-"):
+                continue
+            own = known.commands.get(name)
+            options = {opt for param in own.params for opt in param.opts} if own else set()
+            wrong += [
+                f"{block.place}: {name} {word}"
+                for word in rest
+                if word.startswith("--") and word.split("=")[0] not in options
+            ]
+    assert not wrong
 
 
 @pytest.mark.timeout(600)
