@@ -54,8 +54,7 @@ class GroupStatistics:
         eliminator, energies = Eliminator(), list[float]()
 
         def take(moment_HH: Tensor, down_HI: Tensor) -> None:
-            energies.append(float((down_HI * (moment_HH @ down_HI)).sum()))
-            eliminator.add(moment_HH, down_HI)
+            energies.append(eliminator.add(moment_HH, down_HI))
 
         moments = gather_moments(
             group, tokens, activation=activation, neurons=take, stage=stage, sharing=sharing

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tuckerize.calibration.tokens import DenseGroup, LayerTokens
 from tuckerize.domain import Projection
+from tuckerize.linalg.gram import gram
 from tuckerize.linalg.sharing import ALONE, Sharing
 from tuckerize.progress import Stage, silent, told
 from tuckerize.runtime.activations import Activation
@@ -83,25 +84,30 @@ def gather_moments(
     experts = told(group.experts, len(group.experts), stage, "moments and elimination")
     for place, expert in enumerate(experts):
         own = tokens.of_expert(expert, least=group.enough_tokens)
-        down_HI = group.matrix(Projection.DOWN, place)
-        found = _neurons(*group.gate_up(place, own.x_NI), activation)
-        weight_N1 = own.weights_N[:, None]
-        weighted_NH = weight_N1 * found.h_NH
         squared_T.index_add_(0, own.places_N, own.weights_N.square())
-        moment_HH = weighted_NH.T @ weighted_NH
+        dense = group.part(place)
+        down_HI = dense.matrix(Projection.DOWN, 0)
+        moment_HH = down_HI.new_zeros(len(down_HI), len(down_HI))
+        gate_H, up_H = down_HI.new_zeros(2, len(down_HI))
+        for part in own.parts():
+            found = _neurons(*dense.gate_up(0, part.x_NI), activation)
+            weighted_NH = part.weights_N[:, None] * found.h_NH
+            moment_HH += gram(weighted_NH)
+            # The moments hold the weights already; sensitivities are means without them.
+            gate_H += part.counts_N @ found.by_gate_NH.square()
+            up_H += part.counts_N @ found.by_up_NH.square()
+            result_NI = weighted_NH[: part.routed] @ down_HI
+            output_TI.index_add_(0, part.places_N[: part.routed], result_NI)
         energies.append(moment_HH.diagonal().clone())
         neurons(moment_HH, down_HI)
         row_norms_H = down_HI.square().sum(1)
         row_norms.append(row_norms_H)
-        # The moments hold the weights already; sensitivities are means over tokens without them.
-        shares_N = own.counts_N / own.counts_N.sum()
-        gates.append(shares_N @ found.by_gate_NH.square() * row_norms_H)
-        ups.append(shares_N @ found.by_up_NH.square() * row_norms_H)
+        shares_H = row_norms_H / own.counts_N.sum()
+        gates.append(gate_H * shares_H)
+        ups.append(up_H * shares_H)
         routed.append(own.routed)
-        result_NI = weighted_NH[: own.routed] @ down_HI
-        output_TI.index_add_(0, own.places_N[: own.routed], result_NI)
-    part = sharing.own(len(tokens.x_TI))
-    x_TI, squared_T = tokens.x_TI[part], sharing.sum(squared_T)[part]
+    share = sharing.own(len(tokens.x_TI))
+    x_TI, squared_T = tokens.x_TI[share], sharing.sum(squared_T)[share]
     return GroupMoments(
         pooled_II=sharing.sum(x_TI.T @ (squared_T[:, None] * x_TI)),
         energy_EH=torch.stack(energies),
@@ -124,9 +130,13 @@ def neuron_moments(
         activation: From gate and up to neurons.
     """
     for place, expert in enumerate(group.experts):
-        own = tokens.of_expert(expert, least=group.enough_tokens)
-        weighted_NH = own.weights_N[:, None] * activation(*group.gate_up(place, own.x_NI))
-        yield weighted_NH.T @ weighted_NH
+        own, dense = tokens.of_expert(expert, least=group.enough_tokens), group.part(place)
+        neurons = dense.shape.intermediate
+        moment_HH = own.x_NI.new_zeros(neurons, neurons)
+        for part in own.parts():
+            weighted_NH = part.weights_N[:, None] * activation(*dense.gate_up(0, part.x_NI))
+            moment_HH += gram(weighted_NH)
+        yield moment_HH
 
 
 def second_moment(partial_TI: Tensor, sharing: Sharing) -> Tensor:
@@ -172,12 +182,16 @@ def refit_moments(
     """
     now, cross = [], []
     for place, expert in enumerate(group.experts):
-        own = tokens.of_expert(expert, least=group.enough_tokens)
-        weight_N1 = own.weights_N[:, None]
-        dense_NH = weight_N1 * activation(*group.gate_up(place, own.x_NI))
-        now_NK = weight_N1 * activation(*compressed(place, own.x_NI))
-        now.append(now_NK.T @ now_NK)
-        cross.append(now_NK.T @ dense_NH)
+        own, dense = tokens.of_expert(expert, least=group.enough_tokens), group.part(place)
+        found: Sequence[Tensor] = ()
+        for part in own.parts():
+            weight_N1 = part.weights_N[:, None]
+            dense_NH = weight_N1 * activation(*dense.gate_up(0, part.x_NI))
+            now_NK = weight_N1 * activation(*compressed(place, part.x_NI))
+            more = gram(now_NK), now_NK.T @ dense_NH
+            found = [one.add_(its) for one, its in zip(found, more, strict=True)] if found else more
+        now.append(found[0])
+        cross.append(found[1])
     return torch.stack(now), torch.stack(cross)
 
 

@@ -43,7 +43,7 @@ _PROBE_WINDOWS = (4, 8)
 _PROBE_WINDOWS_OF_ALL_LAYERS = 128
 _PRUNED_SHARE = 0.25
 # Version of the contents of profiles.
-_PROFILE_VERSION = 14
+_PROFILE_VERSION = 15
 _STATES = "hidden.safetensors"
 # Names of states that are carried along.
 _HIDDEN = "hidden"

@@ -7,16 +7,19 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
+from tuckerize.calibration.spectra import spread
 from tuckerize.calibration.tokens import DenseGroup, ExpertTokens, LayerTokens
 from tuckerize.domain import GATE_UP, CoreType, Projection
+from tuckerize.linalg.gram import gram
 from tuckerize.linalg.quantise import quantise
 from tuckerize.linalg.sharing import ALONE, Sharing
 from tuckerize.runtime.activations import Activation
 
 # Experts of a layer that are rounded; their relative errors hardly differ.
 _PROBES = 4
+ROUNDED_OUTPUTS = 256
+"""Outputs of each of their matrices that are rounded."""
 
 
 def rounding_errors(
@@ -43,58 +46,58 @@ def rounding_errors(
     held_out = held_out if len(held_out.x_TI) else fit
     missed, energy = np.zeros(len(CoreType)), 0.0
     own = [expert for group in groups for expert in group.experts]
-    whole = sorted(expert for theirs in sharing.of_all(own) for expert in theirs)
-    probed = whole[:: max(1, len(whole) // _PROBES)][:_PROBES]
+    experts = sorted(expert for theirs in sharing.of_all(own) for expert in theirs)
+    probed = experts[:: max(1, len(experts) // _PROBES)][:_PROBES]
     places = [(group, expert) for group in groups for expert in group.experts if expert in probed]
     for group, expert in places:
-        place = expert - group.experts.start
-        dense = tuple(group.matrix(projection, place) for projection in Projection)
-        least = group.enough_tokens
+        place, least = expert - group.experts.start, group.enough_tokens
         seen = fit.of_expert(expert, least).thinned(group.profiled_tokens)
         new = held_out.of_expert(expert, least)
-        gate_HI, up_HI, down_HI = dense
-        biased = _after_biases(group, place, activation)
-        exact_NI = _neurons(new, gate_HI, up_HI, biased) @ down_HI
-        energy += float(exact_NI.square().sum())
-        weighted_NI = seen.weights_N[:, None] * seen.x_NI
-        moment_II = weighted_NI.T @ weighted_NI
-        for index, core_type in enumerate(CoreType):
-            rounded = _rounded(dense, seen, moment_II, core_type, biased)
-            output_NI = _neurons(new, rounded[0], rounded[1], biased) @ rounded[2]
-            missed[index] += float((output_NI - exact_NI).square().sum())
+        lost, its_energy = _errors_of_expert(group.part(place), seen, new, activation)
+        missed += lost
+        energy += its_energy
     parts = sharing.of_all((missed, energy))
     total = sum(energy for _, energy in parts)
-    lost = np.asarray(sum(missed for missed, _ in parts))
-    return lost / max(total, torch.finfo(torch.float32).tiny)
+    whole = np.asarray(sum(missed for missed, _ in parts))
+    return whole / max(total, torch.finfo(torch.float32).tiny)
 
 
-def _after_biases(group: DenseGroup, place: int, activation: Activation) -> Activation:
-    """Activation of an expert, with the biases of its gate and up."""
-    if not group.biases:
-        return activation
-    gate_H, up_H = (group.biases[projection][place] for projection in GATE_UP)
-    return lambda gate_NH, up_NH: activation(gate_NH + gate_H, up_NH + up_H)
+def _errors_of_expert(
+    expert: DenseGroup, seen: ExpertTokens, new: ExpertTokens, activation: Activation
+) -> tuple[list[float], float]:
+    """Squared errors of an expert's outputs for every encoding, and the energy of these outputs.
 
+    Outputs of a matrix are rounded independently of each other: some of them stand for all.
 
-def _rounded(
-    dense: Sequence[Tensor],
-    tokens: ExpertTokens,
-    moment_II: Tensor,
-    core_type: CoreType,
-    activation: Activation,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gate, up and down of an expert, rounded for its tokens, as the last step of a compression."""
-    # Outputs are rounded independently of each other: those of both at once.
-    both_GI = quantise(torch.cat([*dense[:2]])[None], core_type, [moment_II]).dequantised()[0]
-    gate_HI, up_HI = both_GI.chunk(2)
-    neurons_NH = _neurons(tokens, gate_HI, up_HI, activation)
-    down = quantise(dense[2].T[None], core_type, [neurons_NH.T @ neurons_NH])
-    return gate_HI, up_HI, down.dequantised()[0].T
-
-
-def _neurons(
-    tokens: ExpertTokens, gate_HI: Tensor, up_HI: Tensor, activation: Activation
-) -> Tensor:
-    """Neurons times routing weights, shape (N, H)."""
-    neurons_NH = activation(tokens.x_NI @ gate_HI.T, tokens.x_NI @ up_HI.T)
-    return tokens.weights_N[:, None] * neurons_NH
+    Args:
+        expert: The expert, alone.
+        seen: The tokens that it is rounded for.
+        new: Those that the error is measured on.
+        activation: Between gate and up.
+    """
+    gate_HI, up_HI, down_HI = (expert.matrix(projection, 0) for projection in Projection)
+    neurons, hidden = down_HI.shape
+    some_K, some_C = (torch.tensor(spread(size, ROUNDED_OUTPUTS)) for size in (neurons, hidden))
+    some_K, some_C = some_K.to(down_HI.device), some_C.to(down_HI.device)
+    both_GI = torch.cat([gate_HI[some_K], up_HI[some_K]])
+    biases_H = expert.biases or dict.fromkeys(GATE_UP, down_HI.new_zeros(1, neurons))
+    gate_K, up_K = (biases_H[projection][0, some_K] for projection in GATE_UP)
+    down_CH, down_KI = down_HI.T[some_C], down_HI[some_K]
+    moment_II = gram(seen.weights_N[:, None] * seen.x_NI)
+    moment_HH = down_HI.new_zeros(neurons, neurons)
+    for part in seen.parts():
+        weighted_NH = part.weights_N[:, None] * activation(*expert.gate_up(0, part.x_NI))
+        moment_HH += gram(weighted_NH)
+    exact_NH = new.weights_N[:, None] * activation(*expert.gate_up(0, new.x_NI))
+    errors = []
+    for core_type in CoreType:
+        rounded_GI = quantise(both_GI[None], core_type, [moment_II]).dequantised()[0]
+        gate_NK, up_NK = (new.x_NI @ rounded_GI.T).chunk(2, dim=1)
+        now_NK = new.weights_N[:, None] * activation(gate_NK + gate_K, up_NK + up_K)
+        of_gate_up = ((now_NK - exact_NH[:, some_K]) @ down_KI).square().sum()
+        rounded_CH = quantise(down_CH[None], core_type, [moment_HH]).dequantised()[0]
+        of_down = (exact_NH @ (rounded_CH - down_CH).T).square().sum()
+        errors.append(
+            float(of_gate_up) * neurons / len(some_K) + float(of_down) * hidden / len(some_C)
+        )
+    return errors, float((exact_NH @ down_HI).square().sum())

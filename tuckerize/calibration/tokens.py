@@ -14,6 +14,9 @@ from tuckerize.calibration.rows import joined
 from tuckerize.domain import GATE_UP, Projection, StackShape
 from tuckerize.names import TensorName
 
+PART_TOKENS = 2048
+"""Tokens of an expert whose neurons are computed at once. A CPU allocator uses their memory again;
+that of more is mapped anew for every operation, page by page."""
 HELD_OUT_BLOCK = 512
 """Every 16th block of so many tokens is the validation set: it decides, and is never fitted."""
 _HELD_OUT_EVERY = 16
@@ -58,6 +61,13 @@ class ExpertTokens(NamedTuple):
         counts_N = torch.ones_like(self.weights_N)
         counts_N[self.routed :] = _POOLED_WEIGHT**2
         return counts_N
+
+    def parts(self) -> Iterator[ExpertTokens]:
+        """The tokens, as many as are computed with at once."""
+        for first in range(0, len(self.weights_N), PART_TOKENS):
+            own = slice(first, first + PART_TOKENS)
+            routed = min(max(0, self.routed - first), PART_TOKENS)
+            yield ExpertTokens(self.x_NI[own], self.weights_N[own], routed, self.places_N[own])
 
     def thinned(self, most: int) -> ExpertTokens:
         """Every n-th token, so that fewer than twice as many are left.

@@ -15,7 +15,7 @@ from torch import Tensor
 from tuckerize.calibration.group_statistics import GroupStatistics
 from tuckerize.calibration.tokens import LayerTokens
 from tuckerize.domain import Projection
-from tuckerize.linalg.gram import eigenvalues_and_vectors
+from tuckerize.linalg.gram import eigenvalues_and_vectors, gram
 from tuckerize.linalg.selection import refitted_energy
 from tuckerize.linalg.sharing import Sharing
 from tuckerize.linalg.tucker import in_float64
@@ -135,21 +135,29 @@ def _refitted_errors(
     group, (basis_IR, onto_IR) = statistics.group, bases
     own = tokens.of_expert(group.experts[place], least=group.enough_tokens)
     own = own.thinned(group.profiled_tokens)
-    gate_HI, up_HI, down_HI = (group.matrix(p, place) for p in Projection)
-    weight_N1 = own.weights_N[:, None]
-    exact_NH = weight_N1 * activation(*group.gate_up(place, own.x_NI))
-    low_NR = own.x_NI @ onto_IR
+    dense = group.part(place)
+    gate_HI, up_HI, down_HI = (dense.matrix(p, 0) for p in Projection)
     gate_HR, up_HR = gate_HI @ basis_IR, up_HI @ basis_IR
-    gate_NH, up_NH = torch.zeros_like(exact_NH), torch.zeros_like(exact_NH)
-    if group.biases:
-        gate_NH += group.biases[Projection.GATE][place]
-        up_NH += group.biases[Projection.UP][place]
-    energy = max(float((exact_NH @ down_HI).square().sum()), torch.finfo(torch.float32).tiny)
-    errors = []
-    for start, stop in itertools.pairwise([0, *sizes]):
-        gate_NH.addmm_(low_NR[:, start:stop], gate_HR[:, start:stop].T)
-        up_NH.addmm_(low_NR[:, start:stop], up_HR[:, start:stop].T)
-        now_NH = weight_N1 * activation(gate_NH, up_NH)
-        recovered = refitted_energy(now_NH.T @ now_NH, now_NH.T @ exact_NH, down_HI)
-        errors.append(statistics.output_energies[place] * (1 - recovered / energy))
-    return errors
+    neurons = len(down_HI)
+    now_SHH, cross_SHH = down_HI.new_zeros(2, len(sizes), neurons, neurons)
+    energy = torch.finfo(torch.float32).tiny
+    for part in own.parts():
+        weight_N1 = part.weights_N[:, None]
+        exact_NH = weight_N1 * activation(*dense.gate_up(0, part.x_NI))
+        energy += float((exact_NH @ down_HI).square().sum())
+        low_NR = part.x_NI @ onto_IR
+        gate_NH, up_NH = torch.zeros_like(exact_NH), torch.zeros_like(exact_NH)
+        if dense.biases:
+            gate_NH += dense.biases[Projection.GATE][0]
+            up_NH += dense.biases[Projection.UP][0]
+        for index, (start, stop) in enumerate(itertools.pairwise([0, *sizes])):
+            gate_NH.addmm_(low_NR[:, start:stop], gate_HR[:, start:stop].T)
+            up_NH.addmm_(low_NR[:, start:stop], up_HR[:, start:stop].T)
+            now_NH = weight_N1 * activation(gate_NH, up_NH)
+            now_SHH[index] += gram(now_NH)
+            cross_SHH[index].addmm_(now_NH.T, exact_NH)
+    return [
+        statistics.output_energies[place]
+        * (1 - refitted_energy(now_HH, cross_HH, down_HI) / energy)
+        for now_HH, cross_HH in zip(now_SHH, cross_SHH, strict=True)
+    ]

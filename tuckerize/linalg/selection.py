@@ -7,7 +7,7 @@ where Σ is the routing-weighted second moment of h and d_j the (compensated) ro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -17,6 +17,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from tuckerize.domain import StackShape
+from tuckerize.linalg.gram import gram
 from tuckerize.linalg.sharing import ALONE, Sharing
 from tuckerize.linalg.tucker import in_float64
 
@@ -31,8 +32,8 @@ _RIDGES = 8
 _MAX_ROUNDS = 256
 # Rounds between updates of all that remains, which are GEMMs of this many rounds' neurons.
 _ROUNDS_PER_BLOCK = 16
-CHUNK_VALUES = 2**25
-"""Values of the matrices of the experts that are treated at once (256 MiB in float64)."""
+CHUNK_VALUES = 2**23
+"""Values of the matrices of the experts that are treated at once (64 MiB in float64)."""
 
 # Minimum width of an expert relative to the mean: calibration text may under-use it.
 _MIN_RELATIVE_WIDTH = 0.25
@@ -171,16 +172,21 @@ class Eliminator:
         self._waiting: list[tuple[Tensor, Tensor]] = []
         self._found: list[tuple[Tensor, Tensor]] = []
 
-    def add(self, moment_HH: Tensor, down_HI: Tensor) -> None:
+    def add(self, moment_HH: Tensor, down_HI: Tensor) -> float:
         """Take the next expert.
 
         Args:
             moment_HH: Routing-weighted second moment of its neurons, shape (H, H).
             down_HI: Its down_proj in stack orientation, shape (H, I).
+
+        Returns:
+            The squared norm of its outputs, in the unit of the moment.
         """
-        self._waiting.append((moment_HH, down_HI))
+        gram_HH = gram(down_HI.T)
+        self._waiting.append((moment_HH, gram_HH))
         if len(self._waiting) == max(1, CHUNK_VALUES // len(moment_HH) ** 2):
             self._eliminate()
+        return float((moment_HH * gram_HH).sum())
 
     def of_all(self, sharing: Sharing = ALONE) -> Elimination:
         """The order of all neurons of all experts, those of other processes with them."""
@@ -190,15 +196,15 @@ class Eliminator:
         return Elimination(*map(sharing.gather, own))
 
     def _eliminate(self) -> None:
-        moments, downs = zip(*self._waiting, strict=True)
+        moments, grams = map(torch.stack, zip(*self._waiting, strict=True))
         self._waiting = []
-        self._found.append(_eliminate_of_experts(torch.stack(moments), downs))
+        self._found.append(_eliminate_of_experts(moments, grams))
 
 
-def _eliminate_of_experts(moments_EHH: Tensor, downs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _eliminate_of_experts(moments_EHH: Tensor, grams_EHH: Tensor) -> tuple[Tensor, Tensor]:
     """Elimination order of the neurons of some experts at once, and their costs."""
     neurons = moments_EHH.shape[1]
-    state = _Remaining.of(moments_EHH, downs)
+    state = _Remaining.of(moments_EHH, grams_EHH)
     orders: list[Tensor] = []
     costs: list[Tensor] = []
     count = -(-neurons // _MAX_ROUNDS)
@@ -224,18 +230,15 @@ class _Remaining(NamedTuple):
     gram_ENN: Tensor
 
     @classmethod
-    def of(cls, moments_EHH: Tensor, downs: Sequence[Tensor]) -> Self:
+    def of(cls, moments_EHH: Tensor, grams_EHH: Tensor) -> Self:
         """All neurons."""
         exact_EHH = in_float64(moments_EHH)
         mean_E = exact_EHH.diagonal(dim1=1, dim2=2).mean(1)
         ridge_E = torch.where(mean_E > 0, _RIDGE * mean_E, torch.ones_like(mean_E))
         # Symmetric, and LAPACK's matrices are transposed: rows that are read are contiguous here.
         inverse_EHH = torch.cholesky_inverse(_root(exact_EHH, ridge_E)).mT.contiguous()
-        gram_EHH = torch.empty_like(inverse_EHH)
-        for own_HH, down_HI in zip(gram_EHH, downs, strict=True):
-            own_HH.copy_(down_HI @ down_HI.T)
         places_H = torch.arange(exact_EHH.shape[1], device=exact_EHH.device)
-        return cls(places_H.expand(len(exact_EHH), -1), inverse_EHH, gram_EHH)
+        return cls(places_H.expand(len(exact_EHH), -1), inverse_EHH, in_float64(grams_EHH))
 
     def eliminate(self, block: int, count: int) -> tuple[Tensor, Tensor, Self]:
         """Eliminate a block of neurons of every expert, in rounds of `count`.

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from tuckerize.calibration.profile_pass import num_probe_windows
 from tuckerize.calibration.refine import batch_and_steps
+from tuckerize.calibration.rounding import ROUNDED_OUTPUTS
 from tuckerize.calibration.spectra import ROW_VALUES
-from tuckerize.calibration.tokens import enough_tokens
+from tuckerize.calibration.tokens import PART_TOKENS, enough_tokens
 from tuckerize.compression.closed_form import TOKENS_AT_ONCE
 from tuckerize.compression.parts import has_parts
 from tuckerize.compression.target import CompressionTarget, LayerPiece
@@ -26,13 +27,13 @@ _WORK_BYTES = 4
 _EXACT_BYTES = 8
 # Copies of matrices that are alive at once, as measured.
 _ROUTED_ROWS = (2, 3)  # rows of I and of H values of the tokens' experts
-_EXPERT_ROWS = (2, 7)  # the same of one expert's tokens, beside its outputs
+_PART_ROWS = (1, 7)  # the same of a part of one expert's tokens
 _ELIMINATION_COPIES = 6
 _SPECTRUM_COPIES = 11
 _READ_COPIES = 5
 _ROUNDING_COPIES = (5, 7)  # moments and matrices of gate or up, while columns are rounded
 _SCALES_COPIES = (1, 4, 3)  # the same and normal equations in float64, while scales are fitted
-_PROBED_MATRICES = 10  # of an expert that a profile rounds: dense, rounded, and between
+_PROBED_MATRICES = 6  # of an expert that a profile rounds: dense, and as they are read
 _STATES_COPIES = 8  # hidden states, tokens and outputs of the calibration set
 _COPIES_BESIDE_FILES = 2  # of these, while files hold what stays
 _KEPT = 1.08  # of what is alive, with what the allocator keeps of what was freed
@@ -72,7 +73,9 @@ class LayerWork:
             rows = min(ROW_VALUES, self.shape.parameters) * _WORK_BYTES
             spectrum = _SPECTRUM_COPIES * hidden**2 * _EXACT_BYTES + rows
         moments = 2 * hidden**2 * _WORK_BYTES
-        after = moments + max(self.moments, spectrum, self.rounding + self._beside_rounding)
+        outputs = min(self.shape.intermediate, ROUNDED_OUTPUTS)
+        probed = self.rounding(outputs) + self._beside_rounding
+        after = moments + max(self.moments, spectrum, probed)
         dense = self._dense if held else self._read
         return dense + self._states + self._probes + max(self.forward, after)
 
@@ -97,7 +100,7 @@ class LayerWork:
         eliminated = self.moments if target.neurons < group.intermediate else 0
         encoded = 0
         if piece.cores is not None:  # the cores before and after, and codes
-            encoded = factors * (2 * _WORK_BYTES + 1) + self.rounding
+            encoded = factors * (2 * _WORK_BYTES + 1) + self.rounding(group.intermediate)
         alive = max(alive * _WORK_BYTES, eliminated, encoded)
         return int(_KEPT * (self._dense + self._states + alive))
 
@@ -143,7 +146,7 @@ class LayerWork:
         whole = processes * codes if processes > 1 else 0  # of all of them, gathered
         written = codes + whole + 2 * stored  # packed, and their copy in the writer
         measured = codes + stored + self.forward
-        alive = max(self.moments, codes + self.rounding, measured, written)
+        alive = max(self.moments, codes + self.rounding(self.shape.intermediate), measured, written)
         return self._read + self._states + alive
 
     @property
@@ -192,18 +195,20 @@ class LayerWork:
     @property
     def _expert_rows(self) -> int:
         """Values of the tokens of one expert, with its neurons and their derivatives."""
-        of_hidden, of_neurons = _EXPERT_ROWS
+        of_hidden, of_neurons = _PART_ROWS
         _, neurons, hidden = self.shape
-        return self.tokens_of_expert * (of_hidden * hidden + of_neurons * neurons)
+        part = min(self.tokens_of_expert, PART_TOKENS)
+        return self.tokens_of_expert * hidden + part * (of_hidden * hidden + of_neurons * neurons)
 
     @property
     def moments(self) -> int:
         """Bytes of the moments of neurons, and of their elimination."""
         experts, neurons, hidden = self.shape
         chunk = min(experts, max(1, CHUNK_VALUES // neurons**2))
-        rows = (self._expert_rows + self._routed * hidden) * _WORK_BYTES
+        rows = self._expert_rows * _WORK_BYTES
         eliminated = _ELIMINATION_COPIES * chunk * neurons**2 * _EXACT_BYTES
-        return chunk * neurons * (neurons + hidden) * _WORK_BYTES + max(rows, eliminated)
+        waiting = 2 * chunk * neurons**2 + neurons * hidden
+        return waiting * _WORK_BYTES + max(rows, eliminated)
 
     @property
     def _beside_rounding(self) -> int:
@@ -212,10 +217,9 @@ class LayerWork:
         rows = hidden + _PROBED_MATRICES * neurons + self.tokens + self.tokens_of_expert
         return rows * hidden * _WORK_BYTES
 
-    @property
-    def rounding(self) -> int:
-        """Bytes of rounding the matrices of an expert for its inputs."""
-        _, neurons, hidden = self.shape
+    def rounding(self, neurons: int) -> int:
+        """Bytes of rounding gate and up of so many neurons of an expert for its inputs."""
+        hidden = self.shape.hidden
         of_moment, of_matrix = _ROUNDING_COPIES
         rounded = (of_moment * hidden**2 + of_matrix * neurons * hidden) * _WORK_BYTES
         of_moment, of_matrix, of_equations = _SCALES_COPIES

@@ -68,9 +68,13 @@ def gathered(group: DenseGroup, tokens: LayerTokens) -> tuple[GroupMoments, Tens
     return found, neurons_EHH
 
 
+@pytest.mark.parametrize("part", [7, 2048])
 @pytest.mark.parametrize("count", [FEW, 40])
 @pytest.mark.parametrize("first", [0, 3])
-def test_moments_are_the_naive_sums(count: int, first: int) -> None:
+def test_moments_are_the_naive_sums(
+    count: int, first: int, part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tuckerize.calibration.tokens.PART_TOKENS", part)
     group, tokens = make_group(SHAPE, first=first), make_tokens(count, 5, 6)
     found, neurons_EHH = gathered(group, tokens)
     inputs_EII = input_moments(group, tokens)
@@ -121,7 +125,10 @@ def test_group_without_any_token_has_finite_moments() -> None:
     assert bool((neurons_EHH.diagonal(dim1=1, dim2=2) > 0).all())
 
 
-def test_refit_moments_of_the_dense_gate_and_up_are_the_neurons_own() -> None:
+def test_refit_moments_of_the_dense_gate_and_up_are_the_neurons_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tuckerize.calibration.tokens.PART_TOKENS", 7)
     group, tokens = make_group(SHAPE), make_tokens(40, 5, 6)
     _, neurons_EHH = gathered(group, tokens)
     kept_K = torch.tensor([0, 3])

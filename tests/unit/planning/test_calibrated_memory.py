@@ -95,7 +95,7 @@ def test_memory_of_rounding_an_expert(neurons: int, hidden: int) -> None:
         both = torch.cat([group.stacks[projection] for projection in GATE_UP], dim=1)
         quantise(both, CoreType.W4, [tokens.x_TI.T @ tokens.x_TI])
 
-    assert live_bytes(work_on) == pytest.approx(work.rounding, rel=0.25)
+    assert live_bytes(work_on) == pytest.approx(work.rounding(neurons), rel=0.25)
 
 
 def test_what_is_freed_does_not_count() -> None:
