@@ -5,6 +5,7 @@ A generated layer with DeepSeek-V2-Lite's experts (64 of 1408 x 2048, top-6), wi
 than the wall's.
 
     python -m benchmarks.calibrated_speed --baseline v0.1.0 --write
+    python -m benchmarks.calibrated_speed --baseline v0.1.0 --narrow 1 --only-plan --write
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,12 +49,14 @@ class Times:
         closed_form: `tuckerize decompose --keep 0.75 --refine 0`, with the profile in the cache.
         refinement_step: One step of refinement.
         steps: Steps that `--refine 300` makes.
+        peak_gib: Peak resident memory of `plan`.
     """
 
     plan: float
-    closed_form: float
-    refinement_step: float
-    steps: int
+    closed_form: float | None = None
+    refinement_step: float | None = None
+    steps: int | None = None
+    peak_gib: float | None = None
 
 
 @contextmanager
@@ -67,8 +70,11 @@ def checked_out(commit: str, folder: Path) -> Iterator[Path]:
         subprocess.run([*git, "remove", "--force", str(folder)], check=True)
 
 
-def seconds(tree: Path, words: list[str], cache: Path) -> float:
-    """Processor seconds of a command of a version; those do not count who else runs."""
+def seconds(tree: Path, words: list[str], cache: Path) -> tuple[float, float]:
+    """Processor seconds of a command of a version, and its peak resident memory, GiB.
+
+    The seconds do not count who else runs.
+    """
     environment = {
         **os.environ,
         "PYTHONPATH": str(tree),
@@ -76,34 +82,40 @@ def seconds(tree: Path, words: list[str], cache: Path) -> float:
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
     }
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, "-m", "tuckerize", *words],
-        check=True,
         cwd=tree,  # `python -m` looks there first
         env=environment,
         stdout=sys.stderr,
     )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    _, status, used = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"{' '.join(words)} ended with {os.waitstatus_to_exitcode(status)}")
+    return used.ru_utime + used.ru_stime, used.ru_maxrss / 2**20
 
 
-def measure(tree: Path, model: Path, folder: Path) -> Times:
+def measure(tree: Path, model: Path, folder: Path, *, only_plan: bool) -> Times:
     """Times of one version."""
     folder.mkdir()
     cache, output = folder / "cache", folder / "out"
     options = ["--model", str(model), "--calibration", str(EXAMPLE / "held_out.txt")]
     options += ["--calibration-tokens", str(CALIBRATION_TOKENS)]
-    plan = seconds(tree, ["plan", *options], cache)
+    plan, peak = seconds(tree, ["plan", *options], cache)
+    if only_plan:
+        return Times(round(plan, 1), peak_gib=round(peak, 2))
     decompose = ["decompose", *options, "--output", str(output), "--keep", "0.75", "--overwrite"]
-    closed = seconds(tree, [*decompose, "--refine", "0"], cache)
-    refined = seconds(tree, [*decompose, "--refine", str(STEPS)], cache)
+    closed, _ = seconds(tree, [*decompose, "--refine", "0"], cache)
+    refined, _ = seconds(tree, [*decompose, "--refine", str(STEPS)], cache)
     made = subprocess.run(
         [sys.executable, "-c", STEPS_MADE], check=True, cwd=tree, stdout=subprocess.PIPE
     )
-    return Times(
-        round(plan, 1), round(closed, 1), round((refined - closed) / STEPS, 2), int(made.stdout)
-    )
+    step = round((refined - closed) / STEPS, 2)
+    return Times(round(plan, 1), round(closed, 1), step, int(made.stdout), round(peak, 2))
+
+
+def read() -> list[dict[str, Any]]:
+    """The results that are there, one for each width."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
 
 
 def main() -> None:
@@ -112,26 +124,31 @@ def main() -> None:
     parser.add_argument("--baseline", required=True, help="commit to compare with")
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
     parser.add_argument("--narrow", type=int, default=2)
+    parser.add_argument("--only-plan", action="store_true", help="measure `plan` alone")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="speed-") as temporary:
         folder = Path(temporary)
         config = lite_config(2, dense_layers=1, narrow=arguments.narrow)
         write_checkpoint(folder / "model", config)
-        now = measure(ROOT, folder / "model", folder / "now")
+        now = measure(ROOT, folder / "model", folder / "now", only_plan=arguments.only_plan)
         print(f"now      {now}", flush=True)
         with checked_out(arguments.baseline, folder / "tree") as tree:
-            before = measure(tree, folder / "model", folder / "before")
+            before = measure(
+                tree, folder / "model", folder / "before", only_plan=arguments.only_plan
+            )
     print(f"before   {before}")
     if arguments.write:
         result = {
             "command": " ".join(["python", "-m", "benchmarks.calibrated_speed", *sys.argv[1:]]),
+            "narrow": arguments.narrow,
             "date": time.strftime("%Y-%m-%d"),
             "torch": torch.__version__,
             "capability": torch.backends.cpu.get_cpu_capability(),
             "before": asdict(before),
             "now": asdict(now),
         }
-        RESULTS.write_text(json.dumps(result, indent=2) + "\n")
+        others = [own for own in read() if own["narrow"] != arguments.narrow]
+        RESULTS.write_text(json.dumps([*others, result], indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -39,22 +39,26 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def _calibrated() -> str:
-    found = _read("calibrated_speed")
     names = {
         "plan": "`plan`",
         "closed_form": "`decompose --refine 0` after it",
         "refinement_step": "a step of refinement",
     }
-    figures = {name: (found["before"][key], found["now"][key]) for key, name in names.items()}
-    figures["`decompose --refine 300`, of these"] = tuple(
-        own["closed_form"] + own["steps"] * own["refinement_step"]
-        for own in (found["before"], found["now"])
-    )
-    rows = [
-        [name, f"{before:.1f}", f"{now:.1f}", f"{before / now:.1f}"]
-        for name, (before, now) in figures.items()
-    ]
-    return _table(["", "before, CPU s", "now, CPU s", "ratio"], rows)
+    rows = []
+    for found in sorted(_read("calibrated_speed"), key=lambda own: own["narrow"]):
+        width = f"{1408 // found['narrow']} x {2048 // found['narrow']}"
+        both = found["before"], found["now"]
+        figures = {name: tuple(own[key] for own in both) for key, name in names.items()}
+        if found["now"]["steps"] is not None:
+            figures["`decompose --refine 300`, of these"] = tuple(
+                own["closed_form"] + own["steps"] * own["refinement_step"] for own in both
+            )
+        rows += [
+            [width, name, f"{before:.1f}", f"{now:.1f}", f"{before / now:.1f}"]
+            for name, (before, now) in figures.items()
+            if now is not None
+        ]
+    return _table(["experts", "", "before, CPU s", "now, CPU s", "ratio"], rows)
 
 
 def _shared() -> str:
