@@ -46,7 +46,7 @@ class Times:
 
     Attributes:
         plan: `tuckerize plan`.
-        closed_form: `tuckerize decompose --keep 0.75 --refine 0`, with the profile in the cache.
+        closed_form: `tuckerize decompose --rank full,full,75% --refine 0`.
         refinement_step: One step of refinement.
         steps: Steps that `--refine 300` makes.
         peak_gib: Peak resident memory of `plan`.
@@ -103,7 +103,8 @@ def measure(tree: Path, model: Path, folder: Path, *, only_plan: bool) -> Times:
     plan, peak = seconds(tree, ["plan", *options], cache)
     if only_plan:
         return Times(round(plan, 1), peak_gib=round(peak, 2))
-    decompose = ["decompose", *options, "--output", str(output), "--keep", "0.75", "--overwrite"]
+    decompose = ["decompose", *options, "--output", str(output), "--rank", "full,full,75%"]
+    decompose += ["--overwrite"]
     closed, _ = seconds(tree, [*decompose, "--refine", "0"], cache)
     refined, _ = seconds(tree, [*decompose, "--refine", str(STEPS)], cache)
     made = subprocess.run(
