@@ -22,7 +22,7 @@ _NOTHING = "–"
 def tables(rows: Sequence[Row]) -> str:
     """Markdown: for every model the best choice at each size, then every row; then ours.
 
-    The last table compares with quantisation alone.
+    The last tables compare with quantisation alone, and with other structures.
     """
     models = {
         model: [row for row in rows if row["model"] == model]
@@ -31,7 +31,9 @@ def tables(rows: Sequence[Row]) -> str:
     lines: list[str] = []
     for model, own in models.items():
         lines += [f"### {model}", "", *_best_table(own), "", *_row_table(own), ""]
-    return "\n".join([*lines, *_ratio_table(models), "", *_structure_table(models), ""])
+    on_ascend = _ratio_table(models, "Ascend")
+    lines += [*_ratio_table(models), "", *on_ascend, "", *_structure_table(models), ""]
+    return "\n".join(lines)
 
 
 def alone(rows: Iterable[Row], bits: float, kind: str) -> float | None:
@@ -89,21 +91,29 @@ def _structure_table(models: Mapping[str, Sequence[Row]]) -> list[str]:
     return lines
 
 
-def _ratio_table(models: Mapping[str, Sequence[Row]]) -> list[str]:
-    """Our divergence relative to that of quantisation alone at the same size."""
+def _ratio_table(models: Mapping[str, Sequence[Row]], platform: str = "") -> list[str]:
+    """Our divergence relative to that of quantisation alone at the same size.
+
+    Args:
+        models: Rows by model.
+        platform: Where quantisation alone must have kernels; by default anywhere.
+    """
     ours: dict[tuple[str, str, float], dict[str, str]] = {}
     for model, rows in models.items():
+        others = [row for row in rows if not platform or is_servable(row, platform)]
         for row in rows:
             if row["structure"] != "tuckerize":
                 continue
             cells = []
             for kind in KINDS:
-                other = alone(rows, row["bits"], kind)
+                other = alone(others, row["bits"], kind)
                 cells.append(_NOTHING if other is None else f"{row[kind]['kl'] / other:.2f}")
+            if platform and cells == [_NOTHING] * len(KINDS):
+                continue
             key = (row["target"], row["encoding"], -float(row["keep"]))
             ours.setdefault(key, {})[model] = f"{row['bits']:.2f}: {' · '.join(cells)}"
     lines = [
-        "### Ours and quantisation alone",
+        f"### Ours and quantisation alone{f' with kernels on {platform}' * bool(platform)}",
         "",
         "Our KL divergence over that of quantisation alone at the same size (below 1: ours is "
         "less), of weights of fewer and more bits mixed, the least of all rows; bits: in domain · "
