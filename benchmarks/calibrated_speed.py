@@ -29,7 +29,7 @@ from benchmarks.full_width import CALIBRATION_TOKENS, EXAMPLE, lite_config, writ
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "calibrated_speed.json"
-STEPS = 8
+STEPS = 40
 # Most steps by default, and a program that prints how many of them a version makes.
 MOST_STEPS = 300
 STEPS_MADE = f"""
