@@ -15,8 +15,8 @@ VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install -
 TRANSFORMERS ?= 5.14.1 5.16.1 5.19.0 5.23.0 $(shell sed -n 's/^transformers==//p' constraints.txt)
 TRANSFORMERS_VENVS := $(TRANSFORMERS:%=$(VENV)-transformers-%)
 
-.PHONY: demo bench docs test check format fuzz full-width accelerator test-demo test-families test-install test-kill test-long test-lowest \
-	test-npu test-transformers test-vllm test-lm-eval clean help
+.PHONY: demo bench docs test check format fuzz full-width accelerator test-demo test-families test-install test-kill \
+	test-long test-lowest test-npu test-transformers test-vllm test-lm-eval clean help
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -48,7 +48,8 @@ check: $(VENV)/.installed-dev  ## Format, lint, types, architecture
 test: check  ## Everything: check, then unit, property, integration and distributed tests
 	$(BIN)/python -m pytest --cov --numprocesses 2 --dist worksteal
 	@echo "heavy checks are separate: make full-width (a checkpoint of DeepSeek-V2-Lite's width)," \
-		"make test-long (pages of docs that calibrate), make test-npu (more on a stand-in for an NPU), make test-vllm (the real vLLM engine)," \
+		"make test-long (pages of docs that calibrate), make test-npu (more on a stand-in for an NPU)," \
+		"make test-vllm (the real vLLM engine)," \
 		"make test-transformers (every supported release), make test-lm-eval (lm-evaluation-harness)"
 
 format: $(VENV)/.installed-dev  ## Format the code

@@ -18,7 +18,7 @@ from tuckerize.checkpoint.output import MANIFEST
 from tuckerize.checkpoint.reader import Checkpoint
 from tuckerize.healing.result import LOG
 
-STEPS = 20
+STEPS = 50
 SIZES: dict[str, Any] = {"tokens": 64 * STEPS, "window": 16, "batch": 4, "learning_rate": 0.01}
 SHORT: dict[str, Any] = {**SIZES, "tokens": 64 * 6}
 FEW: dict[str, Any] = {**SIZES, "tokens": 4 * 2 * 10, "window": 4, "batch": 2}

@@ -91,25 +91,28 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_and_options_exist(page: Path) -> None:
+    wrong = [
+        f"{block.place}: {word}"
+        for block in read_blocks(page)
+        if block.language == "bash"
+        for command in commands(block.text)
+        for word in unknown_words(shlex.split(command))
+    ]
+    assert not wrong
+
+
+def unknown_words(words: list[str]) -> list[str]:
+    """The command of ours that there is not, or its options that there are not."""
     known = get_command(app)
     assert isinstance(known, TyperGroup)
-    wrong = []
-    for block in read_blocks(page):
-        for command in commands(block.text) if block.language == "bash" else ():
-            words = shlex.split(command)
-            if "tuckerize" not in words[:-1]:
-                continue
-            name, *rest = words[words.index("tuckerize") + 1 :]
-            if name.startswith("-"):
-                continue
-            own = known.commands.get(name)
-            options = {opt for param in own.params for opt in param.opts} if own else set()
-            wrong += [
-                f"{block.place}: {name} {word}"
-                for word in rest
-                if word.startswith("--") and word.split("=")[0] not in options
-            ]
-    assert not wrong
+    ours = words[words.index("tuckerize") + 1 :] if "tuckerize" in words else []
+    name, *rest = ours or ["-"]
+    if name.startswith("-"):
+        return []
+    if name not in known.commands:
+        return [name]
+    options = {option for param in known.commands[name].params for option in param.opts}
+    return [word for word in rest if word.startswith("--") and word.split("=")[0] not in options]
 
 
 @pytest.mark.timeout(600)

@@ -101,7 +101,12 @@ def test_whole_checkpoint_passes_verification(name: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("name", "processes"),
-    [("tucker", 2), ("data-free", 4), ("calibrated", 2)],
+    [
+        ("tucker", 2),
+        pytest.param("data-free", 2, marks=pytest.mark.long),
+        ("data-free", 4),
+        ("calibrated", 2),
+    ],
 )
 def test_shards_pass_verification(name: str, processes: int, tmp_path: Path) -> None:
     out = shutil.copytree(GOLDEN / name, tmp_path / "out")

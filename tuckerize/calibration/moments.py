@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tuckerize.calibration.tokens import DenseGroup, LayerTokens
+from tuckerize.calibration.tokens import DenseGroup, ExpertTokens, LayerTokens
 from tuckerize.domain import Projection
 from tuckerize.linalg.gram import gram
 from tuckerize.linalg.sharing import ALONE, Sharing
@@ -130,13 +130,24 @@ def neuron_moments(
         activation: From gate and up to neurons.
     """
     for place, expert in enumerate(group.experts):
-        own, dense = tokens.of_expert(expert, least=group.enough_tokens), group.part(place)
-        neurons = dense.shape.intermediate
-        moment_HH = own.x_NI.new_zeros(neurons, neurons)
-        for part in own.parts():
-            weighted_NH = part.weights_N[:, None] * activation(*dense.gate_up(0, part.x_NI))
-            moment_HH += gram(weighted_NH)
-        yield moment_HH
+        own = tokens.of_expert(expert, least=group.enough_tokens)
+        yield neuron_moment(group.part(place), own, activation)
+
+
+def neuron_moment(dense: DenseGroup, own: ExpertTokens, activation: Activation) -> Tensor:
+    """Second moment of the neurons of one expert, shape (H, H).
+
+    Args:
+        dense: The expert, alone.
+        own: Its tokens.
+        activation: From gate and up to neurons.
+    """
+    neurons = dense.shape.intermediate
+    moment_HH = own.x_NI.new_zeros(neurons, neurons)
+    for part in own.parts():
+        weighted_NH = part.weights_N[:, None] * activation(*dense.gate_up(0, part.x_NI))
+        moment_HH += gram(weighted_NH)
+    return moment_HH
 
 
 def second_moment(partial_TI: Tensor, sharing: Sharing) -> Tensor:

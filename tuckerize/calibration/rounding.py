@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tuckerize.calibration.moments import neuron_moment
 from tuckerize.calibration.spectra import spread
 from tuckerize.calibration.tokens import DenseGroup, ExpertTokens, LayerTokens
 from tuckerize.domain import GATE_UP, CoreType, Projection
@@ -80,14 +81,11 @@ def _errors_of_expert(
     some_K, some_C = (torch.tensor(spread(size, ROUNDED_OUTPUTS)) for size in (neurons, hidden))
     some_K, some_C = some_K.to(down_HI.device), some_C.to(down_HI.device)
     both_GI = torch.cat([gate_HI[some_K], up_HI[some_K]])
-    biases_H = expert.biases or dict.fromkeys(GATE_UP, down_HI.new_zeros(1, neurons))
-    gate_K, up_K = (biases_H[projection][0, some_K] for projection in GATE_UP)
+    biases = expert.biases or dict.fromkeys(GATE_UP, down_HI.new_zeros(1, neurons))
+    gate_K, up_K = (biases[projection][0, some_K] for projection in GATE_UP)
     down_CH, down_KI = down_HI.T[some_C], down_HI[some_K]
     moment_II = gram(seen.weights_N[:, None] * seen.x_NI)
-    moment_HH = down_HI.new_zeros(neurons, neurons)
-    for part in seen.parts():
-        weighted_NH = part.weights_N[:, None] * activation(*expert.gate_up(0, part.x_NI))
-        moment_HH += gram(weighted_NH)
+    moment_HH = neuron_moment(expert, seen, activation)
     exact_NH = new.weights_N[:, None] * activation(*expert.gate_up(0, new.x_NI))
     errors = []
     for core_type in CoreType:

@@ -194,7 +194,7 @@ class LayerWork:
 
     @property
     def _expert_rows(self) -> int:
-        """Values of the tokens of one expert, with its neurons and their derivatives."""
+        """Values of the tokens of one expert, with neurons and derivatives of a part of them."""
         of_hidden, of_neurons = _PART_ROWS
         _, neurons, hidden = self.shape
         part = min(self.tokens_of_expert, PART_TOKENS)
