@@ -1,9 +1,10 @@
 """Profile a model: one pass over the calibration text, through the dense model.
 
-For every layer the curves of `layer_profile`, and the sensitivity: the KL divergence of the model's
-prediction that an error of the layer causes. It is measured: on a few windows, spread over all of
-the text, the quarter of the neurons with the least energy is pruned in this layer alone, and the
-divergence of the logits is compared with the output error.
+For every layer the curves of `layer_profile`, and the KL divergence of the model's prediction that
+an error of the layer causes. It is measured: on a few windows, spread over all of the text, the
+quarter of the neurons with the least energy is pruned in this layer alone, and the divergence of
+the logits is compared with the output error; and again with a part of this change of the output. A
+small error causes more than its square says, as later layers send some tokens to other experts.
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ from tuckerize.calibration.moments import GroupMoments
 from tuckerize.calibration.sharing import num_own_windows
 from tuckerize.calibration.spectra import spread
 from tuckerize.calibration.states import States
+from tuckerize.calibration.stream import ExpertsCall
 from tuckerize.calibration.text import fingerprint
 from tuckerize.calibration.tokens import DenseGroup
 from tuckerize.checkpoint.output import remove_temporaries
 from tuckerize.checkpoint.sealed_tensors import read_sealed, write_sealed
 from tuckerize.progress import LayerProgress, Progress, scaled
+from tuckerize.runtime.experts import TuckerExperts
 from tuckerize.version import __version__
 
 # Windows of text that the sensitivity is measured on: fewer where many layers make probes, each of
@@ -42,8 +45,13 @@ from tuckerize.version import __version__
 _PROBE_WINDOWS = (4, 8)
 _PROBE_WINDOWS_OF_ALL_LAYERS = 128
 _PRUNED_SHARE = 0.25
+# Parts of the change of the output that are probed: about the error of the sizes below 3 bits per
+# weight, and that of rounding to 4 bits.
+_PARTS = (1.0, 0.25)
+# What a profile holds beside its curves.
+_NUMBERS = ("sensitivity", "switching")
 # Version of the contents of profiles.
-_PROFILE_VERSION = 15
+_PROFILE_VERSION = 16
 _STATES = "hidden.safetensors"
 # Names of states that are carried along.
 _HIDDEN = "hidden"
@@ -131,8 +139,8 @@ class ProfileCache:
         if tensors is None:
             return None
         values = {name: tensor.numpy() for name, tensor in tensors.items()}
-        sensitivity = float(values.pop("sensitivity"))
-        return LayerProfile(layer=layer, sensitivity=sensitivity, **values)
+        sensitivity, switching = (float(values.pop(name)) for name in _NUMBERS)
+        return LayerProfile(layer=layer, sensitivity=sensitivity, switching=switching, **values)
 
     def complete(self, layers: Sequence[int]) -> list[LayerProfile] | None:
         """The profiles of all layers; None where a pass has not come to its end."""
@@ -146,9 +154,10 @@ class ProfileCache:
         arrays = {
             own.name: torch.from_numpy(np.ascontiguousarray(getattr(profile, own.name)))
             for own in fields(profile)
-            if own.name not in ("layer", "sensitivity")
+            if own.name not in ("layer", *_NUMBERS)
         }
-        arrays["sensitivity"] = torch.tensor(profile.sensitivity, dtype=torch.float64)
+        for name in _NUMBERS:
+            arrays[name] = torch.tensor(getattr(profile, name), dtype=torch.float64)
         layer = profile.layer
         self._write(
             lambda folder: write_sealed(self._path(folder, layer), self._label(layer), arrays)
@@ -246,8 +255,10 @@ def profile_model(
     for layer, profile in zip(layers, known, strict=True):
         if profile is None:
             raise TypeError(f"layer {layer} has no profile")
-        error = max(float(errors[f"{_ERROR}{layer}"]), 1e-30)
-        profiles.append(replace(profile, sensitivity=divergences[layer] / error))
+        error = max(float(errors[f"{_ERROR}{layer}"]), 1e-30) ** 0.5
+        large, small = ((part * error, divergences[_name(layer, part)]) for part in _PARTS)
+        sensitivity, switching = two_orders(large, small)
+        profiles.append(replace(profile, sensitivity=sensitivity, switching=switching))
     for profile in profiles:
         cache.save(profile)
     cache.finish()
@@ -298,7 +309,8 @@ def _profile_layer(
     pruned = run.dense(
         layer, [_pruned(group, own.moments) for group, own in zip(groups, statistics, strict=True)]
     )
-    calls = dict.fromkeys(probes, experts_call(dense)) | {str(layer): experts_call(pruned)}
+    calls = dict.fromkeys(probes, experts_call(dense))
+    calls |= {_name(layer, part): _changed_by(part, dense, pruned) for part in _PARTS}
     for number, (name, call) in enumerate(calls.items()):
         stages.stage(f"probe {number + 1} of {len(calls)}")
         probes[name] = run.run_layer(layer, probes.get(name, clean), call)
@@ -327,6 +339,37 @@ def num_probe_windows(layers: int) -> int:
     return max(least, min(most, _PROBE_WINDOWS_OF_ALL_LAYERS // layers))
 
 
+def two_orders(large: tuple[float, float], small: tuple[float, float]) -> tuple[float, float]:
+    """The nonnegative a and b of `a e² + b e` through two points, or the nearest.
+
+    Args:
+        large: A positive e, and the value there.
+        small: The same of a smaller one; the other counts where a or b would be negative.
+    """
+    (e2, value2), (e1, value1) = large, small
+    second = (value2 / e2 - value1 / e1) / (e2 - e1)
+    if second < 0:
+        return 0.0, value2 / e2
+    first = value2 / e2 - second * e2
+    return (value2 / e2**2, 0.0) if first < 0 else (second, first)
+
+
+def _name(layer: int, part: float) -> str:
+    """Name of the states of a probe."""
+    return f"{layer} of {_PARTS.index(part)}"
+
+
+def _changed_by(part: float, dense: TuckerExperts, pruned: TuckerExperts) -> ExpertsCall:
+    """Routed experts whose output is so far on the way from that of one to that of the other."""
+    ends = experts_call(dense), experts_call(pruned)
+
+    def call(x_TI: Tensor, experts_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
+        exact_TI, pruned_TI = (end(x_TI.float(), experts_Tk, weights_Tk) for end in ends)
+        return exact_TI.lerp(pruned_TI, part).to(x_TI.dtype)
+
+    return ends[1] if part == 1 else call
+
+
 def _pruned(group: DenseGroup, moments: GroupMoments) -> DenseGroup:
     """A group without the neurons of least output energy."""
     count = max(1, round(_PRUNED_SHARE * group.shape.intermediate))
@@ -336,18 +379,18 @@ def _pruned(group: DenseGroup, moments: GroupMoments) -> DenseGroup:
 
 def _divergences(
     run: CalibrationPass, clean: States, probes: dict[str, States], windows: int
-) -> dict[int, float]:
-    """Mean Kullback-Leibler divergence (nats per token) from the clean prediction, by layer."""
-    totals = dict.fromkeys(run.source.moe.layers, 0.0)
+) -> dict[str, float]:
+    """Mean Kullback-Leibler divergence (nats per token) from the clean prediction, by probe."""
+    totals = dict.fromkeys(sorted(probes), 0.0)
     count = 0
     with run.model.head() as head:
         for window in range(num_own_windows(windows, run.sharing)):
             clean_LV = head(clean[window : window + 1])[0].float().log_softmax(-1)
             count += len(clean_LV)
-            for layer in run.source.moe.layers:
-                other_LV = head(probes[str(layer)][window : window + 1])[0].float().log_softmax(-1)
+            for name in totals:
+                other_LV = head(probes[name][window : window + 1])[0].float().log_softmax(-1)
                 difference_LV = clean_LV.exp() * (clean_LV - other_LV)
-                totals[layer] += float(difference_LV.sum())
+                totals[name] += float(difference_LV.sum())
     parts = run.sharing.of_all((totals, count))
     count = sum(own for _, own in parts)
-    return {layer: max(0.0, sum(own[layer] for own, _ in parts) / count) for layer in totals}
+    return {name: max(0.0, sum(own[name] for own, _ in parts) / count) for name in totals}

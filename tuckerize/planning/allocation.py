@@ -16,6 +16,7 @@ from tuckerize.domain import (
     DOWN,
     GATE_UP,
     Allocation,
+    CoreType,
     Mode,
     MultilinearRank,
     StackShape,
@@ -45,6 +46,7 @@ class SearchSpace:
         multiples: Alignment of truncated widths of experts, and of truncated hidden core sizes.
         truncation: Modes that may be truncated.
         equal_widths: All experts of a layer are equally wide.
+        quantize: Encoding that cores get in the end, if they are not counted in one.
     """
 
     shape: StackShape
@@ -53,6 +55,7 @@ class SearchSpace:
     multiples: tuple[int, int]
     truncation: Truncation = Truncation.AUTO
     equal_widths: bool = False
+    quantize: CoreType | None = None
 
     @property
     def dense_bytes(self) -> int:
@@ -92,10 +95,9 @@ class _Points(NamedTuple):
 class Allocator:
     """Shares budgets out over the layers of a model.
 
-    The KL divergence that a layer causes is predicted as its squared error times its sensitivity.
-    The sum over all layers is the minimum that the budget allows, up to the rounding of costs to
-    1/16384 of it. A larger budget never has a higher prediction; with the whole one all layers stay
-    dense.
+    The predicted KL divergence (`predicted_kl`) is the minimum that the budget allows, or
+    at most 1.16 of it where later layers switch experts, up to the rounding of costs to 1/16384. A larger budget never has a higher
+    prediction; with the whole one all layers stay dense.
 
     Attributes:
         frontiers: Candidates of the layers.
@@ -179,7 +181,7 @@ def _least_bytes(space: SearchSpace) -> float:
 def _frontier(profile: LayerProfile, spaces: Sequence[SearchSpace]) -> Frontier:
     points, own = [], []
     for index, space in enumerate(spaces):
-        rounding = profile.rounding_error(space.weights.cores)
+        rounding = profile.rounding_error(space.weights.cores or space.quantize)
         found = []
         if space.truncation != Truncation.FULL:
             found.append(_latent_points(profile, space))
@@ -196,6 +198,7 @@ def _frontier(profile: LayerProfile, spaces: Sequence[SearchSpace]) -> Frontier:
         spaces[0].groups * stored[chosen],
         errors[chosen],
         max(profile.sensitivity, _LEAST_SENSITIVITY),
+        profile.switching,
     )
 
 

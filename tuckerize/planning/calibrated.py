@@ -20,7 +20,7 @@ from tuckerize.domain import (
 from tuckerize.errors import UsageError
 from tuckerize.planning.allocation import Allocator, SearchSpace, check_budget, widest_within
 from tuckerize.planning.budget import Budget
-from tuckerize.planning.knapsack import Choice
+from tuckerize.planning.knapsack import Choice, predicted_kl
 from tuckerize.recipe import CalibrationSettings, Rule
 from tuckerize.weight_types import WeightType, stored_bytes
 
@@ -59,6 +59,7 @@ class CalibratedModel:
             multiples=(intermediate, hidden),
             truncation=self.settings.shape,
             equal_widths=self.settings.equal_widths,
+            quantize=self.quantize,
         )
 
     def allocators(
@@ -162,19 +163,15 @@ class RuleBudget:
         choices = best_choices(self.model.allocators(profiles, self.encodings), self.budget)
         if self.quantize is None:
             return choices
-        return [
-            self._quantised(choice, profile)
-            for choice, profile in zip(choices, profiles, strict=True)
-        ]
+        return [self._quantised(choice) for choice in choices]
 
-    def _quantised(self, choice: Choice, profile: LayerProfile) -> Choice:
+    def _quantised(self, choice: Choice) -> Choice:
         model, target = self.model, replace(choice.target, cores=self.quantize)
         stored = sum(
             target.stored_bytes(model.shape, coupling, model.weights)
             for coupling in target.couplings
         )
-        error = choice.error + profile.rounding_error(self.quantize)
-        return replace(choice, target=target, bytes=model.groups * stored, error=error)
+        return replace(choice, target=target, bytes=model.groups * stored)
 
 
 def best_choices(allocators: Sequence[Allocator], budget: Budget) -> list[Choice]:
@@ -191,4 +188,4 @@ def best_choices(allocators: Sequence[Allocator], budget: Budget) -> list[Choice
             refused = error
     if refused is not None and not found:
         raise refused
-    return min(found, key=lambda choices: sum(choice.predicted_kl for choice in choices))
+    return min(found, key=predicted_kl)

@@ -167,11 +167,11 @@ class LayerWork:
 
     @property
     def _probes(self) -> int:
-        """Bytes of the hidden states of the models with one layer pruned, but for one of them."""
+        """Bytes of the hidden states of the models with one layer changed, two for each layer."""
         if not self.states_held:
             return 0
         of_layer = min(self.tokens, num_probe_windows(self.layers) * self.window)
-        return (self.layers - 1) * of_layer * self.shape.hidden * _WORK_BYTES
+        return 2 * (self.layers - 1) * of_layer * self.shape.hidden * _WORK_BYTES
 
     @property
     def forward(self) -> int:

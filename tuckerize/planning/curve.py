@@ -11,7 +11,7 @@ from tuckerize.errors import UsageError
 from tuckerize.moe.source import SourceModel
 from tuckerize.planning.budget import Budget
 from tuckerize.planning.calibrated import CalibratedModel, Encodings, best_choices
-from tuckerize.planning.knapsack import Choice
+from tuckerize.planning.knapsack import Choice, predicted_kl
 from tuckerize.planning.plan import stored_type
 from tuckerize.recipe import CalibrationSettings, Recipe
 from tuckerize.report.plans import CurvePoint, CurveReport
@@ -101,7 +101,7 @@ def _point(
         routed_parameters=sum(space.stored_parameters(choice.target) for choice in choices),
         routed_bytes=routed_bytes,
         total_bytes=before.total_bytes - before.routed_bytes + routed_bytes,
-        kl=sum(choice.predicted_kl for choice in choices),
+        kl=predicted_kl(choices),
         largest_error=max(choice.error for choice in choices) ** 0.5,
         truncated=any(not choice.target.is_dense(model.shape) for choice in choices),
     )

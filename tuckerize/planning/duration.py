@@ -169,8 +169,8 @@ def profile_work(calibration: CalibrationPass, *, spectra: bool = True) -> float
     moe, settings = calibration.source.moe, calibration.settings
     experts, neurons, hidden = moe.shape
     tokens, layers = calibration.windows_SL.numel(), len(moe.layers)
-    # Each layer makes a probe, which goes through all that follow.
-    probed = num_probe_windows(layers) * settings.window * (2 + layers / 2)
+    # Each layer makes two probes, which go through all that follow.
+    probed = num_probe_windows(layers) * settings.window * (4 + layers)
     layer = 2.0 * 3 * neurons * hidden
     total = tokens * moe.routing.top_k * (2.0 * (hidden**2 + neurons**2) + 3 * layer)
     total += probed * moe.routing.top_k * layer

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import sqrt
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,28 +17,38 @@ Array = npt.NDArray[np.float64]
 
 # Resolution: steps into which the budget above the smallest sizes is divided.
 _UNITS = 16384
+# Levels of the term of first order at which all layers are chosen, each a third of the one before:
+# where all is of first order, the sum is at most (3 + 1) / (2 * 3**0.5) = 1.16 of its minimum.
+_LEVELS, _RATIO = 6, 3
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Target of one layer and its predicted cost.
+    """Target of one layer and what it costs.
 
     Attributes:
         target: Sizes that the stacks of every group are compressed to.
         bytes: Bytes stored of all groups.
         error: Relative squared output error of the layer.
         sensitivity: See `LayerProfile`.
+        switching: See `LayerProfile`.
     """
 
     target: CompressionTarget
     bytes: int
     error: float
     sensitivity: float
+    switching: float
 
-    @property
-    def predicted_kl(self) -> float:
-        """KL divergence from the source that the error causes, nats per token."""
-        return self.error * self.sensitivity
+
+def predicted_kl(choices: Sequence[Choice]) -> float:
+    """KL divergence from the source, nats per token, that the errors of all layers cause.
+
+    Those of second order add up. That of first order, of tokens that later layers send to other
+    experts, grows with the root of the sum of squares, as the errors are uncorrelated.
+    """
+    second = sum(choice.error * choice.sensitivity for choice in choices)
+    return second + sqrt(sum(choice.error * choice.switching**2 for choice in choices))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,28 +60,43 @@ class Frontier:
         bytes: Bytes stored of all groups.
         errors: Relative squared output errors.
         sensitivity: See `LayerProfile`.
+        switching: See `LayerProfile`.
     """
 
     targets: Callable[[int], CompressionTarget]
     bytes: Array
     errors: Array
     sensitivity: float
+    switching: float
 
     def choice(self, index: int) -> Choice:
         """One of the candidates."""
         stored, error = int(self.bytes[index]), float(self.errors[index])
-        return Choice(self.targets(index), stored, error, self.sensitivity)
+        return Choice(self.targets(index), stored, error, self.sensitivity, self.switching)
 
     def best_within(self, budget: float) -> int:
         """Index of the smallest error within so many bytes; -1 if there is none."""
         return int(np.searchsorted(self.bytes, budget, side="right")) - 1
 
 
+class _Table(NamedTuple):
+    """Best choices of all layers at one level of the term of first order, by cost.
+
+    Attributes:
+        layers: Costs of every layer's candidates, and the best one by cost of the layers so far.
+        predicted: Predicted KL divergence of all layers, by cost.
+    """
+
+    layers: list[tuple[Array, Array]]
+    predicted: Array
+
+
 class Knapsack:
     """Dynamic programming over the budget, layer by layer, once for all budgets.
 
     Units do not depend on the budget and costs are rounded up to them, so that what fits a budget
-    fits a larger one as well.
+    fits a larger one as well. The root in the objective is the least of its tangents, r <= r² / 2t
+    + t / 2, which are sums over layers: the layers are chosen for some t, and the best counts.
 
     Args:
         frontiers: Candidates of every layer.
@@ -86,7 +113,7 @@ class Knapsack:
         self.unit = max(finest, self.most / _UNITS)
 
     def choose(self, budget: float) -> list[Choice]:
-        """The choice of every layer with the smallest sum of KL divergences.
+        """The choice of every layer with the smallest predicted KL divergence.
 
         Args:
             budget: Bytes of all layers together.
@@ -94,10 +121,12 @@ class Knapsack:
         left = budget - self.least
         if self.most <= left:
             return [frontier.choice(len(frontier.bytes) - 1) for frontier in self.frontiers]
-        units = int(left // self.unit)
+        within = slice(int(left // self.unit) + 1)
+        table = min(self._tables, key=lambda own: own.predicted[within].min())
+        units = int(table.predicted[within].argmin())
         choices = []
         for frontier, (costs, places) in zip(
-            reversed(self.frontiers), reversed(self._tables), strict=True
+            reversed(self.frontiers), reversed(table.layers), strict=True
         ):
             place = int(places[units])
             choices.append(frontier.choice(place))
@@ -105,22 +134,33 @@ class Knapsack:
         return choices[::-1]
 
     @cached_property
-    def _tables(self) -> list[tuple[Array, Array]]:
-        """Costs of every layer's candidates, and the best one by cost of the layers so far."""
+    def _tables(self) -> list[_Table]:
+        largest = sqrt(sum(own.switching**2 * own.errors[0] for own in self.frontiers))
+        if not largest:
+            return [self._table(np.inf)]
+        return [self._table(largest / _RATIO**step) for step in range(_LEVELS)]
+
+    def _table(self, level: float) -> _Table:
         units = int(self.most // self.unit)
-        least = np.zeros(units + 1)  # KL divergence of the layers so far, by cost
-        tables = []
+        least = np.zeros(units + 1)  # sum over the layers so far, by cost
+        second, first = np.zeros(units + 1), np.zeros(units + 1)  # its two terms
+        layers = []
         for frontier in self.frontiers:
             costs = np.ceil((frontier.bytes - frontier.bytes[0]) / self.unit).astype(int)
+            weight = frontier.sensitivity + frontier.switching**2 / (2 * level)
             with_own = np.full(units + 1, np.inf)
             places = np.zeros(units + 1, dtype=int)
             useful = np.append(np.diff(costs) > 0, True) & (costs <= units)
             for place in np.flatnonzero(useful).tolist():
                 cost = costs[place]
-                total = least[: units + 1 - cost] + frontier.errors[place] * frontier.sensitivity
+                total = least[: units + 1 - cost] + frontier.errors[place] * weight
                 better = total < with_own[cost:]
-                with_own[cost:][better] = total[better]
-                places[cost:][better] = place
+                np.copyto(with_own[cost:], total, where=better)
+                np.copyto(places[cost:], place, where=better)
             least = with_own
-            tables.append((costs, places))
-        return tables
+            before = np.maximum(np.arange(units + 1) - costs[places], 0)
+            errors = frontier.errors[places]
+            second = second[before] + errors * frontier.sensitivity
+            first = first[before] + errors * frontier.switching**2
+            layers.append((costs, places))
+        return _Table(layers, second + np.sqrt(first))

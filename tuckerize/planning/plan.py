@@ -30,6 +30,7 @@ from tuckerize.moe.family import MoeModel
 from tuckerize.moe.source import SourceModel
 from tuckerize.planning.budget import Budget
 from tuckerize.planning.calibrated import CalibratedModel, RuleBudget
+from tuckerize.planning.knapsack import Choice, predicted_kl
 from tuckerize.planning.uniform import BudgetUnit, encoding_for_budget, ranks_for_budget
 from tuckerize.recipe import Recipe
 from tuckerize.recipe_text import resolve_rank, select_layers
@@ -326,7 +327,7 @@ def _calibrated_pieces(
         if index is not None:
             members.setdefault(index, []).append(layer)
     pieces: list[LayerPiece] = []
-    divergences: list[float] = []
+    chosen: list[Choice] = []
     waits = False
 
     def add(layer: int, target: CompressionTarget, predicted_error: float | None = None) -> None:
@@ -348,9 +349,9 @@ def _calibrated_pieces(
         choices = budget.choose([profile for profile in profiles if profile.layer in own])
         for layer, choice in zip(own, choices, strict=True):
             add(layer, choice.target, choice.error**0.5)
-        divergences += [choice.predicted_kl for choice in choices]
+        chosen += choices
     pieces.sort(key=lambda piece: piece.layer)
-    return pieces, sum(divergences) if divergences else None, waits
+    return pieces, predicted_kl(chosen) if chosen else None, waits
 
 
 def _target_of_rank(recipe: Recipe, text: str, shape: StackShape) -> CompressionTarget:
