@@ -634,8 +634,8 @@ def test_sensitivity_is_of_all_texts_whichever_comes_first(
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / str(len(found))))
         ordered = replace(run, windows_SL=torch.cat([*order, random]))
         profiles = profile_model(ordered, SilentProgress())
-        found.append([profile.sensitivity for profile in profiles])
-    assert len(found[0]) == 2
+        found.append([own for p in profiles for own in (p.sensitivity, p.switching)])
+    assert len(found[0]) == 4
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 

@@ -95,9 +95,9 @@ class _Points(NamedTuple):
 class Allocator:
     """Shares budgets out over the layers of a model.
 
-    The predicted KL divergence (`predicted_kl`) is the minimum that the budget allows, or
-    at most 1.16 of it where later layers switch experts, up to the rounding of costs to 1/16384. A larger budget never has a higher
-    prediction; with the whole one all layers stay dense.
+    The predicted KL divergence (`predicted_kl`) is the minimum that the budget allows, or at most
+    1.16 of it where later layers switch experts, up to the rounding of costs to 1/16384. A larger
+    budget never has a higher prediction; with the whole one all layers stay dense.
 
     Attributes:
         frontiers: Candidates of the layers.

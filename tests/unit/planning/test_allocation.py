@@ -489,7 +489,7 @@ def test_search_space_counts_the_parameters_of_a_layer() -> None:
     assert space.dense_bytes == dense_bytes(WIDE, 3)
 
 
-@settings(quick, max_examples=6)
+@settings(quick, max_examples=4)
 @given(
     bits=st.floats(1.5, 16),
     seed=st.integers(0, 99),
