@@ -1,4 +1,4 @@
-"""Quantisation alone at a size between its rows."""
+"""Quantisation alone at a size between its rows, and what engines have kernels for."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks.quality.equal_bytes_tables import alone, ours
+from benchmarks.quality.servable import WEIGHTS, is_servable
 
 
 def row(bits: float, kl: float, structure: str = "dense") -> dict[str, Any]:
@@ -44,3 +45,20 @@ def test_ours_are_rows_that_are_no_larger_and_what_lies_between_two_of_one_setti
     assert not ours(own, 1)
     other = {**row(5, 1, "tuckerize"), "encoding": "w3"}
     assert len(ours([*own, other], 4.5)) == 2
+
+
+@pytest.mark.parametrize(
+    ("target", "encoding", "platforms"),
+    [
+        ("free", "--bits 6", {"CUDA", "CPU"}),
+        ("fused-kernels", "--bits 6", {"Ascend", "CUDA", "CPU"}),
+        ("fused-kernels", "w4", {"Ascend", "CUDA", "CPU"}),
+        ("any-engine", "w3", {"CUDA"}),
+        ("any-engine", "w4 --random-share 0.2", {"Ascend", "CUDA", "CPU"}),
+    ],
+)
+def test_ours_are_servable_where_kernels_are(
+    target: str, encoding: str, platforms: set[str]
+) -> None:
+    own = {**row(6, 1, "tuckerize"), "target": target, "encoding": encoding}
+    assert {platform for platform in WEIGHTS if is_servable(own, platform)} == platforms
