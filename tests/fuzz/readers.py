@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -161,12 +162,9 @@ def make_work(folder: Path) -> Path:
     (folder / OUT / "verify.json").write_text('{"passed": true}')
     reconstruct(ReconstructRequest(folder=folder / OUT, output=folder / DENSE))
     cache = ProfileCache(folder / CACHE, "key", str)
-    names = {field.name for field in fields(LayerProfile)} - {"layer", "sensitivity", "switching"}
-    cache.save(
-        LayerProfile(
-            layer=1, sensitivity=2.0, switching=0.5, **dict.fromkeys(names, np.linspace(1, 0, 9))
-        )
-    )
+    numbers: dict[str, Any] = {"sensitivity": 2.0, "small_sensitivity": 1.0, "switching": 0.5}
+    names = {field.name for field in fields(LayerProfile)} - {"layer", *numbers}
+    cache.save(LayerProfile(layer=1, **numbers | dict.fromkeys(names, np.linspace(1, 0, 9))))
     cache.save_states(1, {"dense": torch.ones(4, 8)})
     unfinished = OutputFolder(folder / UNFINISHED)
     with unfinished.claim(PLAN, overwrite=False):

@@ -32,10 +32,12 @@ class LayerProfile:
 
     Attributes:
         layer: Index of the layer.
-        sensitivity: KL divergence of the model's prediction, nats per token, at a relative
-            output error of 1, extrapolated from a small one: the part that grows with its square.
-        switching: The same of the part that grows with the error itself: tokens that later layers
-            send to other experts.
+        sensitivity: KL divergence of the model's prediction, nats per token, at a relative squared
+            output error of 1, extrapolated from that of pruned neurons.
+        small_sensitivity: The same, extrapolated from smaller errors, of the part of the divergence
+            that grows with the squared error.
+        switching: The part that grows with the error itself, at an error of 1: tokens that later
+            layers send to other experts.
         selection_H: Error at every mean width 0..H, shape (H + 1,).
         equal_selection_H: The same if all experts are equally wide.
         widths_K: Widths of the rows of `gate_up_KI`, descending.
@@ -51,6 +53,7 @@ class LayerProfile:
 
     layer: int
     sensitivity: float
+    small_sensitivity: float
     switching: float
     selection_H: Array
     equal_selection_H: Array
@@ -97,7 +100,7 @@ def profile_layer(
     stage: Stage = silent,
     sharing: Sharing = ALONE,
 ) -> LayerProfile:
-    """Curves of one layer; its sensitivity and switching stay open (NaN).
+    """Curves of one layer; its sensitivities and switching stay open (NaN).
 
     Args:
         layer: Index of the layer.
@@ -123,6 +126,7 @@ def profile_layer(
     return LayerProfile(
         layer=layer,
         sensitivity=math.nan,
+        small_sensitivity=math.nan,
         switching=math.nan,
         selection_H=np.asarray(lost)[::-1] / energy,
         equal_selection_H=np.asarray(equal)[::-1] / energy,

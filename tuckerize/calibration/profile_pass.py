@@ -49,9 +49,9 @@ _PRUNED_SHARE = 0.25
 # weight, and that of rounding to 4 bits.
 _PARTS = (1.0, 0.25)
 # What a profile holds beside its curves.
-_NUMBERS = ("sensitivity", "switching")
+_NUMBERS = ("sensitivity", "small_sensitivity", "switching")
 # Version of the contents of profiles.
-_PROFILE_VERSION = 16
+_PROFILE_VERSION = 17
 _STATES = "hidden.safetensors"
 # Names of states that are carried along.
 _HIDDEN = "hidden"
@@ -139,8 +139,8 @@ class ProfileCache:
         if tensors is None:
             return None
         values = {name: tensor.numpy() for name, tensor in tensors.items()}
-        sensitivity, switching = (float(values.pop(name)) for name in _NUMBERS)
-        return LayerProfile(layer=layer, sensitivity=sensitivity, switching=switching, **values)
+        sensitivity, small, switching = (float(values.pop(name)) for name in _NUMBERS)
+        return LayerProfile(layer, sensitivity, small, switching, **values)
 
     def complete(self, layers: Sequence[int]) -> list[LayerProfile] | None:
         """The profiles of all layers; None where a pass has not come to its end."""
@@ -257,8 +257,15 @@ def profile_model(
             raise TypeError(f"layer {layer} has no profile")
         error = max(float(errors[f"{_ERROR}{layer}"]), 1e-30) ** 0.5
         large, small = ((part * error, divergences[_name(layer, part)]) for part in _PARTS)
-        sensitivity, switching = two_orders(large, small)
-        profiles.append(replace(profile, sensitivity=sensitivity, switching=switching))
+        second, first = two_orders(large, small)
+        profiles.append(
+            replace(
+                profile,
+                sensitivity=large[1] / large[0] ** 2,
+                small_sensitivity=second,
+                switching=first,
+            )
+        )
     for profile in profiles:
         cache.save(profile)
     cache.finish()

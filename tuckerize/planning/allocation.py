@@ -23,7 +23,7 @@ from tuckerize.domain import (
     Truncation,
 )
 from tuckerize.planning.budget import Budget
-from tuckerize.planning.knapsack import Choice, Frontier, Knapsack
+from tuckerize.planning.knapsack import Choice, Frontier, Knapsack, Slopes
 from tuckerize.weight_types import WeightType, stored_bytes
 
 Array = npt.NDArray[np.float64]
@@ -95,9 +95,9 @@ class _Points(NamedTuple):
 class Allocator:
     """Shares budgets out over the layers of a model.
 
-    The predicted KL divergence (`predicted_kl`) is the minimum that the budget allows, or at most
-    1.16 of it where later layers switch experts, up to the rounding of costs to 1/16384. A larger
-    budget never has a higher prediction; with the whole one all layers stay dense.
+    The KL divergence predicted by the law for small errors is the minimum that the budget allows,
+    or at most 1.16 of it where later layers switch experts, up to the rounding of costs to 1/16384;
+    a larger budget never has a higher one. With the whole budget all layers stay dense.
 
     Attributes:
         frontiers: Candidates of the layers.
@@ -197,8 +197,11 @@ def _frontier(profile: LayerProfile, spaces: Sequence[SearchSpace]) -> Frontier:
         lambda index: spaces[own_of[index]].target(sizes[index]),
         spaces[0].groups * stored[chosen],
         errors[chosen],
-        max(profile.sensitivity, _LEAST_SENSITIVITY),
-        profile.switching,
+        Slopes(
+            max(profile.sensitivity, _LEAST_SENSITIVITY),
+            max(profile.small_sensitivity, _LEAST_SENSITIVITY),
+            profile.switching,
+        ),
     )
 
 

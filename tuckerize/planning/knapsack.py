@@ -22,6 +22,14 @@ _UNITS = 16384
 _LEVELS, _RATIO = 6, 3
 
 
+class Slopes(NamedTuple):
+    """How the KL divergence grows with the error of a layer; see `LayerProfile`."""
+
+    sensitivity: float
+    small_sensitivity: float
+    switching: float
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """Target of one layer and what it costs.
@@ -30,25 +38,26 @@ class Choice:
         target: Sizes that the stacks of every group are compressed to.
         bytes: Bytes stored of all groups.
         error: Relative squared output error of the layer.
-        sensitivity: See `LayerProfile`.
-        switching: See `LayerProfile`.
+        slopes: See `Slopes`.
     """
 
     target: CompressionTarget
     bytes: int
     error: float
-    sensitivity: float
-    switching: float
+    slopes: Slopes
 
 
 def predicted_kl(choices: Sequence[Choice]) -> float:
     """KL divergence from the source, nats per token, that the errors of all layers cause.
 
-    Those of second order add up. That of first order, of tokens that later layers send to other
-    experts, grows with the root of the sum of squares, as the errors are uncorrelated.
+    The larger of two laws, for large and for small errors. Divergences that grow with the squared
+    error add up. That of small errors has a further part, of tokens that later layers send to other
+    experts: it grows with the root of the sum of squares, as the errors are uncorrelated.
     """
-    second = sum(choice.error * choice.sensitivity for choice in choices)
-    return second + sqrt(sum(choice.error * choice.switching**2 for choice in choices))
+    large = sum(choice.error * choice.slopes.sensitivity for choice in choices)
+    second = sum(choice.error * choice.slopes.small_sensitivity for choice in choices)
+    first = sum(choice.error * choice.slopes.switching**2 for choice in choices)
+    return max(large, second + sqrt(first))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,20 +68,18 @@ class Frontier:
         targets: Sizes of the candidates; made when they are asked for.
         bytes: Bytes stored of all groups.
         errors: Relative squared output errors.
-        sensitivity: See `LayerProfile`.
-        switching: See `LayerProfile`.
+        slopes: See `Slopes`.
     """
 
     targets: Callable[[int], CompressionTarget]
     bytes: Array
     errors: Array
-    sensitivity: float
-    switching: float
+    slopes: Slopes
 
     def choice(self, index: int) -> Choice:
         """One of the candidates."""
         stored, error = int(self.bytes[index]), float(self.errors[index])
-        return Choice(self.targets(index), stored, error, self.sensitivity, self.switching)
+        return Choice(self.targets(index), stored, error, self.slopes)
 
     def best_within(self, budget: float) -> int:
         """Index of the smallest error within so many bytes; -1 if there is none."""
@@ -84,7 +91,7 @@ class _Table(NamedTuple):
 
     Attributes:
         layers: Costs of every layer's candidates, and the best one by cost of the layers so far.
-        predicted: Predicted KL divergence of all layers, by cost.
+        predicted: KL divergence of all layers by the law for small errors, by cost.
     """
 
     layers: list[tuple[Array, Array]]
@@ -95,8 +102,9 @@ class Knapsack:
     """Dynamic programming over the budget, layer by layer, once for all budgets.
 
     Units do not depend on the budget and costs are rounded up to them, so that what fits a budget
-    fits a larger one as well. The root in the objective is the least of its tangents, r <= r² / 2t
-    + t / 2, which are sums over layers: the layers are chosen for some t, and the best counts.
+    fits a larger one as well. The layers are chosen by the law for small errors, whose root is the
+    least of its tangents, r <= r² / 2t + t / 2, which are sums over layers: for some t, of which
+    the best counts.
 
     Args:
         frontiers: Candidates of every layer.
@@ -113,7 +121,7 @@ class Knapsack:
         self.unit = max(finest, self.most / _UNITS)
 
     def choose(self, budget: float) -> list[Choice]:
-        """The choice of every layer with the smallest predicted KL divergence.
+        """The choice of every layer with the smallest KL divergence, by the law for small errors.
 
         Args:
             budget: Bytes of all layers together.
@@ -135,7 +143,7 @@ class Knapsack:
 
     @cached_property
     def _tables(self) -> list[_Table]:
-        largest = sqrt(sum(own.switching**2 * own.errors[0] for own in self.frontiers))
+        largest = sqrt(sum(own.slopes.switching**2 * own.errors[0] for own in self.frontiers))
         if not largest:
             return [self._table(np.inf)]
         return [self._table(largest / _RATIO**step) for step in range(_LEVELS)]
@@ -143,11 +151,12 @@ class Knapsack:
     def _table(self, level: float) -> _Table:
         units = int(self.most // self.unit)
         least = np.zeros(units + 1)  # sum over the layers so far, by cost
-        second, first = np.zeros(units + 1), np.zeros(units + 1)  # its two terms
+        second, first = np.zeros((2, units + 1))  # its two terms, the latter squared
         layers = []
         for frontier in self.frontiers:
             costs = np.ceil((frontier.bytes - frontier.bytes[0]) / self.unit).astype(int)
-            weight = frontier.sensitivity + frontier.switching**2 / (2 * level)
+            slopes = frontier.slopes
+            weight = slopes.small_sensitivity + slopes.switching**2 / (2 * level)
             with_own = np.full(units + 1, np.inf)
             places = np.zeros(units + 1, dtype=int)
             useful = np.append(np.diff(costs) > 0, True) & (costs <= units)
@@ -160,7 +169,7 @@ class Knapsack:
             least = with_own
             before = np.maximum(np.arange(units + 1) - costs[places], 0)
             errors = frontier.errors[places]
-            second = second[before] + errors * frontier.sensitivity
-            first = first[before] + errors * frontier.switching**2
+            second = second[before] + errors * slopes.small_sensitivity
+            first = first[before] + errors * slopes.switching**2
             layers.append((costs, places))
         return _Table(layers, second + np.sqrt(first))

@@ -36,6 +36,7 @@ def test_profile_is_zero_at_full_size_and_falls_with_core_sizes() -> None:
     profile = profile_of(group, tokens)
     assert profile.layer == 3
     assert math.isnan(profile.sensitivity)
+    assert math.isnan(profile.small_sensitivity)
     assert math.isnan(profile.switching)
     assert profile.routed_E.sum() == 400
     widths, hidden = np.arange(11.0), np.arange(9.0)

@@ -87,10 +87,10 @@ def profiled(sharing: Sharing) -> LayerProfile:
 
 
 def test_profile_is_that_of_one_process() -> None:
-    expected = replace(profiled(ALONE), sensitivity=1.0, switching=1.0)
+    expected = replace(profiled(ALONE), sensitivity=1.0, small_sensitivity=1.0, switching=1.0)
     for found in in_threads(THREADS, profiled):
         for name in LayerProfile.__slots__:
-            if name not in ("layer", "sensitivity", "switching"):
+            if name not in ("layer", "sensitivity", "small_sensitivity", "switching"):
                 np.testing.assert_allclose(
                     getattr(found, name), getattr(expected, name), rtol=1e-3, atol=1e-4
                 )

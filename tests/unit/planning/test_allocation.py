@@ -13,6 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tuckerize.calibration.layer_profile import LayerProfile
+from tuckerize.compression.target import CompressionTarget
 from tuckerize.domain import (
     DOWN,
     ENCODINGS,
@@ -27,7 +28,7 @@ from tuckerize.errors import UsageError
 from tuckerize.linalg.hooi import is_reachable
 from tuckerize.planning.allocation import Allocator, SearchSpace, widest_within
 from tuckerize.planning.budget import Budget
-from tuckerize.planning.knapsack import Choice, predicted_kl
+from tuckerize.planning.knapsack import Choice, Slopes, predicted_kl
 from tuckerize.weight_types import WEIGHT_TYPES
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
@@ -127,6 +128,7 @@ def make_profile(
     return LayerProfile(
         layer=layer,
         sensitivity=sensitivity,
+        small_sensitivity=sensitivity,
         switching=switching,
         selection_H=tail(neurons, rates[0]),
         equal_selection_H=1.3 * tail(neurons, 0.8 * rates[0]),
@@ -327,6 +329,13 @@ def test_no_other_sizes_within_the_budget_are_predicted_to_have_less_kl(
     assert min(feasible) * (1 - 1e-9) - 1e-15 <= found <= min(feasible) * within + 1e-15
 
 
+@pytest.mark.parametrize(("error", "kl"), [(0.1, 0.02 + 0.5**0.5 * 0.1), (1.0, 4.0)])
+def test_law_that_predicts_more_counts(error: float, kl: float) -> None:
+    target = CompressionTarget(8, {GATE_UP: MultilinearRank(1, 8, 8)})
+    choice = Choice(target, 0, error**2, Slopes(2.0, 1.0, 0.5))
+    assert predicted_kl([choice, choice]) == pytest.approx(kl)
+
+
 def test_small_errors_are_avoided_where_later_layers_switch_experts() -> None:
     """Two layers alike but for the term of first order, which weighs more at a larger budget."""
 
@@ -406,7 +415,8 @@ def test_straight_curves_stay_within_the_budget() -> None:
         profiles = [
             LayerProfile(
                 layer=layer,
-                sensitivity=float(random.uniform(0.1, 1)),
+                sensitivity=(own := float(random.uniform(0.1, 1))),
+                small_sensitivity=own,
                 switching=0.0,
                 selection_H=float(random.uniform(0.1, 1)) * (1 - np.arange(41) / 40),
                 equal_selection_H=np.zeros(41),
