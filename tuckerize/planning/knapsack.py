@@ -23,7 +23,7 @@ _LEVELS, _RATIO = 6, 3
 
 
 class Slopes(NamedTuple):
-    """How the KL divergence grows with the error of a layer; see `LayerProfile`."""
+    """Growth of the KL divergence with the error of a layer; see `LayerProfile`."""
 
     sensitivity: float
     small_sensitivity: float
