@@ -142,3 +142,18 @@ def profile_layer(
             np.float64
         ),
     )
+
+
+def two_orders(large: tuple[float, float], small: tuple[float, float]) -> tuple[float, float]:
+    """The nonnegative a and b of `a e² + b e` through two points, or the nearest.
+
+    Args:
+        large: A positive e, and the value there.
+        small: The same of a smaller one; the other counts where a or b would be negative.
+    """
+    (e2, value2), (e1, value1) = large, small
+    second = (value2 / e2 - value1 / e1) / (e2 - e1)
+    if second < 0:
+        return 0.0, value2 / e2
+    first = value2 / e2 - second * e2
+    return (value2 / e2**2, 0.0) if first < 0 else (second, first)

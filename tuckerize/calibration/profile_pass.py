@@ -26,7 +26,7 @@ from torch import Tensor
 
 from tuckerize.calibration.calibration_pass import CalibrationPass, SavedStates, experts_call
 from tuckerize.calibration.group_statistics import GroupStatistics
-from tuckerize.calibration.layer_profile import LayerProfile, profile_layer
+from tuckerize.calibration.layer_profile import LayerProfile, profile_layer, two_orders
 from tuckerize.calibration.moments import GroupMoments
 from tuckerize.calibration.sharing import num_own_windows
 from tuckerize.calibration.spectra import spread
@@ -344,21 +344,6 @@ def num_probe_windows(layers: int) -> int:
     """Windows that each of so many layers is probed on."""
     least, most = _PROBE_WINDOWS
     return max(least, min(most, _PROBE_WINDOWS_OF_ALL_LAYERS // layers))
-
-
-def two_orders(large: tuple[float, float], small: tuple[float, float]) -> tuple[float, float]:
-    """The nonnegative a and b of `a e² + b e` through two points, or the nearest.
-
-    Args:
-        large: A positive e, and the value there.
-        small: The same of a smaller one; the other counts where a or b would be negative.
-    """
-    (e2, value2), (e1, value1) = large, small
-    second = (value2 / e2 - value1 / e1) / (e2 - e1)
-    if second < 0:
-        return 0.0, value2 / e2
-    first = value2 / e2 - second * e2
-    return (value2 / e2**2, 0.0) if first < 0 else (second, first)
 
 
 def _name(layer: int, part: float) -> str:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tuckerize.calibration.profile_pass import two_orders
+from tuckerize.calibration.layer_profile import two_orders
 
 quick = settings(derandomize=True, max_examples=60, deadline=None, database=None)
 values = st.floats(0, 10)
