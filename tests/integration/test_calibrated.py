@@ -634,9 +634,22 @@ def test_sensitivity_is_of_all_texts_whichever_comes_first(
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / str(len(found))))
         ordered = replace(run, windows_SL=torch.cat([*order, random]))
         profiles = profile_model(ordered, SilentProgress())
-        found.append([own for p in profiles for own in (p.sensitivity, p.switching)])
-    assert len(found[0]) == 4
+        found.append([
+            own for p in profiles for own in (p.sensitivity, p.small_sensitivity, p.switching)
+        ])  # fmt: skip
+    assert len(found[0]) == 6
     assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_divergence_grows_with_the_square_where_no_router_follows(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    settings = CalibrationSettings(texts=(str(text),), tokens=2048, window=64)
+    recipe = Recipe(rules=(Rule(keep=0.5),), calibration=settings)
+    run = CalibrationPass.open(SourceModel.open(model), recipe, CPU)
+    last = profile_model(run, SilentProgress())[-1]
+    assert last.small_sensitivity == pytest.approx(last.sensitivity, rel=0.1)
 
 
 @pytest.mark.parametrize("call", [1, 2, 3])

@@ -167,7 +167,7 @@ class Knapsack:
                 np.copyto(with_own[cost:], total, where=better)
                 np.copyto(places[cost:], place, where=better)
             least = with_own
-            before = np.maximum(np.arange(units + 1) - costs[places], 0)
+            before = np.arange(units + 1) - costs[places]
             errors = frontier.errors[places]
             second = second[before] + errors * slopes.small_sensitivity
             first = first[before] + errors * slopes.switching**2

@@ -28,7 +28,9 @@ from tuckerize.errors import UsageError
 from tuckerize.linalg.hooi import is_reachable
 from tuckerize.planning.allocation import Allocator, SearchSpace, widest_within
 from tuckerize.planning.budget import Budget
+from tuckerize.planning.calibrated import CalibratedModel, RuleBudget
 from tuckerize.planning.knapsack import Choice, Slopes, predicted_kl
+from tuckerize.recipe import CalibrationSettings, Rule
 from tuckerize.weight_types import WEIGHT_TYPES
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
@@ -334,6 +336,16 @@ def test_law_that_predicts_more_counts(error: float, kl: float) -> None:
     target = CompressionTarget(8, {GATE_UP: MultilinearRank(1, 8, 8)})
     choice = Choice(target, 0, error**2, Slopes(2.0, 1.0, 0.5))
     assert predicted_kl([choice, choice]) == pytest.approx(kl)
+
+
+def test_keep_counts_the_rounding_that_follows() -> None:
+    settings = CalibrationSettings(texts=("text.txt",))
+    model = CalibratedModel(settings, WIDE, 1, WEIGHT_TYPES["BF16"])
+    budget = RuleBudget.of(Rule(keep=1.0), model, CoreType.W4)
+    assert budget is not None
+    for choice in budget.choose(make_profiles(3, WIDE)):
+        assert choice.target.cores == CoreType.W4
+        assert choice.error == pytest.approx(1e-2)
 
 
 def test_small_errors_are_avoided_where_later_layers_switch_experts() -> None:
