@@ -38,6 +38,8 @@ TEST_TOKENS = {"in_domain": 40960, "out_of_domain": 20480}
 DENSE = "dense"
 OURS = "tuckerize"
 EQUAL_WIDTHS = "neuron elimination, equal widths"
+COUNTED = "counted as"
+"""Rounding of structures whose factors nothing can round yet: none, but the bytes are counted."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Wanted:
     Attributes:
         structure: A method of the registry, `dense` for quantisation alone, or `tuckerize`.
         keep: Kept share of the parameters.
-        rounding: RTN, GPTQ, learned, or our own.
+        rounding: RTN, GPTQ, learned, our own, or `COUNTED`.
         encoding: How the matrices are stored; for our own rows `w8`, `w4`, `w3` or `--bits 4`, and
             options.
         target: Target of our own rows.
@@ -75,6 +77,8 @@ PRUNED = {
     EQUAL_WIDTHS: KEEPS,
     "MoE-Slimming": KEEPS,
     "PARSER": KEEPS,
+    "SLBF": KEEPS,
+    "MoBE": KEEPS,
 }
 
 
@@ -90,6 +94,11 @@ def _alone(rounding: str, *bits: int, groups: Sequence[int] = (32,)) -> list[Wan
 def _pruned(*structures: str, bits: int = 4) -> list[Wanted]:
     encoding = str(Encoding(bits, 32, zero=bits < 4))
     return [Wanted(s, keep, "GPTQ", encoding) for s in structures for keep in PRUNED[s]]
+
+
+def _counted(*structures: str) -> list[Wanted]:
+    encoding = str(Encoding(4, 32, zero=False))
+    return [Wanted(s, keep, COUNTED, encoding) for s in structures for keep in PRUNED[s]]
 
 
 def _ours(quantize: str, *keeps: float, target: str = "free") -> list[Wanted]:
@@ -117,6 +126,7 @@ WANTED = (
     *_ours("w4", 1),
     *_ours("w8", 0.75, target="fused-kernels"),
     *_ours("w8", 0.75, target="any-engine"),
+    *_counted("SLBF", "MoBE"),
     *_pruned("neuron elimination", "REAP", bits=3),
     *_pruned("neuron elimination", "REAP", bits=8),
     *_alone("RTN", 4, 3, 2),
@@ -177,11 +187,7 @@ class Bench:
             model = self.model
             compressed = self._structure(row.structure, row.keep)
             costs = quantised.costs(self.layers, compressed)
-            encoding = ENCODINGS[row.encoding]
-            stored = quantised.quantise(
-                model, compressed, self.calibration[: TEXT_TOKENS + 1], encoding, row.rounding
-            )
-            bits = stored / self.weights
+            bits = self._stored(compressed, row) / self.weights
         seconds = time.monotonic() - start
         measured = {
             kind: divergence(model, tokens, self.dense[kind]) for kind, tokens in self.tests.items()
@@ -195,6 +201,17 @@ class Bench:
             "seconds": round(seconds, 1),
             **measured,
         }
+
+    def _stored(self, compressed: Sequence[Compressed], row: Wanted) -> int:
+        """Put compressed experts into the model as a row stores them: the bits that they take."""
+        encoding = ENCODINGS[row.encoding]
+        if row.rounding == COUNTED:
+            self.model.replace(compressed)
+            return sum(
+                encoding.stored_bits(1, part.numel()) for c in compressed for part in c.parts
+            )
+        tokens = self.calibration[: TEXT_TOKENS + 1]
+        return quantised.quantise(self.model, compressed, tokens, encoding, row.rounding)
 
     def _structure(self, name: str, keep: float) -> list[Compressed]:
         if name == DENSE:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.quality.layer import Method
-from benchmarks.quality.methods import low_rank, mobe, parser, pruning, slimming, tucker
+from benchmarks.quality.methods import low_rank, mobe, parser, pruning, slbf, slimming, tucker
 
 METHODS: dict[str, Method] = {
     "per-expert SVD": low_rank.svd,
@@ -14,6 +14,7 @@ METHODS: dict[str, Method] = {
     "TD-MoE": tucker.td_moe,
     "MoLAE": tucker.molae,
     "MoBE": mobe.mobe,
+    "SLBF": slbf.slbf,
     "D2-MoE": low_rank.d2_moe,
     "REAP": pruning.reap,
     "neuron pruning": pruning.neurons,

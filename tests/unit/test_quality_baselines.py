@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.quality.budget import covering_sizes, equal_sizes, largest, pooled_sizes
 from benchmarks.quality.layer import Compressed, Layer, Sensitivity, output_error, roots, triple
-from benchmarks.quality.methods import low_rank, mobe, parser, pruning, slimming, tucker
+from benchmarks.quality.methods import low_rank, mobe, parser, pruning, slbf, slimming, tucker
 from benchmarks.quality.registry import METHODS
 
 EXPERTS, INTERMEDIATE, HIDDEN, TOP_K, TOKENS = 6, 20, 24, 2, 900
@@ -269,13 +269,23 @@ def test_bases_of_a_mixture_are_found() -> None:
     outer = torch.randn(EXPERTS, 16, 5, generator=g)
     target = outer @ torch.einsum("ej,jrn->ern", alpha, bases)
     target /= target.std()
-    start = mobe.fit_bases(target, 2, 5, torch.tanh, 1)
-    found = mobe.fit_bases(target, 2, 5, torch.tanh, 60)
-    errors = []
-    for A, B, coefficients in (start, found):
-        fitted = A @ torch.tanh(torch.einsum("ej,jrn->ern", coefficients, B))
-        errors.append(float((fitted - target).norm() / target.norm()))
-    assert errors[1] < 0.75 * errors[0]
+    start = mobe.first_bases(target, 2, 5)
+    before, after = (mobe.fit_bases(target, start, torch.tanh, steps) for steps in (1, 60))
+    assert (after.fitted - target).norm() < 0.75 * (before.fitted - target).norm()
+
+
+def test_slbf_finds_factors_inside_the_activation() -> None:
+    g = torch.Generator().manual_seed(0)
+    outer, inner = (
+        torch.randn(EXPERTS, 20, 3, generator=g),
+        torch.randn(EXPERTS, 3, 24, generator=g),
+    )
+    target = torch.randn(EXPERTS, 20, 20, generator=g) @ torch.nn.functional.silu(outer @ inner)
+    target /= target.std()
+    start = slbf.first_bases(target, 20, 3)
+    before, after = (mobe.fit_bases(target, start, torch.nn.functional.silu, n) for n in (1, 200))
+    assert (after.fitted - target).norm() < 0.5 * (before.fitted - target).norm()
+    assert [part.numel() for part in after.parts] == [EXPERTS * n for n in (400, 60, 72, EXPERTS)]
 
 
 def test_budget_is_dealt_out_to_the_last_step() -> None:

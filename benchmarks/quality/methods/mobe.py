@@ -17,8 +17,8 @@ Activation = Callable[[Tensor], Tensor]
 
 STEPS = 300
 TRIAL_STEPS = 60
-# In units of a basis matrix's rows, which start orthonormal times _START.
-_START, _RATE = 4.0, 0.08
+# In units of a basis matrix's rows, which start orthonormal times START.
+START, _RATE = 4.0, 0.08
 
 
 @dataclass(frozen=True)
@@ -121,43 +121,78 @@ def _approximate(
     """The stack after the fit, in its own orientation, and A, B and α."""
     target_EMN = stack.mT if setting.transposed else stack
     unit = float(target_EMN.std())
-    A_EMR, bases_JRN, alpha_EJ = fit_bases(
-        target_EMN / unit, setting.bases, setting.rank(stack, budget), setting.activation, steps
-    )
-    A_EMR = A_EMR * unit
-    mixed_ERN = setting.activation(torch.einsum("ej,jrn->ern", alpha_EJ, bases_JRN))
-    fitted_EMN = A_EMR @ mixed_ERN
-    return fitted_EMN.mT if setting.transposed else fitted_EMN, [A_EMR, bases_JRN, alpha_EJ]
+    start = first_bases(target_EMN, setting.bases, setting.rank(stack, budget))
+    found = fit_bases(target_EMN / unit, start, setting.activation, steps)
+    fitted_EMN = found.fitted * unit
+    return fitted_EMN.mT if setting.transposed else fitted_EMN, found.parts
 
 
-def fit_bases(
-    target_EMN: Tensor, bases: int, rank: int, activation: Activation, steps: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Minimise Σ_e ‖W_e − A_e f(Σ_j α_ej B_j)‖² over A (E, M, R), B (J, R, N) and α (E, J).
+@dataclass(frozen=True)
+class Bases:
+    """Basis matrices and their mixtures.
+
+    Attributes:
+        factors: The matrices B (J, R, N), or factors (J, R, K) and (J, K, N) of each.
+        alpha_EJ: Coefficients of the mixtures.
+    """
+
+    factors: tuple[Tensor, ...]
+    alpha_EJ: Tensor
+
+    def mixed(self, activation: Activation) -> Tensor:
+        """f(Σ_j α_ej B_j), (E, R, N)."""
+        outer_JRX, *inner_JKN = self.factors
+        if not inner_JKN:
+            return activation(torch.einsum("ej,jrn->ern", self.alpha_EJ, outer_JRX))
+        bases_JRN = outer_JRX @ inner_JKN[0]
+        return activation(torch.einsum("ej,jrn->ern", self.alpha_EJ, bases_JRN))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a fit found: the stack (E, M, N), and A, the bases and α, which are stored."""
+
+    fitted: Tensor
+    parts: list[Tensor]
+
+
+def first_bases(target_EMN: Tensor, bases: int, rank: int) -> Bases:
+    """From the leading right singular vectors of as many groups of experts, which take one each.
 
     Args:
-        target_EMN: W, of unit variance.
-        bases: J.
-        rank: R.
-        activation: f.
-        steps: Steps of Adam with a cosine schedule.
+        target_EMN: Stack.
+        bases: Number J.
+        rank: Rows R.
     """
     groups = target_EMN.tensor_split(bases)
     starts = [torch.linalg.svd(group.flatten(0, 1))[2][:rank] for group in groups]
-    bases_JRN = (_START * torch.stack(starts)).requires_grad_()
     member = [torch.full((len(group),), j) for j, group in enumerate(groups)]
-    alpha_EJ = torch.eye(bases)[torch.cat(member)].requires_grad_()
-    adam = _Adam([bases_JRN, alpha_EJ])
+    return Bases((START * torch.stack(starts),), torch.eye(bases)[torch.cat(member)])
+
+
+def fit_bases(target_EMN: Tensor, start: Bases, activation: Activation, steps: int) -> Fit:
+    """Minimise Σ_e ‖W_e − A_e f(Σ_j α_ej B_j)‖² over A (E, M, R), B and α.
+
+    Args:
+        target_EMN: W, of unit variance.
+        start: B and α to begin with.
+        activation: f.
+        steps: Steps of Adam with a cosine schedule.
+    """
+    variables = [part.clone().requires_grad_() for part in (*start.factors, start.alpha_EJ)]
+    found = Bases(tuple(variables[:-1]), variables[-1])
+    adam = _Adam(variables)
     for step in range(steps):
-        mixed_ERN = activation(torch.einsum("ej,jrn->ern", alpha_EJ, bases_JRN))
+        mixed_ERN = found.mixed(activation)
         # At the optimum over A the gradient by the rest is the one with A held fixed.
         A_EMR = _least_squares(target_EMN, mixed_ERN.detach())
         loss = (target_EMN - A_EMR @ mixed_ERN).square().mean()
-        gradients = torch.autograd.grad(loss, adam.variables)
+        gradients = torch.autograd.grad(loss, variables)
         adam.step(gradients, _RATE * (1 + math.cos(math.pi * step / steps)) / 2)
-    bases_JRN, alpha_EJ = bases_JRN.detach(), alpha_EJ.detach()
-    mixed_ERN = activation(torch.einsum("ej,jrn->ern", alpha_EJ, bases_JRN))
-    return _least_squares(target_EMN, mixed_ERN), bases_JRN, alpha_EJ
+    with torch.no_grad():
+        mixed_ERN = found.mixed(activation)
+    A_EMR = _least_squares(target_EMN, mixed_ERN)
+    return Fit(A_EMR @ mixed_ERN, [A_EMR, *(variable.detach() for variable in variables)])
 
 
 class _Adam:
