@@ -87,11 +87,11 @@ class Frontier:
 
 
 class _Table(NamedTuple):
-    """Best choices of all layers at one level of the term of first order, by cost.
+    """Choices of all layers that are the best by one sum over them, by cost.
 
     Attributes:
         layers: Costs of every layer's candidates, and the best one by cost of the layers so far.
-        predicted: KL divergence of all layers by the law for small errors, by cost.
+        predicted: KL divergence of all layers, see `predicted_kl`, by cost.
     """
 
     layers: list[tuple[Array, Array]]
@@ -102,9 +102,9 @@ class Knapsack:
     """Dynamic programming over the budget, layer by layer, once for all budgets.
 
     Units do not depend on the budget and costs are rounded up to them, so that what fits a budget
-    fits a larger one as well. The layers are chosen by the law for small errors, whose root is the
-    least of its tangents, r <= r² / 2t + t / 2, which are sums over layers: for some t, of which
-    the best counts.
+    fits a larger one as well. The layers are chosen by the law for large errors, and by the one for
+    small errors, whose root is the least of its tangents, r <= r² / 2t + t / 2, which are sums over
+    layers, for some t. Of all these the choice counts that has the smallest prediction.
 
     Args:
         frontiers: Candidates of every layer.
@@ -121,7 +121,7 @@ class Knapsack:
         self.unit = max(finest, self.most / _UNITS)
 
     def choose(self, budget: float) -> list[Choice]:
-        """The choice of every layer with the smallest KL divergence, by the law for small errors.
+        """The choice of every layer with the smallest predicted KL divergence.
 
         Args:
             budget: Bytes of all layers together.
@@ -143,20 +143,25 @@ class Knapsack:
 
     @cached_property
     def _tables(self) -> list[_Table]:
-        largest = sqrt(sum(own.slopes.switching**2 * own.errors[0] for own in self.frontiers))
-        if not largest:
-            return [self._table(np.inf)]
-        return [self._table(largest / _RATIO**step) for step in range(_LEVELS)]
+        own = [frontier.slopes for frontier in self.frontiers]
+        first = [slopes.switching**2 for slopes in own]
+        largest = sqrt(sum(f.errors[0] * w for f, w in zip(self.frontiers, first, strict=True)))
+        levels = [largest / _RATIO**step for step in range(_LEVELS)] if largest else [np.inf]
+        tangents = [
+            [slopes.small_sensitivity + w / (2 * t) for slopes, w in zip(own, first, strict=True)]
+            for t in levels
+        ]
+        large = [slopes.sensitivity for slopes in own]
+        return [self._table(weights) for weights in (*tangents, large)]
 
-    def _table(self, level: float) -> _Table:
+    def _table(self, weights: Sequence[float]) -> _Table:
+        """The least sum of errors times weights, by cost."""
         units = int(self.most // self.unit)
         least = np.zeros(units + 1)  # sum over the layers so far, by cost
-        second, first = np.zeros((2, units + 1))  # its two terms, the latter squared
+        large, second, first = np.zeros((3, units + 1))  # terms of `predicted_kl`
         layers = []
-        for frontier in self.frontiers:
+        for frontier, weight in zip(self.frontiers, weights, strict=True):
             costs = np.ceil((frontier.bytes - frontier.bytes[0]) / self.unit).astype(int)
-            slopes = frontier.slopes
-            weight = slopes.small_sensitivity + slopes.switching**2 / (2 * level)
             with_own = np.full(units + 1, np.inf)
             places = np.zeros(units + 1, dtype=int)
             useful = np.append(np.diff(costs) > 0, True) & (costs <= units)
@@ -168,8 +173,9 @@ class Knapsack:
                 np.copyto(places[cost:], place, where=better)
             least = with_own
             before = np.arange(units + 1) - costs[places]
-            errors = frontier.errors[places]
+            errors, slopes = frontier.errors[places], frontier.slopes
+            large = large[before] + errors * slopes.sensitivity
             second = second[before] + errors * slopes.small_sensitivity
             first = first[before] + errors * slopes.switching**2
             layers.append((costs, places))
-        return _Table(layers, second + np.sqrt(first))
+        return _Table(layers, np.maximum(large, second + np.sqrt(first)))

@@ -362,6 +362,23 @@ def test_small_errors_are_avoided_where_later_layers_switch_experts() -> None:
     assert first / last > first_of_less / last_of_less >= 1
 
 
+@pytest.mark.parametrize("keep", [0.3, 0.6])
+def test_law_for_large_errors_decides_where_it_predicts_more(keep: float) -> None:
+    """The first layer bears small errors worst, the last one large errors."""
+    profiles = [
+        replace(
+            make_profile(layer, WIDE, seed=5, sensitivity=0.1 * 4**layer, switching=0.0),
+            small_sensitivity=0.1 / 4**layer,
+        )
+        for layer in range(3)
+    ]
+    alone = [replace(profile, small_sensitivity=profile.sensitivity) for profile in profiles]
+    found = allocate(profiles, search_space(WIDE), keep=keep)
+    assert predicted_kl(found) == pytest.approx(
+        predicted_kl(allocate(alone, search_space(WIDE), keep=keep))
+    )
+
+
 @pytest.mark.parametrize("keep", [0.3, 0.6, 0.9])
 def test_layers_for_fused_kernels_have_one_latent_size_or_no_factor(keep: float) -> None:
     space = search_space(WIDE, truncation=Truncation.NARROW_LATENT, equal_widths=True)
