@@ -95,10 +95,9 @@ class _Points(NamedTuple):
 class Allocator:
     """Shares budgets out over the layers of a model.
 
-    The predicted KL divergence is the minimum that the budget allows where errors are large in all
-    choices or small in all, in the latter case at most 1.16 of it where later layers switch
-    experts, up to the rounding of costs to 1/16384; a larger budget never has a higher one. With
-    the whole budget all layers stay dense.
+    The predicted KL divergence is the minimum that the budget allows, or at most 1.16 of it where
+    later layers switch experts, up to the rounding of costs to 1/16384; a larger budget never has a
+    higher one. With the whole budget all layers stay dense.
 
     Attributes:
         frontiers: Candidates of the layers.

@@ -29,6 +29,22 @@ class Slopes(NamedTuple):
     small_sensitivity: float
     switching: float
 
+    def terms(self, errors: Array) -> tuple[Array, Array]:
+        """What grows with the squared error, and the square of what grows with the error itself.
+
+        The latter does so up to the larger error that was probed. Beyond it, where nothing is
+        known, all that errors add grows with their square.
+
+        Args:
+            errors: Relative squared output errors.
+        """
+        second, first = errors * self.small_sensitivity, errors * self.switching**2
+        if self.sensitivity <= self.small_sensitivity:
+            return second, first
+        probed = (self.switching / (self.sensitivity - self.small_sensitivity)) ** 2
+        beyond = np.maximum(errors - probed, 0) * (self.sensitivity - self.small_sensitivity)
+        return second + beyond, np.minimum(first, probed * self.switching**2)
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -50,14 +66,12 @@ class Choice:
 def predicted_kl(choices: Sequence[Choice]) -> float:
     """KL divergence from the source, nats per token, that the errors of all layers cause.
 
-    The larger of two laws, for large and for small errors. Divergences that grow with the squared
-    error add up. That of small errors has a further part, of tokens that later layers send to other
-    experts: it grows with the root of the sum of squares, as the errors are uncorrelated.
+    Divergences that grow with the squared error add up. A further part, of tokens that later layers
+    send to other experts, grows with the error itself: with the root of the sum of squares, as the
+    errors of layers are uncorrelated.
     """
-    large = sum(choice.error * choice.slopes.sensitivity for choice in choices)
-    second = sum(choice.error * choice.slopes.small_sensitivity for choice in choices)
-    first = sum(choice.error * choice.slopes.switching**2 for choice in choices)
-    return max(large, second + sqrt(first))
+    terms = [choice.slopes.terms(np.array(choice.error)) for choice in choices]
+    return float(sum(second for second, _ in terms) + sqrt(sum(first for _, first in terms)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +101,7 @@ class Frontier:
 
 
 class _Table(NamedTuple):
-    """Choices of all layers that are the best by one sum over them, by cost.
+    """Best choices of all layers at one level of the term of first order, by cost.
 
     Attributes:
         layers: Costs of every layer's candidates, and the best one by cost of the layers so far.
@@ -102,9 +116,8 @@ class Knapsack:
     """Dynamic programming over the budget, layer by layer, once for all budgets.
 
     Units do not depend on the budget and costs are rounded up to them, so that what fits a budget
-    fits a larger one as well. The layers are chosen by the law for large errors, and by the one for
-    small errors, whose root is the least of its tangents, r <= r² / 2t + t / 2, which are sums over
-    layers, for some t. Of all these the choice counts that has the smallest prediction.
+    fits a larger one as well. The root in the prediction is the least of its tangents,
+    r <= r² / 2t + t / 2, which are sums over layers: for some t, of which the best counts.
 
     Args:
         frontiers: Candidates of every layer.
@@ -142,40 +155,36 @@ class Knapsack:
         return choices[::-1]
 
     @cached_property
-    def _tables(self) -> list[_Table]:
-        own = [frontier.slopes for frontier in self.frontiers]
-        first = [slopes.switching**2 for slopes in own]
-        largest = sqrt(sum(f.errors[0] * w for f, w in zip(self.frontiers, first, strict=True)))
-        levels = [largest / _RATIO**step for step in range(_LEVELS)] if largest else [np.inf]
-        tangents = [
-            [slopes.small_sensitivity + w / (2 * t) for slopes, w in zip(own, first, strict=True)]
-            for t in levels
-        ]
-        large = [slopes.sensitivity for slopes in own]
-        return [self._table(weights) for weights in (*tangents, large)]
+    def _terms(self) -> list[tuple[Array, Array]]:
+        return [frontier.slopes.terms(frontier.errors) for frontier in self.frontiers]
 
-    def _table(self, weights: Sequence[float]) -> _Table:
-        """The least sum of errors times weights, by cost."""
+    @cached_property
+    def _tables(self) -> list[_Table]:
+        largest = sqrt(sum(first.max() for _, first in self._terms))
+        if not largest:
+            return [self._table(np.inf)]
+        return [self._table(largest / _RATIO**step) for step in range(_LEVELS)]
+
+    def _table(self, level: float) -> _Table:
         units = int(self.most // self.unit)
         least = np.zeros(units + 1)  # sum over the layers so far, by cost
-        large, second, first = np.zeros((3, units + 1))  # terms of `predicted_kl`
+        second, first = np.zeros((2, units + 1))  # its two terms, the latter squared
         layers = []
-        for frontier, weight in zip(self.frontiers, weights, strict=True):
+        for frontier, own in zip(self.frontiers, self._terms, strict=True):
+            weighed = own[0] + own[1] / (2 * level)
             costs = np.ceil((frontier.bytes - frontier.bytes[0]) / self.unit).astype(int)
             with_own = np.full(units + 1, np.inf)
             places = np.zeros(units + 1, dtype=int)
             useful = np.append(np.diff(costs) > 0, True) & (costs <= units)
             for place in np.flatnonzero(useful).tolist():
                 cost = costs[place]
-                total = least[: units + 1 - cost] + frontier.errors[place] * weight
+                total = least[: units + 1 - cost] + weighed[place]
                 better = total < with_own[cost:]
                 np.copyto(with_own[cost:], total, where=better)
                 np.copyto(places[cost:], place, where=better)
             least = with_own
             before = np.arange(units + 1) - costs[places]
-            errors, slopes = frontier.errors[places], frontier.slopes
-            large = large[before] + errors * slopes.sensitivity
-            second = second[before] + errors * slopes.small_sensitivity
-            first = first[before] + errors * slopes.switching**2
+            second = second[before] + own[0][places]
+            first = first[before] + own[1][places]
             layers.append((costs, places))
-        return _Table(layers, np.maximum(large, second + np.sqrt(first)))
+        return _Table(layers, second + np.sqrt(first))
