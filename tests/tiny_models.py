@@ -85,7 +85,9 @@ def make_tiny_model(
     return _save(DeepseekV2ForCausalLM, config, folder, dtype=dtype, seed=seed, shards=shards)
 
 
-def make_tiny_family(folder: Path, model_type: str, *, experts: int = 8, neurons: int = 24) -> Path:
+def make_tiny_family(
+    folder: Path, model_type: str, *, experts: int = 8, neurons: int = 24, hidden: int = 64
+) -> Path:
     """Save a random float32 model with sizes that vLLM's attention has.
 
     Args:
@@ -93,11 +95,12 @@ def make_tiny_family(folder: Path, model_type: str, *, experts: int = 8, neurons
         model_type: `olmoe`, `qwen3_moe`, `mixtral` or `deepseek_v2`, whose first layer is dense.
         experts: Routed experts of a layer.
         neurons: Of an expert.
+        hidden: Hidden size.
     """
     heads = 2 if model_type == "olmoe" else 4  # in vLLM, OLMoE's are hidden_size / heads wide
     sizes: dict[str, Any] = {
         "vocab_size": 64,
-        "hidden_size": 64,
+        "hidden_size": hidden,
         "num_hidden_layers": 2,
         "num_attention_heads": heads,
         "num_key_value_heads": heads,

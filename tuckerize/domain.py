@@ -70,33 +70,37 @@ class CoreType(Choice):
     """Encoding of cores as codes and scales.
 
     `w8` is int8 with one scale per output; `w4` and `w3` are 4 and 3 bits with one scale per output
-    and group of 32 consecutive inputs; `fp8` is float8_e4m3fn with one scale per output. None
-    stores zero points.
+    and group of 32 consecutive inputs, `w4-g128` and `w3-g128` of 128; `fp8` is float8_e4m3fn with
+    one scale per output. None stores zero points.
     """
 
     W8 = "w8"
     W4 = "w4"
+    W4_G128 = "w4-g128"
     W3 = "w3"
+    W3_G128 = "w3-g128"
     FP8 = "fp8"
 
     @property
     def bits(self) -> int:
         """Bits per value, without scales."""
-        return {"w8": 8, "w4": 4, "w3": 3, "fp8": 8}[self]
+        return 8 if self == CoreType.FP8 else int(self[1])
 
     @property
     def group_size(self) -> int | None:
         """Inputs that share a scale; None if all of an output do."""
-        return {"w8": None, "w4": 32, "w3": 32, "fp8": None}[self]
+        if self.bits == 8:
+            return None
+        return 128 if self.endswith("-g128") else 32
 
     @property
     def word_codes(self) -> int:
         """Codes that are packed together, padded with zeros; see `words`."""
-        return {"w8": 1, "w4": 8, "w3": 8, "fp8": 1}[self]
+        return 1 if self.bits == 8 else 8
 
     def words(self, codes: int) -> int:
         """Integers that codes are stored as: eight of 4 bits as an int32, of 3 bits as 3 bytes."""
-        return -(-codes // self.word_codes) * (3 if self == CoreType.W3 else 1)
+        return -(-codes // self.word_codes) * (3 if self.bits == 3 else 1)
 
     @property
     def code_range(self) -> tuple[int, int]:

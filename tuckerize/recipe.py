@@ -100,7 +100,8 @@ _IMPLIED: Mapping[str, Mapping[str, object]] = {
 }
 """Settings that a target implies."""
 
-_FULL_GROUPS_FROM = 256
+# Modes of fewer groups may end in a part of one, where no other engine is to take them.
+_FEW_GROUPS = 8
 
 
 class CalibrationSettings(_Schema):
@@ -166,9 +167,9 @@ class CalibrationSettings(_Schema):
         models so small that they would be a large part of a mode.
         """
         small = 32 if self.target == Target.FUSED_KERNELS else 8
-        full = size >= _FULL_GROUPS_FROM or self.target == Target.ANY_ENGINE
-        if full and cores is not None:
-            small = max(small, cores.group_size or 1)
+        group = (cores and cores.group_size) or 1
+        if size >= _FEW_GROUPS * group or self.target != Target.FREE:
+            small = max(small, group)
         return self.multiple or (128 if size >= 1024 else small)
 
 
@@ -182,8 +183,9 @@ class Recipe(_Schema):
         joint: `gate_up`: gate_proj and up_proj share one U_I.
         dtype: Type of factors and cores (`bfloat16`, `float16`, `float32`); the source's if absent.
         quantize: Encoding of the cores: `w8`, int8 with a scale per output, `fp8`, float8_e4m3fn
-            with one, or `w4` or `w3`, 4 or 3 bits with a scale per group of 32 inputs; if absent,
-            the type of the factors, or what the bits of a rule are best spent on.
+            with one, `w4` or `w3`, 4 or 3 bits with a scale per group of 32 inputs, or `w4-g128` or
+            `w3-g128`, of 128; if absent, the type of the factors, or what the bits of a rule are
+            best spent on.
         max_sweeps: HOOI sweeps at most.
         engine: `tuckerize`, or `tensorly` for the slow reference.
         calibration: Texts to calibrate with; without them the decomposition is data-free.

@@ -45,6 +45,7 @@ CALIBRATION = {"tokens": 2048, "refine": 20, "multiple": 4}
 WAYS: dict[str, dict[str, Any]] = {
     "w8": {"keep": 0.7, "quantize": "w8"},
     "w4": {"keep": 0.7, "quantize": "w4"},
+    "w4-g128": {"keep": 0.7, "quantize": "w4-g128"},
     "fp8": {"keep": 0.7, "quantize": "fp8"},
     "dense": {"rank": "full,full,full", "quantize": "w4"},
     "w3": {"keep": 0.7, "quantize": "w3"},
@@ -265,6 +266,14 @@ def test_shards_are_cut_between_groups_of_inputs(cores: CoreType, outputs: dict[
         shard(ShardRequest(folder=outputs[cores], tp=4))
     with pytest.raises(UsageError, match="cores that are not quantised only"):
         shard(ShardRequest(folder=outputs[cores], tp=2, layout="rank"))
+
+
+def test_groups_of_128_are_not_split(outputs: dict[str, Path]) -> None:
+    """72 neurons are one group."""
+    with pytest.raises(UsageError, match="splits a size of 1,") as caught:
+        shard(ShardRequest(folder=outputs["w4-g128"], tp=2))
+    assert caught.value.hint == "use --tp 1 or less, or decompose in groups of 32 (--quantize w4)"
+    assert shard(ShardRequest(folder=outputs["w4"], tp=2)).layout == "intermediate"
 
 
 def test_shards_compute_the_same_together(outputs: dict[str, Path]) -> None:

@@ -34,6 +34,7 @@ NARROW: dict[str, Any] = {"keep": 0.7, "calibration": {"target": "any-engine", "
 WAYS: dict[str, dict[str, Any]] = {
     "w4": {**NARROW, "quantize": "w4"},
     "w3": {**NARROW, "quantize": "w3"},
+    "w4-g128": {**NARROW, "quantize": "w4-g128"},
     "w8": {**NARROW, "quantize": "w8"},
     "fp8": {"rank": "full,full,full", "quantize": "fp8"},
     "groups": {"rank": "full,full,full", "quantize": "w4", "group_size": 4},
@@ -50,6 +51,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return add_tokenizer(make_tiny_family(folder, "qwen3_moe", neurons=96))
 
 
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose sizes are whole groups of 128."""
+    folder = tmp_path_factory.mktemp("stock") / "wide"
+    return add_tokenizer(make_tiny_family(folder, "qwen3_moe", neurons=256, hidden=128))
+
+
 def compress(source: Path, output: Path, text: Path, **options: Any) -> Path:  # noqa: ANN401
     if "calibration" in options:
         own = {"texts": [str(text)], "tokens": 2048, **options["calibration"]}
@@ -60,13 +68,14 @@ def compress(source: Path, output: Path, text: Path, **options: Any) -> Path:  #
 
 @pytest.fixture(scope="module")
 def made(
-    source: Path, text: Path, tmp_path_factory: pytest.TempPathFactory
+    source: Path, wide: Path, text: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, ReconstructReport]:
     """Reports of reconstructions that keep the codes."""
     folder = tmp_path_factory.mktemp("made")
     found: dict[str, ReconstructReport] = {}
     for name, options in WAYS.items():
-        tucker = compress(source, folder / name / "out", text, **options)
+        model = wide if name == "w4-g128" else source
+        tucker = compress(model, folder / name / "out", text, **options)
         stock = folder / name / "stock"
         found[name] = reconstruct(ReconstructRequest(folder=tucker, output=stock))
         dense = folder / name / "dense"
@@ -119,7 +128,7 @@ def test_compressed_tensors_reads_the_experts(
 @pytest.mark.parametrize(
     "options", [{}, {"quantization_config": CompressedTensorsConfig(dequantize=True)}]
 )
-@pytest.mark.parametrize("name", ["w4", "w3", "groups", "fp8"])
+@pytest.mark.parametrize("name", ["w4", "w3", "w4-g128", "groups", "fp8"])
 def test_transformers_loads_what_is_not_int8(
     name: str, options: dict[str, Any], made: dict[str, ReconstructReport]
 ) -> None:
@@ -137,7 +146,7 @@ def test_sizes_and_hashes_are_those_of_the_tucker_checkpoint(
     assert report.dequantised_because is None
     assert report.size.routed_parameters == tucker.size.routed_parameters
     shapes = report.size.routed_bytes - tucker.size.routed_bytes
-    is_packed = report.cores in (CoreType.W4, CoreType.W3)
+    is_packed = report.cores.word_codes > 1
     assert shapes == (len(report.layers) * 3 * 8 * 16 if is_packed else 0)
     assert check(report.output).passed
     assert inspect(report.output).size == report.size

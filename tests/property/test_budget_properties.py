@@ -77,12 +77,16 @@ def test_keep_one_stores_what_the_dense_stacks_do(units: list[BudgetUnit]) -> No
     assert stored(units, 1.0) == dense(units)
 
 
+def is_of_128(cores: CoreType | None) -> bool:
+    return cores is not None and cores.group_size == 128
+
+
 @st.composite
 def wide_plans(draw: st.DrawFn) -> tuple[list[BudgetUnit], CoreType | None]:
     """Layers of a size at which a step is far below 1 % of a budget."""
     cores = draw(st.sampled_from([None, *CoreType]))
-    hidden = 64 * draw(st.integers(24, 112))
-    shape = StackShape(draw(st.integers(8, 128)), 64 * draw(st.integers(8, 32)), hidden)
+    hidden = 128 * draw(st.integers(12, 56))
+    shape = StackShape(draw(st.integers(8, 128)), 128 * draw(st.integers(4, 16)), hidden)
     weights = replace(WEIGHT_TYPES["BF16"], cores=cores)
     layers = draw(st.integers(24, 60))
     return [
@@ -105,7 +109,10 @@ def test_bits_are_exact_to_one_percent_from_below(
     if not whole:
         # From full modes to the largest latent space, which needs U_I, nothing lies in between.
         largest = [unit.bytes(unit.shape.hidden - unit.step) for unit in units]
-        assert 8 * total / routed >= min(0.99 * bits, 8 * sum(largest) / routed)
+        # Groups of 128 are a large part of a hidden mode: less than a step of a stack is left.
+        step = max(u.bytes(2 * u.step) - u.bytes(u.step) for u in units) if is_of_128(cores) else 0
+        missed = max(0.01 * bits, 8 * step / routed)
+        assert 8 * total / routed >= min(bits - missed, 8 * sum(largest) / routed)
     else:
         scales = 16 / cores.group_size if cores and cores.group_size else 0.1
         assert 8 * total / routed <= (cores.bits + scales if cores else 16)

@@ -51,7 +51,7 @@ _PARTS = (1.0, 0.25)
 # What a profile holds beside its curves.
 _NUMBERS = ("sensitivity", "small_sensitivity", "switching")
 # Version of the contents of profiles.
-_PROFILE_VERSION = 17
+_PROFILE_VERSION = 18
 _STATES = "hidden.safetensors"
 # Names of states that are carried along.
 _HIDDEN = "hidden"

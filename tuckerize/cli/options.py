@@ -142,7 +142,7 @@ Quantize = Annotated[
     typer.Option(
         "--quantize",
         help="Cores in 8 bits (int8 or float8) with a scale per output, or in 4 or 3 bits with one "
-        "per 32 inputs.",
+        "per 32 or 128 inputs.",
         rich_help_panel=STACKS,
     ),
 ]
@@ -166,8 +166,8 @@ Cores = Annotated[
     CoreType,
     typer.Option(
         "--cores",
-        help="4 or 3 bits with a scale per 32 inputs, or 8 bits (int8 or float8) with one per "
-        "output.",
+        help="4 or 3 bits with a scale per 32 or 128 inputs, or 8 bits (int8 or float8) with one "
+        "per output.",
     ),
 ]
 MaxSweeps = Annotated[

@@ -20,19 +20,20 @@ from tuckerize.linalg.quantise import QuantisedMatrices, code_dtype, pack, unpac
 from tuckerize.names import CorePart, TensorName
 
 CODES = {
-    CoreType.W8: CorePart.CODES,
-    CoreType.W4: CorePart.PACKED_CODES,
-    CoreType.W3: CorePart.PACKED_CODES,
-    CoreType.FP8: CorePart.CODES,
+    kind: CorePart.CODES if kind.word_codes == 1 else CorePart.PACKED_CODES for kind in CoreType
 }
 """Name of the codes in each encoding."""
 
-_FORMATS = {
+_FORMATS = dict.fromkeys(CoreType, "pack-quantized") | {
     CoreType.W8: "int-quantized",
-    CoreType.W4: "pack-quantized",
-    CoreType.W3: "pack-quantized",
     CoreType.FP8: "float-quantized",
 }
+
+_PACKED = {
+    torch.int32: (CoreType.W4, CoreType.W4_G128),
+    torch.uint8: (CoreType.W3, CoreType.W3_G128),
+}
+"""Encodings by the type of their words, the one of smaller groups first."""
 
 _MIXED = "mixed-precision"
 _ALL = "core"
@@ -161,7 +162,7 @@ def part_dtype(
 ) -> torch.dtype:
     """Type of a tensor: that of its codes, or the type of factors and scales."""
     if part == CorePart.PACKED_CODES:
-        return torch.uint8 if core_type == CoreType.W3 else torch.int32
+        return torch.uint8 if core_type and core_type.bits == 3 else torch.int32
     return code_dtype(core_type) if part == CorePart.CODES and core_type else dtype
 
 
@@ -181,8 +182,9 @@ def quantised_matrices(
         core_type = CoreType.W8 if codes.dtype == torch.int8 else CoreType.FP8
         return QuantisedMatrices(codes, scales, core_type)
     words = parts[CorePart.PACKED_CODES]
-    core_type = CoreType.W4 if words.dtype == torch.int32 else CoreType.W3
-    room = words.shape[-1] // core_type.words(1) * core_type.word_codes
+    small, large = _PACKED[words.dtype]
+    room = words.shape[-1] // small.words(1) * small.word_codes
+    core_type = small if scales.shape[-1] == -(-room // (small.group_size or 1)) else large
     return QuantisedMatrices(unpack(words, core_type, columns or room), scales, core_type)
 
 

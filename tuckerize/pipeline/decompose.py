@@ -59,7 +59,7 @@ class DecomposeRequest:
         joint: "gate_up": one U_I for gate_proj and up_proj.
         dtype: Type of stored factors: bfloat16, float16 or float32; the source's by default.
         quantize: Encoding of the cores: "w8" (int8), "w4" or "w3" (4 or 3 bits in groups of
-            32) or "fp8" (float8); that of the factors by default.
+            32), "w4-g128" or "w3-g128" (of 128) or "fp8" (float8); that of the factors by default.
         max_sweeps: Largest number of HOOI sweeps after the start; 10 by default.
         engine: "tuckerize", or "tensorly" as the slow reference.
         calibration: Text or JSONL file, or several, or the `calibration` keys of a recipe:

@@ -48,8 +48,8 @@ class QuantizeRequest:
     Attributes:
         folder: The Tucker checkpoint.
         output: The new folder.
-        cores: Encoding of the cores: "w4" or "w3" (4 or 3 bits in groups of 32), "w8" (int8) or
-            "fp8" (float8).
+        cores: Encoding of the cores: "w4" or "w3" (4 or 3 bits in groups of 32), "w4-g128" or
+            "w3-g128" (of 128), "w8" (int8) or "fp8" (float8).
         model: The source model; by default the one that decompose was given.
         overwrite: Replace an earlier result.
     """

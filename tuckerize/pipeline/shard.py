@@ -12,7 +12,7 @@ from pathlib import Path
 from tuckerize.checkpoint.output import OutputFolder
 from tuckerize.checkpoint.space import require_space
 from tuckerize.checkpoint.writer import write_tensors
-from tuckerize.domain import Layout, MultilinearRank, Projection, cores_of
+from tuckerize.domain import CoreType, Layout, MultilinearRank, Projection, cores_of
 from tuckerize.errors import UsageError
 from tuckerize.format.manifest import (
     ShardManifest,
@@ -88,10 +88,15 @@ def choose_layout(tucker: TuckerCheckpoint, mesh: Parallelism, layout: Layout | 
         for group, ranks in enumerate(manifest.ranks(layer))
     )
     if mesh.tp > smallest:
+        other = ", or another layout"
+        if manifest.cores:
+            cores = {cores_of(manifest.cores, layer) for layer in manifest.layers}
+            of_128 = cores & {CoreType.W4_G128, CoreType.W3_G128}
+            other = ", or decompose in groups of 32 (--quantize w4)" if of_128 else ""
         raise UsageError(
             f"layout '{layout}' splits a size of {smallest}, which is not enough for {mesh.tp} "
             "processes",
-            hint=f"use --tp {smallest} or less, or another layout",
+            hint=f"use --tp {smallest} or less{other}",
         )
     return layout
 

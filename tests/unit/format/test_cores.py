@@ -49,7 +49,7 @@ def test_stored_tensors_have_the_announced_shapes_and_values(
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.sampled_from([CoreType.W4, CoreType.W3]), sizes)
+@given(st.sampled_from([kind for kind in CoreType if kind.word_codes > 1]), sizes)
 def test_codes_beyond_the_inputs_are_zero(core_type: CoreType, columns: int) -> None:
     matrix = torch.randn(1, 2, columns, generator=torch.Generator().manual_seed(1))
     stored = core_tensors(TensorName.core(Projection.UP), quantise(matrix, core_type))
