@@ -273,7 +273,6 @@ def test_groups_of_128_are_not_split(outputs: dict[str, Path]) -> None:
     with pytest.raises(UsageError, match="splits a size of 1,") as caught:
         shard(ShardRequest(folder=outputs["w4-g128"], tp=2))
     assert caught.value.hint == "use --tp 1 or less, or decompose in groups of 32 (--quantize w4)"
-    assert shard(ShardRequest(folder=outputs["w4"], tp=2)).layout == "intermediate"
 
 
 def test_shards_compute_the_same_together(outputs: dict[str, Path]) -> None:

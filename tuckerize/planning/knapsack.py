@@ -30,10 +30,10 @@ class Slopes(NamedTuple):
     switching: float
 
     def terms(self, errors: Array) -> tuple[Array, Array]:
-        """What grows with the squared error, and the square of what grows with the error itself.
+        """Part that grows with the squared error, and square of that which grows with the error.
 
-        The latter does so up to the larger error that was probed. Beyond it, where nothing is
-        known, all that errors add grows with their square.
+        The latter grows up to the larger error that was probed. Beyond it, where nothing is known,
+        all that errors add grows with their square.
 
         Args:
             errors: Relative squared output errors.

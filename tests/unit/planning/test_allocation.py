@@ -590,7 +590,7 @@ def test_experts_of_different_widths_never_store_more_than_was_counted(
     rank = (len(own), sum(own) // len(own), outputs)
     counted = weights.core_bytes(rank, transposed=True, width_step=multiple)
     assert exact <= counted
-    if multiple == 32:
+    if multiple % max(cores.word_codes, cores.group_size or 1) == 0:
         assert exact == counted
 
 
