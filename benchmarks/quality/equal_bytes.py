@@ -50,8 +50,8 @@ class Wanted:
         structure: A method of the registry, `dense` for quantisation alone, or `tuckerize`.
         keep: Kept share of the parameters.
         rounding: RTN, GPTQ, learned, our own, or `COUNTED`.
-        encoding: How the matrices are stored; for our own rows `w8`, `w4`, `w3` or `--bits 4`, and
-            options.
+        encoding: How the matrices are stored; for our own rows `w8`, `w4`, `w3-g128` or `--bits 4`,
+            and options.
         target: Target of our own rows.
     """
 
@@ -116,7 +116,9 @@ WANTED = (
     *(Wanted(DENSE, 1, LEARNED, str(Encoding(bits, 32, zero=True))) for bits in (2, 3, 4)),
     *_pruned("neuron elimination", "REAP", "MoE-Slimming", "PARSER"),
     Wanted(DENSE, 1, "GPTQ", str(Encoding(8, None, zero=False))),
-    *_ours("w4", 0.8, 0.5, target="fused-kernels"),
+    *_ours("w3-g128", 0.9, 0.8, 0.65),
+    *_ours("w4-g128", 0.9, 0.8),
+    *_ours("w4", 0.8, 0.5, 0.65, 0.9, target="fused-kernels"),
     *_ours("w8", 0.9, 0.75, 0.65, 0.5),
     *_ours("w4", 0.8, 0.5, target="any-engine"),
     *_ours("w3", 0.8, 0.65, target="any-engine"),

@@ -25,7 +25,7 @@ _STOCK = ("dense", "REAP", "neuron elimination, equal widths")
 def is_servable(row: Row, platform: str) -> bool:
     """Whether engines of a platform have kernels for a row.
 
-    Our own are W4 and W3 in groups of 32 and W8: the targets any-engine and fused-kernels where
+    Our own are W4 and W3 in groups of 32 or 128 and W8: the targets any-engine and fused-kernels where
     engines have the weights, free, whose experts differ in width, on CPU and CUDA with our own
     products. A size (`--bits 6`) is spent on W8 and W4 where engines are to serve it.
     """
@@ -33,7 +33,7 @@ def is_servable(row: Row, platform: str) -> bool:
         if row["target"] == "free":
             return platform != "Ascend"
         encoding: str = row["encoding"].split()[0]
-        return encoding.startswith("-") or int(encoding[1:]) in WEIGHTS[platform]
+        return encoding.startswith("-") or int(encoding[1]) in WEIGHTS[platform]
     if row["structure"] not in _STOCK:  # experts of different widths: no engine
         return False
     bits, group, zero = encoding_of(row)

@@ -53,6 +53,7 @@ def test_ours_are_rows_that_are_no_larger_and_what_lies_between_two_of_one_setti
         ("free", "--bits 6", {"CUDA", "CPU"}),
         ("fused-kernels", "--bits 6", {"Ascend", "CUDA", "CPU"}),
         ("fused-kernels", "w4", {"Ascend", "CUDA", "CPU"}),
+        ("fused-kernels", "w4-g128", {"Ascend", "CUDA", "CPU"}),
         ("any-engine", "w3", {"CUDA"}),
         ("any-engine", "w4 --random-share 0.2", {"Ascend", "CUDA", "CPU"}),
     ],
