@@ -25,9 +25,9 @@ _STOCK = ("dense", "REAP", "neuron elimination, equal widths")
 def is_servable(row: Row, platform: str) -> bool:
     """Whether engines of a platform have kernels for a row.
 
-    Our own are W4 and W3 in groups of 32 or 128 and W8: the targets any-engine and fused-kernels where
-    engines have the weights, free, whose experts differ in width, on CPU and CUDA with our own
-    products. A size (`--bits 6`) is spent on W8 and W4 where engines are to serve it.
+    Our own are W4 and W3 in groups of 32 or 128 and W8: the targets any-engine and fused-kernels
+    where engines have the weights, free, whose experts differ in width, on CPU and CUDA with our
+    own products. A size (`--bits 6`) is spent on W8 and W4 where engines are to serve it.
     """
     if row["structure"] == "tuckerize":
         if row["target"] == "free":
