@@ -85,8 +85,10 @@ def is_of_128(cores: CoreType | None) -> bool:
 def wide_plans(draw: st.DrawFn) -> tuple[list[BudgetUnit], CoreType | None]:
     """Layers of a size at which a step is far below 1 % of a budget."""
     cores = draw(st.sampled_from([None, *CoreType]))
-    hidden = 128 * draw(st.integers(12, 56))
-    shape = StackShape(draw(st.integers(8, 128)), 128 * draw(st.integers(4, 16)), hidden)
+    step = 2 if is_of_128(cores) else 1  # groups are whole
+    hidden = 64 * step * draw(st.integers(24 // step, 112 // step))
+    neurons = 64 * step * draw(st.integers(8 // step, 32 // step))
+    shape = StackShape(draw(st.integers(8, 128)), neurons, hidden)
     weights = replace(WEIGHT_TYPES["BF16"], cores=cores)
     layers = draw(st.integers(24, 60))
     return [

@@ -142,9 +142,7 @@ class Bases:
     def mixed(self, activation: Activation) -> Tensor:
         """f(Σ_j α_ej B_j), (E, R, N)."""
         outer_JRX, *inner_JKN = self.factors
-        if not inner_JKN:
-            return activation(torch.einsum("ej,jrn->ern", self.alpha_EJ, outer_JRX))
-        bases_JRN = outer_JRX @ inner_JKN[0]
+        bases_JRN = outer_JRX @ inner_JKN[0] if inner_JKN else outer_JRX
         return activation(torch.einsum("ej,jrn->ern", self.alpha_EJ, bases_JRN))
 
 
