@@ -38,8 +38,8 @@ TEST_TOKENS = {"in_domain": 40960, "out_of_domain": 20480}
 DENSE = "dense"
 OURS = "tuckerize"
 EQUAL_WIDTHS = "neuron elimination, equal widths"
-COUNTED = "counted as"
-"""Rounding of structures whose factors nothing can round yet: none, but the bytes are counted."""
+FACTORS = "factors of"
+"""Rounding of structures with a nonlinearity: bases to nearest, then A by GPTQ, data-free."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Wanted:
     Attributes:
         structure: A method of the registry, `dense` for quantisation alone, or `tuckerize`.
         keep: Kept share of the parameters.
-        rounding: RTN, GPTQ, learned, our own, or `COUNTED`.
+        rounding: RTN, GPTQ, learned, our own, or `FACTORS`.
         encoding: How the matrices are stored; for our own rows `w8`, `w4`, `w3-g128` or `--bits 4`,
             and options.
         target: Target of our own rows.
@@ -96,9 +96,9 @@ def _pruned(*structures: str, bits: int = 4) -> list[Wanted]:
     return [Wanted(s, keep, "GPTQ", encoding) for s in structures for keep in PRUNED[s]]
 
 
-def _counted(*structures: str) -> list[Wanted]:
+def _factored(*structures: str) -> list[Wanted]:
     encoding = str(Encoding(4, 32, zero=False))
-    return [Wanted(s, keep, COUNTED, encoding) for s in structures for keep in PRUNED[s]]
+    return [Wanted(s, keep, FACTORS, encoding) for s in structures for keep in PRUNED[s]]
 
 
 def _ours(quantize: str, *keeps: float, target: str = "free") -> list[Wanted]:
@@ -128,7 +128,7 @@ WANTED = (
     *_ours("w4", 1),
     *_ours("w8", 0.75, target="fused-kernels"),
     *_ours("w8", 0.75, target="any-engine"),
-    *_counted("SLBF", "MoBE"),
+    *_factored("SLBF", "MoBE"),
     *_pruned("neuron elimination", "REAP", bits=3),
     *_pruned("neuron elimination", "REAP", bits=8),
     *_alone("RTN", 4, 3, 2),
@@ -207,11 +207,10 @@ class Bench:
     def _stored(self, compressed: Sequence[Compressed], row: Wanted) -> int:
         """Put compressed experts into the model as a row stores them: the bits that they take."""
         encoding = ENCODINGS[row.encoding]
-        if row.rounding == COUNTED:
-            self.model.replace(compressed)
-            return sum(
-                encoding.stored_bits(1, part.numel()) for c in compressed for part in c.parts
-            )
+        if row.rounding == FACTORS:
+            found = [own.rounded(encoding) for own in compressed if own.rounded is not None]
+            self.model.replace([Compressed(stacks, ()) for stacks, _ in found])
+            return sum(bits for _, bits in found)
         tokens = self.calibration[: TEXT_TOKENS + 1]
         return quantised.quantise(self.model, compressed, tokens, encoding, row.rounding)
 

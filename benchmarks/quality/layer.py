@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from benchmarks.quality.encodings import Encoding
+
 Stacks = tuple[Tensor, Tensor, Tensor]
 """Gate, up and transposed down projections, (E, H, I) each."""
 
@@ -147,12 +149,14 @@ class Compressed:
         kept_experts: Where whole experts are gone: those that the router may still choose.
         shared_EH: Where neurons are stored once for all experts: whether neuron h of expert e is
             the shared neuron h, (E, H).
+        rounded: Where parts are inside a nonlinearity: the stacks of rounded ones, and their bits.
     """
 
     stacks: Stacks
     parts: tuple[Tensor, ...]
     kept_experts: tuple[int, ...] | None = None
     shared_EH: Tensor | None = None
+    rounded: Callable[[Encoding], tuple[Stacks, int]] | None = None
 
     @property
     def stored(self) -> int:

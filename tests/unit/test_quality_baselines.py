@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks.quality.budget import covering_sizes, equal_sizes, largest, pooled_sizes
+from benchmarks.quality.encodings import Encoding
 from benchmarks.quality.layer import Compressed, Layer, Sensitivity, output_error, roots, triple
 from benchmarks.quality.methods import low_rank, mobe, parser, pruning, slbf, slimming, tucker
 from benchmarks.quality.registry import METHODS
@@ -271,7 +272,7 @@ def test_bases_of_a_mixture_are_found() -> None:
     target /= target.std()
     start = mobe.first_bases(target, 2, 5)
     before, after = (mobe.fit_bases(target, start, torch.tanh, steps) for steps in (1, 60))
-    assert (after.fitted - target).norm() < 0.75 * (before.fitted - target).norm()
+    assert (after.stack - target).norm() < 0.75 * (before.stack - target).norm()
 
 
 def test_slbf_finds_factors_inside_the_activation() -> None:
@@ -284,8 +285,23 @@ def test_slbf_finds_factors_inside_the_activation() -> None:
     target /= target.std()
     start = slbf.first_bases(target, 20, 3)
     before, after = (mobe.fit_bases(target, start, torch.nn.functional.silu, n) for n in (1, 200))
-    assert (after.fitted - target).norm() < 0.5 * (before.fitted - target).norm()
+    assert (after.stack - target).norm() < 0.5 * (before.stack - target).norm()
     assert [part.numel() for part in after.parts] == [EXPERTS * n for n in (400, 60, 72, EXPERTS)]
+
+
+def test_rounded_factors_are_near_and_all_their_bits_are_counted() -> None:
+    (found,) = slbf.slbf([layer()], 0.6)
+    assert found.rounded is not None
+    for bits, most in ((8, 0.02), (4, 0.25)):
+        encoding = Encoding(bits, 32, zero=False)
+        stacks, stored = found.rounded(encoding)
+        for rounded, stack in zip(stacks, found.stacks, strict=True):
+            assert 0 < (rounded - stack).norm() < most * stack.norm()
+        # A, U and V of every projection, and its alpha.
+        values = [part for n, part in enumerate(found.parts) if n % 4 != 3]
+        groups = sum(-(-part.shape[-1] // 32) * part.shape[:-1].numel() for part in values)
+        alphas = sum(found.parts[n].numel() for n in (3, 7, 11))
+        assert stored == bits * sum(map(torch.numel, values)) + 16 * (groups + alphas)
 
 
 def test_budget_is_dealt_out_to_the_last_step() -> None:

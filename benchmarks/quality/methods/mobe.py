@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from benchmarks.quality.layer import Compressed, Layer, dense, output_error, triple
+from benchmarks.quality.encodings import Encoding, gptq, round_to_nearest
+from benchmarks.quality.layer import Compressed, Layer, Stacks, dense, output_error, triple
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -93,8 +94,7 @@ def _best_setting(stack: Tensor, budget: int) -> Setting:
     def error(setting: Setting) -> float:
         if setting.rank(stack, budget) < 1:
             return torch.inf
-        fitted, _ = _approximate(stack, setting, budget, TRIAL_STEPS)
-        return float((fitted - stack).norm())
+        return float((_approximate(stack, setting, budget, TRIAL_STEPS).stack - stack).norm())
 
     tried = [Setting(m, torch.tanh, side) for m, side in product(counts, (False, True))]
     best = min(tried, key=error)
@@ -102,29 +102,19 @@ def _best_setting(stack: Tensor, budget: int) -> Setting:
 
 
 def _fit(layer: Layer, plan: Plan, steps: int) -> Compressed:
-    stacks: list[Tensor] = []
-    parts: list[Tensor] = []
-    for stack, (setting, budget) in zip(layer.stacks, plan, strict=True):
-        if setting is None:
-            stacks.append(stack)
-            parts.append(stack)
-            continue
-        fitted, stored = _approximate(stack, setting, budget, steps)
-        stacks.append(fitted)
-        parts += stored
-    return Compressed(triple(stacks), tuple(parts))
+    return of_fits([
+        Fit.whole(stack) if setting is None else _approximate(stack, setting, budget, steps)
+        for stack, (setting, budget) in zip(layer.stacks, plan, strict=True)
+    ])  # fmt: skip
 
 
-def _approximate(
-    stack: Tensor, setting: Setting, budget: int, steps: int
-) -> tuple[Tensor, list[Tensor]]:
-    """The stack after the fit, in its own orientation, and A, B and α."""
+def _approximate(stack: Tensor, setting: Setting, budget: int, steps: int) -> Fit:
+    """The fit of a stack."""
     target_EMN = stack.mT if setting.transposed else stack
     unit = float(target_EMN.std())
     start = first_bases(target_EMN, setting.bases, setting.rank(stack, budget))
     found = fit_bases(target_EMN / unit, start, setting.activation, steps)
-    fitted_EMN = found.fitted * unit
-    return fitted_EMN.mT if setting.transposed else fitted_EMN, found.parts
+    return found.scaled(unit, transposed=setting.transposed)
 
 
 @dataclass(frozen=True)
@@ -145,13 +135,60 @@ class Bases:
         bases_JRN = outer_JRX @ inner_JKN[0] if inner_JKN else outer_JRX
         return activation(torch.einsum("ej,jrn->ern", self.alpha_EJ, bases_JRN))
 
+    def rounded(self, encoding: Encoding) -> tuple[Bases, int]:
+        """With matrices rounded to nearest, and the bits of these and of α, which keeps 16."""
+        found = [_to_nearest(factor, encoding) for factor in self.factors]
+        bits = sum(own for _, own in found) + 16 * self.alpha_EJ.numel()
+        return Bases(tuple(factor for factor, _ in found), self.alpha_EJ), bits
+
 
 @dataclass(frozen=True)
 class Fit:
-    """What a fit found: the stack (E, M, N), and A, the bases and α, which are stored."""
+    """What a fit found.
 
-    fitted: Tensor
-    parts: list[Tensor]
+    Attributes:
+        stack: The fitted stack.
+        parts: A, the bases and α, which are stored.
+        rounded: The stack of rounded parts, and their bits.
+    """
+
+    stack: Tensor
+    parts: Sequence[Tensor]
+    rounded: Callable[[Encoding], tuple[Tensor, int]]
+
+    @classmethod
+    def whole(cls, stack: Tensor) -> Fit:
+        """A stack as it is."""
+        return cls(stack, [stack], lambda encoding: _to_nearest(stack, encoding))
+
+    def scaled(self, unit: float, *, transposed: bool) -> Fit:
+        """That of a stack in another unit, and orientation."""
+
+        def stack_of(fitted: Tensor) -> Tensor:
+            return unit * (fitted.mT if transposed else fitted)
+
+        def rounded(encoding: Encoding) -> tuple[Tensor, int]:
+            fitted, bits = self.rounded(encoding)
+            return stack_of(fitted), bits
+
+        return Fit(stack_of(self.stack), self.parts, rounded)
+
+
+def of_fits(fits: Sequence[Fit]) -> Compressed:
+    """A layer of three fits."""
+
+    def rounded(encoding: Encoding) -> tuple[Stacks, int]:
+        found = [fit.rounded(encoding) for fit in fits]
+        return triple(stack for stack, _ in found), sum(bits for _, bits in found)
+
+    parts = tuple(part for fit in fits for part in fit.parts)
+    return Compressed(triple(fit.stack for fit in fits), parts, rounded=rounded)
+
+
+def _to_nearest(matrices_EOK: Tensor, encoding: Encoding) -> tuple[Tensor, int]:
+    count, outputs, inputs = matrices_EOK.shape
+    found = round_to_nearest(matrices_EOK, encoding, torch.empty(0))
+    return found.values, count * encoding.stored_bits(outputs, inputs)
 
 
 def first_bases(target_EMN: Tensor, bases: int, rank: int) -> Bases:
@@ -187,10 +224,21 @@ def fit_bases(target_EMN: Tensor, start: Bases, activation: Activation, steps: i
         loss = (target_EMN - A_EMR @ mixed_ERN).square().mean()
         gradients = torch.autograd.grad(loss, variables)
         adam.step(gradients, _RATE * (1 + math.cos(math.pi * step / steps)) / 2)
-    with torch.no_grad():
-        mixed_ERN = found.mixed(activation)
+    bases = Bases(tuple(own.detach() for own in found.factors), found.alpha_EJ.detach())
+    mixed_ERN = bases.mixed(activation)
     A_EMR = _least_squares(target_EMN, mixed_ERN)
-    return Fit(A_EMR @ mixed_ERN, [A_EMR, *(variable.detach() for variable in variables)])
+
+    def rounded(encoding: Encoding) -> tuple[Tensor, int]:
+        """A by GPTQ, after least squares for the rounded bases, which are its inputs."""
+        stored, bits = bases.rounded(encoding)
+        mixed_ERN = stored.mixed(activation)
+        exact_EMR = _least_squares(target_EMN, mixed_ERN)
+        codes = gptq(exact_EMR, encoding, mixed_ERN @ mixed_ERN.mT)
+        experts, outer, columns = exact_EMR.shape
+        bits += experts * encoding.stored_bits(outer, columns)
+        return codes.values @ mixed_ERN, bits
+
+    return Fit(A_EMR @ mixed_ERN, [A_EMR, *bases.factors, bases.alpha_EJ], rounded)
 
 
 class _Adam:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from benchmarks.quality.layer import Compressed, Layer, dense, triple
+from benchmarks.quality.layer import Compressed, Layer, dense
 from benchmarks.quality.methods import mobe
 
 
@@ -62,34 +62,29 @@ def _best(stack: Tensor, budget: int) -> Setting:
     def error(setting: Setting) -> float:
         if setting.sizes(stack, budget)[1] < 1:
             return torch.inf
-        fitted, _ = _approximate(stack, setting, budget, mobe.TRIAL_STEPS)
-        return float((fitted - stack).norm())
+        found = _approximate(stack, setting, budget, mobe.TRIAL_STEPS)
+        return float((found.stack - stack).norm())
 
     return min(SETTINGS, key=error)
 
 
 def _fit(layer: Layer, keep: float, settings: Sequence[Setting]) -> Compressed:
-    stacks: list[Tensor] = []
-    parts: list[Tensor] = []
+    fits: list[mobe.Fit] = []
     budget = 0
     for stack, setting in zip(layer.stacks, settings, strict=True):
         budget += int(keep * stack.numel())
-        fitted, stored = _approximate(stack, setting, budget, mobe.STEPS)
-        budget -= sum(part.numel() for part in stored)
-        stacks.append(fitted)
-        parts += stored
-    return Compressed(triple(stacks), tuple(parts))
+        fits.append(_approximate(stack, setting, budget, mobe.STEPS))
+        budget -= sum(part.numel() for part in fits[-1].parts)
+    return mobe.of_fits(fits)
 
 
-def _approximate(
-    stack: Tensor, setting: Setting, budget: int, steps: int
-) -> tuple[Tensor, list[Tensor]]:
-    """The stack after the fit, in its own orientation, and A, U, V and α."""
+def _approximate(stack: Tensor, setting: Setting, budget: int, steps: int) -> mobe.Fit:
+    """The fit of a stack: A, U, V and α."""
     target_EMN = setting.oriented(stack)
     unit = float(target_EMN.std())
     start = first_bases(target_EMN / unit, *setting.sizes(stack, budget))
     found = mobe.fit_bases(target_EMN / unit, start, silu, steps)
-    return setting.oriented(found.fitted * unit), found.parts
+    return found.scaled(unit, transposed=setting.transposed)
 
 
 def first_bases(target_EMN: Tensor, columns: int, rank: int) -> mobe.Bases:
