@@ -41,7 +41,7 @@ def measure(name: str) -> None:
             continue
         groups = run.groups(layer)
         dense = run.module(layer, [group.as_tensors() for group in groups])
-        tokens, _, hidden = run.capture(layer, hidden, len(run.windows_SL), dense)
+        tokens, _, _, hidden = run.capture(layer, hidden, len(run.windows_SL), dense)
     (group,) = groups
     shape, activation = group.shape, run.activation(middle)
     test = tokens.part(torch.arange(TOKENS - TEST_TOKENS, TOKENS))

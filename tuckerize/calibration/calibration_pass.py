@@ -49,11 +49,13 @@ class Captured(NamedTuple):
     Attributes:
         tokens: Tokens of all windows before them, in float32.
         output_TI: Their combined output, in float32, with the tokens' relative weights.
+        norms_T1: Relative norms of the tokens' hidden states, which `output_TI` is divided by.
         after: States of this process's windows after the layer.
     """
 
     tokens: LayerTokens
     output_TI: Tensor
+    norms_T1: Tensor
     after: States
 
 
@@ -244,7 +246,7 @@ class CalibrationPass:
         )
         norms_T1 = relative_norms(norms_T1)
         tokens = LayerTokens(x_TI, experts_Tk, weights_Tk / norms_T1)
-        return Captured(tokens, output_TI.div_(norms_T1), after)
+        return Captured(tokens, output_TI.div_(norms_T1), norms_T1, after)
 
     def output(self, experts: TuckerExperts, tokens: LayerTokens) -> Tensor:
         """Routed output of tokens, shape (T, I); every process computes its share of them."""

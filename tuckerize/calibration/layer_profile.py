@@ -114,15 +114,13 @@ def profile_layer(
     """
     stage("spectra", 1)
     find = partial(spectra_of, activation=activation, sharing=sharing)
-    groups = [own.group for own in statistics]
-    shape = groups[0].shape._replace(experts=len(statistics[0].moments.routed_E))
+    shape = statistics[0].group.shape._replace(experts=len(statistics[0].moments.routed_E))
     found = find(statistics, tokens) if spectra else Spectra.unknown(shape)
     stage("rounding", 4)
     energy = max(output_energy, 1e-30)
     lost = sum(own.elimination.errors_H.numpy() for own in statistics)
     equal = sum(own.elimination.equal_errors_H.numpy() for own in statistics)
-    rounded = rounding_errors(groups, tokens, activation=activation, sharing=sharing)
-    output_energies = sharing.of_all(sum(sum(own.output_energies) for own in statistics))
+    rounded = rounding_errors(statistics, tokens, activation=activation, sharing=sharing)
     return LayerProfile(
         layer=layer,
         sensitivity=math.nan,
@@ -137,7 +135,7 @@ def profile_layer(
         gate_up_intermediate_H=found.gate_up_intermediate_H / energy,
         down_expert_E=found.down_expert_E / energy,
         down_intermediate_H=found.down_intermediate_H / energy,
-        rounding_C=rounded * sum(output_energies) / energy,
+        rounding_C=rounded / energy,
         routed_E=np.concatenate([own.moments.routed_E.numpy() for own in statistics]).astype(
             np.float64
         ),

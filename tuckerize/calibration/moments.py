@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tuckerize.calibration.tokens import DenseGroup, ExpertTokens, LayerTokens
-from tuckerize.domain import Projection
+from tuckerize.domain import GATE_UP, Projection
 from tuckerize.linalg.gram import gram
 from tuckerize.linalg.sharing import ALONE, Sharing
 from tuckerize.progress import Stage, silent, told
@@ -31,6 +31,9 @@ class GroupMoments:
             the mean over tokens of (g ∂h/∂gate)² times the squared norm of its row of down.
         up_sensitivity_EH: The same for up.
         output_II: Second moment of the group's combined output, shape (I, I).
+        output_energy_E: Squared norm of the outputs of every expert by itself.
+        unit_error_E: Squared output error of every expert, to first order, if all of its weights
+            had errors of their own size, independent of each other.
         routed_E: Tokens that the router sent to every expert of the group.
     """
 
@@ -40,11 +43,17 @@ class GroupMoments:
     gate_sensitivity_EH: Tensor
     up_sensitivity_EH: Tensor
     output_II: Tensor
+    output_energy_E: Tensor
+    unit_error_E: Tensor
     routed_E: Tensor
 
 
-NeuronMoment = Callable[[Tensor, Tensor], None]
-"""Takes the second moment (H, H) of the neurons of the next expert, and its down (H, I)."""
+NeuronMoment = Callable[[Tensor, Tensor], float]
+"""Takes the second moment (H, H) of the neurons of the next expert, and its down (H, I); returns the
+squared norm of the expert's outputs."""
+
+# Tokens that the router did not send to an expert, where diagonals of moments alone are needed.
+_FEW_POOLED_TOKENS = 256
 
 
 class _Neurons(NamedTuple):
@@ -61,6 +70,7 @@ def gather_moments(
     *,
     activation: Activation,
     neurons: NeuronMoment,
+    whole: Collection[int],
     stage: Stage = silent,
     sharing: Sharing = ALONE,
 ) -> GroupMoments:
@@ -74,37 +84,56 @@ def gather_moments(
         group: The dense experts, in float32.
         tokens: Tokens of the layer.
         activation: From gate and up to neurons.
-        neurons: Takes the second moment of every expert's neurons.
+        neurons: Takes the second moments of neurons.
+        whole: Places of the experts of which it takes them; of the others, the moments above are of
+            fewer of the tokens that fill them up.
         stage: Is told the experts, with shares of all of them as efforts.
         sharing: The processes that share the group.
     """
     squared_T = tokens.x_TI.new_zeros(len(tokens.x_TI))
     energies, row_norms, gates, ups, routed = [], [], [], [], []
+    outputs, unit_errors = [], []
     output_TI = tokens.x_TI.new_zeros(tokens.x_TI.shape)
     experts = told(group.experts, len(group.experts), stage, "moments and elimination")
     for place, expert in enumerate(experts):
-        own = tokens.of_expert(expert, least=group.enough_tokens)
+        pooled = None if place in whole else _FEW_POOLED_TOKENS
+        own = tokens.of_expert(expert, group.enough_tokens, pooled)
         squared_T.index_add_(0, own.places_N, own.weights_N.square())
         dense = group.part(place)
         down_HI = dense.matrix(Projection.DOWN, 0)
-        moment_HH = down_HI.new_zeros(len(down_HI), len(down_HI))
-        gate_H, up_H = down_HI.new_zeros(2, len(down_HI))
+        moment_HH = down_HI.new_zeros(len(down_HI), len(down_HI)) if place in whole else None
+        energy_H, gate_H, up_H = down_HI.new_zeros(3, len(down_HI))
+        output_energy = 0.0
         for part in own.parts():
             found = _neurons(*dense.gate_up(0, part.x_NI), activation)
             weighted_NH = part.weights_N[:, None] * found.h_NH
-            moment_HH += gram(weighted_NH)
             # The moments hold the weights already; sensitivities are means without them.
             gate_H += part.counts_N @ found.by_gate_NH.square()
             up_H += part.counts_N @ found.by_up_NH.square()
-            result_NI = weighted_NH[: part.routed] @ down_HI
-            output_TI.index_add_(0, part.places_N[: part.routed], result_NI)
-        energies.append(moment_HH.diagonal().clone())
-        neurons(moment_HH, down_HI)
+            if moment_HH is None:
+                energy_H += weighted_NH.square().sum(0)
+                result_NI = weighted_NH @ down_HI
+                output_energy += float(result_NI.square().sum())
+            else:
+                moment_HH += gram(weighted_NH)
+                result_NI = weighted_NH[: part.routed] @ down_HI
+            routed_N = part.places_N[: part.routed]
+            output_TI.index_add_(0, routed_N, result_NI[: part.routed])
+        if moment_HH is not None:
+            energy_H = moment_HH.diagonal().clone()
+            output_energy = neurons(moment_HH, down_HI)
+        energies.append(energy_H)
+        outputs.append(output_energy)
         row_norms_H = down_HI.square().sum(1)
         row_norms.append(row_norms_H)
         shares_H = row_norms_H / own.counts_N.sum()
         gates.append(gate_H * shares_H)
         ups.append(up_H * shares_H)
+        inputs_I = own.weights_N.square() @ own.x_NI.square()
+        missed_H = energy_H * row_norms_H
+        for projection, sensitivity_H in zip(GATE_UP, (gates[-1], ups[-1]), strict=True):
+            missed_H += sensitivity_H * (dense.matrix(projection, 0).square() @ inputs_I)
+        unit_errors.append(float(missed_H.sum()))
         routed.append(own.routed)
     share = sharing.own(len(tokens.x_TI))
     x_TI, squared_T = tokens.x_TI[share], sharing.sum(squared_T)[share]
@@ -115,6 +144,8 @@ def gather_moments(
         gate_sensitivity_EH=torch.stack(gates),
         up_sensitivity_EH=torch.stack(ups),
         output_II=second_moment(output_TI, sharing),
+        output_energy_E=torch.tensor(outputs, dtype=torch.float64),
+        unit_error_E=torch.tensor(unit_errors, dtype=torch.float64),
         routed_E=sharing.gather(torch.tensor(routed)),
     )
 

@@ -25,33 +25,27 @@ import torch
 from torch import Tensor
 
 from tuckerize.calibration.calibration_pass import CalibrationPass, SavedStates, experts_call
-from tuckerize.calibration.group_statistics import GroupStatistics
+from tuckerize.calibration.group_statistics import GroupStatistics, spread
 from tuckerize.calibration.layer_profile import LayerProfile, profile_layer, two_orders
-from tuckerize.calibration.moments import GroupMoments
-from tuckerize.calibration.sharing import num_own_windows
-from tuckerize.calibration.spectra import spread
+from tuckerize.calibration.probes import (
+    PARTS,
+    divergences,
+    name_of,
+    num_probe_windows,
+    probe_layer,
+    pruned,
+)
 from tuckerize.calibration.states import States
-from tuckerize.calibration.stream import ExpertsCall
 from tuckerize.calibration.text import fingerprint
-from tuckerize.calibration.tokens import DenseGroup
 from tuckerize.checkpoint.output import remove_temporaries
 from tuckerize.checkpoint.sealed_tensors import read_sealed, write_sealed
 from tuckerize.progress import LayerProgress, Progress, scaled
-from tuckerize.runtime.experts import TuckerExperts
 from tuckerize.version import __version__
 
-# Windows of text that the sensitivity is measured on: fewer where many layers make probes, each of
-# which goes through all layers after its own. And the share of neurons that is pruned.
-_PROBE_WINDOWS = (4, 8)
-_PROBE_WINDOWS_OF_ALL_LAYERS = 128
-_PRUNED_SHARE = 0.25
-# Parts of the change of the output that are probed: about the error of the sizes below 3 bits per
-# weight, and that of rounding to 4 bits.
-_PARTS = (1.0, 0.25)
 # What a profile holds beside its curves.
 _NUMBERS = ("sensitivity", "small_sensitivity", "switching")
 # Version of the contents of profiles.
-_PROFILE_VERSION = 18
+_PROFILE_VERSION = 19
 _STATES = "hidden.safetensors"
 # Names of states that are carried along.
 _HIDDEN = "hidden"
@@ -249,14 +243,14 @@ def profile_model(
         named = {name: run.whole(own, len(windows)) for name, own in probes.items()}
         tensors = [own.named(name) for name, own in {**named, _HIDDEN: whole}.items()]
         cache.save_states(layer + 1, dict(ChainMap(errors, *tensors)))
-    divergences = _divergences(run, run.own(whole[windows]), probes, len(windows))
+    found_by_probe = divergences(run, run.own(whole[windows]), probes, len(windows))
     profiles = []
     known = sharing.of_first(lambda: [cache.load(layer) for layer in layers])
     for layer, profile in zip(layers, known, strict=True):
         if profile is None:
             raise TypeError(f"layer {layer} has no profile")
         error = max(float(errors[f"{_ERROR}{layer}"]), 1e-30) ** 0.5
-        large, small = ((part * error, divergences[_name(layer, part)]) for part in _PARTS)
+        large, small = ((part * error, found_by_probe[name_of(layer, part)]) for part in PARTS)
         second, first = two_orders(large, small)
         profiles.append(
             replace(
@@ -313,18 +307,13 @@ def _profile_layer(
         sharing=sharing,
     )
     statistics = [gather(group, seen.tokens) for group in groups]
-    pruned = run.dense(
-        layer, [_pruned(group, own.moments) for group, own in zip(groups, statistics, strict=True)]
-    )
-    calls = dict.fromkeys(probes, experts_call(dense))
-    calls |= {_name(layer, part): _changed_by(part, dense, pruned) for part in _PARTS}
-    for number, (name, call) in enumerate(calls.items()):
-        stages.stage(f"probe {number + 1} of {len(calls)}")
-        probes[name] = run.run_layer(layer, probes.get(name, clean), call)
-    places_T = torch.arange(len(seen.output_TI), device=run.model.device)
-    places_T = places_T.view(len(run.windows_SL), -1)[windows].flatten()
-    exact_TI = seen.output_TI[places_T]
-    missed = (run.output(pruned, seen.tokens.part(places_T)) - exact_TI).square().sum()
+    for number, name in enumerate(probes):
+        stages.stage(f"probe {number + 1} of {len(probes)}")
+        probes[name] = run.run_layer(layer, probes[name], experts_call(dense))
+    stages.stage("pruning for a probe")
+    moments = [own.moments for own in statistics]
+    found, error = probe_layer(run, layer, clean, windows, seen, pruned(groups, moments))
+    probes.update(found)
     profile = profile_layer(
         layer,
         statistics,
@@ -337,52 +326,4 @@ def _profile_layer(
     )
     stages.finish(f"profile of layer {layer}")
     cache.save(profile)
-    return seen.after, missed / exact_TI.square().sum()
-
-
-def num_probe_windows(layers: int) -> int:
-    """Windows that each of so many layers is probed on."""
-    least, most = _PROBE_WINDOWS
-    return max(least, min(most, _PROBE_WINDOWS_OF_ALL_LAYERS // layers))
-
-
-def _name(layer: int, part: float) -> str:
-    """Name of the states of a probe."""
-    return f"{layer} of {_PARTS.index(part)}"
-
-
-def _changed_by(part: float, dense: TuckerExperts, pruned: TuckerExperts) -> ExpertsCall:
-    """Routed experts whose output is so far on the way from that of one to that of the other."""
-    ends = experts_call(dense), experts_call(pruned)
-
-    def call(x_TI: Tensor, experts_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
-        exact_TI, pruned_TI = (end(x_TI.float(), experts_Tk, weights_Tk) for end in ends)
-        return exact_TI.lerp(pruned_TI, part).to(x_TI.dtype)
-
-    return ends[1] if part == 1 else call
-
-
-def _pruned(group: DenseGroup, moments: GroupMoments) -> DenseGroup:
-    """A group without the neurons of least output energy."""
-    count = max(1, round(_PRUNED_SHARE * group.shape.intermediate))
-    energy_EH = moments.energy_EH * moments.row_norms_EH
-    return group.without_neurons(energy_EH.topk(count, dim=1, largest=False).indices)
-
-
-def _divergences(
-    run: CalibrationPass, clean: States, probes: dict[str, States], windows: int
-) -> dict[str, float]:
-    """Mean Kullback-Leibler divergence (nats per token) from the clean prediction, by probe."""
-    totals = dict.fromkeys(sorted(probes), 0.0)
-    count = 0
-    with run.model.head() as head:
-        for window in range(num_own_windows(windows, run.sharing)):
-            clean_LV = head(clean[window : window + 1])[0].float().log_softmax(-1)
-            count += len(clean_LV)
-            for name in totals:
-                other_LV = head(probes[name][window : window + 1])[0].float().log_softmax(-1)
-                difference_LV = clean_LV.exp() * (clean_LV - other_LV)
-                totals[name] += float(difference_LV.sum())
-    parts = run.sharing.of_all((totals, count))
-    count = sum(own for _, own in parts)
-    return {name: max(0.0, sum(own[name] for own, _ in parts) / count) for name in totals}
+    return seen.after, error

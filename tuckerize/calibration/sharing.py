@@ -135,10 +135,14 @@ def own_windows(states: States, sharing: Sharing) -> States:
     """The windows of this process, as many as every other's: the last one may be there again."""
     if sharing.size == 1:
         return states
-    count = len(states)
+    return states[own_places(len(states), sharing)]
+
+
+def own_places(count: int, sharing: Sharing) -> list[int]:
+    """Which of so many windows are this process's; see `own_windows`."""
     each = -(-count // sharing.size)
     places = range(sharing.rank * each, (sharing.rank + 1) * each)
-    return states[[min(place, count - 1) for place in places]]
+    return [min(place, count - 1) for place in places]
 
 
 def num_own_windows(count: int, sharing: Sharing) -> int:

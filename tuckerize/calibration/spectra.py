@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tuckerize.calibration.group_statistics import GroupStatistics
+from tuckerize.calibration.group_statistics import GroupStatistics, spread
 from tuckerize.calibration.moments import GroupMoments
 from tuckerize.calibration.tokens import DenseGroup, LayerTokens
 from tuckerize.calibration.truncated_inputs import MeasuredInputs
@@ -30,6 +30,9 @@ Array = npt.NDArray[np.float64]
 _WIDTH_SHARES = (1.0, 0.8, 0.6, 0.4, 0.2)
 # Experts of a group that truncated inputs are tried with.
 _MEASURED_EXPERTS = 8
+# The spectra of the expert and the intermediate mode are of so many times as many columns as the
+# mode has rows, or of all.
+_COLUMNS_PER_ROW = 16
 ROW_VALUES = 2**29
 """Values of the rows of all experts that are multiplied with each other at once (2 GiB)."""
 
@@ -178,6 +181,8 @@ def _mode_tails(
 ) -> tuple[Array, Array]:
     """Energy outside of the leading directions of the expert and the intermediate mode.
 
+    From every n-th of the columns, where all experts have many together.
+
     Args:
         group: The dense experts.
         projection: Which of their matrices.
@@ -186,24 +191,36 @@ def _mode_tails(
         root_II: What the rows are multiplied by.
     """
     experts, neurons, hidden = group.shape
+    all_experts = sharing.total(experts)
+    step = column_step(StackShape(all_experts, neurons, hidden))
+    columns = len(range(0, hidden, step))
+    root_IC = None if root_II is None else root_II[:, ::step].contiguous()
 
     def rows(place: int, some: slice) -> Tensor:
-        own_KI = weights_EH[place, some, None] * group.matrix(projection, place)[some]
-        return own_KI if root_II is None else own_KI @ root_II
+        weights_K1, own_KI = weights_EH[place, some, None], group.matrix(projection, place)[some]
+        return weights_K1 * own_KI[:, ::step] if root_IC is None else weights_K1 * own_KI @ root_IC
 
-    count = max(1, ROW_VALUES // (sharing.total(experts) * hidden))
+    count = max(1, ROW_VALUES // (all_experts * columns))
     grams = []
     for first in range(0, neurons, count):
-        rows_EKI = weights_EH.new_empty(experts, min(count, neurons - first), hidden)
+        rows_EKC = weights_EH.new_empty(experts, min(count, neurons - first), columns)
         for place in range(experts):
-            rows_EKI[place] = rows(place, slice(first, first + count))
-        grams.append(sharing.gram(rows_EKI.flatten(1)))
+            rows_EKC[place] = rows(place, slice(first, first + count))
+        grams.append(sharing.gram(rows_EKC.flatten(1)))
     neurons_HH = weights_EH.new_zeros(neurons, neurons)
     with parallel_workers(neurons_HH.device) as workers:
         for place in range(experts):
-            own_HI = rows_EKI[place] if count >= neurons else rows(place, slice(None))
-            add_gram(neurons_HH, own_HI.T, workers)
-    return _tail(torch.stack(grams).sum(0)), _tail(sharing.sum(neurons_HH))
+            own_HC = rows_EKC[place] if count >= neurons else rows(place, slice(None))
+            add_gram(neurons_HH, own_HC.T, workers)
+    scale = hidden / columns
+    return scale * _tail(torch.stack(grams).sum(0)), scale * _tail(sharing.sum(neurons_HH))
+
+
+def column_step(shape: StackShape) -> int:
+    """Distance of the columns of experts that the spectra of these two modes are of."""
+    experts, neurons, hidden = shape
+    enough = min(experts * hidden // neurons, neurons * hidden // experts) // _COLUMNS_PER_ROW
+    return max(1, enough)
 
 
 def _tail(moment_NN: Tensor) -> Array:
@@ -219,9 +236,3 @@ def _whitened_tail(energy_II: Tensor, root_II: Tensor) -> Array:
 
 def _whitened(energy_II: Tensor, root_II: Tensor) -> Tensor:
     return root_II @ in_float64(energy_II) @ root_II
-
-
-def spread(length: int, count: int) -> list[int]:
-    """Middles of `count` equal parts of a range, or all indices of a shorter one."""
-    count = min(count, length)
-    return [(2 * part + 1) * length // (2 * count) for part in range(count)]

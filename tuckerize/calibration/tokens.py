@@ -48,18 +48,20 @@ class ExpertTokens(NamedTuple):
         weights_N: Their routing weights, shape (N,).
         routed: Number of those that the router sent; they are the first.
         places_N: Their indices among the layer's tokens, shape (N,).
+        pooled_count: Weight of each of the others in a mean without routing weights.
     """
 
     x_NI: Tensor
     weights_N: Tensor
     routed: int
     places_N: Tensor
+    pooled_count: float = _POOLED_WEIGHT**2
 
     @property
     def counts_N(self) -> Tensor:  # noqa: N802
         """Weight of each token in a mean without routing weights, shape (N,)."""
         counts_N = torch.ones_like(self.weights_N)
-        counts_N[self.routed :] = _POOLED_WEIGHT**2
+        counts_N[self.routed :] = self.pooled_count
         return counts_N
 
     def parts(self) -> Iterator[ExpertTokens]:
@@ -67,7 +69,12 @@ class ExpertTokens(NamedTuple):
         for first in range(0, len(self.weights_N), PART_TOKENS):
             own = slice(first, first + PART_TOKENS)
             routed = min(max(0, self.routed - first), PART_TOKENS)
-            yield ExpertTokens(self.x_NI[own], self.weights_N[own], routed, self.places_N[own])
+            yield self._replace(
+                x_NI=self.x_NI[own],
+                weights_N=self.weights_N[own],
+                routed=routed,
+                places_N=self.places_N[own],
+            )
 
     def thinned(self, most: int) -> ExpertTokens:
         """Every n-th token, so that fewer than twice as many are left.
@@ -79,7 +86,9 @@ class ExpertTokens(NamedTuple):
         x_NI, weights_N, places_N = (
             own[::step] for own in (self.x_NI, self.weights_N, self.places_N)
         )
-        return ExpertTokens(x_NI, weights_N, -(-self.routed // step), places_N)
+        return self._replace(
+            x_NI=x_NI, weights_N=weights_N, routed=-(-self.routed // step), places_N=places_N
+        )
 
 
 class LayerTokens(NamedTuple):
@@ -114,23 +123,29 @@ class LayerTokens(NamedTuple):
         fit = LayerTokens(x_TI, self.experts_Tk[places], self.weights_Tk[places])
         return fit, self.part(held_out.nonzero()[:, 0])
 
-    def of_expert(self, expert: int, least: int) -> ExpertTokens:
+    def of_expert(self, expert: int, least: int, pooled: int | None = None) -> ExpertTokens:
         """The tokens of one expert, filled up from the whole layer where there are too few.
 
         Args:
             expert: Index of the expert in the layer.
             least: Smallest number of tokens whose second moment is reliable.
+            pooled: Most tokens that fill it up, each of which then counts for several, others for
+                other experts; all by default.
         """
         places_N, chosen_N = (self.experts_Tk == expert).nonzero(as_tuple=True)
         weights_N = self.weights_Tk[places_N, chosen_N].to(self.x_TI.dtype)
         routed = len(places_N)
-        if routed < least:
-            count = min(least - routed, len(self.x_TI))
+        each = 1.0
+        if wanted := min(max(0, least - routed), len(self.x_TI)):
+            count = min(wanted, pooled or wanted)
+            each = wanted / count
             more = torch.arange(count, device=places_N.device) * len(self.x_TI) // count
-            weight = _POOLED_WEIGHT * float(self.weights_Tk.mean())
+            more += expert % (wanted // count)
+            weight = _POOLED_WEIGHT * float(self.weights_Tk.mean()) * each**0.5
             places_N = torch.cat([places_N, more])
             weights_N = torch.cat([weights_N, weights_N.new_full((count,), weight)])
-        return ExpertTokens(self.x_TI[places_N], weights_N, routed, places_N)
+        x_NI = self.x_TI[places_N]
+        return ExpertTokens(x_NI, weights_N, routed, places_N, each * _POOLED_WEIGHT**2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +205,11 @@ class DenseGroup:
     def enough_tokens(self) -> int:
         """Tokens of one expert that determine least squares of all its projections."""
         return enough_tokens(self.shape)
+
+    @property
+    def enough_for_down(self) -> int:
+        """Tokens of one expert that determine least squares of down."""
+        return _TOKENS_PER_UNKNOWN * self.shape.intermediate
 
     @property
     def profiled_tokens(self) -> int:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tuckerize.calibration.group_statistics import GroupStatistics
+from tuckerize.calibration.group_statistics import GroupStatistics, spread
 from tuckerize.calibration.tokens import LayerTokens
 from tuckerize.domain import Projection
 from tuckerize.linalg.gram import eigenvalues_and_vectors, gram
@@ -23,6 +23,8 @@ from tuckerize.runtime.activations import Activation
 
 Array = npt.NDArray[np.float64]
 
+# Outputs of an expert that its error is measured on.
+_OUTPUTS = 512
 # Core sizes, as shares of the hidden size, at which truncated inputs are tried.
 _MEASURED_SHARES = (0.25, 0.5, 0.75)
 
@@ -130,21 +132,24 @@ def _refitted_errors(
     """Squared output errors of an expert with truncated gate and up, and down refitted to them.
 
     Core sizes are nested: what a larger one adds is added to the neurons of the one before. Shares
-    of the energy are measured, on some of its tokens where there are many.
+    of the energy are measured, on some outputs, and on some tokens where there are many.
     """
     group, (basis_IR, onto_IR) = statistics.group, bases
-    own = tokens.of_expert(group.experts[place], least=group.enough_tokens)
+    own = tokens.of_expert(group.experts[place], least=group.enough_for_down)
     own = own.thinned(group.profiled_tokens)
     dense = group.part(place)
     gate_HI, up_HI, down_HI = (dense.matrix(p, 0) for p in Projection)
     gate_HR, up_HR = gate_HI @ basis_IR, up_HI @ basis_IR
-    neurons = len(down_HI)
-    now_SHH, cross_SHH = down_HI.new_zeros(2, len(sizes), neurons, neurons)
+    neurons, hidden = down_HI.shape
+    down_HC = down_HI[:, spread(hidden, _OUTPUTS)]
+    now_SHH = down_HI.new_zeros(len(sizes), neurons, neurons)
+    outputs_SHC = down_HC.new_zeros(len(sizes), *down_HC.shape)
     energy = torch.finfo(torch.float32).tiny
     for part in own.parts():
         weight_N1 = part.weights_N[:, None]
         exact_NH = weight_N1 * activation(*dense.gate_up(0, part.x_NI))
-        energy += float((exact_NH @ down_HI).square().sum())
+        exact_NC = exact_NH @ down_HC
+        energy += float(exact_NC.square().sum())
         low_NR = part.x_NI @ onto_IR
         gate_NH, up_NH = torch.zeros_like(exact_NH), torch.zeros_like(exact_NH)
         if dense.biases:
@@ -155,9 +160,9 @@ def _refitted_errors(
             up_NH.addmm_(low_NR[:, start:stop], up_HR[:, start:stop].T)
             now_NH = weight_N1 * activation(gate_NH, up_NH)
             now_SHH[index] += gram(now_NH)
-            cross_SHH[index].addmm_(now_NH.T, exact_NH)
+            outputs_SHC[index].addmm_(now_NH.T, exact_NC)
     return [
-        statistics.output_energies[place]
-        * (1 - refitted_energy(now_HH, cross_HH, down_HI) / energy)
-        for now_HH, cross_HH in zip(now_SHH, cross_SHH, strict=True)
+        float(statistics.moments.output_energy_E[place])
+        * (1 - refitted_energy(now_HH, outputs_HC, down_HC) / energy)
+        for now_HH, outputs_HC in zip(now_SHH, outputs_SHC, strict=True)
     ]

@@ -92,7 +92,7 @@ def select_neurons(
     target = group.target
     if target.neurons == group.dense.shape.intermediate:
         return None
-    eliminator = Eliminator()
+    eliminator = Eliminator(group.dense.shape.intermediate)
     moments = neuron_moments(group.dense, tokens, activation=activation)
     experts = told(moments, group.dense.shape.experts, stage, "moments and elimination")
     for place, moment_HH in enumerate(experts):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -99,11 +100,41 @@ def quantise(
         found = [_round_to_nearest(matrix_OK, core_type, scale_dtype) for matrix_OK in wide_EOK]
     else:
         found = [
-            _for_inputs(matrix_OK, core_type, moment_KK, scale_dtype)
+            _for_inputs(matrix_OK, core_type, Inputs.of(moment_KK.to(matrix_OK)), scale_dtype)
             for matrix_OK, moment_KK in zip(wide_EOK, moments_EKK, strict=True)
         ]
     codes, scales = (torch.stack(parts) for parts in zip(*found, strict=True))
     return QuantisedMatrices(codes, scales, core_type)
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Inputs that matrices are rounded for.
+
+    Attributes:
+        moment_KK: Second moment, relative to its mean diagonal, shape (K, K).
+        order_K: Inputs by falling energy.
+        inverse_KK: In that order, upper triangular R with RᵀR the inverse of the damped moment.
+    """
+
+    moment_KK: Tensor
+    order_K: Tensor
+    inverse_KK: Tensor
+
+    @classmethod
+    def of(cls, moment_KK: Tensor) -> Self:
+        """Those of a second moment."""
+        mean = moment_KK.diagonal().mean()
+        moment_KK = moment_KK / torch.where(mean > 0, mean, 1.0)
+        order_K = moment_KK.diagonal().argsort(descending=True, stable=True)
+        return cls(moment_KK, order_K, _inverse_root(moment_KK[order_K][:, order_K]))
+
+    def quantise(
+        self, matrix_OK: Tensor, core_type: CoreType, scale_dtype: torch.dtype = torch.bfloat16
+    ) -> QuantisedMatrices:
+        """A matrix (O, K), as `quantise` does it."""
+        codes_OK, scales_OG = _for_inputs(matrix_OK.float(), core_type, self, scale_dtype)
+        return QuantisedMatrices(codes_OK, scales_OG, core_type)
 
 
 def code_dtype(core_type: CoreType) -> torch.dtype:
@@ -226,31 +257,29 @@ def _scales_of_rows(
 
 
 def _for_inputs(
-    matrix_OK: Tensor, core_type: CoreType, moment_KK: Tensor, scale_dtype: torch.dtype
+    matrix_OK: Tensor, core_type: CoreType, inputs: Inputs, scale_dtype: torch.dtype
 ) -> Found:
     """GPTQ, then scales by least squares where an output gains by them."""
-    mean = moment_KK.diagonal().mean()
-    moment_KK = moment_KK.to(matrix_OK) / torch.where(mean > 0, mean, 1.0)
+    moment_KK = inputs.moment_KK
     scales_OG = _nearest_scales(matrix_OK, core_type, scale_dtype, moment_KK.diagonal())
-    codes_OK = gptq(matrix_OK, scales_OG, moment_KK, core_type)
+    codes_OK = gptq(matrix_OK, scales_OG, inputs, core_type)
     return codes_OK, fit_scales(matrix_OK, codes_OK, scales_OG, moment_KK, core_type)
 
 
-def gptq(matrix_OK: Tensor, scales_OG: Tensor, moment_KK: Tensor, core_type: CoreType) -> Tensor:
+def gptq(matrix_OK: Tensor, scales_OG: Tensor, inputs: Inputs, core_type: CoreType) -> Tensor:
     """GPTQ with given scales: every column is rounded, and those that follow make up for its error.
 
     Args:
         matrix_OK: The matrix, shape (O, K).
         scales_OG: Its scales, shape (O, G).
-        moment_KK: Second moment of its inputs, shape (K, K).
+        inputs: Its inputs.
         core_type: Encoding.
 
     Returns:
         Codes, shape (O, K).
     """
     columns = matrix_OK.shape[-1]
-    order_K = moment_KK.diagonal().argsort(descending=True, stable=True)
-    inverse_KK = _inverse_root(moment_KK[order_K][:, order_K])
+    order_K, inverse_KK = inputs.order_K, inputs.inverse_KK
     left_KO = matrix_OK.T[order_K]  # one row after another is read and written
     scales_KO = _per_column(scales_OG.to(matrix_OK.dtype), columns, core_type).T[order_K]
     codes_KO = torch.empty_like(left_KO)

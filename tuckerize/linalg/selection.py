@@ -163,12 +163,16 @@ class Eliminator:
 
     Experts come one by one, and are treated some at once.
 
+    Args:
+        neurons: Neurons of an expert.
+
     Source:
         The optimal brain surgeon (Hassibi & Stork 1993) for whole columns, as Kurtic et al. 2023
         (ZipLM).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, neurons: int) -> None:
+        self._neurons = neurons
         self._waiting: list[tuple[Tensor, Tensor]] = []
         self._found: list[tuple[Tensor, Tensor]] = []
 
@@ -192,7 +196,9 @@ class Eliminator:
         """The order of all neurons of all experts, those of other processes with them."""
         if self._waiting:
             self._eliminate()
-        own = (torch.cat(parts) for parts in zip(*self._found, strict=True))
+        none_EH = torch.empty(0, self._neurons)
+        found = [(none_EH.long(), none_EH.double()), *self._found]
+        own = (torch.cat(parts) for parts in zip(*found, strict=True))
         return Elimination(*map(sharing.gather, own))
 
     def _eliminate(self) -> None:
@@ -351,20 +357,22 @@ def refit_down(
     return result_EKI
 
 
-def refitted_energy(moment_HH: Tensor, cross_HH: Tensor, down_HI: Tensor) -> float:
+def refitted_energy(moment_HH: Tensor, outputs_HC: Tensor, down_HC: Tensor) -> float:
     """Squared norm of the outputs that the refit of one expert's down_proj recovers.
 
     The squared error of the refit is that of the original outputs, less this. All neurons are kept;
-    see `refit_down`.
+    see `refit_down`. Columns of down are fitted each by itself: they may be some of them.
 
     Args:
         moment_HH: Second moment of the compressed neurons, shape (H, H).
-        cross_HH: Their cross moment with the original neurons, shape (H, H).
-        down_HI: Original down_proj in stack orientation, shape (H, I).
+        outputs_HC: Their cross moment with the original outputs, shape (H, C).
+        down_HC: Original down_proj in stack orientation, shape (H, C).
     """
-    places_1H = torch.arange(len(down_HI))[None]
-    kept = KeptNeurons(places_1H, (len(down_HI),))
-    fitted_HI = refit_down([(moment_HH, cross_HH)], down_HI[None], kept)[0]
-    mixed = (fitted_HI * (cross_HH @ down_HI)).sum()
-    now = (fitted_HI * (moment_HH @ fitted_HI)).sum()
-    return 2 * float(mixed) - float(now)
+    exact_HH, kept_HC = in_float64(moment_HH), in_float64(down_HC)
+    ridge = _REFIT_RIDGE * exact_HH.diagonal().mean().clamp_min(1e-30)
+    root_HH = _root(exact_HH[None], ridge[None])[0]
+    right_HC = in_float64(outputs_HC) + ridge * kept_HC
+    fitted_HC = torch.cholesky_solve(right_HC, root_HH)
+    # Of M the moment and F the fit: 2 tr FᵀO − tr FᵀMF, where (M + ridge) F are the right sides.
+    recovered = (fitted_HC * (right_HC + ridge * (fitted_HC - 2 * kept_HC))).sum()
+    return float(recovered)

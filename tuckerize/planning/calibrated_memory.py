@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tuckerize.calibration.profile_pass import num_probe_windows
+from tuckerize.calibration.probes import num_probe_windows
 from tuckerize.calibration.refine import batch_and_steps
 from tuckerize.calibration.rounding import ROUNDED_OUTPUTS
-from tuckerize.calibration.spectra import ROW_VALUES
+from tuckerize.calibration.spectra import ROW_VALUES, column_step
 from tuckerize.calibration.tokens import PART_TOKENS, enough_tokens
 from tuckerize.compression.closed_form import TOKENS_AT_ONCE
 from tuckerize.compression.parts import has_parts
@@ -70,7 +70,8 @@ class LayerWork:
         hidden = self.shape.hidden
         spectrum = 0
         if spectra:
-            rows = min(ROW_VALUES, self.shape.parameters) * _WORK_BYTES
+            values = self.shape.parameters // column_step(self.shape)
+            rows = min(ROW_VALUES, values) * _WORK_BYTES
             spectrum = _SPECTRUM_COPIES * hidden**2 * _EXACT_BYTES + rows
         moments = 2 * hidden**2 * _WORK_BYTES
         outputs = min(self.shape.intermediate, ROUNDED_OUTPUTS)

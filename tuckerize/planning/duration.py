@@ -14,9 +14,12 @@ from functools import cache
 import torch
 
 from tuckerize.calibration.calibration_pass import CalibrationPass
+from tuckerize.calibration.group_statistics import ELIMINATED_EXPERTS
 from tuckerize.calibration.layer_profile import LayerProfile
-from tuckerize.calibration.profile_pass import is_profiled, num_probe_windows, profile_model
+from tuckerize.calibration.probes import num_probe_windows
+from tuckerize.calibration.profile_pass import is_profiled, profile_model
 from tuckerize.calibration.refine import batch_and_steps
+from tuckerize.calibration.spectra import column_step
 from tuckerize.compression.target import CompressionTarget, LayerPiece
 from tuckerize.domain import DOWN, Coupling, MultilinearRank, Size
 from tuckerize.planning.calibrated_memory import LayerWork
@@ -170,13 +173,20 @@ def profile_work(calibration: CalibrationPass, *, spectra: bool = True) -> float
     experts, neurons, hidden = moe.shape
     tokens, layers = calibration.windows_SL.numel(), len(moe.layers)
     # Each layer makes two probes, which go through all that follow.
-    probed = num_probe_windows(layers) * settings.window * (4 + layers)
+    probed = num_probe_windows(layers) * settings.window * (2 + layers)
     layer = 2.0 * 3 * neurons * hidden
-    total = tokens * moe.routing.top_k * (2.0 * (hidden**2 + neurons**2) + 3 * layer)
-    total += probed * moe.routing.top_k * layer
-    total += experts * (2 * 3.0 * neurons**3 + 2 * neurons**2 * hidden)
+    top_k = moe.routing.top_k
+    total = tokens * (2 * hidden**2 + 2 * top_k * layer) + probed * top_k * layer
+    # Some experts, with all that they are fitted to: moments, elimination, truncated inputs.
+    some = min(experts, ELIMINATED_EXPERTS)
+    rows = some * LayerWork(moe.shape, tokens, settings.window, top_k).tokens_of_expert
+    total += rows * (layer + 2 * _GRAM_SHARE * neurons**2)
+    total += some * (2 * 3.0 * neurons**3 + 2 * neurons**2 * hidden)
     if spectra:
-        total += experts * neurons * hidden * (6.0 * neurons + 8 * hidden)
+        total += rows * (2 * layer + 6 * _GRAM_SHARE * neurons**2)
+        columns = hidden // column_step(moe.shape)
+        total += experts * neurons * hidden * 4.0 * (_GRAM_SHARE * hidden + columns)
+        total += experts * neurons**2 * columns * 6 * _GRAM_SHARE
         # Eigenvalues and vectors of some ten (I, I) matrices, in float64.
         total += 10 * 2 * 9.0 * hidden**3
     total += _rest_of_layer(calibration.source.size, layers) * (tokens + probed)

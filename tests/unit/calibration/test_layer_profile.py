@@ -17,12 +17,13 @@ from tests.expert_cases import (
     make_tokens,
     target_of,
 )
+from tuckerize.calibration import spectra
 from tuckerize.calibration import tokens as tokens_module
 from tuckerize.calibration.group_statistics import GroupStatistics
 from tuckerize.calibration.layer_profile import LayerProfile, profile_layer
-from tuckerize.calibration.spectra import _gate_up_energies
+from tuckerize.calibration.spectra import _gate_up_energies, column_step
 from tuckerize.calibration.tokens import DenseGroup, LayerTokens
-from tuckerize.domain import Projection
+from tuckerize.domain import Projection, StackShape
 
 
 def profile_of(group: DenseGroup, tokens: LayerTokens) -> LayerProfile:
@@ -84,6 +85,25 @@ def test_some_of_many_tokens_tell_what_truncated_inputs_cost(
     every = profile_of(group, tokens)
     assert not np.array_equal(some.gate_up_KI, every.gate_up_KI)
     np.testing.assert_allclose(some.gate_up_KI, every.gate_up_KI, rtol=0.25, atol=1e-9)
+
+
+def test_some_columns_of_many_experts_tell_the_spectra_of_two_modes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shape = StackShape(32, 24, 96)
+    group, tokens = make_group(shape), make_tokens(2000, shape.hidden, shape.experts)
+    assert column_step(shape) == 4
+    assert column_step(StackShape(4, 64, 48)) == 1
+    some = profile_of(group, tokens)
+    monkeypatch.setattr(spectra, "_COLUMNS_PER_ROW", 1000)
+    every = profile_of(group, tokens)
+    for name in (
+        "gate_up_expert_E", "gate_up_intermediate_H", "down_expert_E", "down_intermediate_H",
+    ):  # fmt: skip
+        found, expected = getattr(some, name), getattr(every, name)
+        assert not np.array_equal(found, expected)
+        # Few columns have a few directions of more energy than all have.
+        np.testing.assert_allclose(found[:-2], expected[:-2], rtol=0.35, atol=1e-9)
 
 
 def test_first_order_energies_of_nested_widths_are_those_of_their_rows() -> None:

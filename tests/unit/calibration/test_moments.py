@@ -55,11 +55,13 @@ def gathered(group: DenseGroup, tokens: LayerTokens) -> tuple[GroupMoments, Tens
     neurons: list[Tensor] = []
     downs: list[Tensor] = []
 
-    def take(moment_HH: Tensor, down_HI: Tensor) -> None:
+    def take(moment_HH: Tensor, down_HI: Tensor) -> float:
         neurons.append(moment_HH)
         downs.append(down_HI)
+        return 0.0
 
-    found = gather_moments(group, tokens, activation=SWIGLU, neurons=take)
+    everyone = range(len(group.experts))
+    found = gather_moments(group, tokens, activation=SWIGLU, neurons=take, whole=everyone)
     assert torch.equal(torch.stack(downs), group.stacks[Projection.DOWN])
     neurons_EHH = torch.stack(neurons)
     again = torch.stack([*neuron_moments(group, tokens, activation=SWIGLU)])
@@ -140,3 +142,36 @@ def test_refit_moments_of_the_dense_gate_and_up_are_the_neurons_own(
     now_EKK, cross_EKH = refit_moments(group, tokens, dense, activation=SWIGLU)
     assert_close(now_EKK, neurons_EHH[:, kept_K][:, :, kept_K])
     assert_close(cross_EKH, neurons_EHH[:, kept_K])
+
+
+def test_fewer_filled_up_tokens_count_as_much() -> None:
+    tokens = make_tokens(400, 5, 6)
+    own, few, others = (tokens.of_expert(*args) for args in ((2, 300), (2, 300, 20), (3, 300, 20)))
+    assert own.routed == few.routed
+    assert len(few.weights_N) - few.routed == 20
+    assert not set(few.places_N[few.routed :].tolist()) & set(others.places_N[-20:].tolist())
+    for name in ("x_NI", "weights_N", "places_N"):
+        assert torch.equal(getattr(own, name)[: own.routed], getattr(few, name)[: own.routed])
+    assert_close(own.weights_N.square().sum(), few.weights_N.square().sum())
+    assert_close(own.counts_N.sum(), few.counts_N.sum())
+
+
+def test_experts_whose_neurons_nobody_asks_for_have_the_same_moments_of_fewer_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    group, tokens = make_group(SHAPE), make_tokens(3000, 5, 30)
+    whole, neurons_EHH = gathered(group, tokens)
+    for few, tolerance in ((10_000, 1e-4), (10, 0.6)):
+        monkeypatch.setattr("tuckerize.calibration.moments._FEW_POOLED_TOKENS", few)
+        found = gather_moments(group, tokens, activation=SWIGLU, neurons=lambda *_: -1.0, whole=[1])
+        for name in ("energy_EH", "gate_sensitivity_EH", "up_sensitivity_EH"):
+            own, others = getattr(found, name), getattr(whole, name)
+            assert_close(own[1], others[1])
+            assert_close(own, others, rtol=tolerance, atol=1e-6)
+        for name in ("output_II", "row_norms_EH", "routed_E"):
+            assert_close(getattr(found, name), getattr(whole, name))
+        assert_close(found.pooled_II, whole.pooled_II, rtol=tolerance, atol=30 * tolerance)
+        down_EHI = group.stacks[Projection.DOWN]
+        energies_E = (neurons_EHH * (down_EHI @ down_EHI.mT)).sum((1, 2)).double()
+        assert found.output_energy_E[1] == -1
+        assert_close(found.output_energy_E[[0, 2]], energies_E[[0, 2]], rtol=tolerance, atol=1e-6)

@@ -86,7 +86,10 @@ def profiled(sharing: Sharing) -> LayerProfile:
     )
 
 
-def test_profile_is_that_of_one_process() -> None:
+@pytest.mark.parametrize("eliminated", [2, 8])
+def test_profile_is_that_of_one_process(eliminated: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a process has none of the experts whose neurons are eliminated."""
+    monkeypatch.setattr("tuckerize.calibration.group_statistics.ELIMINATED_EXPERTS", eliminated)
     expected = replace(profiled(ALONE), sensitivity=1.0, small_sensitivity=1.0, switching=1.0)
     for found in in_threads(THREADS, profiled):
         for name in LayerProfile.__slots__:

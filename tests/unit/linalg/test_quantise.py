@@ -19,6 +19,7 @@ from torch.nn import functional
 from tests.live_tensors import live_bytes
 from tuckerize.domain import CoreType
 from tuckerize.linalg.quantise import (
+    Inputs,
     QuantisedMatrices,
     code_dtype,
     fit_scales,
@@ -234,7 +235,7 @@ def test_gptq_is_that_of_a_naive_loop(core_type: CoreType, columns: int) -> None
     matrix_OK = normal(24, columns, seed=3)
     (moment_KK,) = moments(1, columns, tokens=4 * columns, seed=4)
     scales_OG = quantise(matrix_OK[None], core_type).scales[0]
-    codes_OK = gptq(matrix_OK, scales_OG, moment_KK, core_type)
+    codes_OK = gptq(matrix_OK, scales_OG, Inputs.of(moment_KK), core_type)
     scales_OK = scales_OG.double().repeat_interleave(core_type.group_size or columns, -1)
     expected_OK = naive_gptq(matrix_OK, scales_OK[:, :columns], moment_KK, core_type)
     # A value halfway between two codes may go either way, and others follow it.

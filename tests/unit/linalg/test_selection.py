@@ -249,7 +249,7 @@ def test_refit_of_down_is_least_squares_with_a_ridge_towards_the_kept_rows(token
 def test_refit_recovers_what_its_error_lacks() -> None:
     (h_NH,), (down_HI,) = make_neurons(1, 50, 6), make_down(1, 6, 4)
     now_NH = h_NH + 0.3 * h_NH.roll(1, 1)
-    recovered = refitted_energy(now_NH.T @ now_NH, now_NH.T @ h_NH, down_HI)
+    recovered = refitted_energy(now_NH.T @ now_NH, now_NH.T @ h_NH @ down_HI, down_HI)
     shape = StackShape(1, 6, 4)
     fitted_HI = refit_down(
         [(now_NH.T @ now_NH, now_NH.T @ h_NH)], down_HI[None], all_neurons(shape)
