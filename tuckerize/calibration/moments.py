@@ -49,8 +49,8 @@ class GroupMoments:
 
 
 NeuronMoment = Callable[[Tensor, Tensor], float]
-"""Takes the second moment (H, H) of the neurons of the next expert, and its down (H, I); the squared
-norm of the expert's outputs."""
+"""Takes the second moment (H, H) of the neurons of the next expert, and its down (H, I); gives the
+squared norm of the expert's outputs."""
 
 # Tokens that the router did not send to an expert, where diagonals of moments alone are needed.
 _FEW_POOLED_TOKENS = 256
