@@ -208,7 +208,10 @@ class Bench:
         """Put compressed experts into the model as a row stores them: the bits that they take."""
         encoding = ENCODINGS[row.encoding]
         if row.rounding == FACTORS:
-            found = [own.rounded(encoding) for own in compressed if own.rounded is not None]
+            roundings = [own.rounded for own in compressed if own.rounded is not None]
+            if len(roundings) < len(compressed):
+                raise ValueError(f"{row.structure} does not say how its factors are rounded")
+            found = [rounded(encoding) for rounded in roundings]
             self.model.replace([Compressed(stacks, ()) for stacks, _ in found])
             return sum(bits for _, bits in found)
         tokens = self.calibration[: TEXT_TOKENS + 1]

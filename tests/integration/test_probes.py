@@ -14,7 +14,14 @@ from transformers import AutoModelForCausalLM
 from tuckerize.calibration import profile_pass
 from tuckerize.calibration.calibration_pass import CalibrationPass, token_norms
 from tuckerize.calibration.group_statistics import spread
-from tuckerize.calibration.probes import PARTS, num_probe_windows, probe_layer
+from tuckerize.calibration.layer_profile import two_orders
+from tuckerize.calibration.probes import (
+    PARTS,
+    divergences,
+    name_of,
+    num_probe_windows,
+    probe_layer,
+)
 from tuckerize.calibration.profile_pass import profile_model
 from tuckerize.domain import Projection
 from tuckerize.moe.source import SourceModel
@@ -63,7 +70,14 @@ def test_probes_are_of_the_pruned_model(
         changed[own] = group.stacks[Projection.DOWN], float(error)
         return states, error
 
+    found: dict[str, float] = {}
+
+    def kept(*args: Any) -> dict[str, float]:  # noqa: ANN401
+        found.update(divergences(*args))
+        return found
+
     monkeypatch.setattr(profile_pass, "probe_layer", spied)
+    monkeypatch.setattr(profile_pass, "divergences", kept)
     profile = next(own for own in profile_model(run, SilentProgress()) if own.layer == layer)
     down_EHI, error = changed[layer]
     assert ((down_EHI == 0).all(2).sum(1) == round(0.25 * down_EHI.shape[1])).all()
@@ -92,9 +106,8 @@ def test_probes_are_of_the_pruned_model(
             log_target=True,
             reduction="batchmean",
         )
-        slope = profile.small_sensitivity, profile.switching
-        if part == 1:
-            assert profile.sensitivity * error == pytest.approx(float(kl), rel=1e-3)
-        if min(slope) > 0:
-            predicted = slope[0] * part**2 * error + slope[1] * part * error**0.5
-            assert predicted == pytest.approx(float(kl), rel=1e-3)
+        assert found[name_of(layer, part)] == pytest.approx(float(kl), rel=1e-3)
+    large, small = ((part * error**0.5, found[name_of(layer, part)]) for part in PARTS)
+    assert profile.sensitivity == pytest.approx(large[1] / error, rel=1e-6)
+    slopes = profile.small_sensitivity, profile.switching
+    assert slopes == pytest.approx(two_orders(large, small), rel=1e-4)

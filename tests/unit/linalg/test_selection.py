@@ -257,6 +257,11 @@ def test_refit_recovers_what_its_error_lacks() -> None:
     exact_NI = h_NH @ down_HI
     error = (now_NH @ fitted_HI - exact_NI).square().sum()
     assert float(exact_NI.square().sum()) - recovered == pytest.approx(float(error), rel=1e-6)
+    of_columns = [
+        refitted_energy(now_NH.T @ now_NH, now_NH.T @ h_NH @ down_H1, down_H1)
+        for down_H1 in down_HI.split(1, dim=1)
+    ]
+    assert sum(of_columns) == pytest.approx(recovered, rel=1e-9)
 
 
 @settings(derandomize=True, max_examples=30, deadline=None, database=None)
