@@ -197,7 +197,7 @@ def _sixteen_bits(scale: Tensor) -> Tensor:
 
 
 def _gptq_codes(matrices_EOK: Tensor, grid: Grid, moments_EKK: Tensor) -> Tensor:
-    damped_EKK = _damped(moments_EKK)
+    damped_EKK = damped(moments_EKK)
     order_EK = damped_EKK.diagonal(dim1=1, dim2=2).argsort(dim=-1, descending=True, stable=True)
     back_EK = order_EK.argsort(dim=-1)
 
@@ -224,7 +224,7 @@ def _gptq_codes(matrices_EOK: Tensor, grid: Grid, moments_EKK: Tensor) -> Tensor
 
 def _descend(matrices_EOK: Tensor, start: Rounded, moments_EKK: Tensor) -> Rounded:
     grid, codes_EOK = start.grid, start.codes_EOK.clone()
-    damped_EKK = _damped(moments_EKK).to(matrices_EOK)
+    damped_EKK = damped(moments_EKK).to(matrices_EOK)
     seen_EOK = (matrices_EOK - start.values) @ damped_EKK  # of what is missed
     for _ in range(_SWEEPS):
         for k in range(codes_EOK.shape[-1]):
@@ -237,7 +237,7 @@ def _descend(matrices_EOK: Tensor, start: Rounded, moments_EKK: Tensor) -> Round
     return Rounded(codes_EOK, grid)
 
 
-def _damped(moments_EKK: Tensor) -> Tensor:
+def damped(moments_EKK: Tensor) -> Tensor:
     """Moments with a share of the mean energy added to each, in float64."""
     damped_EKK = moments_EKK.double().clone()
     energy_EK = damped_EKK.diagonal(dim1=1, dim2=2)

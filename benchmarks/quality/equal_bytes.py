@@ -29,7 +29,10 @@ from benchmarks.quality.equal_bytes_tables import plot, tables
 from benchmarks.quality.layer import Compressed, Layer, dense
 from benchmarks.quality.methods.pruning import equally_eliminated_neurons
 from benchmarks.quality.models import MoeModel
+from benchmarks.quality.quantised import QTIP
 from benchmarks.quality.registry import METHODS
+from benchmarks.quality.trellis import Trellis
+from tuckerize import DecomposeRequest
 
 RESULTS = Path(__file__).parents[1] / "results" / "equal_bytes.jsonl"
 CALIBRATION_TOKENS = 65536  # half of ours are random
@@ -38,6 +41,7 @@ TEST_TOKENS = {"in_domain": 40960, "out_of_domain": 20480}
 DENSE = "dense"
 OURS = "tuckerize"
 EQUAL_WIDTHS = "neuron elimination, equal widths"
+CORES = "tuckerize, rounded afterwards"
 FACTORS = "factors of"
 """Rounding of structures with a nonlinearity: bases to nearest, then A by GPTQ, data-free."""
 
@@ -47,9 +51,10 @@ class Wanted:
     """A row to make.
 
     Attributes:
-        structure: A method of the registry, `dense` for quantisation alone, or `tuckerize`.
+        structure: A method of the registry, `dense` for quantisation alone, `tuckerize`, or `CORES`
+            for what it gives in 16 bits.
         keep: Kept share of the parameters.
-        rounding: RTN, GPTQ, learned, our own, or `FACTORS`.
+        rounding: RTN, GPTQ, learned, QTIP, our own, or `FACTORS`.
         encoding: How the matrices are stored; for our own rows `w8`, `w4`, `w3-g128` or `--bits 4`,
             and options.
         target: Target of our own rows.
@@ -62,6 +67,7 @@ class Wanted:
     target: str = ""
 
 
+TRELLISES = {str(encoding): encoding for encoding in map(Trellis, (4, 3, 2))}
 ENCODINGS = {
     str(encoding): encoding
     for bits in (8, 6, 5, 4, 3, 2)
@@ -129,6 +135,8 @@ WANTED = (
     *_ours("w8", 0.75, target="fused-kernels"),
     *_ours("w8", 0.75, target="any-engine"),
     *_factored("SLBF", "MoBE"),
+    *(Wanted(DENSE, 1, QTIP, trellis) for trellis in TRELLISES),
+    *(Wanted(CORES, keep, QTIP, str(Trellis(3))) for keep in KEEPS),
     *_pruned("neuron elimination", "REAP", bits=3),
     *_pruned("neuron elimination", "REAP", bits=8),
     *_alone("RTN", 4, 3, 2),
@@ -175,14 +183,7 @@ class Bench:
         """Make a row."""
         start = time.monotonic()
         if row.structure == OURS:
-            asked = tucker_rows.request(
-                self.folder / self.name,
-                self.text,
-                CALIBRATION_TOKENS,
-                keep=row.keep,
-                encoding=row.encoding,
-                target=row.target,
-            )
+            asked = self._asked(row.keep, row.encoding, row.target)
             model, bits, manifest = tucker_rows.decomposed(asked)
             costs = tucker_rows.costs(self.layers, manifest)
         else:
@@ -204,8 +205,22 @@ class Bench:
             **measured,
         }
 
+    def _asked(self, keep: float, encoding: str | None, target: str) -> DecomposeRequest:
+        return tucker_rows.request(
+            self.folder / self.name,
+            self.text,
+            CALIBRATION_TOKENS,
+            keep=keep,
+            encoding=encoding,
+            target=target,
+        )
+
     def _stored(self, compressed: Sequence[Compressed], row: Wanted) -> int:
         """Put compressed experts into the model as a row stores them: the bits that they take."""
+        tokens = self.calibration[: TEXT_TOKENS + 1]
+        if row.rounding == QTIP:
+            trellis = TRELLISES[row.encoding]
+            return quantised.quantise(self.model, compressed, tokens, trellis, row.rounding)
         encoding = ENCODINGS[row.encoding]
         if row.rounding == FACTORS:
             roundings = [own.rounded for own in compressed if own.rounded is not None]
@@ -214,12 +229,13 @@ class Bench:
             found = [rounded(encoding) for rounded in roundings]
             self.model.replace([Compressed(stacks, ()) for stacks, _ in found])
             return sum(bits for _, bits in found)
-        tokens = self.calibration[: TEXT_TOKENS + 1]
         return quantised.quantise(self.model, compressed, tokens, encoding, row.rounding)
 
     def _structure(self, name: str, keep: float) -> list[Compressed]:
         if name == DENSE:
             return [dense(layer) for layer in self.layers]
+        if name == CORES:
+            return tucker_rows.unrounded(self._asked(keep, None, "free"))
         if (name, keep) not in self._structures:
             self.model.restore()
             self._structures = {(name, keep): STRUCTURES[name](self.layers, keep)}

@@ -7,7 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.servable import WEIGHTS, is_servable
+from benchmarks.quality.servable import WEIGHTS, is_servable, is_trellis
 
 Row = dict[str, Any]
 
@@ -17,6 +17,8 @@ SIZES = (8.2, 7.0, 6.0, 5.0, 4.5, 4.1, 3.6, 3.2, 2.8, 2.5, 2.3)
 KINDS = ("in_domain", "out_of_domain")
 """Texts that are measured."""
 _NOTHING = "–"
+_NEAR = 0.1
+"""Bits by which one of our rows may be larger than the largest that it is compared with."""
 
 
 def tables(rows: Sequence[Row]) -> str:
@@ -32,7 +34,8 @@ def tables(rows: Sequence[Row]) -> str:
     for model, own in models.items():
         lines += [f"### {model}", "", *_best_table(own), "", *_row_table(own), ""]
     on_ascend = _ratio_table(models, "Ascend")
-    lines += [*_ratio_table(models), "", *on_ascend, "", *_structure_table(models), ""]
+    lines += [*_ratio_table(models), "", *on_ascend, "", *_trellis_table(models), ""]
+    lines += [*_structure_table(models), ""]
     return "\n".join(lines)
 
 
@@ -83,11 +86,43 @@ def _structure_table(models: Mapping[str, Sequence[Row]]) -> list[str]:
     for model, rows in models.items():
         for row in sorted(rows, key=lambda row: -float(row["bits"])):
             own = ours(rows, row["bits"])
-            if row["structure"] in ("dense", "tuckerize") or not own:
+            if row["structure"] in ("dense", "tuckerize") or is_trellis(row) or not own:
                 continue
             ratios = max(([row[k]["kl"] / kls[k] for k in KINDS] for kls in own), key=min)
             ratio = " · ".join(f"{value:.2f}" for value in ratios)
             lines.append(f"| {model} | {row['bits']:.2f} | {name(row)} | {ratio} |")
+    return lines
+
+
+def _trellis_table(models: Mapping[str, Sequence[Row]]) -> list[str]:
+    """Our divergence, with trellis codes too, relative to that of these codes alone."""
+    lines = [
+        "### Ours and trellis codes alone",
+        "",
+        "KL divergence over that of trellis codes alone (QTIP, EXL3) at the same size, of fewer "
+        "and more bits mixed (below 1: less than theirs); in domain · out of domain. Of our own "
+        "rows those of `free`; `rounded afterwards` is what `tuckerize decompose` gives in 16 "
+        "bits, then in trellis codes, so that nothing is fitted to the rounding.",
+        "",
+        "| model | bits | what | ratio |",
+        "| --- | --- | --- | --- |",
+    ]
+    for model, rows in models.items():
+        coded = [row for row in rows if is_trellis(row)]
+        sizes = [row["bits"] for row in coded if row["structure"] == "dense"]
+        if not sizes:
+            continue
+        ours = [row for row in rows if (row["structure"], row["target"]) == ("tuckerize", "free")]
+        compared = [row for row in (*ours, *coded) if row["structure"] != "dense"]
+        for row in sorted(compared, key=lambda row: -float(row["bits"])):
+            theirs = [alone(coded, row["bits"], kind) for kind in KINDS]
+            if row["bits"] > max(sizes) + _NEAR:
+                continue
+            ratios = [
+                _NOTHING if kl is None else f"{row[kind]['kl'] / kl:.2f}"
+                for kind, kl in zip(KINDS, theirs, strict=True)
+            ]
+            lines.append(f"| {model} | {row['bits']:.2f} | {name(row)} | {' · '.join(ratios)} |")
     return lines
 
 
@@ -96,11 +131,14 @@ def _ratio_table(models: Mapping[str, Sequence[Row]], platform: str = "") -> lis
 
     Args:
         models: Rows by model.
-        platform: Where quantisation alone must have kernels; by default anywhere.
+        platform: Where quantisation alone must have kernels; by default any encoding but trellis
+            codes, which are compared apart.
     """
     ours: dict[tuple[str, str, float], dict[str, str]] = {}
     for model, rows in models.items():
-        others = [row for row in rows if not platform or is_servable(row, platform)]
+        others = [
+            row for row in rows if (is_servable(row, platform) if platform else not is_trellis(row))
+        ]
         for row in rows:
             if row["structure"] != "tuckerize":
                 continue
@@ -116,8 +154,9 @@ def _ratio_table(models: Mapping[str, Sequence[Row]], platform: str = "") -> lis
         f"### Ours and quantisation alone{f' with kernels on {platform}' * bool(platform)}",
         "",
         "Our KL divergence over that of quantisation alone at the same size (below 1: ours is "
-        "less), of weights of fewer and more bits mixed, the least of all rows; bits: in domain · "
-        "out of domain. No ratio: quantisation alone has no row that is so small.",
+        "less), of weights of fewer and more bits mixed, the least of all rows but those of "
+        "trellis codes; bits: in domain · out of domain. No ratio: quantisation alone has no row "
+        "that is so small.",
         "",
         f"| target, encoding | keep | {' | '.join(models)} |",
         "|" + " --- |" * (len(models) + 2),
@@ -214,6 +253,8 @@ def curves(rows: Sequence[Row]) -> dict[str, list[Row]]:
             size = row["encoding"].startswith("-")
             encoding = row["encoding"].split(" ")[0] if size else row["encoding"]
             line = f"tuckerize {encoding}, {row['target']}"
+        elif is_trellis(row):
+            line = f"{row['structure'].replace('dense', 'alone')}, trellis codes"
         elif row["structure"] == "dense":
             zero = "zero points" if "zero" in row["encoding"] else "symmetric"
             group = row["encoding"].split(", ")[1]

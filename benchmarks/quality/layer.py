@@ -149,6 +149,7 @@ class Compressed:
         kept_experts: Where whole experts are gone: those that the router may still choose.
         shared_EH: Where neurons are stored once for all experts: whether neuron h of expert e is
             the shared neuron h, (E, H).
+        basis_IR: Where gate and up read a latent space: its orthonormal basis, stored in 16 bits.
         rounded: Where parts are inside a nonlinearity: the stacks of rounded ones, and their bits.
     """
 
@@ -156,6 +157,7 @@ class Compressed:
     parts: tuple[Tensor, ...]
     kept_experts: tuple[int, ...] | None = None
     shared_EH: Tensor | None = None
+    basis_IR: Tensor | None = None
     rounded: Callable[[Encoding], tuple[Stacks, int]] | None = None
 
     @property

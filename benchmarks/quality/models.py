@@ -39,6 +39,11 @@ class MoeModel:
         self._dense = [_own_tensors(block) for block in self.blocks]
         self.kept_experts: list[tuple[int, ...] | None] = [None] * len(self.blocks)
 
+    @property
+    def stacks(self) -> list[Stacks]:
+        """Gate, up and transposed down of every MoE layer as they are now, (E, H, I) each."""
+        return [_stacks(block.experts) for block in self.blocks]
+
     def tokens(self, text: str, most: int | None = None) -> Tensor:
         """The begin token and the tokens of a text, at most `most` of them to predict, (T + 1,)."""
         found: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids

@@ -9,10 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from benchmarks.quality.encodings import LEARNED, ROUNDINGS, Encoding
+from benchmarks.quality.encodings import LEARNED, ROUNDINGS, Encoding, Rounded
 from benchmarks.quality.layer import Compressed, Layer, Stacks, triple
 from benchmarks.quality.learned import learn
 from benchmarks.quality.models import MoeModel
+from benchmarks.quality.trellis import Trellis, trellis_coded
+
+QTIP = "QTIP"
+"""Rounding to trellis codes."""
+_BASIS_BITS = 16
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ def quantise(
     model: MoeModel,
     compressed: Sequence[Compressed],
     tokens: Tensor,
-    encoding: Encoding,
+    encoding: Encoding | Trellis,
     rounding: str,
 ) -> int:
     """Put compressed and quantised experts into a model: the bits that they take.
@@ -43,12 +48,12 @@ def quantise(
     quantised gate and up give. Neurons that are gone, rows of zeros, are not stored.
     """
     model.replace(compressed)
-    shared = iter(own.shared_EH for own in compressed)
+    own = iter(compressed)
     stored = 0
 
     def treat(layer: Layer) -> Stacks:
         nonlocal stored
-        stacks, bits = _round(layer, next(shared), encoding, rounding)
+        stacks, bits = _round(layer, next(own), encoding, rounding)
         stored += bits
         return stacks
 
@@ -57,14 +62,16 @@ def quantise(
 
 
 def _round(
-    layer: Layer, shared_EH: Tensor | None, encoding: Encoding, rounding: str
+    layer: Layer, compressed: Compressed, encoding: Encoding | Trellis, rounding: str
 ) -> tuple[Stacks, int]:
     """The values of a layer's stacks as stored, and the bits that they take.
 
-    Neurons that experts share are rounded once, for the tokens of all that read them.
+    Neurons that experts share are rounded once, for the tokens of all that read them. Gate and up
+    of a latent space are rounded there, for the tokens that are projected to it.
     """
-    if rounding == LEARNED and shared_EH is not None:
-        raise ValueError("learned rounding is not made for shared neurons")
+    shared_EH, basis_IR = compressed.shared_EH, compressed.basis_IR
+    if rounding == LEARNED and (shared_EH is not None or basis_IR is not None):
+        raise ValueError("learned rounding is made for neurons of experts alone")
     experts, _, hidden = layer.shape
     sets = layer.stacks
     readers: list[tuple[int, ...]] = [(expert,) for expert in range(experts)]
@@ -76,10 +83,57 @@ def _round(
     gate_SKI, up_SKI, down_SKI = (_narrow(stack, rows) for stack in sets)
     inputs_EII = layer.input_moments(weighted=True).float()
     inputs_SII = torch.stack([inputs_EII[list(own)].sum(0) for own in readers])
-    treat = ROUNDINGS[rounding]
-    gate, up = (treat(own, encoding, inputs_SII) for own in (gate_SKI, up_SKI))
+    fitted: list[Rounded] = []
+
+    def treat(matrices_SOK: Tensor, moments_SKK: Tensor) -> Tensor:
+        if isinstance(encoding, Trellis):
+            return trellis_coded(matrices_SOK, encoding, moments_SKK)
+        fitted.append(ROUNDINGS[rounding](matrices_SOK, encoding, moments_SKK))
+        return fitted[-1].values
+
+    gate_up = (gate_SKI, up_SKI)
+    latent = hidden
+    if basis_IR is None:
+        gate, up = (treat(own, inputs_SII) for own in gate_up)
+    else:
+        latent = basis_IR.shape[1]
+        low_SRR = basis_IR.T @ inputs_SII @ basis_IR
+        gate, up = (treat(own @ basis_IR, low_SRR) @ basis_IR.T for own in gate_up)
+    neurons_SKK = _neuron_moments(layer, readers, rows, (gate, up), shared_EH)
+    down = treat(down_SKI.mT.contiguous(), neurons_SKK)
+    stored = (gate, up, down.mT)
+    if rounding == LEARNED and not isinstance(encoding, Trellis):
+        stored = learn(layer, (*gate_up, down_SKI.mT), fitted, encoding)
+    bits = sum(
+        2 * encoding.stored_bits(width, latent) + encoding.stored_bits(hidden, width)
+        for width in widths
+    )
+    if basis_IR is not None:
+        bits += _BASIS_BITS * basis_IR.numel()
+    found = triple(_widened(part, sets[0], rows) for part in stored)
+    if shared_EH is not None:
+        found = triple(s[:-1] + shared_EH[..., None] * s[-1] for s in found)
+    return found, bits
+
+
+def _neuron_moments(
+    layer: Layer,
+    readers: Sequence[tuple[int, ...]],
+    rows: Sequence[Tensor],
+    gate_up: tuple[Tensor, Tensor],
+    shared_EH: Tensor | None,
+) -> Tensor:
+    """Second moments of the neurons of every set, summed over the tokens of its readers, (S, K, K).
+
+    Args:
+        layer: Its tokens.
+        readers: Experts that read every set.
+        rows: Neurons of every set.
+        gate_up: Gate and up as stored, (S, K, I) each.
+        shared_EH: Whether neuron h of expert e is the shared one.
+    """
     moments = []
-    for own, members, gate_KI, up_KI in zip(rows, readers, gate.values, up.values, strict=True):
+    for own, members, gate_KI, up_KI in zip(rows, readers, *gate_up, strict=True):
         moment_KK = torch.zeros(len(gate_KI), len(gate_KI))
         for expert in members:
             x_NI, w_N = layer.tokens[expert]
@@ -88,19 +142,7 @@ def _round(
                 active_NK[:, : len(own)] *= shared_EH[expert, own]
             moment_KK += active_NK.T @ active_NK
         moments.append(moment_KK)
-    down = treat(down_SKI.mT.contiguous(), encoding, torch.stack(moments))
-    if rounding == LEARNED:
-        stored = learn(layer, (gate_SKI, up_SKI, down_SKI.mT), (gate, up, down), encoding)
-    else:
-        stored = (gate.values, up.values, down.values.mT)
-    bits = sum(
-        2 * encoding.stored_bits(width, hidden) + encoding.stored_bits(hidden, width)
-        for width in widths
-    )
-    found = triple(_widened(part, sets[0], rows) for part in stored)
-    if shared_EH is not None:
-        found = triple(s[:-1] + shared_EH[..., None] * s[-1] for s in found)
-    return found, bits
+    return torch.stack(moments)
 
 
 def _with_shared_set(stack_EHI: Tensor, shared_EH: Tensor) -> Tensor:

@@ -36,9 +36,16 @@ def is_servable(row: Row, platform: str) -> bool:
         return encoding.startswith("-") or int(encoding[1]) in WEIGHTS[platform]
     if row["structure"] not in _STOCK:  # experts of different widths: no engine
         return False
+    if is_trellis(row):
+        return False
     bits, group, zero = encoding_of(row)
     takes = WEIGHTS[platform].get(bits, ())
     return group in takes and not (zero and platform == "Ascend")
+
+
+def is_trellis(row: Row) -> bool:
+    """Whether a row is of trellis codes: exllamav3 has kernels for them (CUDA), none of ours."""
+    return "trellis" in str(row["encoding"])
 
 
 def encoding_of(row: Row) -> tuple[int, int | None, bool]:

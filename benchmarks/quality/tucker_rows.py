@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.quality.layer import Layer
+from benchmarks.quality.layer import Compressed, Layer, Stacks
 from benchmarks.quality.models import MoeModel
 from benchmarks.quality.quantised import Costs
 from tuckerize import DecomposeRequest, ReconstructRequest, decompose, reconstruct
@@ -54,6 +55,32 @@ def decomposed(asked: DecomposeRequest) -> tuple[MoeModel, float, TuckerManifest
         reconstruct(ReconstructRequest(folder=small, output=dense, dequantize=True))
         manifest = read_tucker_manifest(small)
         return MoeModel(dense), manifest.after.bits_per_weight(manifest.before), manifest
+
+
+def unrounded(asked: DecomposeRequest) -> list[Compressed]:
+    """The layers as `tuckerize decompose` leaves them in 16 bits.
+
+    Raises:
+        ValueError: A layer has other factors than one U_I of gate and up.
+    """
+    model, _, manifest = decomposed(asked)
+    found = []
+    for index, stacks in zip(manifest.layers, model.stacks, strict=True):
+        hidden = stacks[0].shape[-1]
+        (ranks,) = manifest.ranks(index)
+        gate, up, down = (ranks[p][Mode.HIDDEN] for p in Projection)
+        if gate != up or down < hidden:
+            raise ValueError(f"layer {index} has a U_I of gate, of up or of down alone")
+        basis_IR = _basis(stacks, gate) if gate < hidden else None
+        found.append(Compressed(stacks, stacks, basis_IR=basis_IR))
+    return found
+
+
+def _basis(stacks: Stacks, rank: int) -> Tensor:
+    """Orthonormal basis of the inputs that gate and up read, (I, R)."""
+    gate_up_NI = torch.cat(stacks[:2]).flatten(0, 1)
+    right_RI: Tensor = torch.linalg.svd(gate_up_NI, full_matrices=False).Vh[:rank]
+    return right_RI.T.contiguous()
 
 
 def costs(layers: Sequence[Layer], manifest: TuckerManifest) -> Costs:

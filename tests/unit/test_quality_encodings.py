@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.quality.divergence import divergence, predict
 from benchmarks.quality.encodings import Encoding, descended, gptq, round_to_nearest
-from benchmarks.quality.layer import Stacks, dense
+from benchmarks.quality.layer import Compressed, Stacks, dense
 from benchmarks.quality.learned import learn
 from benchmarks.quality.methods.pruning import equally_eliminated_neurons
 from benchmarks.quality.models import MoeModel
@@ -171,3 +171,27 @@ def test_neurons_and_experts_that_are_gone_are_not_stored(tiny: MoeModel) -> Non
     stored = quantise_layers(tiny, fewer, tokens, encoding, "RTN")
     tiny.restore()
     assert stored == 2 * 4 * (3 * 24 * 32 * 4 + 16 * (24 + 24 + 32))
+
+
+def test_a_latent_space_is_stored_once_and_gate_and_up_are_rounded_in_it(tiny: MoeModel) -> None:
+    tokens = torch.randint(0, 60, (1025,), generator=torch.Generator().manual_seed(0))
+    layers = tiny.layers(tokens)
+    encoding = Encoding(4, 8, zero=False)
+    drawn = torch.randn(32, 16, generator=torch.Generator().manual_seed(1))
+    basis_IR = torch.linalg.qr(drawn)[0]
+    projection_II = basis_IR @ basis_IR.T
+    compressed = []
+    for layer in layers:
+        gate, up, down = layer.stacks
+        stacks = (gate @ projection_II, up @ projection_II, down)
+        compressed.append(Compressed(stacks, stacks, basis_IR=basis_IR))
+    stored = quantise_layers(tiny, compressed, tokens, encoding, "GPTQ")
+    after = tiny.layers(tokens)
+    tiny.restore()
+    for own, layer in zip(compressed, after, strict=True):
+        for exact, near in zip(own.stacks[:2], layer.stacks[:2], strict=True):
+            torch.testing.assert_close(near @ projection_II, near)
+            assert 0 < float((near - exact).norm() / exact.norm()) < 0.2
+    experts, neurons, hidden = layers[0].shape
+    per_expert = 2 * encoding.stored_bits(neurons, 16) + encoding.stored_bits(hidden, neurons)
+    assert stored == len(layers) * (experts * per_expert + 16 * 32 * 16)

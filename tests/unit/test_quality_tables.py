@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from benchmarks.quality.equal_bytes_tables import alone, ours
-from benchmarks.quality.servable import WEIGHTS, is_servable
+from benchmarks.quality.servable import WEIGHTS, is_servable, is_trellis
+from benchmarks.quality.trellis import Trellis
 
 
 def row(bits: float, kl: float, structure: str = "dense") -> dict[str, Any]:
@@ -63,3 +64,10 @@ def test_ours_are_servable_where_kernels_are(
 ) -> None:
     own = {**row(6, 1, "tuckerize"), "target": target, "encoding": encoding}
     assert {platform for platform in WEIGHTS if is_servable(own, platform)} == platforms
+
+
+def test_no_engine_of_ours_has_kernels_for_trellis_codes() -> None:
+    coded = {**row(2, 1), "encoding": str(Trellis(2))}
+    assert is_trellis(coded)
+    assert not any(is_servable(coded, platform) for platform in WEIGHTS)
+    assert not is_trellis(row(2, 1))
