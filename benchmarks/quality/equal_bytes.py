@@ -186,6 +186,11 @@ class Bench:
             asked = self._asked(row.keep, row.encoding, row.target)
             model, bits, manifest = tucker_rows.decomposed(asked)
             costs = tucker_rows.costs(self.layers, manifest)
+        elif row.structure == CORES:
+            model = self.model
+            compressed, manifest = tucker_rows.unrounded(self._asked(row.keep, None, "free"))
+            costs = tucker_rows.costs(self.layers, manifest)
+            bits = self._stored(compressed, row) / self.weights
         else:
             model = self.model
             compressed = self._structure(row.structure, row.keep)
@@ -234,8 +239,6 @@ class Bench:
     def _structure(self, name: str, keep: float) -> list[Compressed]:
         if name == DENSE:
             return [dense(layer) for layer in self.layers]
-        if name == CORES:
-            return tucker_rows.unrounded(self._asked(keep, None, "free"))
         if (name, keep) not in self._structures:
             self.model.restore()
             self._structures = {(name, keep): STRUCTURES[name](self.layers, keep)}

@@ -57,8 +57,8 @@ def decomposed(asked: DecomposeRequest) -> tuple[MoeModel, float, TuckerManifest
         return MoeModel(dense), manifest.after.bits_per_weight(manifest.before), manifest
 
 
-def unrounded(asked: DecomposeRequest) -> list[Compressed]:
-    """The layers as `tuckerize decompose` leaves them in 16 bits.
+def unrounded(asked: DecomposeRequest) -> tuple[list[Compressed], TuckerManifest]:
+    """The layers as `tuckerize decompose` leaves them in 16 bits, and the manifest.
 
     Raises:
         ValueError: A layer has other factors than one U_I of gate and up.
@@ -73,7 +73,7 @@ def unrounded(asked: DecomposeRequest) -> list[Compressed]:
             raise ValueError(f"layer {index} has a U_I of gate, of up or of down alone")
         basis_IR = _basis(stacks, gate) if gate < hidden else None
         found.append(Compressed(stacks, stacks, basis_IR=basis_IR))
-    return found
+    return found, manifest
 
 
 def _basis(stacks: Stacks, rank: int) -> Tensor:

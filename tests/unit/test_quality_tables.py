@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.quality.equal_bytes_tables import alone, ours
+from benchmarks.quality.equal_bytes import RESULTS, read
+from benchmarks.quality.equal_bytes_tables import alone, name, ours, tables
 from benchmarks.quality.servable import WEIGHTS, is_servable, is_trellis
 from benchmarks.quality.trellis import Trellis
 
@@ -71,3 +72,25 @@ def test_no_engine_of_ours_has_kernels_for_trellis_codes() -> None:
     assert is_trellis(coded)
     assert not any(is_servable(coded, platform) for platform in WEIGHTS)
     assert not is_trellis(row(2, 1))
+
+
+def test_trellis_codes_are_compared_apart_from_other_quantisation() -> None:
+    rows = read(RESULTS)
+    section = "### Ours and quantisation alone\n"
+    scalar = tables([row for row in rows if not is_trellis(row)])
+    assert (
+        tables(rows).split(section)[1].split("###")[0] == scalar.split(section)[1].split("###")[0]
+    )
+    fine = [row for row in rows if row["model"] == "fine"]
+    alike = {name(row): row["in_domain"]["kl"] for row in fine}
+    bits = {name(row): row["bits"] for row in fine}
+    two, three = "QTIP 2 bits, trellis", "QTIP 3 bits, trellis"
+    own = "tuckerize 0.8 × w3-g128, free"
+    share = (bits[own] - bits[two]) / (bits[three] - bits[two])
+    ratio = alike[own] / (alike[two] * (1 - share) + alike[three] * share)
+    (line,) = (
+        line
+        for line in tables(fine).split("### Ours and trellis codes alone")[1].splitlines()
+        if f"| {own} |" in line
+    )
+    assert f"| {ratio:.2f} · " in line
