@@ -7,6 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 
 VLLM_VENV ?= .venv-vllm
 LM_EVAL_VENV ?= .venv-lm-eval
+LLM_COMPRESSOR_VENV ?= .venv-llm-compressor
 LOWEST_VENV ?= .venv-lowest
 NEWEST_VENV ?= .venv-newest
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet
@@ -16,7 +17,8 @@ TRANSFORMERS ?= 5.14.1 5.16.1 5.19.0 5.23.0 $(shell sed -n 's/^transformers==//p
 TRANSFORMERS_VENVS := $(TRANSFORMERS:%=$(VENV)-transformers-%)
 
 .PHONY: demo bench docs test check format fuzz full-width accelerator test-demo test-families test-install test-kill \
-	test-long test-lowest test-npu test-transformers test-vllm test-lm-eval clean help
+	test-long test-lowest test-npu test-transformers test-vllm test-lm-eval test-llm-compressor \
+	clean help
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -50,7 +52,8 @@ test: check  ## Everything: check, then unit, property, integration and distribu
 	@echo "heavy checks are separate: make full-width (a checkpoint of DeepSeek-V2-Lite's width)," \
 		"make test-long (pages of docs that calibrate), make test-npu (more on a stand-in for an NPU)," \
 		"make test-vllm (the real vLLM engine)," \
-		"make test-transformers (every supported release), make test-lm-eval (lm-evaluation-harness)"
+		"make test-transformers (every supported release), make test-lm-eval (lm-evaluation-harness)," \
+		"make test-llm-compressor"
 
 format: $(VENV)/.installed-dev  ## Format the code
 	$(BIN)/ruff format .
@@ -166,6 +169,15 @@ $(LM_EVAL_VENV)/.installed: pyproject.toml constraints.txt
 test-lm-eval: $(LM_EVAL_VENV)/.installed  ## lm-evaluation-harness on local text, in an environment of its own
 	$(LM_EVAL_VENV)/bin/python -m pytest tests/lm_eval -m lm_eval -W default -o timeout=3000
 
+$(LLM_COMPRESSOR_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install --quiet \
+		torch==2.13.0 llmcompressor==0.14.0.1 hypothesis pytest pytest-timeout --editable .
+	touch $@
+
+test-llm-compressor: $(LLM_COMPRESSOR_VENV)/.installed  ## llm-compressor on a stock checkpoint, in an environment of its own
+	$(LLM_COMPRESSOR_VENV)/bin/python -m pytest tests/llm_compressor -m llm_compressor -W default -o timeout=3000
+
 clean:  ## Remove what the targets made
-	rm -rf .coverage $(VENV) $(VLLM_VENV) $(LM_EVAL_VENV) $(TRANSFORMERS_VENVS) \
+	rm -rf .coverage $(VENV) $(VLLM_VENV) $(LM_EVAL_VENV) $(LLM_COMPRESSOR_VENV) $(TRANSFORMERS_VENVS) \
 		$(LOWEST_VENV) $(NEWEST_VENV) build demo-output

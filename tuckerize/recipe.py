@@ -102,6 +102,8 @@ _IMPLIED: Mapping[str, Mapping[str, object]] = {
 
 # Modes of fewer groups may end in a part of one, where no other engine is to take them.
 _FEW_GROUPS = 8
+# The smallest groups that engines and quantisers take.
+_SMALL_GROUP = 32
 
 
 class CalibrationSettings(_Schema):
@@ -126,7 +128,7 @@ class CalibrationSettings(_Schema):
             `full`.
         allocate: `error` shares the budget out by predicted KL divergence, `uniform` evenly.
         multiple: Truncated sizes are multiples of this; by default 128, and below 1024, 8, or 32
-            for `fused-kernels`.
+            for `fused-kernels`, and from 256 for `any-engine`.
         equal_widths: All experts of a layer keep equally many neurons, for kernels that need it.
         refine: Gradient steps against each layer's output, at most 25 passes over the tokens; 0
             for none.
@@ -161,16 +163,29 @@ class CalibrationSettings(_Schema):
         return self.shape != Truncation.NEURONS
 
     def multiple_for(self, size: int, cores: CoreType | None = None) -> int:
-        """Multiple of the truncated sizes of a mode, with cores of an encoding.
+        """Multiple of the truncated sizes of a mode, with cores of an encoding."""
+        return self.multiple or multiple_for(self.target, size, cores)
 
-        Groups of inputs that share a scale are full; except, where no other engine needs it, in
-        models so small that they would be a large part of a mode.
-        """
-        small = 32 if self.target == Target.FUSED_KERNELS else 8
-        group = (cores and cores.group_size) or 1
-        if size >= _FEW_GROUPS * group or self.target != Target.FREE:
-            small = max(small, group)
-        return self.multiple or (128 if size >= 1024 else small)
+
+def multiple_for(target: Target, size: int, cores: CoreType | None = None) -> int:
+    """Multiple of the truncated sizes of a mode, where none is given.
+
+    Groups of inputs that share a scale are full; except, where no other engine needs it, in
+    models so small that they would be a large part of a mode. Experts for any engine are whole
+    groups of 32 in 16 bits too, for the quantiser that comes after.
+
+    Args:
+        target: Where the result is served.
+        size: Dense size of the mode.
+        cores: Encoding of the cores; None for 16 bits.
+    """
+    group = (cores and cores.group_size) or 1
+    many = size >= _FEW_GROUPS * _SMALL_GROUP
+    grouped = target == Target.FUSED_KERNELS or (target == Target.ANY_ENGINE and many)
+    small = _SMALL_GROUP if grouped else 8
+    if target != Target.FREE or size >= _FEW_GROUPS * group:
+        small = max(small, group)
+    return 128 if size >= 1024 else small
 
 
 class Recipe(_Schema):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tuckerize.domain import MultilinearRank, Projection, StackShape, Target
+from tuckerize.domain import CoreType, MultilinearRank, Projection, StackShape, Target
 from tuckerize.errors import RecipeError
 from tuckerize.recipe import Recipe
 from tuckerize.recipe_reader import parse_recipe, read_recipe
@@ -368,6 +368,13 @@ def test_calibration_has_the_documented_defaults() -> None:
     exact = calibrated(multiple=3).calibration
     assert exact is not None
     assert exact.multiple_for(2048) == 3
+
+
+def test_experts_for_any_engine_are_groups_that_every_quantiser_takes() -> None:
+    stock = calibrated(target="any-engine").calibration
+    assert stock is not None
+    assert [stock.multiple_for(size) for size in (96, 256, 768, 1408)] == [8, 32, 32, 128]
+    assert stock.multiple_for(96, CoreType.W4) == 32
 
 
 @pytest.mark.parametrize("target", Target)

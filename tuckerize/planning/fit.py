@@ -15,6 +15,7 @@ from tuckerize.moe.source import SourceModel
 from tuckerize.parallel.layouts import owned_slice
 from tuckerize.parallel.memory import parse_bytes
 from tuckerize.planning.uniform import BudgetUnit
+from tuckerize.recipe import multiple_for
 from tuckerize.report.plans import FitChoice, FitReport
 from tuckerize.weight_types import WEIGHT_TYPES, WeightType, stored_bytes, stored_parameters
 
@@ -153,7 +154,8 @@ def _largest(
     shape, layers = source.moe.shape, len(source.moe.layers)
     full, unit = shape.hidden, BudgetUnit(shape, 1, weights).step
     if target == Target.ANY_ENGINE:
-        full, unit = shape.intermediate, (weights.cores and weights.cores.group_size) or 8
+        full = shape.intermediate
+        unit = multiple_for(target, full, weights.cores)
     sizes = sorted({*range(unit, full, unit), full})
 
     def rank(size: int) -> MultilinearRank:

@@ -112,6 +112,16 @@ def test_equal_widths_have_no_factors_and_whole_groups(tmp_path: Path) -> None:
     assert _choice(tight, CoreType.W4, Target.ANY_ENGINE).kept == 2 / 3  # 64 of 96 neurons
 
 
+def test_equal_widths_in_16_bits_are_those_of_decompose(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 512}
+    source = SourceModel.open(make_family(tmp_path / "model", "qwen3_moe", **sizes))
+    roomy = fit_devices(source, ROOMY, Workload(1, 1))
+    whole = _choice(roomy, None, Target.ANY_ENGINE)
+    memory = (roomy.rest_bytes + roomy.cache_bytes + 0.8 * whole.device_bytes) / 0.88
+    tight = fit_devices(source, Devices(1, int(memory)), Workload(1, 1))
+    assert _choice(tight, None, Target.ANY_ENGINE).kept == 384 / 512
+
+
 def test_more_memory_never_fits_less(tmp_path: Path) -> None:
     source = SourceModel.open(make_family(tmp_path / "model", "qwen3_moe"))
     found = []
