@@ -46,7 +46,7 @@ def _calibrated() -> str:
     }
     rows = []
     for found in sorted(_read("calibrated_speed"), key=lambda own: own["narrow"]):
-        width = f"{1408 // found['narrow']} x {2048 // found['narrow']}"
+        width = _width(found["narrow"])
         both = found["before"], found["now"]
         figures = {name: tuple(own[key] for own in both) for key, name in names.items()}
         if found["now"]["steps"] is not None:
@@ -63,14 +63,21 @@ def _calibrated() -> str:
 
 def _shared() -> str:
     rows = []
-    for name, own in _read("shared_speed")["seconds"].items():
-        clock = own["clock_of_one"], own["clock_of_all"]
-        found = [own["one"], own["busiest"], *clock]
-        ratios = own["ratio"], clock[0] / clock[1]
-        whole, shares = [f"{value:.0f}" for value in found], [f"{value:.2f}" for value in ratios]
-        rows.append([f"`{name}`", *whole[:2], shares[0], *whole[2:], shares[1]])
+    for found in sorted(_read("shared_speed"), key=lambda own: own["narrow"]):
+        for name, own in found["seconds"].items():
+            clock = own["clock_of_one"], own["clock_of_all"]
+            seconds = [f"{value:.0f}" for value in (own["one"], own["busiest"], *clock)]
+            ratios = [f"{value:.2f}" for value in (own["ratio"], clock[0] / clock[1])]
+            command = [_width(found["narrow"]), f"`{name}`"]
+            rows.append([*command, *seconds[:2], ratios[0], *seconds[2:], ratios[1]])
     of_processor = ["one process, CPU s", "busiest of two, CPU s", "ratio"]
-    return _table(["", *of_processor, "one, by the clock", "two, by the clock", "ratio"], rows)
+    by_clock = ["one, by the clock", "two, by the clock", "ratio"]
+    return _table(["experts", "", *of_processor, *by_clock], rows)
+
+
+def _width(narrow: int) -> str:
+    """DeepSeek-V2-Lite's experts, narrowed."""
+    return f"{1408 // narrow} x {2048 // narrow}"
 
 
 def _data_free() -> str:

@@ -5,6 +5,7 @@ A generated layer with DeepSeek-V2-Lite's experts (64 of 1408 x 2048, top-6), wi
 counts: what a wait for the others takes, who else runs on the machine decides.
 
     python -m benchmarks.shared_speed --write
+    python -m benchmarks.shared_speed --narrow 1 --only-plan --write
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ def main() -> None:
     parser.add_argument("--narrow", type=int, default=2)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--steps", type=int, default=16, help="of refinement")
+    parser.add_argument("--only-plan", action="store_true", help="measure `plan` alone")
     arguments = parser.parse_args()
     measured: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory(prefix="speed-") as temporary:
@@ -84,6 +86,8 @@ def main() -> None:
             "plan": ["plan", *options],
             "decompose": ["decompose", *options, *size, "--output", str(folder / "out")],
         }
+        if arguments.only_plan:
+            del commands["decompose"]
         for name, words in commands.items():  # decompose finds the profile in the cache
             one, one_clock = seconds(1, words, folder / "cache of one")
             many, many_clock = seconds(arguments.processes, words, folder / "cache of many")
@@ -98,12 +102,16 @@ def main() -> None:
     if arguments.write:
         result = {
             "command": " ".join(["python", "-m", "benchmarks.shared_speed", *sys.argv[1:]]),
+            "narrow": arguments.narrow,
             "date": time.strftime("%Y-%m-%d"),
             "torch": torch.__version__,
             "processes": arguments.processes,
             "seconds": measured,
         }
-        RESULTS.write_text(json.dumps(result, indent=2) + "\n")
+        others = [
+            own for own in json.loads(RESULTS.read_text()) if own["narrow"] != arguments.narrow
+        ]
+        RESULTS.write_text(json.dumps([*others, result], indent=2) + "\n")
 
 
 if __name__ == "__main__":
