@@ -122,7 +122,7 @@ WANTED = (
     *(Wanted(DENSE, 1, LEARNED, str(Encoding(bits, 32, zero=True))) for bits in (2, 3, 4)),
     *_pruned("neuron elimination", "REAP", "MoE-Slimming", "PARSER"),
     Wanted(DENSE, 1, "GPTQ", str(Encoding(8, None, zero=False))),
-    *_ours("w3-g128", 0.9, 0.8, 0.65),
+    *_ours("w3-g128", 0.9, 0.8, 0.65, 0.5),
     *_ours("w4-g128", 0.9, 0.8),
     *_ours("w4", 0.8, 0.5, 0.65, 0.9, target="fused-kernels"),
     *_ours("w8", 0.9, 0.75, 0.65, 0.5),

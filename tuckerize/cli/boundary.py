@@ -24,6 +24,7 @@ from typing import NoReturn, ParamSpec
 
 from tuckerize.ascend.npu import explained
 from tuckerize.cli.printing import STDOUT
+from tuckerize.control_groups import usable_cores
 from tuckerize.errors import LeaderFailedError, ProcessLostError, TuckerizeError
 
 P = ParamSpec("P")
@@ -50,6 +51,7 @@ def boundary(command: Callable[P, None]) -> Callable[P, None]:
 
     @functools.wraps(command)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+        _limit_threads()
         try:
             with _interruptible(), explained():
                 command(*args, **kwargs)
@@ -74,6 +76,16 @@ def boundary(command: Callable[P, None]) -> Callable[P, None]:
             _leave(f"this is a bug in tuckerize: {error}", "please report it", BUG)
 
     return guarded
+
+
+def _limit_threads() -> None:
+    """Give torch, which is not imported yet, as many threads as a quota of the container has cores.
+
+    Without one it takes the cores that it may run on, as it does by itself.
+    """
+    cores = usable_cores()
+    if cores < (os.cpu_count() or 1):
+        os.environ.setdefault("OMP_NUM_THREADS", str(cores))
 
 
 def _leave_because_of_the_system(error: OSError) -> NoReturn:

@@ -7,13 +7,13 @@ matrix resolves relative residuals down to about 3e-4, in float64 to about 1e-8.
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from tuckerize.control_groups import usable_cores
 from tuckerize.linalg.threads import Workers, parallel_workers
 from tuckerize.linalg.tucker import on_solver
 
@@ -93,7 +93,7 @@ def leading_eigenvectors(gram_NN: Tensor, count: int) -> Tensor:
 def _eigensolver_threads(columns: int) -> Iterator[None]:
     before = torch.get_num_threads()
     wanted = next(threads for least, threads in _EIGENSOLVER_THREADS if columns >= least)
-    torch.set_num_threads(min(wanted, os.cpu_count() or 1))
+    torch.set_num_threads(min(wanted, usable_cores()))
     try:
         yield
     finally:

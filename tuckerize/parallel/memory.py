@@ -6,18 +6,20 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from tuckerize.control_groups import ROOT, group_folders
 from tuckerize.errors import UsageError
 
 UNITS = {"MB": 10**6, "MIB": 2**20, "GB": 10**9, "GIB": 2**30, "TIB": 2**40}
 """Bytes of units of memory, in capitals."""
 
-_ROOT = Path("/")
-# By version: where a group says its limit, its use, and how much of that are files that can go.
-_V2 = ("memory.max", "memory.current", "inactive_file")
-_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+# Where a group says its limit, its use, and how much of that are files that can go.
+_NAMES = (
+    ("memory.max", "memory.current", "inactive_file"),  # version 2
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 
 
-def available_bytes(root: Path = _ROOT) -> int | None:
+def available_bytes(root: Path = ROOT) -> int | None:
     """Bytes of host memory that can be had; None where the system does not say.
 
     Args:
@@ -26,16 +28,8 @@ def available_bytes(root: Path = _ROOT) -> int | None:
     found = [value * 1024 for value in _fields(root / "proc/meminfo", "MemAvailable:")]
     if not found:
         return None
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            found += _free_in(root / "sys/fs/cgroup", path, *_V2)
-        elif "memory" in controllers.split(","):
-            found += _free_in(root / "sys/fs/cgroup/memory", path, *_V1)
+    for folder in group_folders("memory", root):
+        found += _free_in(folder)
     return max(0, min(found))
 
 
@@ -72,18 +66,14 @@ def require_memory(needed: float, what: str, advice: str, *, processes: int = 1)
         )
 
 
-def _free_in(base: Path, path: str, most: str, used: str, files: str) -> Iterator[int]:
-    """Free bytes of a group and of those above it; in a container only the last may be there."""
-    inner = base / path.lstrip("/")
-    for folder in (inner, *inner.parents):
+def _free_in(folder: Path) -> Iterator[int]:
+    """Free bytes of a group."""
+    for most, used, files in _NAMES:
         try:
             free = int((folder / most).read_text()) - int((folder / used).read_text())
         except (OSError, ValueError):  # "max", or another controller's group
-            pass
-        else:
-            yield free + sum(_fields(folder / "memory.stat", files))
-        if folder == base:
-            break
+            continue
+        yield free + sum(_fields(folder / "memory.stat", files))
 
 
 def _fields(path: Path, name: str) -> list[int]:

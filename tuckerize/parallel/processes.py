@@ -18,6 +18,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from tuckerize.ascend.environment import MAX_CONNECT_TIMEOUT, STREAM_TIMEOUT, set_hccl_timeouts
+from tuckerize.control_groups import usable_cores
 from tuckerize.errors import LeaderFailedError, ParallelError, ProcessLostError, TuckerizeError
 from tuckerize.parallel.backends import backend_for
 
@@ -113,7 +114,7 @@ class Processes:
         """Use all cores of the host while the other processes wait."""
         before = torch.get_num_threads()
         if self.size > 1:
-            torch.set_num_threads(os.cpu_count() or 1)
+            torch.set_num_threads(usable_cores())
         try:
             yield
         finally:
@@ -212,7 +213,7 @@ def process_group(
             backend_for(device), store=store, rank=rank, world_size=size, timeout=timeout
         )
         # By default each process would use all cores of the host, or, under torchrun, only one.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+        torch.set_num_threads(max(1, usable_cores() // local_size))
         try:
             yield Processes(rank, size, local_rank, local_size, store, timeout), device
         finally:
