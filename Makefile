@@ -68,6 +68,7 @@ accelerator: $(VENV)/.installed  ## Everything that an accelerator changes, in m
 bench: $(VENV)/.installed  ## Speed, before and after, and the tables of docs/performance.md (an hour, alone on the machine)
 	$(BIN)/python -m benchmarks.calibrated_speed --baseline 621ff6c --narrow 4 --write
 	$(BIN)/python -m benchmarks.shared_speed --write
+	$(BIN)/python -m benchmarks.shared_speed --narrow 1 --only-plan --write
 	$(PIP) pyttb
 	$(BIN)/python -m benchmarks.linalg.st_hosvd --threads 2 --runs 3 --pyttb --tensorly --write
 	$(BIN)/python -m benchmarks.forward --threads 1 --runs 2 --batches 1 8 32 --most-tokens 1024 --write

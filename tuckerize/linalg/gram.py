@@ -24,6 +24,8 @@ _BLOCK_COLUMNS = 128
 # depends on the matrix size alone. The threads meet at every step of the solver, and wait there
 # where another process holds a core: two then take ten times the time of one at 512 columns.
 _EIGENSOLVER_THREADS = ((4096, 8), (2048, 2), (0, 1))
+# Processes of this host that solve at the same time.
+_processes = 1
 
 
 def add_gram(gram_NN: Tensor, matrix_MN: Tensor, workers: Workers) -> None:
@@ -90,10 +92,25 @@ def leading_eigenvectors(gram_NN: Tensor, count: int) -> Tensor:
 
 
 @contextmanager
+def solving_at_once(processes: int) -> Iterator[None]:
+    """Share the cores out among processes of this host whose results depend on their number anyway.
+
+    Args:
+        processes: How many there are; each gets at most its share of the threads.
+    """
+    global _processes  # noqa: PLW0603 threads of a pool have no context of their own
+    before, _processes = _processes, processes
+    try:
+        yield
+    finally:
+        _processes = before
+
+
+@contextmanager
 def _eigensolver_threads(columns: int) -> Iterator[None]:
     before = torch.get_num_threads()
     wanted = next(threads for least, threads in _EIGENSOLVER_THREADS if columns >= least)
-    torch.set_num_threads(min(wanted, usable_cores()))
+    torch.set_num_threads(min(wanted, max(1, usable_cores() // _processes)))
     try:
         yield
     finally:

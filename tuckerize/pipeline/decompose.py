@@ -19,6 +19,7 @@ from tuckerize.checkpoint.output import OutputFolder, refuse_overlap
 from tuckerize.checkpoint.space import require_space
 from tuckerize.domain import Device
 from tuckerize.errors import UsageError
+from tuckerize.linalg.gram import solving_at_once
 from tuckerize.moe.source import SourceModel
 from tuckerize.parallel.backends import check_encoding, choose_device
 from tuckerize.parallel.processes import Processes, process_group
@@ -266,7 +267,9 @@ def _processes_of(
         None if seconds is None else timedelta(seconds=seconds),
     ) as (processes, device):
         check_encoding(device, recipe.quantize)
-        yield processes, device
+        # Without calibration each has stacks of its own, in the bytes that one process writes.
+        with solving_at_once(1 if recipe.calibration is None else processes.local_size):
+            yield processes, device
 
 
 def _open(

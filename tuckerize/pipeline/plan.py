@@ -15,6 +15,7 @@ from tuckerize.calibration.tokens import fewest_tokens
 from tuckerize.checkpoint.hub import resolve_model
 from tuckerize.domain import Device, Target
 from tuckerize.errors import UsageError
+from tuckerize.linalg.gram import solving_at_once
 from tuckerize.moe.source import SourceModel
 from tuckerize.parallel.backends import choose_device
 from tuckerize.parallel.processes import process_group
@@ -103,6 +104,7 @@ def plan(request: PlanRequest, progress: Progress | None = None) -> CurveReport 
             )
 
         held.callback(torch.set_num_threads, torch.get_num_threads())
+        held.enter_context(solving_at_once(processes.local_size))
         opened, need = processes.leader_first(begin)
         opened = opened.with_held(experts=need.profile_held, states=need.states_held)
         spectra = needs_spectra(opened.settings, targets)

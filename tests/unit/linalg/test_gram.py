@@ -3,11 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tuckerize.linalg import gram as gram_module
 from tuckerize.linalg.gram import (
     add_gram,
     eigenvalues,
     eigenvalues_and_vectors,
     leading_eigenvectors,
+    solving_at_once,
     symmetric,
 )
 from tuckerize.linalg.threads import Workers, parallel_workers
@@ -100,3 +102,17 @@ def test_add_gram_with_any_number_of_threads_gives_identical_bits(
         torch.set_num_threads(before)
     assert torch.equal(grams[0], grams[1])
     assert torch.equal(grams[0], grams[2])
+
+
+@pytest.mark.parametrize(("processes", "threads"), [(1, 8), (2, 8), (3, 5), (16, 1)])
+def test_solvers_of_processes_at_once_share_the_cores(
+    processes: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that waits in one would hold the core of another."""
+    monkeypatch.setattr(gram_module, "usable_cores", lambda: 16)
+    before = torch.get_num_threads()
+    with solving_at_once(processes), gram_module._eigensolver_threads(4096):
+        assert torch.get_num_threads() == threads
+    assert torch.get_num_threads() == before
+    with gram_module._eigensolver_threads(4096):
+        assert torch.get_num_threads() == 8
