@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.equal_bytes import CALIBRATION_TOKENS, OURS, RESULTS, read
+from benchmarks.quality.equal_bytes_tables import name
 from benchmarks.quality.tucker_rows import request
 from tuckerize.pipeline.decompose import preview
 
@@ -46,7 +47,7 @@ def table(rows: Iterable[tuple[Row, float]]) -> str:
         kl, error = row["in_domain"]["kl"], row["in_domain"]["kl_error"]
         cells = (
             row["model"],
-            f"{row['keep']:g} × {row['encoding']}, {row['target']}",
+            name(row).removeprefix("tuckerize "),
             f"{row['bits']:.2f}",
             f"{1e3 * predicted:.1f}",
             f"{1e3 * kl:.1f} ± {1e3 * error:.1f}",
