@@ -80,7 +80,7 @@ KEEPS = (0.9, 0.8, 0.65, 0.5)
 PRUNED = {
     "neuron elimination": KEEPS,
     "REAP": (0.875, 0.75, 0.625, 0.5),  # of 8 or 16 experts equally many in every layer
-    EQUAL_WIDTHS: KEEPS,
+    EQUAL_WIDTHS: (*KEEPS, 0.67),  # 64 of 96 neurons are whole groups
     "MoE-Slimming": KEEPS,
     "PARSER": KEEPS,
     "SLBF": KEEPS,

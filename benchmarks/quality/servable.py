@@ -18,8 +18,12 @@ Humming kernels; 5, 6 and 7 bits are in review there. CPU: int8 and int4 product
 (llama.cpp has formats of 2 to 6 bits of its own, which are not measured here).
 """
 
-_STOCK = ("dense", "REAP", "neuron elimination, equal widths")
+_EQUAL_WIDTHS = "neuron elimination, equal widths"
+_STOCK = ("dense", "REAP", _EQUAL_WIDTHS)
 """Structures that leave a stock checkpoint: other numbers in config.json, nothing else."""
+
+_NEURONS = {"coarse": 320, "fine": 64, "large": 96}
+"""Neurons of an expert of the dense models."""
 
 
 def is_servable(row: Row, platform: str) -> bool:
@@ -39,8 +43,15 @@ def is_servable(row: Row, platform: str) -> bool:
     if is_trellis(row):
         return False
     bits, group, zero = encoding_of(row)
+    if row["structure"] == _EQUAL_WIDTHS and group and _width(row) % group:
+        return False  # kernels and quantisers refuse widths that groups do not divide
     takes = WEIGHTS[platform].get(bits, ())
     return group in takes and not (zero and platform == "Ascend")
+
+
+def _width(row: Row) -> int:
+    """Neurons that experts of equal widths keep; multiply-adds are proportional to them."""
+    return round(row["multiply_adds"] * _NEURONS[row["model"]])
 
 
 def is_trellis(row: Row) -> bool:

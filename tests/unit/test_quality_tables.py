@@ -67,6 +67,13 @@ def test_ours_are_servable_where_kernels_are(
     assert {platform for platform in WEIGHTS if is_servable(own, platform)} == platforms
 
 
+@pytest.mark.parametrize(("kept", "platforms"), [(64, {"Ascend", "CUDA", "CPU"}), (72, set())])
+def test_narrower_experts_are_whole_groups_for_engines(kept: int, platforms: set[str]) -> None:
+    narrow = {**row(3, 1, "neuron elimination, equal widths"), "encoding": "4 bits, g32"}
+    narrow |= {"model": "large", "multiply_adds": kept / 96}
+    assert {platform for platform in WEIGHTS if is_servable(narrow, platform)} == platforms
+
+
 def test_no_engine_of_ours_has_kernels_for_trellis_codes() -> None:
     coded = {**row(2, 1), "encoding": str(Trellis(2))}
     assert is_trellis(coded)
