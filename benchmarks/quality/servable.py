@@ -51,7 +51,8 @@ def is_servable(row: Row, platform: str) -> bool:
 
 def _width(row: Row) -> int:
     """Neurons that experts of equal widths keep; multiply-adds are proportional to them."""
-    return round(row["multiply_adds"] * _NEURONS[row["model"]])
+    width: int = round(row["multiply_adds"] * _NEURONS[row["model"]])
+    return width
 
 
 def is_trellis(row: Row) -> bool:

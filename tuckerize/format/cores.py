@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tuckerize.domain import CoreType, Projection
-from tuckerize.linalg.quantise import QuantisedMatrices, code_dtype, pack, unpack
+from tuckerize.linalg.quantise import QuantisedMatrices, code_dtype, expanded, pack, unpack
 from tuckerize.names import CorePart, TensorName
 
 CODES = {
@@ -166,6 +166,32 @@ def part_dtype(
     return code_dtype(core_type) if part == CorePart.CODES and core_type else dtype
 
 
+def values_of(parts: Mapping[CorePart, Tensor], dtype: torch.dtype) -> Tensor:
+    """Values of the matrices of a core, shape (..., outputs, inputs).
+
+    Inputs are filled up with zeros to what the codes have room for.
+
+    Args:
+        parts: Its tensors.
+        dtype: Type of the values.
+    """
+    words = parts.get(CorePart.PACKED_CODES)
+    if words is None or words.device.type != "cpu" or dtype.itemsize not in {2, 4}:
+        return quantised_matrices(parts).dequantised(dtype)
+    core_type, _ = _packed_type(words, parts[CorePart.SCALES])
+    if core_type.bits != 4:
+        return quantised_matrices(parts).dequantised(dtype)
+    return expanded(words, parts[CorePart.SCALES], core_type, dtype)
+
+
+def _packed_type(words: Tensor, scales: Tensor) -> tuple[CoreType, int]:
+    """Encoding of packed codes, and the inputs that they have room for."""
+    small, large = _PACKED[words.dtype]
+    room = words.shape[-1] // small.words(1) * small.word_codes
+    groups = -(-room // (small.group_size or 1))
+    return (small if scales.shape[-1] == groups else large), room
+
+
 def quantised_matrices(
     parts: Mapping[CorePart, Tensor], columns: int | None = None
 ) -> QuantisedMatrices:
@@ -182,9 +208,7 @@ def quantised_matrices(
         core_type = CoreType.W8 if codes.dtype == torch.int8 else CoreType.FP8
         return QuantisedMatrices(codes, scales, core_type)
     words = parts[CorePart.PACKED_CODES]
-    small, large = _PACKED[words.dtype]
-    room = words.shape[-1] // small.words(1) * small.word_codes
-    core_type = small if scales.shape[-1] == -(-room // (small.group_size or 1)) else large
+    core_type, room = _packed_type(words, scales)
     return QuantisedMatrices(unpack(words, core_type, columns or room), scales, core_type)
 
 

@@ -1,7 +1,8 @@
 """Quantised cores at run time: packed in memory, dequantised while a product needs them.
 
-On the CPU the matrix of one expert at a time is expanded, and only of experts with tokens. On a
-device, where the host does not know them, a grouped GEMM multiplies the expanded core of one stack.
+On the CPU the matrix of one expert at a time is expanded, and only of experts with tokens; torch's
+own kernel multiplies few rows by int8 as it is. On a device, where the host does not know the
+experts with tokens, a grouped GEMM multiplies the expanded core of one stack.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tuckerize.format.cores import quantised_matrices
+from tuckerize.format.cores import values_of
 from tuckerize.names import CorePart
 from tuckerize.runtime.grouped import (
     Assignments,
+    gemm,
     mix_and_multiply,
     multiply,
     multiply_one_by_one,
@@ -68,7 +70,7 @@ class QuantisedCore(nn.Module):
             CorePart(name): parameter if expert is None else parameter[expert]
             for name, parameter in self.named_parameters()
         }
-        return quantised_matrices(parts).dequantised(dtype).mT
+        return values_of(parts, dtype).mT
 
 
 class CoreOnDisk(QuantisedCore):
@@ -135,12 +137,63 @@ class _Expanding(Sequence[Tensor]):
             matrix_XY = self.core.matrices(self.dtype, expert)
         return matrix_XY[: self.inputs]
 
+    def parts(self, expert: int) -> tuple[Tensor, Tensor]:
+        """Codes of 8 bits (outputs, inputs), and scales, of one of them."""
+        if isinstance(self.core, QuantisedRows):
+            found: dict[str, Tensor] = dict(self.core[expert].named_parameters())
+        else:
+            found = {name: whole[expert] for name, whole in self.core.named_parameters()}
+        return found[CorePart.CODES], found[CorePart.SCALES]
+
     @property
     def outputs(self) -> int:
         """The largest number of outputs of a matrix."""
         if isinstance(self.core, QuantisedCore):
             return self.core.outputs
         return max(self.core[expert].outputs for expert in range(len(self.core)))
+
+
+# Rows of an expert up to which torch's int8 kernel is faster than expanding its matrix, and what
+# its inputs are multiples of: its loops have no remainder.
+_FEW_ROWS, _KERNEL_INPUTS = 16, 32
+
+
+def _takes_int8(rows_NX: Tensor, core: QuantisedCore | QuantisedRows) -> bool:
+    """Whether torch's int8 kernel for a CPU may multiply these."""
+    parts = dict((core[0] if isinstance(core, QuantisedRows) else core).named_parameters())
+    return (
+        CorePart.CODES in parts
+        and parts[CorePart.CODES].dtype == torch.int8
+        and rows_NX.dtype == parts[CorePart.SCALES].dtype == torch.bfloat16
+        and not torch.is_autocast_enabled("cpu")
+        and not (torch.is_grad_enabled() and rows_NX.requires_grad)
+    )
+
+
+def _multiply_int8(rows_NX: Tensor, matrices: _Expanding, assigned: Assignments) -> Tensor:
+    """Products with int8 on a CPU: of few rows by torch's kernel, of many with the codes as values.
+
+    Args:
+        rows_NX: Rows in bfloat16.
+        matrices: Matrices of int8.
+        assigned: Assignment of rows to experts.
+    """
+    product_NY = rows_NX.new_zeros(len(rows_NX), matrices.outputs)
+    stop = 0
+    for expert, count in enumerate(assigned.counts):
+        start, stop = stop, stop + count
+        if not count:
+            continue
+        codes_YX, scales_Y1 = matrices.parts(expert)
+        outputs, inputs = codes_YX.shape
+        own_NX = rows_NX[start:stop, :inputs].contiguous()
+        whole = inputs % _KERNEL_INPUTS == 0 and codes_YX.is_contiguous()
+        if whole and count <= _FEW_ROWS:
+            own_NY = torch._weight_int8pack_mm(own_NX, codes_YX, scales_Y1[:, 0])
+        else:  # codes are exact in bfloat16
+            own_NY = gemm(own_NX, codes_YX.to(torch.bfloat16).mT) * scales_Y1[:, 0]
+        product_NY[start:stop, :outputs] = own_NY
+    return product_NY
 
 
 def multiply_quantised(
@@ -161,6 +214,8 @@ def multiply_quantised(
         matrices_PXY = core.matrices(rows_NX.dtype)[:, : rows_NX.shape[1]]
         return mix_and_multiply(rows_NX, U_E, matrices_PXY, assigned)
     matrices = _Expanding(core, rows_NX.dtype, rows_NX.shape[1])
+    if rows_NX.device.type == "cpu" and _takes_int8(rows_NX, core):
+        return _multiply_int8(rows_NX, matrices, assigned)
     if rows_NX.device.type == "cpu" or isinstance(core, CoreOnDisk):
         return multiply_one_by_one(rows_NX, matrices, assigned, width=matrices.outputs)
     whole = (
