@@ -214,7 +214,7 @@ def expanded(
     whole = torch.int32 if dtype.itemsize == 2 else torch.int64  # of both
     places = words.contiguous().view(torch.uint8)
     found = pairs.view(whole).flatten().index_select(0, places.flatten().to(torch.int32))
-    codes = found.view(dtype).view(*places.shape[:-1], -1)
+    codes = found.view(dtype).view(*places.shape[:-1], 2 * places.shape[-1])
     return QuantisedMatrices(codes, scales, core_type).dequantised(dtype)
 
 

@@ -22,7 +22,7 @@ def parts(found: QuantisedMatrices) -> dict[CorePart, Tensor]:
 
 @given(
     st.sampled_from(CoreType),
-    st.integers(1, 4),
+    st.integers(0, 4),
     st.integers(1, 40),
     st.integers(1, 300),
     st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
@@ -31,9 +31,12 @@ def test_values_are_codes_times_scales(
     core_type: CoreType, experts: int, outputs: int, inputs: int, dtype: torch.dtype
 ) -> None:
     """However they are expanded, bit for bit; beyond the inputs they are zero."""
-    found = quantise(torch.randn(experts, outputs, inputs), core_type)
-    values = values_of(parts(found), dtype)
-    assert torch.equal(values[..., :inputs], found.dequantised(dtype))
+    found = quantise(torch.randn(4, outputs, inputs), core_type)
+    own = {
+        part: tensor[:experts] for part, tensor in parts(found).items()
+    }  # a process may own none
+    values = values_of(own, dtype)
+    assert torch.equal(values[..., :inputs], found.dequantised(dtype)[:experts])
     assert not values[..., inputs:].any()
 
 
