@@ -72,6 +72,7 @@ bench: $(VENV)/.installed  ## Speed, before and after, and the tables of docs/pe
 	$(PIP) pyttb
 	$(BIN)/python -m benchmarks.linalg.st_hosvd --threads 2 --runs 3 --pyttb --tensorly --write
 	$(BIN)/python -m benchmarks.forward --threads 1 --runs 2 --batches 1 8 32 --most-tokens 1024 --write
+	$(BIN)/python -m benchmarks.quantised_forward --threads 1 --runs 3 --write
 	$(BIN)/python -m benchmarks.reading --write
 	$(BIN)/python benchmarks/full_width.py --write
 	$(BIN)/python benchmarks/full_width.py --calibrated --layers 2 --write
