@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from tuckerize.domain import CoreType, Projection
-from tuckerize.linalg.quantise import QuantisedMatrices, code_dtype, expanded, pack, unpack
+from tuckerize.linalg.packing import pack, unpack, unpacked_values
+from tuckerize.linalg.quantise import QuantisedMatrices, code_dtype
 from tuckerize.names import CorePart, TensorName
 
 CODES = {
@@ -181,7 +182,8 @@ def values_of(parts: Mapping[CorePart, Tensor], dtype: torch.dtype) -> Tensor:
     core_type, _ = _packed_type(words, parts[CorePart.SCALES])
     if core_type.bits != 4:
         return quantised_matrices(parts).dequantised(dtype)
-    return expanded(words, parts[CorePart.SCALES], core_type, dtype)
+    codes = unpacked_values(words, core_type, dtype)
+    return QuantisedMatrices(codes, parts[CorePart.SCALES], core_type).dequantised(dtype)
 
 
 def _packed_type(words: Tensor, scales: Tensor) -> tuple[CoreType, int]:

@@ -19,9 +19,9 @@ from typing import Self
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from tuckerize.domain import CoreType
+from tuckerize.linalg.packing import grouped
 from tuckerize.linalg.tucker import in_float64, on_solver
 
 # Scales that are tried, relative to one that just reaches the largest magnitude.
@@ -32,8 +32,6 @@ _DAMPING = 0.01
 _BLOCK = 128
 # Values of a matrix that scales are tried on at once: what a core's cache holds.
 _CACHED_VALUES = 2**18
-# Codes that are packed at once; they take eight bytes each meanwhile.
-_PACKED_VALUES = 2**22
 SCALE_VALUES = 2**24
 """Values of the normal equations of scales that are solved at once (128 MiB in float64)."""
 
@@ -55,8 +53,8 @@ class QuantisedMatrices:
     def dequantised(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Values, shape (..., O, K); exact in float32 where scales have 16 bits."""
         columns = self.codes.shape[-1]
-        grouped = _grouped(self.codes.to(dtype), self.core_type.group_size or columns)
-        return (grouped * self.scales.to(dtype).unsqueeze(-1)).flatten(-2)[..., :columns]
+        whole = grouped(self.codes.to(dtype), self.core_type.group_size or columns)
+        return (whole * self.scales.to(dtype).unsqueeze(-1)).flatten(-2)[..., :columns]
 
     def split(self, count: int) -> list[QuantisedMatrices]:
         """Equal parts of the outputs, one after another."""
@@ -150,74 +148,6 @@ def nearest_codes(values: Tensor, core_type: CoreType) -> Tensor:
     return codes.round()
 
 
-def pack(codes: Tensor, core_type: CoreType) -> Tensor:
-    """Pack codes along the last dimension, the first in the lowest bits.
-
-    Codes are stored with an offset, so that they are not negative; zeros fill the last word up.
-
-    Returns:
-        Eight codes of 4 bits an int32, or eight of 3 bits three bytes (uint8): the bytes of
-            compressed-tensors' words since 0.20.
-    """
-    columns = codes.shape[-1]
-    rows = torch.split(codes.flatten(0, -2), max(1, _PACKED_VALUES // max(1, columns)))
-    packed = torch.cat([_packed(own, core_type) for own in rows])
-    return packed.view(*codes.shape[:-1], core_type.words(columns))
-
-
-def _packed(codes: Tensor, core_type: CoreType) -> Tensor:
-    bits, per_word = core_type.bits, core_type.word_codes
-    offset = _grouped(codes.to(torch.int32), per_word) + 2 ** (bits - 1)
-    shifts = torch.arange(0, per_word * bits, bits, dtype=torch.int32, device=codes.device)
-    words: Tensor = (offset << shifts).sum(-1, dtype=torch.int32)
-    if core_type.words(1) == 1:
-        return words
-    whole = words.unsqueeze(-1).view(torch.uint8)
-    return whole[..., : core_type.words(1)].flatten(-2)
-
-
-def unpack(words: Tensor, core_type: CoreType, columns: int) -> Tensor:
-    """Unpack codes (int8); the inverse of `pack`.
-
-    Args:
-        words: Packed codes.
-        core_type: Encoding.
-        columns: Number of codes in a row.
-    """
-    bits, mask = core_type.bits, 2**core_type.bits - 1
-    read = words.contiguous().view(torch.uint8)  # the lowest bits first
-    if 8 % bits == 0:
-        parts = [(read >> place) & mask for place in range(0, 8, bits)]
-    else:  # codes lie in two bytes
-        low, middle, high = (read[..., place::bits] for place in range(bits))
-        whole = low | (middle.to(torch.int32) << 8) | (high.to(torch.int32) << 16)
-        places = range(0, core_type.word_codes * bits, bits)
-        parts = [((whole >> place) & mask).to(torch.uint8) for place in places]
-    offset = torch.stack(parts, -1).flatten(-2)
-    codes: Tensor = offset[..., :columns].view(torch.int8) - 2 ** (bits - 1)
-    return codes
-
-
-def expanded(
-    words: Tensor, scales: Tensor, core_type: CoreType, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """Values of packed codes of 4 bits, two at a time by a table, which a CPU does faster.
-
-    Args:
-        words: Packed codes (int32), shape (..., O, K/8).
-        scales: Their scales, shape (..., O, G).
-        core_type: Encoding.
-        dtype: Type of the values, shape (..., O, K).
-    """
-    codes_2 = torch.arange(2**core_type.bits) - 2 ** (core_type.bits - 1)
-    pairs = torch.cartesian_prod(codes_2, codes_2).flip(1).to(dtype)  # the first is the lower one
-    whole = torch.int32 if dtype.itemsize == 2 else torch.int64  # of both
-    places = words.contiguous().view(torch.uint8)
-    found = pairs.view(whole).flatten().index_select(0, places.flatten().to(torch.int32))
-    codes = found.view(dtype).view(*places.shape[:-1], 2 * places.shape[-1])
-    return QuantisedMatrices(codes, scales, core_type).dequantised(dtype)
-
-
 Found = tuple[Tensor, Tensor]
 """Codes (O, K) and scales (O, G)."""
 
@@ -242,11 +172,11 @@ def _nearest_scales(
     group = core_type.group_size or columns
     weight_K = torch.ones(columns) if energy_K is None else energy_K
     weight_K = weight_K.to(matrix_OK).clamp_min(torch.finfo(matrix_OK.dtype).tiny)
-    weight_Gg = _grouped(weight_K, group)
+    weight_Gg = grouped(weight_K, group)
     cached = _CACHED_VALUES if matrix_OK.device.type == "cpu" else matrix_OK.numel()
     rows = torch.split(matrix_OK, max(1, cached // columns))
     return torch.cat(
-        [_scales_of_rows(_grouped(own, group), weight_Gg, core_type, scale_dtype) for own in rows]
+        [_scales_of_rows(grouped(own, group), weight_Gg, core_type, scale_dtype) for own in rows]
     )
 
 
@@ -375,11 +305,11 @@ def _fit_scales_of_rows(
 ) -> Tensor:
     codes_OK = codes_OK.to(matrix_OK.dtype)
     normal_OGG = matrix_OK.new_zeros(*scales_OG.shape, scales_OG.shape[-1])
-    right_OG = _grouped((matrix_OK @ moment_KK) * codes_OK, group).sum(-1)
+    right_OG = grouped((matrix_OK @ moment_KK) * codes_OK, group).sum(-1)
     for place, start in enumerate(range(0, codes_OK.shape[-1], group)):
         own = slice(start, start + group)
         seen_OK = codes_OK[:, own] @ moment_KK[own, start:]
-        products_OG = _grouped(seen_OK.mul_(codes_OK[:, start:]), group).sum(-1)
+        products_OG = grouped(seen_OK.mul_(codes_OK[:, start:]), group).sum(-1)
         normal_OGG[:, place, place:] = products_OG  # it is symmetric
         normal_OGG[:, place:, place] = products_OG
     normal_OGG, right_OG1 = in_float64(normal_OGG), in_float64(right_OG[..., None])
@@ -398,12 +328,6 @@ def _fit_scales_of_rows(
     )
     better_O1 = (fitted_O < given_O).to(scales_OG.device)[:, None]
     return torch.where(better_O1, fitted_OG, scales_OG)
-
-
-def _grouped(values: Tensor, group: int) -> Tensor:
-    """Values in groups along the last dimension, zero-padded, shape (..., G, group)."""
-    padded = functional.pad(values, (0, -values.shape[-1] % group))
-    return padded.view(*padded.shape[:-1], padded.shape[-1] // group, group)
 
 
 def _encoded(values: Tensor, scales: Tensor, core_type: CoreType) -> Tensor:

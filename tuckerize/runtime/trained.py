@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from tuckerize.domain import CoreType
 from tuckerize.format.cores import CODES, quantised_matrices
-from tuckerize.linalg.quantise import QuantisedMatrices, code_dtype, nearest_codes, pack
+from tuckerize.linalg.packing import pack
+from tuckerize.linalg.quantise import QuantisedMatrices, code_dtype, nearest_codes
 from tuckerize.names import CorePart
 from tuckerize.runtime.quantised import QuantisedCore
 

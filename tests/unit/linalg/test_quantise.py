@@ -18,15 +18,14 @@ from torch.nn import functional
 
 from tests.live_tensors import live_bytes
 from tuckerize.domain import CoreType
+from tuckerize.linalg.packing import pack, unpack
 from tuckerize.linalg.quantise import (
     Inputs,
     QuantisedMatrices,
     code_dtype,
     fit_scales,
     gptq,
-    pack,
     quantise,
-    unpack,
 )
 
 
@@ -109,7 +108,7 @@ def test_packing_takes_little_more_than_its_result(
 ) -> None:
     codes = torch.randint(-4, 4, (64, 256, 64), dtype=torch.int8)
     expected = pack(codes, core_type)
-    monkeypatch.setattr("tuckerize.linalg.quantise._PACKED_VALUES", 2**12)
+    monkeypatch.setattr("tuckerize.linalg.packing._PACKED_VALUES", 2**12)
     assert torch.equal(pack(codes, core_type), expected)
     result = expected.numel() * expected.element_size()
     assert live_bytes(lambda: pack(codes, core_type)) < 2.3 * result

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from tuckerize.domain import CoreType
 from tuckerize.format.cores import CODES, values_of
-from tuckerize.linalg.quantise import QuantisedMatrices, pack, quantise
+from tuckerize.linalg.packing import pack
+from tuckerize.linalg.quantise import QuantisedMatrices, quantise
 from tuckerize.names import CorePart
 from tuckerize.runtime.grouped import assign
 from tuckerize.runtime.quantised import QuantisedCore, QuantisedRows, multiply_quantised
