@@ -55,7 +55,8 @@ def test_quota_of_any_group_above_the_process_counts(
 def test_torch_gets_the_cores_of_the_quota_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setattr(boundary, "usable_cores", lambda: 3)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "")  # so that what is set here does not stay
+    monkeypatch.delenv("OMP_NUM_THREADS")
     boundary._limit_threads()
     assert os.environ["OMP_NUM_THREADS"] == "3"
     monkeypatch.setenv("OMP_NUM_THREADS", "7")

@@ -176,14 +176,12 @@ def values_of(parts: Mapping[CorePart, Tensor], dtype: torch.dtype) -> Tensor:
         parts: Its tensors.
         dtype: Type of the values.
     """
-    words = parts.get(CorePart.PACKED_CODES)
-    if words is None or words.device.type != "cpu" or dtype.itemsize not in {2, 4}:
+    words, scales = parts.get(CorePart.PACKED_CODES), parts[CorePart.SCALES]
+    if words is None or words.dtype != torch.int32 or words.device.type != "cpu":
         return quantised_matrices(parts).dequantised(dtype)
-    core_type, _ = _packed_type(words, parts[CorePart.SCALES])
-    if core_type.bits != 4:
-        return quantised_matrices(parts).dequantised(dtype)
-    codes = unpacked_values(words, core_type, dtype)
-    return QuantisedMatrices(codes, parts[CorePart.SCALES], core_type).dequantised(dtype)
+    core_type, _ = _packed_type(words, scales)
+    codes = unpacked_values(words, core_type, dtype if dtype.itemsize < 8 else torch.float32)
+    return QuantisedMatrices(codes, scales, core_type).dequantised(dtype)
 
 
 def _packed_type(words: Tensor, scales: Tensor) -> tuple[CoreType, int]:

@@ -26,17 +26,14 @@ def parts(found: QuantisedMatrices) -> dict[CorePart, Tensor]:
     st.integers(0, 4),
     st.integers(1, 40),
     st.integers(1, 300),
-    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
 )
 def test_values_are_codes_times_scales(
     core_type: CoreType, experts: int, outputs: int, inputs: int, dtype: torch.dtype
 ) -> None:
-    """However they are expanded, bit for bit; beyond the inputs they are zero."""
+    """Bit for bit, also of no experts, which a process may own; zero beyond the inputs."""
     found = quantise(torch.randn(4, outputs, inputs), core_type)
-    own = {
-        part: tensor[:experts] for part, tensor in parts(found).items()
-    }  # a process may own none
-    values = values_of(own, dtype)
+    values = values_of({part: own[:experts] for part, own in parts(found).items()}, dtype)
     assert torch.equal(values[..., :inputs], found.dequantised(dtype)[:experts])
     assert not values[..., inputs:].any()
 
