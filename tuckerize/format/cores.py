@@ -179,12 +179,12 @@ def values_of(parts: Mapping[CorePart, Tensor], dtype: torch.dtype) -> Tensor:
     words, scales = parts.get(CorePart.PACKED_CODES), parts[CorePart.SCALES]
     if words is None or words.dtype != torch.int32 or words.device.type != "cpu":
         return quantised_matrices(parts).dequantised(dtype)
-    core_type, _ = _packed_type(words, scales)
-    codes = unpacked_values(words, core_type, dtype if dtype.itemsize < 8 else torch.float32)
+    core_type, _ = packed_type(words, scales)
+    codes = unpacked_values(words, dtype if dtype.itemsize < 8 else torch.float32)
     return QuantisedMatrices(codes, scales, core_type).dequantised(dtype)
 
 
-def _packed_type(words: Tensor, scales: Tensor) -> tuple[CoreType, int]:
+def packed_type(words: Tensor, scales: Tensor) -> tuple[CoreType, int]:
     """Encoding of packed codes, and the inputs that they have room for."""
     small, large = _PACKED[words.dtype]
     room = words.shape[-1] // small.words(1) * small.word_codes
@@ -208,7 +208,7 @@ def quantised_matrices(
         core_type = CoreType.W8 if codes.dtype == torch.int8 else CoreType.FP8
         return QuantisedMatrices(codes, scales, core_type)
     words = parts[CorePart.PACKED_CODES]
-    core_type, room = _packed_type(words, scales)
+    core_type, room = packed_type(words, scales)
     return QuantisedMatrices(unpack(words, core_type, columns or room), scales, core_type)
 
 

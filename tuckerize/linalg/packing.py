@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -60,20 +62,24 @@ def unpack(words: Tensor, core_type: CoreType, columns: int) -> Tensor:
     return codes
 
 
-def unpacked_values(words: Tensor, core_type: CoreType, dtype: torch.dtype) -> Tensor:
-    """Codes of 4 bits in a type of 16 or 32, two at a time by a table, which a CPU does faster.
+def unpacked_values(words: Tensor, dtype: torch.dtype) -> Tensor:
+    """Codes of 4 bits in a type of 8 to 32, two at a time by a table, which a CPU does faster.
 
     Args:
-        words: Packed codes (int32), shape (..., O, K/8).
-        core_type: Encoding.
+        words: Packed codes, shape (..., O, K/8) in int32, or as bytes, two codes in each.
         dtype: Type of the result, shape (..., O, K).
     """
-    codes_2 = torch.arange(2**core_type.bits) - 2 ** (core_type.bits - 1)
-    pairs = torch.cartesian_prod(codes_2, codes_2).flip(1).to(dtype)  # the first is the lower one
-    whole = torch.int32 if dtype.itemsize == 2 else torch.int64  # of both
     places = words.contiguous().view(torch.uint8)
-    found = pairs.view(whole).flatten().index_select(0, places.flatten().to(torch.int32))
+    found = _pairs(dtype).index_select(0, places.flatten().to(torch.int32))
     return found.view(dtype).view(*places.shape[:-1], 2 * places.shape[-1])
+
+
+@cache
+def _pairs(dtype: torch.dtype) -> Tensor:
+    """Both codes of 4 bits in every byte, the lower one first, as one integer."""
+    codes = torch.arange(16) - 8
+    pairs = torch.cartesian_prod(codes, codes).flip(1).to(dtype)
+    return pairs.view({1: torch.int16, 2: torch.int32, 4: torch.int64}[dtype.itemsize]).flatten()
 
 
 def grouped(values: Tensor, group: int) -> Tensor:

@@ -1,8 +1,8 @@
 """Quantised cores at run time: packed in memory, dequantised while a product needs them.
 
-On the CPU the matrix of one expert at a time is expanded, and only of experts with tokens; torch's
-own kernel multiplies few rows by int8 as it is. On a device, where the host does not know the
-experts with tokens, a grouped GEMM multiplies the expanded core of one stack.
+On a CPU the matrix of one expert at a time is expanded, and only of experts with tokens; in
+bfloat16 torch's own kernels multiply few rows by integers as they are. On a device, where the host
+does not know the experts with tokens, a grouped GEMM multiplies the expanded core of one stack.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from tuckerize.format.cores import values_of
+from tuckerize.format.cores import packed_type, values_of
+from tuckerize.linalg.packing import pack, unpack
 from tuckerize.names import CorePart
 from tuckerize.runtime.grouped import (
     Assignments,
@@ -24,21 +26,80 @@ from tuckerize.runtime.grouped import (
     multiply_one_by_one,
     zero_padded,
 )
+from tuckerize.runtime.int4 import Layout, scales_and_zeros
 
 
 class QuantisedCore(nn.Module):
     """Codes and scales of a core, or of one expert's matrix.
 
+    The first product that torch's kernel for 4 bits may compute packs codes of 4 and 3 bits for it,
+    4 bits each, with scales of twice the size. What is stored comes back when it is asked for.
+
     Args:
-        parts: Its tensors.
+        parts: Its tensors as they are stored.
     """
 
     weight_scale: Tensor
+    kernel_codes: Tensor | None
+    kernel_scales: Tensor | None
 
     def __init__(self, parts: Mapping[CorePart, Tensor]) -> None:
         super().__init__()
         for part, tensor in parts.items():
             self.register_parameter(part, nn.Parameter(tensor, requires_grad=False))
+        self.register_buffer("kernel_codes", None, persistent=False)
+        self.register_buffer("kernel_scales", None, persistent=False)
+
+    def parts(self) -> dict[CorePart, Tensor]:
+        """Codes and scales as they are stored."""
+        if self.kernel_codes is not None:
+            words = self.get_parameter(CorePart.PACKED_CODES)
+            stored = [pack(self.layout.unpack(own), self.core_type) for own in self.kernel_codes]
+            words.data = torch.stack(stored).view(*self.weight_scale.shape[:-1], -1)
+            self.weight_scale.data = self.weight_scale.contiguous()
+            self.kernel_codes = self.kernel_scales = None
+        return {CorePart(name): parameter.data for name, parameter in self.named_parameters()}
+
+    def _pack_for_kernel(self) -> None:
+        """Pack codes for torch's kernel for 4 bits, unless they are, or it does not take them."""
+        words, scales = self._parameters.get(CorePart.PACKED_CODES), self.weight_scale.data
+        if words is None or self.kernel_codes is not None:
+            return
+        core_type, inputs = packed_type(words, scales)
+        layout = Layout.find(self.outputs, inputs, scales.shape[-1])
+        if layout is None:
+            return
+        with torch.inference_mode(mode=False):
+            matrices = words.data.view(-1, self.outputs, words.shape[-1])
+            codes = torch.empty(len(matrices), self.outputs, inputs // 2, dtype=torch.uint8)
+            for expert, own in enumerate(matrices):
+                codes[expert] = layout.pack(unpack(own, core_type, inputs))
+            self.kernel_codes = codes
+            self.kernel_scales = scales_and_zeros(scales.view(len(codes), self.outputs, -1))
+            self.core_type, self.layout = core_type, layout
+            self.weight_scale.data = self.kernel_scales[..., 0].mT.view_as(scales)
+            words.data = words.new_empty(0)
+
+    def product(self, rows_NX: Tensor, expert: int | None = None) -> Tensor:
+        """Rows in bfloat16 times one matrix, on a CPU, shape (N, outputs).
+
+        Args:
+            rows_NX: The rows; those of other experts may have more values.
+            expert: Which matrix of the core; None if it is the only one.
+        """
+        self._pack_for_kernel()
+        if self.kernel_codes is not None and self.kernel_scales is not None:
+            words, scales_GO2 = (
+                own[expert or 0] for own in (self.kernel_codes, self.kernel_scales)
+            )
+            return self.layout.multiply(_fitted(rows_NX, 2 * words.shape[1]), words, scales_GO2)
+        parts = {part: own if expert is None else own[expert] for part, own in self.parts().items()}
+        codes = parts.get(CorePart.CODES)
+        if codes is not None and codes.dtype == torch.int8:
+            own_NX = _fitted(rows_NX, codes.shape[1])
+            return _multiply_int8(own_NX, codes, parts[CorePart.SCALES][:, 0])
+        matrix_XY = values_of(parts, rows_NX.dtype).mT
+        return gemm(_fitted(rows_NX, len(matrix_XY)), matrix_XY)
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Move codes, but keep their type: float8 is a floating type to torch, as scales have."""
@@ -47,7 +108,16 @@ class QuantisedCore(nn.Module):
             moved: Tensor = fn(tensor)
             return moved.to(tensor.dtype) if tensor.dtype.itemsize == 1 else moved
 
+        self.parts()
         return super()._apply(apply, *args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def _save_to_state_dict(self, *args: Any) -> None:  # noqa: ANN401
+        self.parts()
+        super()._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, *args: Any) -> None:  # noqa: ANN401
+        self.parts()
+        super()._load_from_state_dict(*args)
 
     @property
     def outputs(self) -> int:
@@ -66,11 +136,28 @@ class QuantisedCore(nn.Module):
             dtype: Type of the result.
             expert: Which matrix of the core; all by default.
         """
-        parts = {
-            CorePart(name): parameter if expert is None else parameter[expert]
-            for name, parameter in self.named_parameters()
-        }
-        return values_of(parts, dtype).mT
+        parts = self.parts().items()
+        return values_of(
+            {part: own if expert is None else own[expert] for part, own in parts}, dtype
+        ).mT
+
+
+def _fitted(rows_NX: Tensor, inputs: int) -> Tensor:
+    """Rows cut or filled up with zeros to the inputs of a matrix."""
+    return functional.pad(rows_NX, (0, inputs - rows_NX.shape[1]))
+
+
+# Rows of an expert up to which torch's int8 kernel is faster than expanding its matrix, and what
+# its inputs are multiples of: its loops have no remainder.
+_FEW_ROWS, _KERNEL_INPUTS = 16, 32
+
+
+def _multiply_int8(rows_NX: Tensor, codes_YX: Tensor, scales_Y: Tensor) -> Tensor:
+    """Product with int8: of few rows by torch's kernel, of many with the codes as values."""
+    whole = codes_YX.shape[1] % _KERNEL_INPUTS == 0 and codes_YX.is_contiguous()
+    if whole and len(rows_NX) <= _FEW_ROWS:
+        return torch._weight_int8pack_mm(rows_NX.contiguous(), codes_YX, scales_Y)
+    return gemm(rows_NX, codes_YX.to(rows_NX.dtype).mT) * scales_Y  # codes are exact in bfloat16
 
 
 class CoreOnDisk(QuantisedCore):
@@ -137,14 +224,6 @@ class _Expanding(Sequence[Tensor]):
             matrix_XY = self.core.matrices(self.dtype, expert)
         return matrix_XY[: self.inputs]
 
-    def parts(self, expert: int) -> tuple[Tensor, Tensor]:
-        """Codes of 8 bits (outputs, inputs), and scales, of one of them."""
-        if isinstance(self.core, QuantisedRows):
-            found: dict[str, Tensor] = dict(self.core[expert].named_parameters())
-        else:
-            found = {name: whole[expert] for name, whole in self.core.named_parameters()}
-        return found[CorePart.CODES], found[CorePart.SCALES]
-
     @property
     def outputs(self) -> int:
         """The largest number of outputs of a matrix."""
@@ -153,46 +232,31 @@ class _Expanding(Sequence[Tensor]):
         return max(self.core[expert].outputs for expert in range(len(self.core)))
 
 
-# Rows of an expert up to which torch's int8 kernel is faster than expanding its matrix, and what
-# its inputs are multiples of: its loops have no remainder.
-_FEW_ROWS, _KERNEL_INPUTS = 16, 32
-
-
-def _takes_int8(rows_NX: Tensor, core: QuantisedCore | QuantisedRows) -> bool:
-    """Whether torch's int8 kernel for a CPU may multiply these."""
-    parts = dict((core[0] if isinstance(core, QuantisedRows) else core).named_parameters())
+def _has_kernels(rows_NX: Tensor, core: QuantisedCore | QuantisedRows) -> bool:
+    """Whether these may be multiplied by torch's kernels for a CPU."""
+    scales = (core[0] if isinstance(core, QuantisedRows) else core).weight_scale
     return (
-        CorePart.CODES in parts
-        and parts[CorePart.CODES].dtype == torch.int8
-        and rows_NX.dtype == parts[CorePart.SCALES].dtype == torch.bfloat16
+        rows_NX.device.type == "cpu"
+        and rows_NX.dtype == scales.dtype == torch.bfloat16
         and not torch.is_autocast_enabled("cpu")
         and not (torch.is_grad_enabled() and rows_NX.requires_grad)
     )
 
 
-def _multiply_int8(rows_NX: Tensor, matrices: _Expanding, assigned: Assignments) -> Tensor:
-    """Products with int8 on a CPU: of few rows by torch's kernel, of many with the codes as values.
-
-    Args:
-        rows_NX: Rows in bfloat16.
-        matrices: Matrices of int8.
-        assigned: Assignment of rows to experts.
-    """
-    product_NY = rows_NX.new_zeros(len(rows_NX), matrices.outputs)
+def _multiply_by_kernels(
+    rows_NX: Tensor, core: QuantisedCore | QuantisedRows, assigned: Assignments, width: int
+) -> Tensor:
+    product_NY = rows_NX.new_zeros(len(rows_NX), width)
     stop = 0
     for expert, count in enumerate(assigned.counts):
         start, stop = stop, stop + count
         if not count:
             continue
-        codes_YX, scales_Y1 = matrices.parts(expert)
-        outputs, inputs = codes_YX.shape
-        own_NX = rows_NX[start:stop, :inputs].contiguous()
-        whole = inputs % _KERNEL_INPUTS == 0 and codes_YX.is_contiguous()
-        if whole and count <= _FEW_ROWS:
-            own_NY = torch._weight_int8pack_mm(own_NX, codes_YX, scales_Y1[:, 0])
-        else:  # codes are exact in bfloat16
-            own_NY = gemm(own_NX, codes_YX.to(torch.bfloat16).mT) * scales_Y1[:, 0]
-        product_NY[start:stop, :outputs] = own_NY
+        if isinstance(core, QuantisedRows):
+            own_NY = core[expert].product(rows_NX[start:stop])
+        else:
+            own_NY = core.product(rows_NX[start:stop], expert)
+        product_NY[start:stop, : own_NY.shape[1]] = own_NY
     return product_NY
 
 
@@ -214,8 +278,8 @@ def multiply_quantised(
         matrices_PXY = core.matrices(rows_NX.dtype)[:, : rows_NX.shape[1]]
         return mix_and_multiply(rows_NX, U_E, matrices_PXY, assigned)
     matrices = _Expanding(core, rows_NX.dtype, rows_NX.shape[1])
-    if rows_NX.device.type == "cpu" and _takes_int8(rows_NX, core):
-        return _multiply_int8(rows_NX, matrices, assigned)
+    if not isinstance(core, CoreOnDisk) and _has_kernels(rows_NX, core):
+        return _multiply_by_kernels(rows_NX, core, assigned, matrices.outputs)
     if rows_NX.device.type == "cpu" or isinstance(core, CoreOnDisk):
         return multiply_one_by_one(rows_NX, matrices, assigned, width=matrices.outputs)
     whole = (

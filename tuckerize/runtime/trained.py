@@ -56,8 +56,7 @@ def train_rounded(experts: nn.Module) -> None:
     for module in [*experts.modules()]:
         for name, core in [*module.named_children()]:
             if type(core) is QuantisedCore:
-                parts = {CorePart(part): value.data for part, value in core.named_parameters()}
-                setattr(module, name, TrainedCore(parts))
+                setattr(module, name, TrainedCore(core.parts()))
 
 
 def rounded(codes: Tensor, core_type: CoreType) -> Tensor:

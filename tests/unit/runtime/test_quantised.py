@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -11,7 +15,9 @@ from tuckerize.format.cores import CODES, values_of
 from tuckerize.linalg.packing import pack
 from tuckerize.linalg.quantise import QuantisedMatrices, quantise
 from tuckerize.names import CorePart
+from tuckerize.runtime import int4
 from tuckerize.runtime.grouped import assign
+from tuckerize.runtime.int4 import Layout
 from tuckerize.runtime.quantised import QuantisedCore, QuantisedRows, multiply_quantised
 
 
@@ -38,27 +44,29 @@ def test_values_are_codes_times_scales(
     assert not values[..., inputs:].any()
 
 
-@pytest.mark.parametrize("inputs", [64, 72])  # the kernel takes whole blocks of 32
+@pytest.mark.parametrize("inputs", [64, 72])  # kernels take whole blocks of 32
 @pytest.mark.parametrize("uneven", [False, True])
-def test_int8_of_few_and_of_many_rows(
-    inputs: int, uneven: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("core_type", CoreType)
+def test_few_and_many_rows_in_bfloat16(
+    inputs: int, uneven: bool, core_type: CoreType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kernel, few = torch._weight_int8pack_mm, []
+    kernels = {
+        "_weight_int8pack_mm": torch._weight_int8pack_mm,
+        "_multiply": int4._multiply,
+    }
+    few: list[int] = []
 
-    def noted(rows: Tensor, *operands: Tensor) -> Tensor:
-        few.append(len(rows))
-        product: Tensor = kernel(rows, *operands)
-        return product
+    def noting(name: str) -> Callable[..., Tensor]:
+        def noted(rows: Tensor, *operands: object) -> Tensor:
+            few.append(len(rows))
+            product: Tensor = kernels[name](rows, *operands)
+            return product
 
-    monkeypatch.setattr(torch, "_weight_int8pack_mm", noted)
-    found = quantise(torch.randn(4, 48, inputs), CoreType.W8)
-    if uneven:  # the second expert has half of the inputs
-        halves = [
-            found.of_expert(e).narrowed(inputs=(inputs, inputs // 2)[e == 1]) for e in range(4)
-        ]
-        core: QuantisedCore | QuantisedRows = QuantisedRows(QuantisedCore(parts(h)) for h in halves)
-    else:
-        core, halves = QuantisedCore(parts(found)), [found.of_expert(e) for e in range(4)]
+        return noted
+
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", noting("_weight_int8pack_mm"))
+    monkeypatch.setattr(int4, "_multiply", noting("_multiply"))
+    core, halves = core_and_parts(quantise(torch.randn(4, 48, inputs), core_type), uneven=uneven)
     experts_N = torch.tensor([0] * 3 + [1] * 2 + [3] * 50)
     rows_NX = torch.randn(len(experts_N), inputs).bfloat16()
     product_NY = multiply_quantised(rows_NX, core, assign(experts_N[:, None], range(4)), None)
@@ -68,4 +76,46 @@ def test_int8_of_few_and_of_many_rows(
         for expert, row in zip(experts_N.tolist(), rows_NX, strict=True)
     ])  # fmt: skip
     torch.testing.assert_close(product_NY.double(), expected_NY, rtol=0.02, atol=0.05)
-    assert few == ([3, 2] if inputs % 64 == 0 else [])
+    has_int4 = core_type.bits < 8 and Layout.find(48, 64, 2) is not None
+    has_kernel = core_type == CoreType.W8 or has_int4
+    assert few == ([3, 2] if inputs % 64 == 0 and has_kernel else [])
+
+
+def core_and_parts(
+    found: QuantisedMatrices, *, uneven: bool
+) -> tuple[QuantisedCore | QuantisedRows, list[QuantisedMatrices]]:
+    """A core of four experts, and theirs; where uneven, the second has half of the inputs."""
+    whole = found.codes.shape[-1]
+    if not uneven:
+        return QuantisedCore(parts(found)), [found.of_expert(e) for e in range(4)]
+    halves = [found.of_expert(e).narrowed(inputs=(whole, whole // 2)[e == 1]) for e in range(4)]
+    return QuantisedRows(QuantisedCore(parts(half)) for half in halves), halves
+
+
+@pytest.mark.parametrize("core_type", [own for own in CoreType if own.bits < 8])
+@pytest.mark.parametrize("uneven", [False, True])
+def test_codes_come_back_from_the_packing_of_a_kernel(core_type: CoreType, uneven: bool) -> None:
+    """Whoever stores, moves or trains a core sees what it was given, whatever it multiplied."""
+    found = quantise(torch.randn(4, 48, 256), core_type)
+    core, _ = core_and_parts(replace(found, scales=found.scales.bfloat16()), uneven=uneven)
+    stored = {name: own.clone() for name, own in core.state_dict().items()}
+    matrix_XY = core[0].matrices(torch.float32) if uneven else core.matrices(torch.float32, 0)
+
+    def use() -> None:
+        rows_NX = torch.randn(8, 256).bfloat16()
+        multiply_quantised(rows_NX, core, assign(torch.arange(8)[:, None] % 4, range(4)), None)
+        if Layout.find(48, 256, 2) is not None:
+            assert any(own.numel() for own in core.buffers())
+            assert not core.get_parameter(f"{'0.' * uneven}weight_packed").numel()
+
+    use()
+    torch.testing.assert_close(core.state_dict(), stored, rtol=0, atol=0)
+    use()
+    copied = copy.deepcopy(core).to(torch.float32).to(torch.bfloat16)
+    torch.testing.assert_close(copied.state_dict(), stored, rtol=0, atol=0)
+    use()
+    core.load_state_dict(stored)
+    torch.testing.assert_close(core.state_dict(), stored, rtol=0, atol=0)
+    use()
+    again = core[0].matrices(torch.float32) if uneven else core.matrices(torch.float32, 0)
+    assert torch.equal(again, matrix_XY)
