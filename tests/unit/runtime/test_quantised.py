@@ -50,22 +50,9 @@ def test_values_are_codes_times_scales(
 def test_few_and_many_rows_in_bfloat16(
     inputs: int, uneven: bool, core_type: CoreType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kernels = {
-        "_weight_int8pack_mm": torch._weight_int8pack_mm,
-        "_multiply": int4._multiply,
-    }
     few: list[int] = []
-
-    def noting(name: str) -> Callable[..., Tensor]:
-        def noted(rows: Tensor, *operands: object) -> Tensor:
-            few.append(len(rows))
-            product: Tensor = kernels[name](rows, *operands)
-            return product
-
-        return noted
-
-    monkeypatch.setattr(torch, "_weight_int8pack_mm", noting("_weight_int8pack_mm"))
-    monkeypatch.setattr(int4, "_multiply", noting("_multiply"))
+    for owner, name in ((torch, "_weight_int8pack_mm"), (int4, "_multiply")):
+        monkeypatch.setattr(owner, name, noting(getattr(owner, name), few))
     core, halves = core_and_parts(quantise(torch.randn(4, 48, inputs), core_type), uneven=uneven)
     experts_N = torch.tensor([0] * 3 + [1] * 2 + [3] * 50)
     rows_NX = torch.randn(len(experts_N), inputs).bfloat16()
@@ -79,6 +66,16 @@ def test_few_and_many_rows_in_bfloat16(
     has_int4 = core_type.bits < 8 and Layout.find(48, 64, 2) is not None
     has_kernel = core_type == CoreType.W8 or has_int4
     assert few == ([3, 2] if inputs % 64 == 0 and has_kernel else [])
+
+
+def noting(kernel: Callable[..., Tensor], few: list[int]) -> Callable[..., Tensor]:
+    """A kernel that notes the rows that it multiplies."""
+
+    def noted(rows_NX: Tensor, *operands: object) -> Tensor:
+        few.append(len(rows_NX))
+        return kernel(rows_NX, *operands)
+
+    return noted
 
 
 def core_and_parts(
@@ -99,14 +96,16 @@ def test_codes_come_back_from_the_packing_of_a_kernel(core_type: CoreType, uneve
     found = quantise(torch.randn(4, 48, 256), core_type)
     core, _ = core_and_parts(replace(found, scales=found.scales.bfloat16()), uneven=uneven)
     stored = {name: own.clone() for name, own in core.state_dict().items()}
-    matrix_XY = core[0].matrices(torch.float32) if uneven else core.matrices(torch.float32, 0)
+    first = core[0] if isinstance(core, QuantisedRows) else core
+    expert = None if uneven else 0
+    matrix_XY = first.matrices(torch.float32, expert)
 
     def use() -> None:
         rows_NX = torch.randn(8, 256).bfloat16()
         multiply_quantised(rows_NX, core, assign(torch.arange(8)[:, None] % 4, range(4)), None)
         if Layout.find(48, 256, 2) is not None:
             assert any(own.numel() for own in core.buffers())
-            assert not core.get_parameter(f"{'0.' * uneven}weight_packed").numel()
+            assert not first.get_parameter(CorePart.PACKED_CODES).numel()
 
     use()
     torch.testing.assert_close(core.state_dict(), stored, rtol=0, atol=0)
@@ -117,5 +116,4 @@ def test_codes_come_back_from_the_packing_of_a_kernel(core_type: CoreType, uneve
     core.load_state_dict(stored)
     torch.testing.assert_close(core.state_dict(), stored, rtol=0, atol=0)
     use()
-    again = core[0].matrices(torch.float32) if uneven else core.matrices(torch.float32, 0)
-    assert torch.equal(again, matrix_XY)
+    assert torch.equal(first.matrices(torch.float32, expert), matrix_XY)
