@@ -51,7 +51,12 @@ class Layout:
 
     def pack(self, codes_OK: Tensor) -> Tensor:
         """Codes (int8, from -8 to 7) as the kernel has them, (O, K/2) bytes."""
-        return _packed(codes_OK.to(torch.int32) + _OFFSET)
+        outputs, inputs = codes_OK.shape
+        offset_PK = (codes_OK + _OFFSET).view(torch.uint8)[self.order_P]
+        pairs_PK = offset_PK[::2] | (offset_PK[1::2] << 4)
+        whole = (outputs - outputs % self.block) // 2
+        blocks = (pairs_PK[:whole].view(-1, self.block // 2, inputs), pairs_PK[None, whole:])
+        return torch.cat([own.mT.flatten() for own in blocks]).view(outputs, inputs // 2)
 
     def unpack(self, words: Tensor) -> Tensor:
         """The inverse of `pack`."""
@@ -123,7 +128,8 @@ def _layout(outputs: int) -> Layout | None:
     layout = Layout(order_P, block)
     codes_OK = (torch.arange(6 * outputs) * 7 % 16 - _OFFSET).to(torch.int8).view(-1, 6)
     is_whole = torch.equal(order_P.sort().values, torch.arange(outputs))
-    is_known = is_whole and torch.equal(layout.unpack(layout.pack(codes_OK)), codes_OK)
+    packed = _packed(codes_OK.to(torch.int32) + _OFFSET)
+    is_known = is_whole and torch.equal(layout.pack(codes_OK), packed)
     return layout if is_known else None
 
 
