@@ -62,8 +62,11 @@ def unpack(words: Tensor, core_type: CoreType, columns: int) -> Tensor:
     return codes
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def unpacked_values(words: Tensor, dtype: torch.dtype) -> Tensor:
     """Codes of 4 bits in a type of 8 to 32, two at a time by a table, which a CPU does faster.
+
+    Inductor (torch 2.13) computes wrong values where it fuses the change of type at the end.
 
     Args:
         words: Packed codes, shape (..., O, K/8) in int32, or as bytes, two codes in each.

@@ -329,7 +329,8 @@ def _has_grouped_gemm(rows_NX: Tensor, matrices_EXY: Tensor) -> bool:
         return not has_gradient and has_grouped_matmul(num_experts, inner, outer, dtype)
     if not hasattr(functional, "grouped_mm") or _is_slow(matrices_EXY):  # torch before 2.10
         return False
-    if dtype not in {torch.bfloat16, torch.float16, torch.float32}:
+    others = set() if torch.compiler.is_compiling() else {torch.float16, torch.float32}
+    if dtype not in {torch.bfloat16, *others}:  # tracing refuses them
         return False
     distances = {*matrices_EXY.shape[1:], *({*matrices_EXY.stride()} - {1})}
     if any(distance * dtype.itemsize % _ALIGNMENT for distance in distances):

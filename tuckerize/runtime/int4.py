@@ -144,4 +144,5 @@ def _packed(codes_OK: Tensor) -> Tensor:
 def _nibbles(codes_OK: Tensor) -> Tensor:
     """Codes from 0 to 15 in the order of the kernel."""
     words = _packed(codes_OK.to(torch.int32))
-    return unpacked_values(words, torch.int8).flatten().to(torch.int64) + _OFFSET
+    codes: Tensor = unpacked_values(words, torch.int8)
+    return codes.flatten().to(torch.int64) + _OFFSET

@@ -70,16 +70,17 @@ class QuantisedCore(nn.Module):
         if layout is None:
             return
         with torch.inference_mode(mode=False):
-            matrices = words.data.view(-1, self.outputs, words.shape[-1])
+            matrices = words.data.reshape(-1, self.outputs, words.shape[-1])
             codes = torch.empty(len(matrices), self.outputs, inputs // 2, dtype=torch.uint8)
             for expert, own in enumerate(matrices):
                 codes[expert] = layout.pack(unpack(own, core_type, inputs))
             self.kernel_codes = codes
-            self.kernel_scales = scales_and_zeros(scales.view(len(codes), self.outputs, -1))
+            self.kernel_scales = scales_and_zeros(scales.reshape(len(codes), self.outputs, -1))
             self.core_type, self.layout = core_type, layout
             self.weight_scale.data = self.kernel_scales[..., 0].mT.view_as(scales)
             words.data = words.new_empty(0)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def product(self, rows_NX: Tensor, expert: int | None = None) -> Tensor:
         """Rows in bfloat16 times one matrix, on a CPU, shape (N, outputs).
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -261,8 +262,19 @@ def test_every_parameter_gets_a_gradient_whichever_experts_have_tokens() -> None
     assert not idle.any()
 
 
-def test_torch_compile_gives_the_same_without_compiling_again_for_every_batch() -> None:
-    module = TuckerExperts(uneven_layer(), group_size=E, activation=SWIGLU)
+def even_layer() -> list[dict[TensorName, Tensor]]:
+    """A group whose experts are of sizes that a grouped GEMM takes."""
+    tensors = {TensorName.core(projection): torch.randn(E, 8, 4) for projection in Projection}
+    for owner in ("gate_up_proj", "down_proj"):
+        tensors[TensorName(owner, TensorKind.U_I)] = torch.randn(I, 4)
+    return [tensors]
+
+
+@pytest.mark.parametrize("layer", [uneven_layer, even_layer])
+def test_torch_compile_gives_the_same_without_compiling_again_for_every_batch(
+    layer: Callable[[], list[dict[TensorName, Tensor]]],
+) -> None:
+    module = TuckerExperts(layer(), group_size=E, activation=SWIGLU)
     torch.compiler.reset()
     compiled = torch.compile(module, backend="eager")
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -62,7 +63,7 @@ def test_few_and_many_rows_in_bfloat16(
         matrices[expert] @ row[: matrices[expert].shape[1]].double()
         for expert, row in zip(experts_N.tolist(), rows_NX, strict=True)
     ])  # fmt: skip
-    torch.testing.assert_close(product_NY.double(), expected_NY, rtol=0.02, atol=0.05)
+    torch.testing.assert_close(product_NY.double(), expected_NY, rtol=0.02, atol=0.15)
     has_int4 = core_type.bits < 8 and Layout.find(48, 64, 2) is not None
     has_kernel = core_type == CoreType.W8 or has_int4
     assert few == ([3, 2] if inputs % 64 == 0 and has_kernel else [])
@@ -117,3 +118,21 @@ def test_codes_come_back_from_the_packing_of_a_kernel(core_type: CoreType, uneve
     torch.testing.assert_close(core.state_dict(), stored, rtol=0, atol=0)
     use()
     assert torch.equal(first.matrices(torch.float32, expert), matrix_XY)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a compiler for the CPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_compiled_products_are_the_same(dtype: torch.dtype) -> None:
+    """Of 90 inputs codes have room for 96; Inductor miscomputed what was cut from it."""
+    found = quantise(torch.randn(4, 48, 90), CoreType.W4)
+    core, _ = core_and_parts(found, uneven=False)
+    core.to(dtype)
+
+    def multiplied(rows_NX: Tensor, experts_N1: Tensor) -> Tensor:
+        return multiply_quantised(rows_NX, core, assign(experts_N1, range(4)), None)
+
+    torch.compiler.reset()
+    rows_NX, experts_N1 = torch.randn(9, 90).to(dtype), torch.arange(9)[:, None] % 4
+    with torch.no_grad():
+        compiled = torch.compile(multiplied)(rows_NX, experts_N1)
+        torch.testing.assert_close(compiled, multiplied(rows_NX, experts_N1))
