@@ -80,7 +80,7 @@ def unpacked_values(words: Tensor, dtype: torch.dtype) -> Tensor:
 @cache
 def _pairs(dtype: torch.dtype) -> Tensor:
     """Both codes of 4 bits in every byte, the lower one first, as one integer."""
-    codes = torch.arange(16) - 8
+    codes = torch.arange(16, device="cpu") - 8
     pairs = torch.cartesian_prod(codes, codes).flip(1).to(dtype)
     return pairs.view({1: torch.int16, 2: torch.int32, 4: torch.int64}[dtype.itemsize]).flatten()
 

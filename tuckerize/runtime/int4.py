@@ -118,18 +118,20 @@ def _layout(outputs: int) -> Layout | None:
     has_kernel = _pack is not None and _multiply is not None
     if not has_kernel or torch.backends.cpu.get_cpu_capability() not in _PROCESSORS:
         return None
-    block = int(_nibbles(torch.arange(2).expand(outputs, 2)).argmax())  # then the next input comes
-    numbers_O2 = torch.arange(outputs)[:, None].expand(-1, 2)
-    shifts = range(0, outputs.bit_length(), 4)
-    found = sum((_nibbles(numbers_O2 >> shift & 15) << shift for shift in shifts), torch.tensor(0))
+    numbers_O2 = torch.arange(outputs, device="cpu")[:, None].expand(-1, 2)
+    ends_O2 = torch.arange(2, device="cpu").expand(outputs, 2)
+    block = int(_nibbles(ends_O2).argmax())  # then the next input comes
+    found = torch.zeros(2 * outputs, dtype=torch.int64, device="cpu")
+    for shift in range(0, outputs.bit_length(), 4):
+        found += _nibbles(numbers_O2 >> shift & 15) << shift
     whole = outputs - outputs % block
     blocks_P = found[: 2 * whole].view(-1, 2, block)[:, 0].flatten()
     order_P = torch.cat([blocks_P, found[2 * whole :][: outputs - whole]])
     layout = Layout(order_P, block)
-    codes_OK = (torch.arange(6 * outputs) * 7 % 16 - _OFFSET).to(torch.int8).view(-1, 6)
-    is_whole = torch.equal(order_P.sort().values, torch.arange(outputs))
-    packed = _packed(codes_OK.to(torch.int32) + _OFFSET)
-    is_known = is_whole and torch.equal(layout.pack(codes_OK), packed)
+    codes_O2 = numbers_O2 * torch.tensor([3, 5], device="cpu") % 16
+    is_whole = torch.equal(order_P.sort().values, numbers_O2[:, 0])
+    packed = layout.pack((codes_O2 - _OFFSET).to(torch.int8)) if is_whole else None
+    is_known = packed is not None and torch.equal(packed, _packed(codes_O2.to(torch.int32)))
     return layout if is_known else None
 
 

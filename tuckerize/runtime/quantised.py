@@ -60,6 +60,10 @@ class QuantisedCore(nn.Module):
             self.kernel_codes = self.kernel_scales = None
         return {CorePart(name): parameter.data for name, parameter in self.named_parameters()}
 
+    def _parts_of(self, expert: int | None) -> dict[CorePart, Tensor]:
+        """Codes and scales of one matrix, or of all."""
+        return {part: own if expert is None else own[expert] for part, own in self.parts().items()}
+
     def _pack_for_kernel(self) -> None:
         """Pack codes for torch's kernel for 4 bits, unless they are, or it does not take them."""
         words, scales = self._parameters.get(CorePart.PACKED_CODES), self.weight_scale.data
@@ -71,7 +75,8 @@ class QuantisedCore(nn.Module):
             return
         with torch.inference_mode(mode=False):
             matrices = words.data.reshape(-1, self.outputs, words.shape[-1])
-            codes = torch.empty(len(matrices), self.outputs, inputs // 2, dtype=torch.uint8)
+            sizes = len(matrices), self.outputs, inputs // 2
+            codes = words.new_empty(sizes, dtype=torch.uint8)
             for expert, own in enumerate(matrices):
                 codes[expert] = layout.pack(unpack(own, core_type, inputs))
             self.kernel_codes = codes
@@ -94,7 +99,7 @@ class QuantisedCore(nn.Module):
                 own[expert or 0] for own in (self.kernel_codes, self.kernel_scales)
             )
             return self.layout.multiply(_fitted(rows_NX, 2 * words.shape[1]), words, scales_GO2)
-        parts = {part: own if expert is None else own[expert] for part, own in self.parts().items()}
+        parts = self._parts_of(expert)
         codes = parts.get(CorePart.CODES)
         if codes is not None and codes.dtype == torch.int8:
             own_NX = _fitted(rows_NX, codes.shape[1])
@@ -137,10 +142,7 @@ class QuantisedCore(nn.Module):
             dtype: Type of the result.
             expert: Which matrix of the core; all by default.
         """
-        parts = self.parts().items()
-        return values_of(
-            {part: own if expert is None else own[expert] for part, own in parts}, dtype
-        ).mT
+        return values_of(self._parts_of(expert), dtype).mT
 
 
 def _fitted(rows_NX: Tensor, inputs: int) -> Tensor:

@@ -120,6 +120,21 @@ def test_codes_come_back_from_the_packing_of_a_kernel(core_type: CoreType, uneve
     assert torch.equal(first.matrices(torch.float32, expert), matrix_XY)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gradients_of_rows_after_inference(dtype: torch.dtype) -> None:
+    found = quantise(torch.randn(4, 48, 64), CoreType.W4)
+    core, halves = core_and_parts(found, uneven=False)
+    core.to(dtype)
+    rows_NX, assigned = torch.randn(4, 64).to(dtype), assign(torch.arange(4)[:, None], range(4))
+    with torch.inference_mode():
+        multiply_quantised(rows_NX, core, assigned, None)
+    rows_NX.requires_grad_()
+    multiply_quantised(rows_NX, core, assigned, None).sum().backward()
+    expected_NX = torch.stack([half.dequantised().sum(0) for half in halves])
+    assert rows_NX.grad is not None
+    torch.testing.assert_close(rows_NX.grad.float(), expected_NX, rtol=0.02, atol=0.2)
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a compiler for the CPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_compiled_products_are_the_same(dtype: torch.dtype) -> None:
