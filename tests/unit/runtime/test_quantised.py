@@ -129,7 +129,7 @@ def test_gradients_of_rows_after_inference(dtype: torch.dtype) -> None:
     with torch.inference_mode():
         multiply_quantised(rows_NX, core, assigned, None)
     rows_NX.requires_grad_()
-    multiply_quantised(rows_NX, core, assigned, None).sum().backward()
+    torch.autograd.backward(multiply_quantised(rows_NX, core, assigned, None).sum())
     expected_NX = torch.stack([half.dequantised().sum(0) for half in halves])
     assert rows_NX.grad is not None
     torch.testing.assert_close(rows_NX.grad.float(), expected_NX, rtol=0.02, atol=0.2)
