@@ -30,7 +30,7 @@ _FEW_ROWS, _EXPANDED = 32, 2**20
 
 @dataclass(frozen=True)
 class Layout:
-    """How the kernel has the codes of matrices of some outputs.
+    """Order of the codes of matrices of some outputs in the kernel.
 
     A block has the codes of all its outputs for the first input, then for the next one, two in a
     byte.
