@@ -148,7 +148,10 @@ def test_widths_are_those_of_least_cost_among_all_of_the_same_sum(
         return float(costs_EH[0, : 9 - first].sum() + costs_EH[1, : 9 - second].sum())
 
     least = max(1, int(0.25 * width) // multiple) * multiple
-    possible = [n for n in range(least, 9, multiple) if least <= 2 * width - n <= 9 - 9 % multiple]
+    most = 9 - 9 % multiple
+    possible = [
+        first for first in range(least, most + 1, multiple) if least <= 2 * width - first <= most
+    ]
     assert lost(kept.widths[0]) == pytest.approx(min(lost(first) for first in possible))
 
 
