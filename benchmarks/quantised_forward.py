@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -47,6 +48,14 @@ def experts_of(shape: Shape, core_type: CoreType | None) -> TuckerExperts:
     return TuckerExperts([tensors], group_size=EXPERTS, activation=activation_of(Glu()))
 
 
+def first_seconds(layer: TuckerExperts) -> float:
+    """Seconds of the first token of a layer, which packs codes for torch's kernel for 4 bits."""
+    operands = torch.randn(1, HIDDEN).bfloat16(), torch.arange(TOP_K)[None], torch.ones(1, TOP_K)
+    start = time.perf_counter()
+    layer(*operands)
+    return time.perf_counter() - start
+
+
 def main() -> None:
     """Measure, print, and write the results if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
@@ -60,6 +69,8 @@ def main() -> None:
     with torch.inference_mode():
         for name, shape in SHAPES.items():
             layers = {str(core or "bf16"): experts_of(shape, core) for core in ENCODINGS}
+            for encoding, layer in layers.items():
+                print(f"{name:13} first {encoding:5} {first_seconds(layer):9.2f} s", flush=True)
             for tokens in TOKENS:
                 x_TI = torch.randn(tokens, HIDDEN).bfloat16()
                 weights_Tk, experts_Tk = torch.rand(tokens, EXPERTS).softmax(1).topk(TOP_K)
