@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tuckerize.domain import CoreType
 from tuckerize.format.cores import packed_type, values_of
 from tuckerize.linalg.packing import pack, unpack
 from tuckerize.names import CorePart
@@ -42,6 +43,8 @@ class QuantisedCore(nn.Module):
     weight_scale: Tensor
     kernel_codes: Tensor | None
     kernel_scales: Tensor | None
+    core_type: CoreType  # of what is packed for the kernel, as is the layout
+    layout: Layout
 
     def __init__(self, parts: Mapping[CorePart, Tensor]) -> None:
         super().__init__()
