@@ -85,21 +85,22 @@ def shapes(keep: float) -> dict[str, Shape]:
     """Three ways to spend a budget: factors alone, neurons alone, half of its logarithm on each."""
     return {
         "latent": Shape(INTERMEDIATE, _rank(keep, INTERMEDIATE)),
-        "neurons": Shape(_eights(keep * INTERMEDIATE), HIDDEN),
+        "neurons": Shape(_multiple(keep * INTERMEDIATE), HIDDEN),
         "both": Shape(
-            _eights(math.sqrt(keep) * INTERMEDIATE),
-            _rank(keep, _eights(math.sqrt(keep) * INTERMEDIATE)),
+            _multiple(math.sqrt(keep) * INTERMEDIATE),
+            _rank(keep, _multiple(math.sqrt(keep) * INTERMEDIATE)),
         ),
     }
 
 
 def _rank(keep: float, neurons: int) -> int:
     budget = keep * 3 * EXPERTS * INTERMEDIATE * HIDDEN
-    return _eights(budget / (3 * EXPERTS * neurons + 2 * HIDDEN))
+    return _multiple(budget / (3 * EXPERTS * neurons + 2 * HIDDEN))
 
 
-def _eights(size: float) -> int:
-    return int(size) // 8 * 8
+def _multiple(size: float) -> int:
+    """The nearest size that a plan chooses from, where modes are this large."""
+    return 128 * round(size / 128)
 
 
 def tucker_experts(shape: Shape, dtype: torch.dtype) -> TuckerExperts:

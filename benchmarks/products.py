@@ -43,9 +43,11 @@ def main() -> None:
     torch.manual_seed(0)
     print(f"capability {torch.backends.cpu.get_cpu_capability()}")
     matrix = torch.randn(1408, 2048).bfloat16()
-    for count in (1, 6, 48):
+    columns = matrix.mT.contiguous().mT
+    for count in (1, 2, 6, 48):
         rows = torch.randn(count, 1408).bfloat16()
         times = [f"{name} {milliseconds(way, rows, matrix):.2f}" for name, way in WAYS.items()]
+        times.append(f"ours by columns {milliseconds(gemm, rows, columns):.2f}")
         print(f"{count:3} rows: {', '.join(times)}")
 
 

@@ -12,6 +12,7 @@ k experts per token, N rows (a token with one of its experts), others as in lina
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from tuckerize.runtime.exchange import Combine, Exchange, Tokens, dispatch_all
 from tuckerize.runtime.grouped import (
     Assignments,
     assign,
+    by_columns,
     gemm,
     mix_and_multiply,
     multiply,
@@ -129,8 +131,10 @@ class TuckerStack(nn.Module):
             return multiply_quantised(rows_NX, self.core, assigned, U_E)
 
         def oriented(core: Tensor) -> Tensor:
-            own = _own(core).to(rows_NX.dtype)
-            return own if transposed else own.mT
+            if not transposed:
+                return _own(core).to(rows_NX.dtype).mT
+            own = by_columns(core) if self.U_E is None else core
+            return _own(own).to(rows_NX.dtype)
 
         if isinstance(self.core, nn.ParameterList):
             matrices = [oriented(matrix) for matrix in self.core]
@@ -139,6 +143,14 @@ class TuckerStack(nn.Module):
             return multiply(rows_NX, oriented(self.core), assigned)
         U_E = _own(self.U_E).to(rows_NX.dtype)
         return mix_and_multiply(rows_NX, U_E, oriented(self.core), assigned)
+
+    def _save_to_state_dict(self, *args: Any) -> None:  # noqa: ANN401
+        """As stored: files have matrices row by row."""
+        for parameter in self.parameters():
+            if not parameter.is_contiguous():
+                with torch.inference_mode(mode=parameter.is_inference()):
+                    parameter.data = parameter.data.contiguous()
+        super()._save_to_state_dict(*args)
 
     def with_bias(self, rows_NH: Tensor, assigned: Assignments) -> Tensor:
         """Add to every row the bias of its expert, if there is one."""
@@ -259,7 +271,9 @@ class TuckerExperts(nn.Module):
                 if not known:
                     factors.append(own)
         low = [
-            self.exchange.own_hidden(x_TI) if U_I is None else gemm(x_TI, U_I.to(x_TI.dtype))
+            self.exchange.own_hidden(x_TI)
+            if U_I is None
+            else gemm(x_TI, by_columns(U_I).to(x_TI.dtype))
             for U_I in factors
         ]
         return low, places
@@ -306,7 +320,7 @@ class TuckerExperts(nn.Module):
         """Weighted sums over the experts of every group, each (T, r_I), before U_I."""
         stacks = [group.stack(Projection.DOWN) for group in self.groups]
         middles = [
-            h_NH if stack.U_H is None else gemm(h_NH, _own(stack.U_H).to(h_NH.dtype))
+            h_NH if stack.U_H is None else gemm(h_NH, _own(by_columns(stack.U_H)).to(h_NH.dtype))
             for h_NH, stack in zip(neurons, stacks, strict=True)
         ]
         completed = self.exchange.down(middles, [stack.U_H is not None for stack in stacks])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable
@@ -260,6 +261,45 @@ def test_every_parameter_gets_a_gradient_whichever_experts_have_tokens() -> None
     idle = gradients["group_0.gate_proj.core.0"]
     assert idle is not None
     assert not idle.any()
+
+
+@pytest.mark.parametrize("layer", [lambda: make_layer(SMALL).groups, uneven_layer])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("born", ["normally", "in inference mode"])
+def test_layout_for_a_cpu_is_seen_by_nobody(
+    layer: Callable[[], list[dict[TensorName, Tensor]]], dtype: torch.dtype, born: str
+) -> None:
+    """What is stored stays as it was given, and trains, after products in 16 bits."""
+    groups = [{name: own.to(dtype) for name, own in group.items()} for group in layer()]
+    x, experts, weights = make_tokens(9, E)
+    x, weights = x.to(dtype), weights.to(dtype)
+    with torch.inference_mode(mode=born == "in inference mode"):
+        module = TuckerExperts(
+            [{name: own.clone() for name, own in group.items()} for group in groups],
+            group_size=E,
+            activation=SWIGLU,
+        )
+    wide = [{name: own.double() for name, own in group.items()} for group in groups]
+    exact = TuckerExperts(wide, group_size=E, activation=SWIGLU)
+    expected = exact(x.double(), experts, weights.double()).to(dtype)
+    for _ in range(2):
+        with torch.inference_mode():
+            output = module(x, experts, weights)
+        torch.testing.assert_close(output, expected, rtol=0.05, atol=0.05 * float(expected.max()))
+        assert not all(own.is_contiguous() for own in module.parameters())
+        stored = module.state_dict()
+        assert all(value.is_contiguous() for value in stored.values())
+        given = {
+            f"group_{n}.{name}": own
+            for n, group in enumerate(groups)
+            for name, own in group.items()
+        }
+        torch.testing.assert_close(stored, given, rtol=0, atol=0, check_stride=True)
+    if born == "in inference mode":  # such tensors have no gradients
+        return
+    trained = copy.deepcopy(module).requires_grad_()
+    trained(x, experts, weights).sum().backward()
+    assert all(own.grad is not None for own in trained.parameters())
 
 
 def even_layer() -> list[dict[TensorName, Tensor]]:
