@@ -65,6 +65,8 @@ full-width: $(VENV)/.installed  ## Time and memory at DeepSeek-V2-Lite's width (
 accelerator: $(VENV)/.installed  ## Everything that an accelerator changes, in minutes and without network
 	$(BIN)/python -m benchmarks.accelerator --write
 
+# Leaves a processor nothing beyond AVX2.
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 bench: $(VENV)/.installed  ## Speed, before and after, and the tables of docs/performance.md (an hour, alone on the machine)
 	$(BIN)/python -m benchmarks.calibrated_speed --baseline 621ff6c --narrow 4 --write
 	$(BIN)/python -m benchmarks.shared_speed --write
@@ -72,7 +74,9 @@ bench: $(VENV)/.installed  ## Speed, before and after, and the tables of docs/pe
 	$(PIP) pyttb
 	$(BIN)/python -m benchmarks.linalg.st_hosvd --threads 2 --runs 3 --pyttb --tensorly --write
 	$(BIN)/python -m benchmarks.forward --threads 1 --runs 2 --batches 1 8 32 --most-tokens 1024 --write
+	$(AVX2) $(BIN)/python -m benchmarks.forward --threads 1 --runs 2 --batches 1 8 32 --most-tokens 1024 --write
 	$(BIN)/python -m benchmarks.quantised_forward --threads 1 --runs 3 --write
+	$(AVX2) $(BIN)/python -m benchmarks.quantised_forward --threads 1 --runs 3 --write
 	$(BIN)/python -m benchmarks.reading --write
 	$(BIN)/python benchmarks/full_width.py --write
 	$(BIN)/python benchmarks/full_width.py --calibrated --layers 2 --write

@@ -43,7 +43,8 @@ _HALVES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _SLOW_ON_CPU = {dtype for dtype, name in _HALVES.items() if not _has_cpu_kernels(name)}
 
 
-def _is_slow(tensor: Tensor) -> bool:
+def is_slow(tensor: Tensor) -> bool:
+    """Whether a CPU multiplies tensors of this type faster by way of float32."""
     return tensor.device.type == "cpu" and tensor.dtype in _SLOW_ON_CPU
 
 
@@ -57,7 +58,7 @@ def gemm(rows_NX: Tensor, matrix_XY: Tensor) -> Tensor:
         rows_NX: Rows, shape (..., N, X).
         matrix_XY: Matrices, shape (..., X, Y), in the rows' dtype.
     """
-    if not _is_slow(rows_NX):
+    if not is_slow(rows_NX):
         return rows_NX @ matrix_XY
     if rows_NX.ndim == 2 and len(rows_NX) == 1:  # the conversion would take longer than this
         return torch.mv(matrix_XY.mT, rows_NX[0]).unsqueeze(0)
@@ -145,7 +146,7 @@ class Assignments:
         rows_PX.index_add_(0, self.places_N, rows_NX)
         rows_TkX = rows_PX.view(*weights_Tk.shape, width)
         weights_T1k = weights_Tk.to(rows_NX.dtype).unsqueeze(1)
-        if _is_slow(rows_NX):
+        if is_slow(rows_NX):
             return torch.einsum("tkx,tok->tx", rows_TkX, weights_T1k)
         summed_T1X: Tensor = weights_T1k @ rows_TkX  # by einsum ten times as long on a CPU
         return summed_T1X.squeeze(1)
@@ -318,7 +319,7 @@ def _products(
         own_NX, own_NY = all_NX[:, :inner], all_NY[:, :outer]
         if outer < width:
             all_NY[:, outer:].zero_()
-        if _is_slow(own_NX):
+        if is_slow(own_NX):
             own_NY.copy_(gemm(own_NX, matrix_XY))
         else:
             torch.mm(own_NX, matrix_XY, out=own_NY)
@@ -356,7 +357,7 @@ def _has_grouped_gemm(rows_NX: Tensor, matrices_EXY: Tensor) -> bool:
         trained = rows_NX.requires_grad or matrices_EXY.requires_grad
         has_gradient = torch.is_grad_enabled() and trained
         return not has_gradient and has_grouped_matmul(num_experts, inner, outer, dtype)
-    if not hasattr(functional, "grouped_mm") or _is_slow(matrices_EXY):  # torch before 2.10
+    if not hasattr(functional, "grouped_mm") or is_slow(matrices_EXY):  # torch before 2.10
         return False
     others = set() if torch.compiler.is_compiling() else {torch.float16, torch.float32}
     if dtype not in {torch.bfloat16, *others}:  # tracing refuses them

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tuckerize.linalg.packing import unpacked_values
+from tuckerize.runtime.grouped import is_slow
 
 _pack = getattr(torch.ops.aten, "_convert_weight_to_int4pack_for_cpu", None)
 _multiply = getattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu", None)
@@ -24,8 +25,8 @@ _PROCESSORS = {"AVX2", "AVX512"}
 _OFFSET = 8
 _GROUPS = (32, 64, 128)  # sizes
 _OUTPUTS = 16  # multiples of it
-# Rows up to which the kernel is faster than a GEMM with values, and values to expand at once.
-_FEW_ROWS, _EXPANDED = 32, 2**20
+# Rows up to which the kernel is faster than a GEMM with values of a type; values to expand at once.
+_FEW_ROWS, _EXPANDED = {torch.float32: 32, torch.bfloat16: 64}, 2**20
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,9 @@ class Layout:
         return torch.cat(found)[self.order_P.argsort()]
 
     def multiply(self, rows_NK: Tensor, words: Tensor, scales_GO2: Tensor) -> Tensor:
-        """Rows in bfloat16 times a matrix, shape (N, O): few by the kernel, many in float32.
+        """Rows in bfloat16 times a matrix, shape (N, O): few by the kernel, many by a GEMM.
+
+        The GEMM is in float32 where the CPU has none for bfloat16.
 
         Args:
             rows_NK: The rows.
@@ -73,13 +76,14 @@ class Layout:
         """
         groups, outputs, _ = scales_GO2.shape
         size = rows_NK.shape[1] // groups
-        if len(rows_NK) <= _FEW_ROWS and _multiply is not None:
+        dtype = torch.float32 if is_slow(rows_NK) else torch.bfloat16
+        if len(rows_NK) <= _FEW_ROWS[dtype] and _multiply is not None:
             product: Tensor = _multiply(rows_NK.contiguous(), words, size, scales_GO2)
             return product
-        scales_GP = scales_GO2[..., 0].float().index_select(1, self.order_P)
-        rows_float_NK = rows_NK.float()
-        product_NP = rows_float_NK.new_empty(len(rows_NK), outputs)
-        for start, values_BKP in self._values(words, torch.float32):
+        scales_GP = scales_GO2[..., 0].to(dtype).index_select(1, self.order_P)
+        own_NK = rows_NK.to(dtype)
+        product_NP = own_NK.new_empty(len(own_NK), outputs)
+        for start, values_BKP in self._values(words, dtype):
             blocks, inputs, width = values_BKP.shape
             own = slice(start, start + blocks * width)
             matrix_KP = values_BKP.new_empty(inputs, blocks * width)
@@ -88,7 +92,7 @@ class Layout:
                 scales_GP[:, own].view(groups, 1, blocks, width),
                 out=matrix_KP.view(groups, size, blocks, width),
             )
-            torch.mm(rows_float_NK, matrix_KP, out=product_NP[:, own])
+            torch.mm(own_NK, matrix_KP, out=product_NP[:, own])
         return product_NP.index_select(1, self.order_P.argsort()).to(rows_NK.dtype)
 
     def _values(self, words: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:

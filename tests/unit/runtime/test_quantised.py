@@ -16,7 +16,7 @@ from tuckerize.format.cores import CODES, values_of
 from tuckerize.linalg.packing import pack
 from tuckerize.linalg.quantise import QuantisedMatrices, quantise
 from tuckerize.names import CorePart
-from tuckerize.runtime import int4
+from tuckerize.runtime import grouped, int4
 from tuckerize.runtime.grouped import assign
 from tuckerize.runtime.int4 import Layout
 from tuckerize.runtime.quantised import QuantisedCore, QuantisedRows, multiply_quantised
@@ -48,14 +48,20 @@ def test_values_are_codes_times_scales(
 @pytest.mark.parametrize("inputs", [64, 72])  # kernels take whole blocks of 32
 @pytest.mark.parametrize("uneven", [False, True])
 @pytest.mark.parametrize("core_type", CoreType)
+@pytest.mark.parametrize("slow", [set(), {torch.bfloat16}], ids=["kernels for 16 bits", "none"])
 def test_few_and_many_rows_in_bfloat16(
-    inputs: int, uneven: bool, core_type: CoreType, monkeypatch: pytest.MonkeyPatch
+    inputs: int,
+    uneven: bool,
+    core_type: CoreType,
+    slow: set[torch.dtype],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(grouped, "_SLOW_ON_CPU", slow)
     few: list[int] = []
     for owner, name in ((torch, "_weight_int8pack_mm"), (int4, "_multiply")):
         monkeypatch.setattr(owner, name, noting(getattr(owner, name), few))
     core, halves = core_and_parts(quantise(torch.randn(4, 48, inputs), core_type), uneven=uneven)
-    experts_N = torch.tensor([0] * 3 + [1] * 2 + [3] * 50)
+    experts_N = torch.tensor([0] * 3 + [1] * 2 + [3] * 70)
     rows_NX = torch.randn(len(experts_N), inputs).bfloat16()
     product_NY = multiply_quantised(rows_NX, core, assign(experts_N[:, None], range(4)), None)
     matrices = [half.dequantised(torch.float64) for half in halves]
