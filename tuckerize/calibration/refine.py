@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,10 +16,10 @@ from tuckerize.names import TensorKind, TensorName
 from tuckerize.progress import Stage, silent
 from tuckerize.runtime.experts import TuckerExperts
 
-# Step size of a tensor as a share of its root mean square; falls to 0 as a cosine.
-_STEP = 1.6e-2
+# Step size of tensors of one name as a share of their root mean square; falls to 0 as a cosine.
+_STEP = 2.6e-2
 _WARM_UP_STEPS = 20
-_BATCH_TOKENS = 2048
+_BATCH_TOKENS = 1024
 # Passes over the tokens after which the error of others rises again.
 _MAX_EPOCHS = 25
 # Weight of the ridge towards the closed-form solution, relative to the relative squared error.
@@ -71,20 +70,17 @@ def refine(
     target_TI = dense(fit)
     held_out_TI = dense(held_out)
     before = relative_output_error(module, held_out, held_out_TI, sharing)
-    parameters = dict(module.named_parameters())
-    start = {name: value.detach().clone() for name, value in parameters.items()}
-    for value in parameters.values():
-        value.requires_grad_(True)  # noqa: FBT003
-    _adam(module, start, fit, target_TI, steps, batch, stage, sharing)
-    for value in parameters.values():
-        value.requires_grad_(False)  # noqa: FBT003
-        value.grad = None
+    blocks = _blocks(module, sharing)
+    module.requires_grad_(requires_grad=True)
+    _adam(module, blocks, fit, target_TI, steps, batch, stage, sharing)
+    module.requires_grad_(requires_grad=False)
+    module.zero_grad()
     after = relative_output_error(module, held_out, held_out_TI, sharing)
     kept = after < before
     if not kept:
         with torch.no_grad():
-            for name, value in parameters.items():
-                value.copy_(start[name])
+            for block in blocks:
+                torch._foreach_copy_(block.parameters, block.start)
     return Refinement(before, after, kept)
 
 
@@ -114,7 +110,7 @@ def relative_output_error(
 
 def _adam(
     module: TuckerExperts,
-    start: Mapping[str, Tensor],
+    blocks: Sequence[_Block],
     fit: LayerTokens,
     target_TI: Tensor,
     steps: int,
@@ -122,12 +118,9 @@ def _adam(
     stage: Stage,
     sharing: Sharing,
 ) -> None:
-    parameters = dict(module.named_parameters())
-    common = _common(start)
-    sizes, count = _sizes(start, common, sharing)
     optimizer = torch.optim.Adam(
-        [{"params": [value], "name": name} for name, value in parameters.items()],
-        betas=(0.9, 0.99),
+        [{"params": block.parameters} for block in blocks],
+        betas=(0.9, 0.95),
         fused=fit.x_TI.device.type in _FUSED_ADAM,
     )
     generator = torch.Generator().manual_seed(_SEED)
@@ -140,56 +133,72 @@ def _adam(
         places, order = order[:batch].to(fit.x_TI.device), order[batch:]
         own = places[sharing.own(batch)]
         slope = min(1.0, (step + 1) / _WARM_UP_STEPS) * (1 + math.cos(math.pi * step / steps)) / 2
-        for group in optimizer.param_groups:
-            group["lr"] = _STEP * sizes[group["name"]].root_mean_square * slope
         optimizer.zero_grad()
         with torch.enable_grad():
             own_TI = target_TI[own]
             energy = sharing.sum(own_TI.square().sum())
             missed = (module(*fit.part(own)) - own_TI).square().sum()
             (missed / energy.clamp_min(1e-30)).backward()
-        for name, value in parameters.items():
-            mean_square = max(sizes[name].root_mean_square ** 2, 1e-30) * sizes[name].values
-            pull = 2 * _RIDGE / count / mean_square
-            if value.grad is None:  # of experts that no token of the batch sees
-                value.grad = torch.zeros_like(value)
-            if name in common:
-                value.grad = sharing.sum(value.grad)
-            value.grad.add_(value, alpha=pull).add_(start[name], alpha=-pull)
+        for group, block in zip(optimizer.param_groups, blocks, strict=True):
+            group["lr"] = _STEP * block.root_mean_square * slope
+            block.complete_gradients(sharing)
         optimizer.step()
 
 
-class _Size(NamedTuple):
-    """Root mean square, and number of values, of a parameter; of all processes' parts of it."""
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """A parameter, or those of all experts that have the same name.
 
+    Attributes:
+        parameters: Those of this process.
+        start: Their values before the first step.
+        is_common: Whether every process has the same.
+        root_mean_square: Of the values of all processes.
+        pull: Weight of the ridge towards the start, of a difference in its gradient.
+    """
+
+    parameters: list[Tensor]
+    start: list[Tensor]
+    is_common: bool
     root_mean_square: float
-    values: int
+    pull: float
+
+    def complete_gradients(self, sharing: Sharing) -> None:
+        """Sum gradients over processes, and add those of the ridge."""
+        gradients = []
+        for value in self.parameters:
+            gradient = torch.zeros_like(value) if value.grad is None else value.grad
+            value.grad = sharing.sum(gradient) if self.is_common else gradient
+            gradients.append(value.grad)
+        torch._foreach_add_(gradients, self.parameters, alpha=self.pull)
+        torch._foreach_add_(gradients, self.start, alpha=-self.pull)
 
 
-def _sizes(
-    tensors: Mapping[str, Tensor], common: set[str], sharing: Sharing
-) -> tuple[dict[str, _Size], int]:
-    """Sizes of parameters, those of the same name taken together, and how many there are."""
+def _blocks(module: TuckerExperts, sharing: Sharing) -> list[_Block]:
+    members: dict[TensorName, list[Tensor]] = {}
+    for text, value in module.named_parameters():
+        members.setdefault(replace(TensorName.parse(text), expert=None), []).append(value)
+    start = {name: [own.detach().clone() for own in values] for name, values in members.items()}
     own = {
-        name: _Size(float(value.square().mean().sqrt()), value.numel())
-        for name, value in tensors.items()
+        name: (sum(float(v.square().sum()) for v in values), sum(v.numel() for v in values))
+        for name, values in start.items()
     }
-    alone = {name for name in tensors if TensorName.parse(name).expert is not None}
-    split = {name: own[name] for name in tensors if name not in common | alone}
-    everywhere = sharing.of_all(split)
-    for name in split if len(everywhere) > 1 else ():
-        parts = [theirs[name] for theirs in everywhere if name in theirs]
-        values = sum(part.values for part in parts)
-        square = sum(part.root_mean_square**2 * part.values for part in parts) / values
-        own[name] = _Size(math.sqrt(square), values)
-    shared = common.union(*everywhere)
-    return own, len(shared) + sharing.total(len(alone))
+    common = _common(members)
+    everywhere = sharing.of_all({name: size for name, size in own.items() if name not in common})
+    count = len(common.union(*everywhere))
+    blocks = []
+    for name, values in members.items():
+        sizes = [own[name]] if name in common else [of[name] for of in everywhere if name in of]
+        energy, numbers = (sum(parts) for parts in zip(*sizes, strict=True))
+        pull = 2 * _RIDGE / count / max(energy, 1e-30)
+        root = math.sqrt(energy / numbers)
+        blocks.append(_Block(values, start[name], name in common, root, pull))
+    return blocks
 
 
-def _common(names: Iterable[str]) -> set[str]:
+def _common(names: Collection[TensorName]) -> set[TensorName]:
     """The parameters that belong to all experts of a group: every process has them."""
-    parsed = {text: TensorName.parse(text) for text in names}
-    mixed = {(n.group, n.owner) for n in parsed.values() if n.kind == TensorKind.U_E}
+    mixed = {(name.group, name.owner) for name in names if name.kind == TensorKind.U_E}
 
     def is_common(name: TensorName) -> bool:
         if name.kind == TensorKind.BIAS:
@@ -198,4 +207,4 @@ def _common(names: Iterable[str]) -> set[str]:
             return (name.group, name.owner) in mixed
         return name.kind != TensorKind.U_E
 
-    return {text for text, name in parsed.items() if is_common(name)}
+    return {name for name in names if is_common(name)}
