@@ -9,8 +9,9 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -45,6 +46,7 @@ class Workers:
         finally:
             for future in waiting:
                 future.cancel()
+            wait(waiting)
 
     def do(self, function: Callable[..., None], *items: Iterable[object]) -> None:
         """Make the same calls for their side effects."""
@@ -63,8 +65,13 @@ def parallel_workers(device: torch.device) -> Iterator[Workers]:
         return
     torch.set_num_threads(1)
     try:
-        # BLAS takes its thread count from the calling thread, not from torch.
-        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield Workers(pool, count)
+        yield Workers(_pool(count), count)
     finally:
         torch.set_num_threads(count)
+
+
+@cache
+def _pool(count: int) -> ThreadPoolExecutor:
+    """So many threads, kept: to start them takes as long as a product of small matrices."""
+    # BLAS takes its thread count from the calling thread, not from torch.
+    return ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
