@@ -70,7 +70,7 @@ def refine(
     target_TI = dense(fit)
     held_out_TI = dense(held_out)
     before = relative_output_error(module, held_out, held_out_TI, sharing)
-    blocks = _blocks(module, sharing)
+    blocks = blocks_of(module, sharing)
     module.requires_grad_(requires_grad=True)
     _adam(module, blocks, fit, target_TI, steps, batch, stage, sharing)
     module.requires_grad_(requires_grad=False)
@@ -110,7 +110,7 @@ def relative_output_error(
 
 def _adam(
     module: TuckerExperts,
-    blocks: Sequence[_Block],
+    blocks: Sequence[Block],
     fit: LayerTokens,
     target_TI: Tensor,
     steps: int,
@@ -146,7 +146,7 @@ def _adam(
 
 
 @dataclass(frozen=True, slots=True)
-class _Block:
+class Block:
     """A parameter, or those of all experts that have the same name.
 
     Attributes:
@@ -174,7 +174,8 @@ class _Block:
         torch._foreach_add_(gradients, self.start, alpha=-self.pull)
 
 
-def _blocks(module: TuckerExperts, sharing: Sharing) -> list[_Block]:
+def blocks_of(module: TuckerExperts, sharing: Sharing) -> list[Block]:
+    """The blocks of a layer, of which this process has its experts' parameters."""
     members: dict[TensorName, list[Tensor]] = {}
     for text, value in module.named_parameters():
         members.setdefault(replace(TensorName.parse(text), expert=None), []).append(value)
@@ -192,7 +193,7 @@ def _blocks(module: TuckerExperts, sharing: Sharing) -> list[_Block]:
         energy, numbers = (sum(parts) for parts in zip(*sizes, strict=True))
         pull = 2 * _RIDGE / count / max(energy, 1e-30)
         root = math.sqrt(energy / numbers)
-        blocks.append(_Block(values, start[name], name in common, root, pull))
+        blocks.append(Block(values, start[name], name in common, root, pull))
     return blocks
 
 

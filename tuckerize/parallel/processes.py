@@ -66,34 +66,37 @@ class Processes:
         return self.rank == 0
 
     def leader_first(self, work: Callable[[], T]) -> T:
-        """Do the same work on all processes, on process 0 first, so that an error is reported once.
+        """Do work on all processes, on process 0 first, whose error is the only one to be reported.
 
         Raises:
             LeaderFailedError: On the other processes, if process 0 failed.
             ParallelError: On another process, if the work failed there only.
         """
+        return self._everywhere(work, leader_first=True)
+
+    def together(self, work: Callable[[], T]) -> T:
+        """The same of work that changes nothing: all processes do it at the same time."""
+        return self._everywhere(work, leader_first=False)
+
+    def _everywhere(self, work: Callable[[], T], *, leader_first: bool) -> T:
         if self.store is None:
             return work()
         key = f"{_STARTED}/{self._started}"
         self._started += 1
-        if not self.is_leader:
-            self.store.wait([key], self.timeout)
-            if self.store.get(key) != b"ok":
-                raise LeaderFailedError
-            try:
-                return work()
-            except TuckerizeError as error:
-                raise ParallelError(
-                    f"on {socket.gethostname()}, in {Path.cwd()}: {error.message}",
-                    hint="process 0 had no such error: models, outputs and shards must be on "
-                    "storage that all nodes see under the same path",
-                ) from error
+        if self.is_leader:
+            return _lead(work, self.store, key)
+        if leader_first:
+            _follow(self.store, key, self.timeout)
         try:
             result = work()
-        except BaseException:
-            self.store.set(key, "failed")
-            raise
-        self.store.set(key, "ok")
+        except TuckerizeError as error:
+            _follow(self.store, key, self.timeout)
+            raise ParallelError(
+                f"on {socket.gethostname()}, in {Path.cwd()}: {error.message}",
+                hint="process 0 had no such error: models, outputs and shards must be on "
+                "storage that all nodes see under the same path",
+            ) from error
+        _follow(self.store, key, self.timeout)
         return result
 
     def queue(self, count: int) -> Iterator[int]:
@@ -236,3 +239,25 @@ def _explain_losses(timeout: timedelta) -> Iterator[None]:
                 hint="find the process that hangs, or wait longer with --collective-timeout",
             ) from error
         raise
+
+
+def _lead(work: Callable[[], T], store: Store, key: str) -> T:
+    """Do work, and tell the other processes whether it failed."""
+    try:
+        result = work()
+    except BaseException:
+        store.set(key, "failed")
+        raise
+    store.set(key, "ok")
+    return result
+
+
+def _follow(store: Store, key: str, timeout: timedelta) -> None:
+    """Wait until process 0 has done the work.
+
+    Raises:
+        LeaderFailedError: It failed.
+    """
+    store.wait([key], timeout)
+    if store.get(key) != b"ok":
+        raise LeaderFailedError

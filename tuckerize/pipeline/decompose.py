@@ -164,8 +164,9 @@ def decompose(
     with _processes_of(request, recipe) as (processes, device), ExitStack() as held:
         held.callback(torch.set_num_threads, torch.get_num_threads())
 
-        def begin() -> tuple[Plan, CalibrationPass | None, Need]:
-            source, calibration = _open(request, recipe, device, processes)
+        source, calibration = processes.together(lambda: _open(request, recipe, device, processes))
+
+        def begin() -> tuple[Plan, Need]:
             refuse_overlap(output, source.checkpoint.folder)
             folder = OutputFolder(output)
             text = fingerprint(calibration.windows_SL) if calibration else ""
@@ -177,10 +178,9 @@ def decompose(
                 folder.join(contents)
             # Before a profile is made, by sizes that a budget pays for.
             plan = make_plan(source, recipe)
-            return plan, calibration, fit_memory(plan, processes, device, most)
+            return plan, fit_memory(plan, processes, device, most)
 
-        plan, calibration, need = processes.leader_first(begin)
-        source = plan.source
+        plan, need = processes.leader_first(begin)
         profiled = calibration and calibration.with_held(
             experts=need.profile_held, states=need.states_held
         )
@@ -194,7 +194,7 @@ def decompose(
                 announce(plan_duration(plan), "the decomposition", device, progress)
             return plan
 
-        plan = processes.leader_first(prepare)
+        plan = processes.together(prepare)
         return compress_model(
             plan,
             output,
@@ -237,13 +237,13 @@ def preview(request: DecomposeRequest, progress: Progress | None = None) -> Plan
                 return plan, None, peak_need(plan, torch.get_num_threads(), processes=1)
             return plan, calibration, fit_memory(plan, processes, device, most)
 
-        plan, calibration, need = processes.leader_first(begin)
+        plan, calibration, need = processes.together(begin)
         source = plan.source
         profiled = calibration and calibration.with_held(
             experts=need.profile_held, states=need.states_held
         )
         profiles = _profiles(plan, profiled, progress)
-        plan = processes.leader_first(lambda: _plan(source, recipe, calibration, profiles))
+        plan = processes.together(lambda: _plan(source, recipe, calibration, profiles))
         if not processes.is_leader:
             return None
         _note(plan, progress)

@@ -105,7 +105,7 @@ def plan(request: PlanRequest, progress: Progress | None = None) -> CurveReport 
 
         held.callback(torch.set_num_threads, torch.get_num_threads())
         held.enter_context(solving_at_once(processes.local_size))
-        opened, need = processes.leader_first(begin)
+        opened, need = processes.together(begin)
         opened = opened.with_held(experts=need.profile_held, states=need.states_held)
         spectra = needs_spectra(opened.settings, targets)
         profiles = profiles_of(opened, progress or SilentProgress(), spectra=spectra)

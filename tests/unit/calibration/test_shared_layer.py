@@ -15,6 +15,7 @@ from tests.expert_cases import SWIGLU, make_group, make_tokens
 from tests.shared_in_threads import in_threads
 from tuckerize.calibration.group_statistics import GroupStatistics
 from tuckerize.calibration.layer_profile import LayerProfile, profile_layer
+from tuckerize.calibration.refine import blocks_of
 from tuckerize.calibration.tokens import DenseGroup, LayerTokens
 from tuckerize.compression.closed_form import closed_form
 from tuckerize.compression.factors import GroupFactors, LayerFactors, for_each_group
@@ -23,6 +24,8 @@ from tuckerize.compression.target import CompressionTarget
 from tuckerize.domain import DOWN, GATE_UP, MultilinearRank, Projection, StackShape
 from tuckerize.linalg.sharing import ALONE, Sharing
 from tuckerize.linalg.tucker import expand
+from tuckerize.names import TensorKind, TensorName
+from tuckerize.runtime.experts import TuckerExperts
 
 SHAPE = StackShape(5, 12, 10)  # three threads have 2, 2 and 1 experts
 THREADS = 3
@@ -97,3 +100,33 @@ def test_profile_is_that_of_one_process(eliminated: int, monkeypatch: pytest.Mon
                 np.testing.assert_allclose(
                     getattr(found, name), getattr(expected, name), rtol=1e-3, atol=1e-4
                 )
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_steps_of_refinement_are_those_of_one_process(*, uneven: bool, mixed: bool) -> None:
+    """Their sizes and the ridge follow from all experts, whichever a process has."""
+    generator = torch.Generator().manual_seed(0)
+    U_E, U_I = (torch.randn(size, 4, generator=generator) for size in (5, 10))
+    core = torch.randn(4 if mixed else 5, 6, 4, generator=generator)
+
+    def sizes(sharing: Sharing) -> dict[bool, set[tuple[float, float]]]:
+        own = sharing.own(SHAPE.experts)
+        tensors = {TensorName("gate_up_proj", TensorKind.U_I): U_I}
+        for projection in Projection:
+            if mixed:
+                tensors[TensorName(projection, TensorKind.U_E)] = U_E[own]
+                tensors[TensorName.core(projection)] = core
+            elif uneven:
+                for place, matrix in enumerate(core[own]):
+                    tensors[TensorName.core(projection, place)] = matrix[: 3 + (own.start + place)]
+            else:
+                tensors[TensorName.core(projection)] = core[own]
+        module = TuckerExperts([tensors], group_size=len(core[own]), activation=SWIGLU)
+        found: dict[bool, set[tuple[float, float]]] = {}
+        for block in blocks_of(module, sharing):
+            size = round(block.root_mean_square, 5), round(block.pull, 7)
+            found.setdefault(block.is_common, set()).add(size)
+        return found
+
+    assert in_threads(THREADS, sizes) == [sizes(ALONE)] * THREADS

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
 import pytest
 import torch
 from torch._C._distributed_c10d import HashStore
@@ -18,7 +22,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def fail() -> None:
+def fail() -> str:
     raise UsageError("wrong")
 
 
@@ -81,6 +85,39 @@ def test_leader_first_failing_on_another_process_only_speaks_of_storage() -> Non
     with pytest.raises(ParallelError, match=r"^on .*: wrong$") as caught:
         Processes(1, 2, store=store).leader_first(fail)
     assert "storage that all nodes see under the same path" in caught.value.hint
+
+
+def test_together_works_at_once_and_reports_the_error_of_the_leader_alone() -> None:
+    """Process 1 is through with its work before process 0 begins."""
+    done = threading.Event()
+
+    def follow(work: Callable[[], str]) -> str:
+        try:
+            return work()
+        finally:
+            done.set()
+
+    def lead(work: Callable[[], str]) -> str:
+        assert done.wait(60)
+        return work()
+
+    def both(leading: Callable[[], str], following: Callable[[], str]) -> list[Future[str]]:
+        done.clear()
+        store = HashStore()
+        with ThreadPoolExecutor() as pool:
+            works = (lambda: lead(leading), lambda: follow(following))
+            return [
+                pool.submit(Processes(rank, 2, store=store).together, work)
+                for rank, work in enumerate(works)
+            ]
+
+    assert [found.result() for found in both(lambda: "a", lambda: "b")] == ["a", "b"]
+    first, second = both(fail, fail)
+    assert isinstance(first.exception(), UsageError)
+    assert isinstance(second.exception(), LeaderFailedError)
+    first, second = both(lambda: "a", fail)
+    assert first.result() == "a"
+    assert isinstance(second.exception(), ParallelError)
 
 
 def test_leader_first_succeeding_lets_the_others_work() -> None:

@@ -113,7 +113,7 @@ def verify(request: VerifyRequest, progress: Progress | None = None) -> VerifyRe
             def prepare() -> tuple[Verification, tuple[int, ...], tuple[str, ...]]:
                 return _open(request, mesh, processes, own_device)
 
-            run, layers, found = processes.leader_first(prepare)
+            run, layers, found = processes.together(prepare)
             notes += found
             by_layer: dict[int, list[str]] = {}
             for fault in damaged:
