@@ -84,12 +84,15 @@ def same(found: Path, expected: Path) -> None:
     one, other = (read_tucker_manifest(folder) for folder in (expected, found))
     assert one.calibrated
     for exact, near in zip(one.calibrated, other.calibrated, strict=True):
-        assert len(near.kept) == len(exact.kept)
-        for group in range(len(exact.kept)):
-            masks = [own.kept_neurons(exact.layer, group) for own in (one, other)]
-            first_EH, second_EH = (np.asarray(mask if mask is not None else 0) for mask in masks)
-            assert first_EH.sum() == second_EH.sum()
-            assert (first_EH != second_EH).mean() < 0.04
+        if exact is one.calibrated[0] or not one.cores:
+            assert near.kept == exact.kept
+        else:
+            assert len(near.kept) == len(exact.kept)
+            for group in range(len(exact.kept)):
+                masks = [own.kept_neurons(exact.layer, group) for own in (one, other)]
+                first_EH, second_EH = (np.asarray(0 if own is None else own) for own in masks)
+                assert first_EH.sum() == second_EH.sum()
+                assert (first_EH != second_EH).mean() < 0.04
         assert (near.output_error is None) == (exact.output_error is None)
         assert (near.output_error or 0) == pytest.approx(exact.output_error or 0, rel=2e-2)
         assert near.refined == exact.refined
